@@ -1,0 +1,2204 @@
+"""What at least three of the scripts would hold identically. No sentence of any paper stands here.
+
+A thing is admitted if three scripts need it word for word, its name says all that a caller has to know, and
+a test of its own holds it. Nothing happens at import. In order of use:
+
+     1  errors        Fault, launch
+     2  options       parser, parse
+     3  randomness    generator, Draw
+     4  the run       Run: ranks, device, log, progress, checkpoint, resume, signals;  learning_rate
+     5  data          load, ImageSet, Crop;  batches for training, extract for features
+     6  shapes        the embedded data set
+     7  augmentation  batched, on the device, one draw an image
+     8  backbones     AlexNet, VGG16, ResNet
+     9  bank          MemoryBank, bank_softmax
+    10  clustering    kmeans, neighbors
+    11  evaluation    knn_accuracy, load_encoder
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import fcntl
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+ROOT = Path(__file__).resolve().parent
+Module = TypeVar("Module", bound=nn.Module)
+
+
+# ---- 1. errors -------------------------------------------------------------------------------------------------------
+
+
+class Fault(Exception):
+    """Something the user can mend: `launch` prints it as one line and exits with code 2."""
+
+
+def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], argparse.Namespace]) -> None:
+    """Run a script: bad input, a full disk or too little memory end with one line and exit code 2, not a traceback."""
+    script = Path(sys.argv[0]).name
+    try:
+        main(parse_args())
+    except Fault as fault:
+        problem = str(fault)
+    except OSError as error:
+        problem = f"{error.strerror or error}: {error.filename or 'input or output failed'}"
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        problem = "out of memory: lower --batch-size, or split each batch with --accumulate"
+    else:
+        return
+    print(f"{script}: error: {problem}", file=sys.stderr)
+    sys.exit(2)
+
+
+# ---- 2. options ------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def number(kind: type, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> Callable[[str], Any]:
+    """An argparse type: a finite number in [low, high], or (low, high] if `open_low`."""
+
+    def convert(text: str) -> Any:
+        value = kind(text)
+        if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+            bounds = f"above {low:g}" if open_low else f"at least {low:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}" + (f" and at most {high:g}" * (high < math.inf)))
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names the type in "invalid int value"
+    return convert
+
+
+COUNT = number(int, 1, 2**53)
+COUNT_OR_ZERO = number(int, 0, 2**53)
+POSITIVE = number(float, 0, open_low=True)
+NOT_NEGATIVE = number(float, 0)
+SHARE = number(float, 0, 1)
+
+
+def part(text: str) -> float:
+    """An argparse type: a number of images (1, 2, ...) or a share of them (0.1 is 10 %)."""
+    value = POSITIVE(text)
+    if value >= 1 and value != int(value):
+        raise argparse.ArgumentTypeError(f"{text} is neither a number of images nor a share below 1")
+    return float(value)
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser that prints `doc` as it stands, every default, and errors as one line."""
+    return _Parser(description=doc, formatter_class=_Help, allow_abbrev=False)
+
+
+def add_data_options(options: argparse.ArgumentParser) -> None:
+    """The options of `load`, the same in training and evaluation."""
+    data = options.add_argument_group("data")
+    data.add_argument("--data", default="shapes", metavar="NAME|DIR",
+                      help=f"{', '.join(DATASETS)}, or any directory of images: train/ and val/ below it are its splits; "
+                           "nested or flat; class = first folder level, used by evaluation only")
+    data.add_argument("--data-dir", type=Path, default=Path(os.environ.get("DATA_DIR", "data")), metavar="DIR",
+                      help="where named sets lie or are downloaded to ($DATA_DIR)")
+    data.add_argument("--val-dir", type=Path, metavar="DIR", help="validation images of a directory without val/")
+    data.add_argument("--subset", type=part, metavar="N", help="train on N images (or a share below 1), drawn from "
+                      "the seed, the same number of each class")
+    data.add_argument("--test-subset", type=part, metavar="N", help="the same for the test images")
+    data.add_argument("--image-size", type=COUNT, metavar="PX", help="side of the square the network sees; default: "
+                      "the data set's own (32 shapes and CIFAR, 96 STL-10, 224 photographs)")
+    data.add_argument("--cache", choices=["device", "host", "none"], help="where decoded images live; default: device "
+                      "if they take under a quarter of its free memory, none for folders of large images")
+    data.add_argument("--max-bad-images", type=COUNT_OR_ZERO, default=0, metavar="N", help="unreadable images to "
+                      "tolerate, each named in the output and replaced by plain grey")
+    data.add_argument("--workers", type=COUNT_OR_ZERO, default=min(16, os.cpu_count() or 1), metavar="N",
+                      help="processes that decode folders of large images")
+
+
+def add_device_options(options: argparse.ArgumentParser) -> None:
+    """Where and in which precision to compute, the same in training and evaluation."""
+    machine = options.add_argument_group("machine")
+    machine.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the best available")
+    machine.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast of the network; the "
+                         "similarities stay in float32; default: on for GPUs that have it, off on CPU, where it is slower")
+
+
+def add_training_options(options: argparse.ArgumentParser) -> None:
+    """Model, optimisation and run, the same in the four methods. Defaults come from the presets."""
+    add_data_options(options)
+    model = options.add_argument_group("model")
+    model.add_argument("--arch", choices=ARCHITECTURES, default="resnet18", help="3x3 stem below 64 px; BN variants")
+    model.add_argument("--width", type=COUNT, default=64, help="channels of the first stage; 64 is standard, less is "
+                       "for small machines")
+    model.add_argument("--feature-dim", type=COUNT, default=128, metavar="D", help="D, size of the embedding")
+    optim = options.add_argument_group("optimization")
+    optim.add_argument("--epochs", type=COUNT, default=200, help="passes over the training images")
+    optim.add_argument("--batch-size", type=COUNT, default=256, metavar="B", help="B, the sum over all ranks")
+    optim.add_argument("--accumulate", type=COUNT, default=1, metavar="N", help="forward and backward in N parts, for "
+                       "small devices; batch statistics are then those of a part")
+    optim.add_argument("--lr", type=POSITIVE, default=0.03, help="learning rate for just this batch size, never rescaled")
+    optim.add_argument("--schedule", choices=["step", "cosine", "constant"], default="step",
+                       help="step: x0.1 at each of --lr-drops; cosine: to zero at --epochs")
+    optim.add_argument("--lr-drops", type=COUNT, nargs="*", default=[120, 160], metavar="EPOCH", help="for step")
+    optim.add_argument("--momentum", type=SHARE, default=0.9, help="of SGD")
+    optim.add_argument("--weight-decay", type=NOT_NEGATIVE, default=1e-4, help="of SGD, the number itself")
+    optim.add_argument("--seed", type=COUNT_OR_ZERO, default=0, help="of everything random: weights, bank, order, draws")
+    add_device_options(options)
+    run = options.add_argument_group("run")
+    run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the network")
+    run.add_argument("--sync-bn", action="store_true", help="batch statistics over all GPUs")
+    run.add_argument("--output", type=Path, metavar="DIR", help="log, checkpoint and weights; a checkpoint found there "
+                     "is resumed; default: runs/<script>-<preset>-seed<seed>")
+    run.add_argument("--overwrite", action="store_true", help="start anew in an --output that holds a run")
+    run.add_argument("--save-minutes", type=NOT_NEGATIVE, default=10, help="checkpoints between those of each epoch")
+    run.add_argument("--knn-every", type=COUNT_OR_ZERO, default=10, metavar="N", help="weighted kNN accuracy each N "
+                     "epochs and after the last (0: never); the only use of labels")
+
+
+def parse(
+    options: argparse.ArgumentParser, presets: dict[str, dict[str, Any]], argv: Sequence[str] | None
+) -> argparse.Namespace:
+    """Defaults < preset "imagenet" < preset (by --preset, else by --data) < command line. Bad presets are errors."""
+    default = options.get_default("data")
+    options.add_argument("--preset", choices=list(presets), help="a row of the README's table; default: the preset that "
+                         "carries the data set's name")
+    first = _Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=list(presets))
+    first.add_argument("--data", default=default)
+    early = first.parse_known_args(argv)[0]
+    name = early.preset or (early.data if early.data in presets else "imagenet")
+    known = {action.dest: action for action in options._actions}
+    for key, value in (presets["imagenet"] | presets[name]).items():
+        if key not in known or value not in (known[key].choices or [value]):
+            raise ValueError(f"preset {name} sets {key}={value!r}")
+        options.set_defaults(**{key: value})
+    options.set_defaults(preset=name)
+    args = options.parse_args(argv)
+    args.typed = typed(options, argv)
+    args.script = Path(options.prog).stem
+    if args.output is None:
+        args.output = Path("runs") / f"{Path(options.prog).stem}-{name}-seed{args.seed}"
+    return args
+
+
+def typed(options: argparse.ArgumentParser, argv: Sequence[str] | None) -> list[str]:
+    """Names of the options that stand on the command line."""
+    words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    return sorted(action.dest for action in options._actions if words & set(action.option_strings))
+
+
+# ---- 3. randomness ---------------------------------------------------------------------------------------------------
+
+
+def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose stream follows from `key` alone, such as (seed, "order", epoch)."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+class Draw:
+    """Uniform numbers for each image of this rank's batch: rows of the global batch's, whatever the number of ranks."""
+
+    def __init__(self, source: torch.Generator, batch_size: int, rows: slice, device: torch.device) -> None:
+        self.source, self.batch_size, self.rows, self.device = source, batch_size, rows, device
+
+    def __call__(self, *shape: int) -> Tensor:
+        """The next numbers in [0, 1): (rows, *shape). Drawn on the CPU, so that all devices see the same."""
+        numbers = torch.rand(self.batch_size, *shape, generator=self.source)[self.rows]
+        return numbers.to(self.device, non_blocking=True)
+
+
+# ---- 4. the run ------------------------------------------------------------------------------------------------------
+
+# Options that do not change what is learnt: a resumed run may have others.
+FREE_OPTIONS = {"output", "overwrite", "preset", "typed", "data_dir", "val_dir", "cache", "workers", "max_bad_images", "device",
+                "amp", "compile", "save_minutes", "knn_every", "knn_features", "test_subset", "epochs"}
+
+
+class Stop(SystemExit):
+    """A clean stop at a step boundary, after the checkpoint, because of a signal."""
+
+
+class Run:
+    """One training run: its ranks, device, output folder, log and checkpoint. The same on a laptop and a cluster.
+
+    Without a launcher there is one rank and every collective is the identity. Under torchrun or SLURM the process group
+    is nccl on GPUs and gloo elsewhere; a second gloo group lets ranks agree without touching the GPU.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.device = pick_device(args.device)
+        self.rank, self.world = 0, 1
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # Clustering keeps the other ranks waiting: the limit is far above what it takes.
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
+            self.control: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=2))
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        if args.batch_size % (self.world * args.accumulate):
+            raise Fault(f"--batch-size {args.batch_size} must divide by ranks x accumulate = {self.world} x {args.accumulate}")
+        self.amp = amp_default(self.device) if args.amp is None else args.amp
+        self.output: Path = args.output
+        self.signal = 0
+        self.bar: Any = None
+        self.first_bad = torch.full((), math.inf, device=self.device)  # the first step whose loss was not finite
+        self.saved_at = self.spoken = time.monotonic()
+        if self.rank == 0:
+            self._open_output()
+        self.barrier()
+
+    def _open_output(self) -> None:
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            self.lock = (self.output / "lock").open("w")
+        except OSError as error:
+            raise Fault(f"cannot write to {self.output} ({error.strerror}): choose another --output") from None
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Fault(f"{self.output} is in use by another run: choose another --output") from None
+        for leftover in self.output.glob("*.tmp"):
+            leftover.unlink()
+        if self.args.overwrite:
+            for name in ("checkpoint.pth", "backbone.pth", "log.jsonl", "eval.jsonl"):
+                (self.output / name).unlink(missing_ok=True)
+
+    # ranks
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier(self.control)
+
+    def rows(self, count: int) -> slice:
+        """This rank's part of `count` things that divide by the number of ranks."""
+        return slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
+
+    def gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Each tensor of every rank, joined along dim 0 in the order of ranks: equal shapes on all ranks."""
+        if self.world == 1:
+            return tensors
+        joined = []
+        for tensor in tensors:
+            parts = [torch.empty_like(tensor) for _ in range(self.world)]
+            dist.all_gather(parts, tensor.contiguous())
+            joined.append(torch.cat(parts))
+        return tuple(joined)
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over ranks."""
+        if self.world > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor)
+            tensor /= self.world
+        return tensor
+
+    def broadcast(self, module: nn.Module) -> None:
+        """Give all ranks rank 0's buffers, so that evaluation uses the batch statistics the checkpoint has."""
+        if self.world > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
+
+    def agree(self, wish: int) -> int:
+        """The greatest wish of all ranks."""
+        if self.world > 1:
+            tensor = torch.tensor(wish)
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
+            return int(tensor)
+        return wish
+
+    # the model on its device
+
+    def place(self, model: Module) -> Module:
+        """Move a model to the device (channels last on GPUs), compile it in place if asked."""
+        model.to(self.device)
+        if self.device.type == "cuda":
+            model.to(memory_format=torch.channels_last)
+        if self.args.sync_bn and self.world > 1 and self.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        if self.args.compile:
+            model.compile()
+        return model
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """Gradients averaged over ranks, as the mean over the global batch."""
+        if self.world == 1:
+            return model
+        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
+
+    # randomness: an optimisation step follows from (seed, epoch, step) and the position in the global batch
+
+    def generator(self, *key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+        return generator(self.args.seed, *key, device=device)
+
+    def permutation(self, epoch: int, count: int) -> Tensor:
+        """The epoch's order of the images: (count,) int64 on the CPU."""
+        return torch.randperm(count, generator=self.generator("order", epoch))
+
+    def steps_per_epoch(self, count: int) -> int:
+        """Whole batches in `count` images; the rest of an epoch's order is dropped."""
+        if count < self.args.batch_size:
+            raise Fault(f"--batch-size {self.args.batch_size} is more than the {count} images: lower it")
+        return count // self.args.batch_size
+
+    def draw(self, epoch: int, step: int, stream: str = "augment") -> Draw:
+        """The random numbers of a step's augmentation."""
+        size = self.args.batch_size
+        return Draw(self.generator(stream, epoch, step), size, self.rows(size), self.device)
+
+    # log, progress, checkpoint
+
+    def describe(self, data: ImageSet, **facts: Any) -> None:
+        """Say what runs, and keep it for the first line of the log and the checkpoint."""
+        self.data = data.identity()
+        self.header = dict(
+            command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), options=plain_options(self.args), data=self.data,
+            git=git_commit(), python=sys.version.split()[0], torch=torch.__version__, device=device_name(self.device),
+            ranks=self.world, threads=torch.get_num_threads(), amp=self.amp, **facts,
+        )  # fmt: skip
+        if self.rank == 0:
+            note = "" if "data" in self.args.typed or data.name != "shapes" else " (only the default: rendered, not photographs)"
+            print(f"data {data.name}{note}: {len(data):,} images at {data.size} px; preset {self.args.preset}; "
+                  f"{self.header['device']}, {self.world} rank(s); output {self.output}", flush=True)  # fmt: skip
+
+    def log(self, **row: Any) -> None:
+        """Print one JSON line and append it to log.jsonl."""
+        if self.rank == 0:
+            line = json.dumps(row)
+            if self.bar is not None:
+                self.bar.clear()
+            print(line, flush=True)
+            with (self.output / "log.jsonl").open("a") as file:
+                file.write(line + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+    def resume(self, state: dict[str, Any], steps: int) -> tuple[int, int]:
+        """Load the checkpoint of `output` into `state` if there is one; returns (epoch, step) to go on with.
+
+        Everything logged after that checkpoint is dropped, so that the log of a killed run ends as that of an
+        undisturbed one. From here on SIGINT, SIGTERM and SIGUSR2 stop the run at the next step boundary.
+        """
+        path, log = self.output / "checkpoint.pth", self.output / "log.jsonl"
+        epoch = step = 0
+        if path.exists():
+            saved = load_checkpoint(path)
+            self._check_resumable(saved, path)
+            for name, part in state.items():
+                part.load_state_dict(saved["state"][name])
+            epoch, step = saved["epoch"], saved["step"]
+            if self.rank == 0:
+                if log.exists():
+                    os.truncate(log, min(saved["log_size"], log.stat().st_size))
+                print(f"resumed {path} at epoch {epoch}, step {step} of {steps}", flush=True)
+        elif self.rank == 0 and log.exists():
+            log.unlink()
+        self.barrier()
+        self.steps, self.start = steps, time.monotonic()
+        self.bar = None
+        if self.rank == 0 and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=self.args.epochs * steps, initial=epoch * steps + step, unit="step", dynamic_ncols=True)
+        if epoch == step == 0:
+            self.log(**self.header)
+        self.previous = {number: signal.signal(number, self._on_signal)
+                         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}  # fmt: skip
+        return epoch, step
+
+    def _check_resumable(self, saved: dict[str, Any], path: Path) -> None:
+        script = self.header["options"]["script"]
+        if saved["options"]["script"] != script:
+            raise Fault(f"{path} was written by {saved['options']['script']}, not {script}: choose another --output")
+        if saved["data"] != self.data:
+            raise Fault(f"{path} was trained on other data ({saved['data']['name']}, {saved['data']['images']:,} images, not "
+                        f"{self.data['name']}, {self.data['images']:,}): choose another --output or --overwrite")  # fmt: skip
+        old, new = saved["options"], self.header["options"]
+        free = FREE_OPTIONS if new["schedule"] != "cosine" else FREE_OPTIONS - {"epochs"}
+        changed = [f"--{key.replace('_', '-')} {old.get(key)} -> {new.get(key)}"
+                   for key in sorted(old.keys() | new.keys()) if key not in free and old.get(key) != new.get(key)]  # fmt: skip
+        if changed:
+            raise Fault(f"{path} was trained with other options ({'; '.join(changed)}): use those, another --output or --overwrite")
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.signal == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+        if self.rank == 0:
+            print(f"\n{signal.Signals(number).name}: saving at the next step boundary", file=sys.stderr, flush=True)
+
+    def after_step(self, state: dict[str, Any], epoch: int, step: int, loss: Tensor) -> None:
+        """At a step boundary: progress; the loss must be finite; a checkpoint every --save-minutes and on a signal."""
+        now = time.monotonic()
+        bad = torch.where(torch.isfinite(loss.detach()), math.inf, epoch * self.steps + step)
+        self.first_bad = torch.minimum(self.first_bad, bad)
+        if self.device.type == "cpu" or step % 20 == 0:  # a look waits for the device
+            self.check_finite()
+        if self.bar is not None:
+            self.bar.set_description(f"epoch {epoch + 1}/{self.args.epochs}", refresh=False)
+            self.bar.update()
+        elif self.rank == 0 and (self.start or now - self.spoken > 60):
+            took = f", {now - self.start:.1f} s after the start of training" if self.start else ""
+            print(f"epoch {epoch + 1}/{self.args.epochs}, step {step + 1}/{self.steps}{took}", flush=True)
+            self.spoken = now
+        self.start = 0.0
+        due = now - self.saved_at > 60 * self.args.save_minutes > 0
+        wish = self.agree(2 if self.signal else 1 if due and self.rank == 0 else 0)
+        if wish:
+            self.save(state, epoch, step + 1)
+        if wish == 2:
+            self._stop(epoch, step + 1)
+
+    def check_finite(self) -> None:
+        bad = self.first_bad.item()
+        if self.agree(int(bad < math.inf)) if self.device.type == "cuda" else bad < math.inf:
+            where = f"epoch {bad // self.steps:.0f}, step {bad % self.steps:.0f}" if bad < math.inf else "another rank"
+            raise Fault(f"the loss is not finite ({where}): lower --lr; the last checkpoint in {self.output} is still good")
+
+    def _stop(self, epoch: int, step: int) -> None:
+        previous = self.previous[signal.Signals(self.signal or signal.SIGTERM)]
+        if self.rank == 0:
+            print(f"stopped at epoch {epoch}, step {step}; the same command continues", file=sys.stderr, flush=True)
+        if callable(previous) and previous is not signal.default_int_handler:
+            previous(self.signal, None)  # a launcher's own handler, such as submitit's: it requeues the job
+        raise Stop(128 + (self.signal or signal.SIGTERM))
+
+    def save(self, state: dict[str, Any], epoch: int, step: int) -> None:
+        """Write checkpoint.pth: all of `state`, and where to go on. Atomic: a kill leaves the old or the new one."""
+        self.check_finite()
+        if self.rank == 0:
+            log = self.output / "log.jsonl"
+            write_checkpoint(self.output / "checkpoint.pth", dict(
+                options=self.header["options"], data=self.data, git=self.header["git"], epoch=epoch, step=step,
+                log_size=log.stat().st_size if log.exists() else 0,
+                state={name: part.state_dict() for name, part in state.items()},
+            ))  # fmt: skip
+            self.saved_at = time.monotonic()
+
+    def finish(self, backbone: nn.Module) -> None:
+        """Write backbone.pth, the plain weights under torchvision's names, and give the signals back."""
+        if self.rank == 0:
+            write_checkpoint(self.output / "backbone.pth", backbone.state_dict())
+        if self.bar is not None:
+            self.bar.close()
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.barrier()
+        if self.rank == 0:
+            self.lock.close()
+
+
+class Totals:
+    """Sums of a step's figures on the device, read once an epoch; part of the checkpoint."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.count, self.sums = device, 0, dict[str, Tensor]()
+
+    def add(self, **figures: Tensor) -> None:
+        self.count += 1
+        for name, value in figures.items():
+            self.sums[name] = self.sums.get(name, torch.zeros((), device=self.device)) + value.detach().float()
+
+    def means(self, run: Run) -> dict[str, float]:
+        """The means over steps and ranks; starts anew."""
+        means = {name: run.mean(total).item() / max(self.count, 1) for name, total in self.sums.items()}
+        self.count, self.sums = 0, {}
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(count=self.count, sums=dict(self.sums))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+        self.sums = {name: total.to(self.device) for name, total in state["sums"].items()}
+
+
+def learning_rate(args: argparse.Namespace, progress: float) -> float:
+    """The rate after `progress` epochs: args.lr, dropped tenfold at each of --lr-drops, or on a cosine to zero."""
+    if args.schedule == "cosine":
+        factor = 0.5 * (1 + math.cos(math.pi * progress / args.epochs))
+    elif args.schedule == "step":
+        factor = 0.1 ** sum(progress >= drop for drop in args.lr_drops)
+    else:
+        factor = 1.0
+    return float(args.lr * factor)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device asked for, else cuda, mps or cpu, in this order. Under a launcher: this rank's GPU."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise Fault("--device cuda: this PyTorch sees no CUDA device; use --device cpu or install a CUDA build")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise Fault("--device mps: this PyTorch sees no Apple GPU; use --device cpu")
+    if name == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise Fault(f"rank {local} of this node has no GPU: only {torch.cuda.device_count()} are visible")
+        torch.cuda.set_device(local)
+        return torch.device("cuda", local)
+    return torch.device(name)
+
+
+def amp_default(device: torch.device) -> bool:
+    """bfloat16 only where it is faster."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()} ({os.cpu_count()} cores)"
+    return device.type
+
+
+def memory_gb(device: torch.device) -> float:
+    """The most memory held so far, in GB: of the GPU, else of the process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
+
+
+def git_commit() -> str:
+    """The commit of this code, with -dirty if it was changed; "unknown" outside a repository."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        found = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+                               capture_output=True, text=True, timeout=10, check=True)  # fmt: skip
+        return found.stdout.strip()
+    return "unknown"
+
+
+def plain_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options as plain strings and numbers: a Namespace or a Path in a checkpoint would not load safely."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in sorted(vars(args).items())}
+
+
+def write_checkpoint(path: Path, content: Any) -> None:
+    """Write to a temporary file in the same directory, flush it to the disk, then rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    buffer = io.BytesIO()  # torch.save straight to a full disk dies in C++ without a reason
+    torch.save(content, buffer)
+    try:
+        with temporary.open("wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise Fault(f"cannot write {path} ({error.strerror}): make room, then run the same command; the last checkpoint, "
+                    "if any, is whole") from None  # fmt: skip
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of ours: plain tensors, numbers and strings, nothing that could run code."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: saved[key] for key in ("options", "data", "git", "epoch", "step", "log_size", "state")}
+    except OSError as error:
+        raise Fault(f"cannot read {path} ({error.strerror})") from None
+    except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
+        raise Fault(f"{path} is truncated or no checkpoint of these scripts: remove it, or choose another --output") from None
+
+
+# ---- 5. data ---------------------------------------------------------------------------------------------------------
+
+
+class DataSet(NamedTuple):
+    """What belongs to a named data set, and no hyper-parameter."""
+
+    size: int  # px: what the network sees
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+IMAGENET = DataSet(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+DATASETS = {
+    "shapes": DataSet(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+    "cifar10": DataSet(32, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": DataSet(32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "stl10": DataSet(96, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "imagenet": IMAGENET,
+    "imagenet100": IMAGENET,
+    "places205": IMAGENET,
+}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
+SMALL = 64  # px; networks for images below it take a 3x3 stem
+CROP_NUMBERS = 22  # uniform numbers that crop_boxes takes for an image
+CPU = torch.device("cpu")
+
+
+class Crop(NamedTuple):
+    """RandomResizedCrop: side in px, range of the share of the area, range of the aspect ratio."""
+
+    size: int
+    scale: tuple[float, float]
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+
+@dataclasses.dataclass
+class ImageSet:
+    """Images in a fixed order: either decoded in `pixels`, or files that workers decode. Index = position here."""
+
+    name: str
+    size: int  # px: what the network sees
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    labels: Tensor  # (N,) int64, -1 where unknown; pretraining never sees them
+    classes: list[str]
+    ids: Tensor  # (N,) int64: position in the full, sorted set, before --subset
+    pixels: Tensor | None = None  # (N, 3, H, W) uint8
+    files: list[Path] = dataclasses.field(default_factory=list)
+    workers: int = 0
+    bad: BadImages | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def small(self) -> bool:
+        """Whether the network takes its 3x3 stem."""
+        return self.size < SMALL
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree for a checkpoint to fit: plain values, with a checksum of the file names or of some pixels."""
+        content = hashlib.blake2b(digest_size=8)
+        if self.pixels is not None:
+            content.update(self.pixels[:: max(1, len(self) // 64)].cpu().numpy().tobytes())
+        else:
+            content.update("\0".join("/".join(file.parts[-2:]) for file in self.files).encode("utf-8", "surrogateescape"))
+        return dict(name=self.name, images=len(self), size=self.size, mean=list(self.mean), std=list(self.std),
+                    small=self.small, classes=len(self.classes), checksum=content.hexdigest())  # fmt: skip
+
+    def select(self, rows: Tensor) -> ImageSet:
+        """The images at `rows`, in that order."""
+        pixels = None if self.pixels is None else self.pixels[rows.to(self.pixels.device)]
+        files = [self.files[row] for row in rows.tolist()] if self.files else []
+        return dataclasses.replace(self, labels=self.labels[rows], ids=self.ids[rows], pixels=pixels, files=files)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> zero mean and unit variance a channel, by the data set's figures."""
+        mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (self.mean, self.std))
+        return (images - mean) / std
+
+    def batches(
+        self, run: Run, order: Tensor, crop: Crop, epoch: int, start: int = 0, views: int = 1
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Steps of an epoch from `start` on: (step, index (B,), images (views, B, 3, S, S) in [0, 1]) of this rank.
+
+        Step s takes the positions s*B to (s+1)*B of `order`, the rest is dropped. The crop is drawn here, since workers
+        decode only what it needs; all other augmentation belongs to the script.
+        """
+        rows, batch = run.rows(run.args.batch_size), run.args.batch_size
+
+        def numbers(step: int) -> list[Tensor]:
+            draw = Draw(run.generator("crop", epoch, step), batch, rows, run.device if self.pixels is not None else CPU)
+            return [draw(CROP_NUMBERS) for _ in range(views)]
+
+        steps = range(start, len(order) // batch)
+        indices = (order[step * batch : (step + 1) * batch][rows] for step in steps)
+        if self.pixels is not None:
+            for step, index in zip(steps, indices, strict=True):
+                pixels = self.pixels[index.to(self.pixels.device)].to(run.device, non_blocking=True)
+                boxes = [crop_boxes(u, pixels.shape[2], pixels.shape[3], crop.scale, crop.ratio) for u in numbers(step)]
+                yield step, index.to(run.device), torch.stack([resized_crop(pixels, box, crop.size) for box in boxes])
+        else:
+            items = ([(i, crop, u) for i, *u in zip(index.tolist(), *numbers(step), strict=True)]
+                     for step, index in zip(steps, indices, strict=True))  # fmt: skip
+            for step, (index, images, bad) in zip(steps, self._loader(items, run.device), strict=True):
+                self._report(index, bad)
+                yield step, index.to(run.device), images.to(run.device, non_blocking=True).transpose(0, 1).float() / 255
+
+    def centers(self, rows: Tensor, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+        """The images at `rows` in batches (b, 3, S, S) in [0, 1], without augmentation.
+
+        Small images as they are; larger ones with the shorter side at 8/7 of S, then the central square.
+        """
+        if self.pixels is not None:
+            for part in torch.split(rows, batch_size):
+                pixels = self.pixels[part.to(self.pixels.device)].to(device, non_blocking=True)
+                side = shorter_side(self.size, min(pixels.shape[-2:]))
+                yield resize_center_crop(pixels, side, self.size)
+        else:
+            items = [[(i, self.size) for i in part.tolist()] for part in torch.split(rows, batch_size)]
+            for index, images, bad in self._loader(items, device):
+                self._report(index, bad)
+                yield images.to(device, non_blocking=True)[:, 0].float() / 255
+
+    def _loader(self, items: Any, device: torch.device) -> Any:
+        return torch.utils.data.DataLoader(
+            _Decoder(self.files), batch_sampler=items, num_workers=self.workers, pin_memory=device.type == "cuda"
+        )
+
+    def _report(self, index: Tensor, bad: Tensor) -> None:
+        for i in index[bad].tolist():
+            if self.bad is not None:
+                self.bad.add(self.files[i])
+
+
+class BadImages:
+    """Counts unreadable images, names each once, and gives up above the limit."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.paths = limit, set[Path]()
+
+    def add(self, path: Path) -> None:
+        if path not in self.paths:
+            self.paths.add(path)
+            if len(self.paths) > self.limit:
+                raise Fault(f"cannot read the image {path}: remove it, or tolerate some with --max-bad-images "
+                            f"(now {self.limit})")  # fmt: skip
+            print(f"unreadable image, replaced by grey: {path}", file=sys.stderr, flush=True)
+
+
+class _Decoder(torch.utils.data.Dataset[tuple[int, Tensor, bool]]):
+    """(row, crop, numbers...) or (row, side) -> row, (views, 3, S, S) uint8, whether the file was unreadable."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+
+    def __getitem__(self, item: Any) -> tuple[int, Tensor, bool]:
+        row, crop, *numbers = item
+        try:
+            if not numbers:
+                return row, torch.from_numpy(central_square(self.files[row], crop))[None], False
+            views = [torch.from_numpy(view) for view in random_crops(self.files[row], crop, torch.stack(numbers))]
+            return row, torch.stack(views), False
+        except UNREADABLE:
+            size = crop.size if numbers else crop
+            return row, torch.full((max(1, len(numbers)), 3, size, size), 128, dtype=torch.uint8), True
+
+
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError)  # what Pillow raises for damaged images
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+def shorter_side(size: int, source: int) -> int:
+    """What the shorter side is scaled to before the central crop: 8/7 of `size`, but `size` if the image is small, px."""
+    return size if size < SMALL or source <= size else round(size * 8 / 7)
+
+
+def central_square(path: Path, size: int, side: int | None = None) -> Pixels:
+    """The shorter side scaled to `side` (default: that of evaluation), then the central square: (3, size, size)."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        side = side or shorter_side(size, min(image.size))
+        image.draft("RGB", (side, side))
+        pixels = image.convert("RGB")
+    scale = side / min(pixels.size)
+    width, height = max(size, round(pixels.width * scale)), max(size, round(pixels.height * scale))
+    left, top = (width - size) // 2, (height - size) // 2
+    pixels = pixels.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+    return np.asarray(pixels).transpose(2, 0, 1).copy()
+
+
+def random_crops(path: Path, crop: Crop, uniform: Tensor) -> list[Pixels]:
+    """Crops (3, S, S) of one image, by uniform numbers (views, 22). JPEGs are decoded no larger than the crops need."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        width, height = image.size
+        boxes = crop_boxes(uniform, height, width, crop.scale, crop.ratio)
+        least = boxes.amin(0).tolist()
+        image.draft("RGB", (math.ceil(width * crop.size / least[3]), math.ceil(height * crop.size / least[2])))
+        pixels = image.convert("RGB")
+    x, y = pixels.width / width, pixels.height / height
+    areas = [(left * x, top * y, (left + w) * x, (top + h) * y) for top, left, h, w in boxes.tolist()]
+    crops = [pixels.resize((crop.size, crop.size), Image.Resampling.BILINEAR, area) for area in areas]
+    return [np.asarray(view).transpose(2, 0, 1).copy() for view in crops]
+
+
+def extract(
+    run_or_device: Run | torch.device, data: ImageSet, encode: Callable[[Tensor], Tensor], batch_size: int = 256
+) -> Tensor:
+    """Features (N, D) float32 of all images without augmentation, in their order; shared out over the ranks."""
+    device = run_or_device if isinstance(run_or_device, torch.device) else run_or_device.device
+    rank, world = (0, 1) if isinstance(run_or_device, torch.device) else (run_or_device.rank, run_or_device.world)
+    share = -(-len(data) // world)  # equal shares, the last padded with image 0
+    rows = torch.arange(rank * share, (rank + 1) * share)
+    rows[rows >= len(data)] = 0
+    with torch.no_grad():
+        parts = [encode(data.normalize(images)).float() for images in data.centers(rows, batch_size, device)]
+    features = torch.cat(parts)
+    return features if world == 1 else run_or_device.gather(features)[0][: len(data)]  # type: ignore[union-attr]
+
+
+def load(args: argparse.Namespace, split: str, device: torch.device) -> ImageSet:
+    """The images that --data names. `split`: "pretrain" (STL-10: with the unlabelled), "train" or "test"."""
+    name = str(args.data)
+    if name in DATASETS and name not in ("imagenet", "imagenet100", "places205"):
+        spec = DATASETS[name]
+        pixels, labels, classes = _NAMED[name](args, split)
+        size = args.image_size or spec.size
+        data = ImageSet(name, size, spec.mean, spec.std, labels, classes, torch.arange(len(labels)), pixels)
+    else:
+        data = _folder(args, split)
+    data = _subset(data, args.subset if split != "test" else args.test_subset, args)
+    if data.pixels is not None and (args.cache == "device" or (args.cache is None and _fits(data.pixels, device))):
+        data.pixels = data.pixels.to(device)
+    elif args.cache == "none" and data.pixels is not None:
+        raise Fault(f"--cache none is for folders of large images: {name} is held decoded")
+    return data
+
+
+def _fits(pixels: Tensor, device: torch.device) -> bool:
+    return device.type != "cuda" or pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4
+
+
+def _subset(data: ImageSet, wanted: float | None, args: argparse.Namespace) -> ImageSet:
+    """A seeded part with the same number of each class (plus or minus one); unlabelled images are one class."""
+    if wanted is None:
+        return data
+    if data.name == "shapes":
+        wanted = len(data) if wanted <= 50_000 else wanted
+    count = round(wanted * len(data)) if wanted < 1 else int(wanted)
+    if count > len(data):
+        raise Fault(f"--subset {count}: {data.name} has only {len(data)} images here")
+    if count < 1:
+        raise Fault(f"--subset {wanted:g} of {len(data)} images is none")
+    order = torch.randperm(len(data), generator=generator(args.seed, "subset"))
+    seen = torch.zeros(len(data.classes) + 1, dtype=torch.long)
+    turn = torch.empty(len(data), dtype=torch.long)  # how many of its class come before an image
+    for row in order.tolist():
+        label = int(data.labels[row])
+        turn[row] = seen[label]
+        seen[label] += 1
+    chosen = order[turn[order].argsort(stable=True)[:count]]
+    return data.select(chosen.sort().values)
+
+
+def _shapes(args: argparse.Namespace, split: str) -> tuple[Tensor, Tensor, list[str]]:
+    count, wanted = (50_000, args.subset) if split != "test" else (10_000, args.test_subset)
+    if wanted is not None and wanted < 1:
+        count = round(wanted * count)
+    elif wanted is not None:
+        count = min(count, int(wanted))  # any part of them is as good: render no more than that
+    pixels, labels = shapes(count, seed=int(split == "test"))
+    return pixels, labels, [f"class {i}" for i in range(10)]
+
+
+def _cifar(args: argparse.Namespace, split: str) -> tuple[Tensor, Tensor, list[str]]:
+    """The pickled batches of CIFAR-10 and -100, read without running anything they might contain."""
+    ten = args.data == "cifar10"
+    folder = args.data_dir / ("cifar-10-batches-py" if ten else "cifar-100-python")
+    files = [f"data_batch_{i}" for i in range(1, 6)] if ten else ["train"]
+    if split == "test":
+        files = ["test_batch" if ten else "test"]
+    if not folder.is_dir():
+        _download(args, "CIFAR10" if ten else "CIFAR100")
+    parts, labels = [], list[int]()
+    for name in files:
+        batch = _read_cifar(folder / name, _CIFAR_MD5.get(name))
+        parts.append(np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32))
+        labels += batch["labels" if ten else "fine_labels"]
+    meta = _read_cifar(folder / ("batches.meta" if ten else "meta"), None)
+    return torch.from_numpy(np.concatenate(parts)), torch.tensor(labels), meta["label_names" if ten else "fine_label_names"]
+
+
+_CIFAR_MD5 = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f", "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751", "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb", "test_batch": "40351d587109b95175f43aff81a1287e",
+    "train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+}  # fmt: skip
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Unpickles lists, dictionaries, strings and numpy arrays; anything else in the file is refused, not run."""
+
+    ALLOWED = frozenset({("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"),
+               ("numpy", "dtype"), ("_codecs", "encode"), ("numpy._core.numeric", "_frombuffer")})  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def _read_cifar(path: Path, md5: str | None) -> dict[str, Any]:
+    try:
+        content = path.read_bytes()
+        batch = _PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
+        batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
+    except OSError as error:
+        raise Fault(f"cannot read {path} ({error.strerror}): remove its folder to download the data again") from None
+    except Exception:
+        raise Fault(f"{path} is damaged or no CIFAR batch: remove its folder to download the data again") from None
+    if md5 and hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+        print(f"note: {path} is not the official file (md5 differs)", file=sys.stderr)
+    for key, value in batch.items():
+        if key.endswith("_names"):
+            batch[key] = [name.decode() if isinstance(name, bytes) else name for name in value]
+    return batch
+
+
+def _stl10(args: argparse.Namespace, split: str) -> tuple[Tensor, Tensor, list[str]]:
+    from torchvision.datasets import STL10
+
+    if not (args.data_dir / "stl10_binary").is_dir():
+        _download(args, "STL10")
+    try:
+        data = STL10(str(args.data_dir), "train+unlabeled" if split == "pretrain" else split)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise Fault(f"cannot read STL-10 in {args.data_dir} ({error}): remove stl10_binary to download it again") from None
+    return torch.from_numpy(data.data), torch.from_numpy(data.labels).long(), list(data.classes)
+
+
+def _download(args: argparse.Namespace, name: str) -> None:
+    """Fetch and unpack a data set by torchvision; rank 0 of each node only."""
+    import torchvision
+
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        print(f"downloading {name} to {args.data_dir}", file=sys.stderr, flush=True)
+        try:
+            getattr(torchvision.datasets, name)(str(args.data_dir), download=True)
+        except (OSError, RuntimeError) as error:
+            raise Fault(f"{name} is not in {args.data_dir} and could not be downloaded ({error}): name its folder with "
+                        "--data-dir, or use --data shapes") from None  # fmt: skip
+    if dist.is_initialized():
+        dist.barrier()
+
+
+_NAMED: dict[str, Callable[[argparse.Namespace, str], tuple[Tensor, Tensor, list[str]]]] = {
+    "shapes": _shapes, "cifar10": _cifar, "cifar100": _cifar, "stl10": _stl10,
+}  # fmt: skip
+
+
+def _folder(args: argparse.Namespace, split: str) -> ImageSet:
+    """Any directory of images: its files sorted, decoded at once if they are small or --cache asks for it."""
+    named = args.data in DATASETS
+    root = args.data_dir / args.data if named else Path(args.data)
+    if not root.is_dir():
+        where = "download it there, or name another place with --data-dir" if named else "--data takes a data set or a folder"
+        raise Fault(f"no directory {root}: {where} ({', '.join(DATASETS)})")
+    train, val = root / "train", next((root / name for name in ("val", "test") if (root / name).is_dir()), args.val_dir)
+    place = (train if train.is_dir() else root) if split != "test" else val
+    if place is None or not place.is_dir():
+        raise Fault(f"no validation images: neither {root}/val nor --val-dir")
+    files = sorted(Path(folder) / name for folder, _, names in os.walk(place, followlinks=True) for name in names
+                   if Path(name).suffix.lower() in SUFFIXES)  # fmt: skip
+    if not files:
+        raise Fault(f"no images in {place} ({' '.join(sorted(SUFFIXES))})")
+    parts = [file.relative_to(place).parts for file in files]
+    classes = sorted({part[0] for part in parts if len(part) > 1})
+    number = {name: i for i, name in enumerate(classes)}
+    labels = torch.tensor([number[part[0]] if len(part) > 1 else -1 for part in parts])
+    sample = files[:: max(1, len(files) // 64)]
+    bad = BadImages(args.max_bad_images)
+    sides = [max(image.size) for image in _readable(sample, bad)]
+    small = max(sides, default=0) <= 96
+    size = args.image_size or (max(sides, default=0) if small else IMAGENET.size) or IMAGENET.size
+    spec = DATASETS.get(args.data, IMAGENET)
+    data = ImageSet(args.data if named else root.name, size, spec.mean, spec.std, labels, classes, torch.arange(len(files)),
+                    files=files, workers=args.workers, bad=bad)  # fmt: skip
+    if args.cache in ("device", "host") or (small and args.cache is None):
+        side = size if small else round(size * 8 / 7)
+        if not small:
+            print(f"--cache {args.cache}: large images are kept as their central square at {side} px; crops come from it",
+                  file=sys.stderr)  # fmt: skip
+        data.pixels = _decode_all(data, side)
+        data.files = files
+    return data
+
+
+def _readable(files: list[Path], bad: BadImages) -> Iterator[Any]:
+    from PIL import Image
+
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                yield image
+        except UNREADABLE:
+            bad.add(file)
+
+
+def _decode_all(data: ImageSet, side: int) -> Tensor:
+    """All images as (N, 3, side, side) uint8: the shorter side scaled to `side`, then the central square."""
+
+    def decode(file: Path) -> Pixels | None:
+        try:
+            return central_square(file, side, side)
+        except UNREADABLE:
+            return None
+
+    pixels = torch.full((len(data.files), 3, side, side), 128, dtype=torch.uint8)
+    with ThreadPoolExecutor(max(1, data.workers)) as pool:
+        for row, image in enumerate(pool.map(decode, data.files)):
+            if image is None:
+                assert data.bad is not None
+                data.bad.add(data.files[row])
+            else:
+                pixels[row] = torch.from_numpy(image)
+    return pixels
+
+
+# ---- 6. shapes -------------------------------------------------------------------------------------------------------
+# shapes: the embedded data set. Ten classes of textured objects on textured ground, drawn from a seed.
+#
+# Every image is a point in a space of continuous factors, and a class is a blurred cloud in that space: each factor
+# ranks the ten classes in another order (one digit a class), so that no factor alone tells a class and neighbouring
+# images look alike. What the usual augmentation removes (position, size, mirror image, brightness, contrast,
+# saturation, hue) is drawn without regard to the class.
+
+FACTORS = {  # name: (value at level 0, value at level 1, typical level of classes 0..9 in tenths)
+    "slope": (0.0, math.pi / 2, "0369258147"),  # direction of the ground's waves
+    "spread": (0.05, 1.2, "7091852436"),  # how far the single waves deviate from it: stripes to blotches
+    "frequency": (0.7, 1.7, "4820617953"),  # log of their cycles per half image
+    "irregularity": (0.15, 0.7, "1574093862"),  # differences in log frequency between the waves
+    "crispness": (-0.4, 1.6, "9246071385"),  # log gain: soft waves to hard-edged patches
+    "depth": (-2.6, -1.4, "5281740396"),  # log amplitude of the ground's pattern
+    "tilt": (0.0, math.pi / 2, "5107964283"),  # direction of the object's long axis
+    "length": (1.0, 2.2, "8413705629"),  # ratio of the object's axes
+    "corners3": (0.0, 0.32, "6935140872"),  # amplitudes of the outline's harmonics
+    "corners4": (0.0, 0.25, "3782496510"),
+    "corners5": (0.0, 0.25, "0594837216"),
+    "hole": (-0.2, 0.55, "7326580491"),  # radius of the hole, relative to the outline
+    "bands": (-0.5, 1.0, "1860742935"),  # log of the cycles of the object's pattern per radius
+    "roundness": (0.0, 1.0, "9471253608"),  # pattern of parallel bands to concentric rings
+    "contrast": (0.10, 0.30, "4085926317"),  # amplitude of the object's pattern
+    "hue_gap": (0.3, math.pi, "2739608154"),  # between object and ground
+    "count": (1.0, 4.0, "6150387942"),  # number of objects, rounded down
+}
+BLUR = 0.18  # standard deviation of a factor's level within a class
+MIDDLE, HALF = 0.12, 0.06
+NUM_CLASSES, MAX_OBJECTS, NUM_WAVES = 10, 3, 5
+
+
+@dataclasses.dataclass
+class Scene:
+    """An image (3, size, size) uint8 with K objects: boxes (K, 4) x1 y1 x2 y2 in pixels, labels (K,), masks (K, size, size)."""
+
+    image: Tensor
+    boxes: Tensor
+    labels: Tensor
+    masks: Tensor
+
+
+# Sums of uniform numbers instead of normal ones, float64 for everything per image, and only + - * / sqrt and
+# comparisons in float32 per pixel: so every machine renders the same bytes.
+
+
+def draw_factors(labels: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+    """Factors of n objects of classes labels (n,), each (n,) float64; and (n, 40) uniform numbers for the nuisances."""
+    uniform = torch.rand(len(labels), 4 * len(FACTORS) + 40, generator=generator, dtype=torch.float64)
+    bell = (uniform[:, : 4 * len(FACTORS)].view(len(labels), -1, 4).sum(2) - 2) * math.sqrt(3)
+    levels = torch.tensor([[int(digit) for digit in levels] for _, _, levels in FACTORS.values()], dtype=torch.float64)
+    level = ((levels.T[labels] + 0.5) / 10 + BLUR * bell).clamp(0, 1)
+    factors = {name: low + (high - low) * level[:, i] for i, (name, (low, high, _)) in enumerate(FACTORS.items())}
+    return factors, uniform[:, 4 * len(FACTORS) :]
+
+
+def palette(lightness: Tensor, amplitude: Tensor, hue: Tensor) -> Tensor:
+    """Middle colour and half difference of a two-colour pattern; all (n,); returns (2, n, 3, 1, 1) float32."""
+    angle = hue[:, None] - torch.arange(3, dtype=torch.float64) * (2 * math.pi / 3)
+    tint = torch.stack([MIDDLE * torch.cos(angle), HALF * torch.sin(angle)])
+    tint = tint - (tint * torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)).sum(2, keepdim=True)  # luma stays
+    return (torch.stack([lightness, amplitude])[..., None] + tint).float()[..., None, None]
+
+
+def draw_ground(factors: dict[str, Tensor], nuisance: Tensor, size: int, extent: float) -> Tensor:
+    """Backgrounds (n, 3, size, size) float32 on a canvas of [-extent, extent] squared."""
+    axis = (torch.arange(size, dtype=torch.float64) + 0.5) * (2 * extent / size) - extent
+    side = torch.where(nuisance[:, 0] < 0.5, -1.0, 1.0)
+    field = torch.zeros(len(nuisance), size, size)
+    for wave in range(NUM_WAVES):
+        phase, turn, detune = nuisance[:, 10 + 3 * wave : 13 + 3 * wave].unbind(1)
+        angle = factors["slope"] + factors["spread"] * (2 * turn - 1)
+        length = math.pi * torch.exp(factors["frequency"] + factors["irregularity"] * (2 * detune - 1))
+        x = (length * torch.cos(angle) * side)[:, None] * axis + 2 * math.pi * phase[:, None]
+        y = (length * torch.sin(angle))[:, None] * axis
+        field += torch.sin(x).float()[:, None, :] * torch.cos(y).float()[:, :, None]
+        field += torch.cos(x).float()[:, None, :] * torch.sin(y).float()[:, :, None]
+    gain = torch.exp(factors["crispness"]) / math.sqrt(NUM_WAVES / 2)
+    field = field * gain.float()[:, None, None]
+    lightness, hue = 0.36 + 0.18 * nuisance[:, 2], 2 * math.pi * nuisance[:, 5]
+    middle, half = palette(lightness, torch.exp(factors["depth"]), hue)
+    return middle + half * field.clamp(-1, 1)[:, None]
+
+
+def draw_object(
+    canvas: Tensor, factors: dict[str, Tensor], nuisance: Tensor, place: Tensor, extent: float
+) -> tuple[Tensor, Tensor]:
+    """Paint one object on each canvas (n, 3, s, s); place (n, 3): x, y, radius. Returns canvas and cover (n, s, s) in [0, 1]."""
+    size = canvas.shape[-1]
+    axis = (torch.arange(size, dtype=torch.float64) + 0.5) * (2 * extent / size) - extent
+    side = torch.where(nuisance[:, 0] < 0.5, -1.0, 1.0)
+    centre_x, centre_y, radius = place.unbind(1)
+    across = (side[:, None] * (axis - centre_x[:, None]) / radius[:, None]).float()[:, None, :]
+    down = ((axis - centre_y[:, None]) / radius[:, None]).float()[:, :, None]
+
+    def wide(values: Tensor) -> Tensor:
+        return values.float()[:, None, None]
+
+    cos, sin, stretch = torch.cos(factors["tilt"]), torch.sin(factors["tilt"]), torch.sqrt(factors["length"])
+    x = across * wide(cos / stretch) + down * wide(sin / stretch)
+    y = down * wide(cos * stretch) - across * wide(sin * stretch)
+    r = torch.sqrt(x * x + y * y) + 1e-6
+    cos1 = x / r
+    cos2 = 2 * cos1 * cos1 - 1
+    cos3 = cos1 * (2 * cos2 - 1)
+    cos5 = 2 * cos2 * cos3 - cos1
+    outline = 1 + wide(factors["corners3"]) * cos3 + wide(factors["corners5"]) * cos5
+    outline = outline + wide(factors["corners4"]) * (2 * cos2 * cos2 - 1)
+    pixels = wide(radius * size / (2 * extent))
+    inner = outline * wide(factors["hole"])
+    cover = ((outline - r) * pixels + 0.5).clamp(0, 1) * ((r - inner) * pixels + 0.5).clamp(0, 1)
+    roundness = wide(factors["roundness"])
+    phase = (r * roundness + y * (1 - roundness)) * wide(torch.exp(factors["bands"]))
+    pattern = (((phase - torch.floor(phase)) - 0.5).abs() * 8 - 2).clamp(-1, 1)
+    lightness = 0.46 + 0.18 * nuisance[:, 2]
+    hue = 2 * math.pi * nuisance[:, 5] + factors["hue_gap"]
+    middle, half = palette(lightness, factors["contrast"], hue)
+    return canvas + (middle + half * pattern[:, None] - canvas) * cover[:, None], cover
+
+
+def to_bytes(canvas: Tensor) -> Tensor:
+    """Float images to uint8, rounded."""
+    return (canvas.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
+
+
+def shapes(n: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
+    """n images (n, 3, size, size) uint8 and labels (n,) int64; ten classes, balanced in each block of ten images."""
+    images, labels = torch.empty(n, 3, size, size, dtype=torch.uint8), torch.empty(n, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(0, n, 500):  # whole chunks are drawn, so image i does not depend on n
+        label = torch.rand(50, NUM_CLASSES, generator=generator, dtype=torch.float64).argsort(1).flatten()
+        factors, nuisance = draw_factors(label, generator)
+        canvas = draw_ground(factors, nuisance, size, extent=1.0)
+        for slot in range(MAX_OBJECTS):
+            chosen = (factors["count"] >= slot + 1).nonzero().squeeze(1)
+            spot = nuisance[chosen, 25 + 3 * slot : 28 + 3 * slot]
+            crowd = torch.sqrt(factors["count"][chosen].clamp(max=MAX_OBJECTS).floor())[:, None]
+            place = torch.cat([1.2 * spot[:, :2] - 0.6, (0.45 + 0.25 * spot[:, 2:]) / crowd], 1)
+            some = {name: values[chosen] for name, values in factors.items()}
+            canvas[chosen], _ = draw_object(canvas[chosen], some, nuisance[chosen], place, extent=1.0)
+        end = min(start + 500, n)
+        images[start:end], labels[start:end] = to_bytes(canvas)[: end - start], label[: end - start]
+    return images, labels
+
+
+def render_scene(labels: Tensor, seed: int, size: int = 96, extent: float = 1.75) -> Scene:
+    """One object for each of labels (K,) on a canvas of size pixels, extent times as wide as that of `shapes`.
+
+    Later objects hide earlier ones; an object of which nothing is seen is left out. Boxes end after the last pixel.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    factors, nuisance = draw_factors(labels, generator)
+    canvas = draw_ground({name: values[:1] for name, values in factors.items()}, nuisance[:1], size, extent)
+    spots = (2 * torch.rand(len(labels), 16, 2, generator=generator, dtype=torch.float64) - 1) * (extent - 0.4)
+    centres, masks = spots[0, :1], torch.zeros(0, size, size, dtype=torch.bool)
+    for k in range(len(labels)):
+        if k:  # of 16 random spots, the one farthest from the objects that are already there
+            distance = (spots[k, :, None] - centres).square().sum(2).amin(1)
+            centres = torch.cat([centres, spots[k, distance.argmax()][None]])
+        place = torch.cat([centres[k], 0.35 + 0.25 * nuisance[k, 27:28]])[None]
+        own = {name: values[k : k + 1] for name, values in factors.items()}
+        canvas, cover = draw_object(canvas, own, nuisance[k : k + 1], place, extent)
+        masks = torch.cat([masks & (cover < 0.5), cover >= 0.5])
+    seen = masks.any(2).any(1)
+    masks = masks[seen]
+    boxes = torch.zeros(len(masks), 4, dtype=torch.int64)
+    for box, mask in zip(boxes, masks, strict=True):
+        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+        box.copy_(torch.stack([columns[0, 0], rows[0, 0], columns[-1, 0] + 1, rows[-1, 0] + 1]))
+    return Scene(to_bytes(canvas)[0], boxes, labels[seen], masks)
+
+
+# ---- 7. augmentation -------------------------------------------------------------------------------------------------
+# Each pure operation (resized_crop, color_jitter, ...) has a random_* version, which makes its parameters of
+# `draw(*shape)`: uniform numbers in [0, 1) of shape (B, *shape), one row an image. Nothing here depends on
+# another image of the batch, and all shapes are static: torch.compile can fuse, no kernel waits for the host.
+
+Uniform = Callable[..., Tensor]  # Draw, or a test's own
+
+
+def per_image(values: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1), which broadcasts against images."""
+    return values.view(-1, 1, 1, 1)
+
+
+def choose(where: Tensor, changed: Tensor, images: Tensor) -> Tensor:
+    """`changed` for the images marked in `where` (B,) bool, else `images`; either to the bit."""
+    return torch.lerp(images, changed, per_image(where).to(images.dtype))  # torch.where is slow on CPUs
+
+
+def crop_boxes(
+    uniform: Tensor, height: int | Tensor, width: int | Tensor, scale: Sequence[float], ratio: Sequence[float]
+) -> Tensor:
+    """Boxes of RandomResizedCrop, (B, 4) int64: top, left, height, width. uniform: (B, 22) in [0, 1); height,
+    width of the images: int or (B,); scale: range of the share of the area; ratio: that of width / height."""
+    full_height, full_width = (torch.ones_like(uniform[:, 0]).mul(side)[:, None] for side in (height, width))
+    share = scale[0] + (scale[1] - scale[0]) * uniform[:, 0:10]
+    log_ratio = math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * uniform[:, 10:20]
+    side, stretch = (full_height * full_width * share).sqrt(), (0.5 * log_ratio).exp()
+    # The first of ten tries that fits wins; the eleventh always does: the largest box of an allowed ratio.
+    heights = torch.cat([side / stretch, torch.minimum(full_height, full_width / ratio[0])], 1).round()
+    widths = torch.cat([side * stretch, torch.minimum(full_width, full_height * ratio[1])], 1).round()
+    fits = (heights > 0) & (heights <= full_height) & (widths > 0) & (widths <= full_width)
+    winner = F.pad(fits[:, :10].byte(), (0, 1), value=1).argmax(1, keepdim=True)
+    size = torch.cat([heights.gather(1, winner), widths.gather(1, winner)], 1).clamp(min=1)
+    free = torch.cat([full_height, full_width], 1) - size
+    corner = torch.where(winner < 10, uniform[:, 20:22] * (free + 1), free / 2).floor()
+    return torch.cat([corner, size], 1).long()
+
+
+def interpolation(
+    start: Tensor, length: Tensor, source: int, target: int, flip: Tensor | None = None
+) -> Tensor:
+    """Antialiased linear interpolation of `length` (B,) pixels from `start` (B,), mirrored where `flip` (B,)
+    says so: matrices (B, target, source). The filter is a triangle two pixels of the coarser grid wide."""
+    start, length = start.view(-1, 1, 1).float(), length.view(-1, 1, 1).float()
+    center = torch.arange(0.5, target, device=start.device).view(-1, 1)
+    if flip is not None:
+        center = torch.where(flip.view(-1, 1, 1), target - center, center)
+    pixel = torch.arange(0.5, source, device=start.device) - start
+    distance = (pixel - center * (length / target)).abs_().div_((length / target).clamp(min=1))
+    weights = distance.neg_().add_(1).clamp_(min=0).mul_((pixel > 0) & (pixel < length))
+    return weights.div_(weights.sum(2, keepdim=True))
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in their own precision: autocast to bf16 would cost pixels."""
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right
+
+
+def separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """rows @ image @ columns^T. images: (B, 3, H, W); rows: (B or 1, h, H); columns: (B or 1, w, W)."""
+    return product(rows[:, None], product(images, columns.mT[:, None]))
+
+
+def resized_crop(images: Tensor, boxes: Tensor, size: int, flip: Tensor | None = None) -> Tensor:
+    """Crops as (B, 3, size, size) floats in [0, 1], bilinear with antialiasing. images: uint8 or float in
+    [0, 1]; boxes: (B, 4) top, left, height, width; flip: (B,) bool, mirrors the result."""
+    top, left, height, width = boxes.unbind(1)
+    rows = interpolation(top, height, images.shape[2], size)
+    columns = interpolation(left, width, images.shape[3], size, flip)
+    crops = separable(images.float(), rows, columns)
+    return crops if images.is_floating_point() else crops.div_(255)
+
+
+def resize_center_crop(images: Tensor, resize: int, crop: int) -> Tensor:
+    """Shorter side to `resize` pixels, then the central crop, (B, 3, crop, crop) floats in [0, 1]; for tests.
+    images: uint8 or float in [0, 1]."""
+    shorter = min(images.shape[2:])
+    matrices = []
+    for source in images.shape[2:]:
+        target = resize * source // shorter
+        whole = torch.full((1,), source, device=images.device)
+        matrix = interpolation(torch.zeros_like(whole), whole, source, target)
+        matrices.append(matrix.narrow(1, round((target - crop) / 2), crop))
+    crops = separable(images.float(), *matrices)
+    return crops if images.is_floating_point() else crops.div_(255)
+
+
+def luma(images: Tensor) -> Tensor:
+    """Grey value of ITU-R 601, (B, 1, H, W)."""
+    red, green, blue = images.unbind(1)
+    return (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).unsqueeze(1)
+
+
+def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Hue turned by `shift` (B,) in [-0.5, 0.5] turns; images with shift 0 stay as they are to the bit.
+
+    A channel falls from high to low as the hue turns from 1/6 to 2/6 away from the channel's own. Angles are
+    kept in sixths of a turn times chroma, so that the way to HSV and back has no division and no branch."""
+    red, green, blue = images.unbind(1)
+    low = torch.minimum(torch.minimum(red, green), blue)
+    high = torch.maximum(torch.maximum(red, green), blue)
+    chroma = (high - low).unsqueeze(1)
+    total = high.sub(low, alpha=2).add_(red).add_(green).add_(blue).unsqueeze(1)
+    unsigned = total.sub(images, alpha=2)  # angle of the hue from each channel, 0 to 3
+    side = torch.stack([green - blue, blue - red, red - green], 1)
+    angle = unsigned.copysign_(side).addcmul_(chroma, per_image(6 * shift))
+    opposite = angle.abs_().sub_(chroma, alpha=3).abs_()  # 3 chroma less that angle taken the shorter way
+    turned = opposite.sub_(chroma).add_(low[:, None]).clamp_(low[:, None], high[:, None])
+    return choose(shift != 0, turned, images)
+
+
+def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+    """ColorJitter. factors: (B, 4) of brightness, contrast, saturation (1: unchanged) and hue (turns, 0:
+    unchanged); order: (B, 4) int64, a permutation a row: which of the four comes first, second, ...
+
+    Hue costs most and is done once: three blends for what an image has before its hue, three for what it has
+    after; a blend that an image does not have gets the ratio 1, which changes nothing, to the bit."""
+    ratio = torch.where(order == 3, 1, factors.gather(1, order))
+    before = (order == 3).cumsum(1) == 0
+    ratios = torch.cat([torch.where(before, ratio, 1)[:, :3], torch.where(before, 1, ratio)[:, 1:]], 1)
+    blends = torch.cat([order[:, :3], order[:, 1:]], 1)
+    to_mean, to_grey = (blends == 1).to(images.dtype), (blends == 2).to(images.dtype)  # else to black
+    images = images.clone()
+    for slot in range(6):
+        if slot == 3:
+            images = shift_hue(images, factors[:, 3])
+        grey = luma(images)
+        mean = grey.mean((1, 2, 3), keepdim=True)
+        target = grey.mul_(per_image(to_grey[:, slot])).add_(mean.mul_(per_image(to_mean[:, slot])))
+        images.lerp_(target, per_image(1 - ratios[:, slot])).clamp_(0, 1)
+    return images
+
+
+def grayscale(images: Tensor, where: Tensor) -> Tensor:
+    """Three equal grey channels for the images marked in `where` (B,) bool."""
+    return choose(where, luma(images), images)
+
+
+def horizontal_flip(images: Tensor, where: Tensor) -> Tensor:
+    """The images marked in `where` (B,) bool are mirrored."""
+    return choose(where, images.flip(3), images)
+
+
+def blur_matrices(sigma: Tensor, kernel_size: int, side: int) -> Tensor:
+    """Gaussian filter with reflected borders, (B, side, side). sigma: (B,) pixels; kernel_size: odd."""
+    offsets = torch.arange(kernel_size, device=sigma.device) - kernel_size // 2
+    weights = torch.softmax(-0.5 * (offsets / sigma[:, None]).square(), 1)
+    pixel = torch.arange(side, device=sigma.device)
+    reflected = side - 1 - (side - 1 - (pixel + offsets[:, None]).abs()).abs()
+    taps = (reflected[:, :, None] == pixel).to(weights.dtype)
+    return product(weights, taps.view(kernel_size, -1)).view(-1, side, side)
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
+    """Gaussian blur with reflected borders. sigma: (B,) pixels; kernel_size: odd, under twice each side."""
+    rows, columns = (blur_matrices(sigma, kernel_size, side) for side in images.shape[2:])
+    return separable(images, rows, columns)
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(images - mean) / std, by channel."""
+    channels = zip(images.unbind(1), mean, std, strict=True)
+    return torch.stack([(channel - center) / spread for channel, center, spread in channels], 1)
+
+
+@torch.no_grad()
+def random_resized_crop(
+    images: Tensor,
+    draw: Uniform,
+    size: int,
+    scale: Sequence[float] = (0.08, 1.0),
+    ratio: Sequence[float] = (3 / 4, 4 / 3),
+    flip: float = 0.0,
+) -> Tensor:
+    """RandomResizedCrop, then a flip with probability `flip`. images: uint8 or float; returns floats."""
+    boxes = crop_boxes(draw(22), images.shape[2], images.shape[3], scale, ratio)
+    return resized_crop(images, boxes, size, draw() < flip if flip else None)
+
+
+@torch.no_grad()
+def random_flip(images: Tensor, draw: Uniform, probability: float = 0.5) -> Tensor:
+    """Horizontal flip of each image with this probability."""
+    return horizontal_flip(images, draw() < probability)
+
+
+@torch.no_grad()
+def random_color_jitter(
+    images: Tensor,
+    draw: Uniform,
+    brightness: float,
+    contrast: float,
+    saturation: float,
+    hue: float,
+    probability: float = 1.0,
+) -> Tensor:
+    """ColorJitter of each image with this probability: factors uniform in [max(0, 1 - b), 1 + b], hue in
+    [-h, h] turns, in random order."""
+    uniform = draw(9)
+    spans = [(max(0.0, 1 - b), 1 + b, 1.0) for b in (brightness, contrast, saturation)]
+    factors = []
+    for column, (low, high, neutral) in enumerate([*spans, (-hue, hue, 0.0)]):
+        factor = low + (high - low) * uniform[:, column]
+        factors.append(torch.where(uniform[:, 8] < probability, factor, neutral))
+    return color_jitter(images, torch.stack(factors, 1), uniform[:, 4:8].argsort(1))
+
+
+@torch.no_grad()
+def random_grayscale(images: Tensor, draw: Uniform, probability: float) -> Tensor:
+    """Each image grey with this probability."""
+    return grayscale(images, draw() < probability)
+
+
+@torch.no_grad()
+def random_blur(
+    images: Tensor, draw: Uniform, sigma: Sequence[float], kernel_size: int, probability: float = 1.0
+) -> Tensor:
+    """Gaussian blur of each image with this probability, its sigma uniform in the range `sigma`, pixels."""
+    uniform = draw(2)
+    blurred = gaussian_blur(images, sigma[0] + (sigma[1] - sigma[0]) * uniform[:, 0], kernel_size)
+    return choose(uniform[:, 1] < probability, blurred, images)
+
+
+# ---- 8. backbones ----------------------------------------------------------------------------------------------------
+# Parameters carry torchvision's names. Every backbone has
+#   dim                         size of its feature
+#   forward(images, relu_last)  (B, channels, H, W) -> (B, dim); relu_last=False: before the last ReLU, what
+#                               DeepCluster clusters (no difference for a ResNet: it ends with a mean)
+#   stages(images)              five maps for linear probes, each after BN and ReLU and before max-pooling
+
+# Stages of AlexNet and VGG16: filters, convolutions, kernel size, whether max-pooling follows. AlexNet is the
+# original's and DeepCluster's, without response normalisation. LA's code has 64 and 192 filters where this
+# has 96 and 256; its paper does not say. To compare, edit the two: one name should not mean two networks.
+PLAIN_STAGES = {
+    "alexnet": ((96, 1, 11, True), (256, 1, 5, True), *2 * [(384, 1, 3, False)], (256, 1, 3, True)),
+    "vgg16": ((64, 2, 3, True), (128, 2, 3, True), (256, 3, 3, True), *2 * [(512, 3, 3, True)]),
+}
+RESNET_BLOCKS = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+}
+
+
+class PlainNet(nn.Module):
+    """AlexNet or VGG16 with batch normalisation after every convolution; the feature is fc7, (B, dim)."""
+
+    def __init__(self, arch: str, width: int, small: bool, input_channels: int, dropout: float) -> None:
+        super().__init__()
+        alexnet, layers, channels = arch == "alexnet", list[nn.Module](), input_channels
+        self.stage_ends, self.dim = list[int](), 4096 * width // 64
+        for filters, convolutions, kernel, pooled in PLAIN_STAGES[arch]:
+            stride, padding = (4, 2) if kernel == 11 else (1, kernel // 2)
+            if small and kernel == 11:
+                kernel, stride, padding = 3, 1, 1
+            for _ in range(convolutions):
+                # The bias is idle before a normalisation; released weights have it.
+                layers.append(nn.Conv2d(channels, filters * width // 64, kernel, stride, padding))
+                channels = filters * width // 64
+                layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+            self.stage_ends.append(len(layers) - 1)
+            if pooled:
+                layers.append(nn.MaxPool2d(3 if alexnet else 2, 2))
+        self.features = nn.Sequential(*layers)
+        # The side of the last map at 224 px, or at 32 px if small; maps of other images are averaged to it.
+        side = (3 if small else 6) if alexnet else (1 if small else 7)
+        self.avgpool = nn.AdaptiveAvgPool2d(side)
+        fc6, fc7 = nn.Linear(channels * side**2, self.dim), nn.Linear(self.dim, self.dim)
+        first = [nn.Dropout(dropout)] if alexnet else []
+        self.classifier = nn.Sequential(*first, fc6, nn.ReLU(inplace=True), nn.Dropout(dropout), fc7)
+
+    def forward(self, images: Tensor, relu_last: bool = True) -> Tensor:
+        """fc7, (B, dim), with or without its ReLU."""
+        feature: Tensor = self.classifier(self.avgpool(self.features(images)).flatten(1))
+        return F.relu(feature) if relu_last else feature
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """conv1 to conv5 of AlexNet; the last convolution of each of VGG16's five blocks."""
+        maps = []
+        for position, layer in enumerate(self.features):
+            images = layer(images)
+            if position in self.stage_ends:
+                maps.append(images)
+        return maps
+
+
+class ResNet(nn.Module):
+    """ResNet, the stride of a bottleneck in its 3x3; the feature is the mean over the last map, (B, dim)."""
+
+    def __init__(self, arch: str, width: int, small: bool, input_channels: int) -> None:
+        super().__init__()
+        kernel, stride, padding = (3, 1, 1) if small else (7, 2, 3)
+        self.conv1 = nn.Conv2d(input_channels, width, kernel, stride, padding, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
+        block, depths = RESNET_BLOCKS[arch]
+        channels, groups = width, list[nn.Module]()
+        for group, depth in enumerate(depths):
+            planes, stride, blocks = width * 2**group, min(group, 1) + 1, list[nn.Module]()
+            for _ in range(depth):
+                shortcut = None
+                if stride == 2 or channels != planes * block.expansion:
+                    projection = nn.Conv2d(channels, planes * block.expansion, 1, stride, bias=False)
+                    shortcut = nn.Sequential(projection, nn.BatchNorm2d(planes * block.expansion))
+                blocks.append(block(channels, planes, stride, shortcut))
+                channels, stride = planes * block.expansion, 1
+            groups.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3, self.layer4 = groups
+        self.dim = channels
+
+    def forward(self, images: Tensor, relu_last: bool = True) -> Tensor:
+        """Mean over the last map, (B, dim)."""
+        images = self.maxpool(F.relu(self.bn1(self.conv1(images))))
+        for group in (self.layer1, self.layer2, self.layer3, self.layer4):
+            images = group(images)
+        return images.mean((2, 3))
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """The stem, and the ends of layer1 to layer4."""
+        stem = F.relu(self.bn1(self.conv1(images)))
+        maps = [stem, self.layer1(self.maxpool(stem))]
+        for group in (self.layer2, self.layer3, self.layer4):
+            maps.append(group(maps[-1]))
+        return maps
+
+
+def backbone(
+    arch: str, width: int = 64, small: bool = False, input_channels: int = 3, dropout: float = 0.0
+) -> PlainNet | ResNet:
+    """Network (B, input_channels, H, W) -> (B, dim), fresh weights. width: 64 is standard, others scale every
+    channel; small: 3x3 stem of stride 1, for images under 64 px; dropout: probability before fc6 (AlexNet)
+    and fc7 (AlexNet, VGG16), DeepCluster has 0.5. Raises ValueError for an unknown arch."""
+    if arch not in (*PLAIN_STAGES, *RESNET_BLOCKS):
+        raise ValueError(f"unknown architecture {arch}: choose {', '.join([*PLAIN_STAGES, *RESNET_BLOCKS])}")
+    network: PlainNet | ResNet
+    if arch in PLAIN_STAGES:
+        network = PlainNet(arch, width, small, input_channels, dropout)
+    else:
+        network = ResNet(arch, width, small, input_channels)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.01)
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    return network
+
+ARCHITECTURES = [*PLAIN_STAGES, *RESNET_BLOCKS]
+
+
+# ---- 9. memory bank and the exact softmax over it --------------------------------------------------------------------
+
+
+class MemoryBank(nn.Module):
+    """One unit row for every image. features: (size, dim), drawn from a seeded Gaussian and normalised."""
+
+    features: Tensor
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        rows = torch.randn(size, dim, generator=generator)  # on the CPU: the same on every device and rank
+        self.register_buffer("features", F.normalize(rows, dim=1).to(dtype))
+
+    @torch.no_grad()
+    def update(self, z: Tensor, index: Tensor, momentum: float) -> None:
+        """v_i <- normalise(momentum v_i + (1 - momentum) z_i). z: (B, dim); index: (B,), the whole batch.
+
+        Of rows with the same index the last counts; one that cannot be normalised leaves its slot as it was.
+        """
+        if momentum == 1 or len(index) == 0:
+            return
+        size = len(self.features)
+        if index.device.type == "cpu" and not 0 <= int(index.min()) <= int(index.max()) < size:
+            raise Fault(f"memory bank: an index lies outside 0 ... {size - 1}")
+        old = self.features[index]
+        new = momentum * old.float() + (1 - momentum) * z.float()
+        norm = new.norm(dim=1, keepdim=True)
+        valid = norm.isfinite() & (norm > 1e-12)
+        rows = torch.where(valid, (new / norm).to(old.dtype), old)
+        # Sorted by (index, valid, position), the winner of a slot is the last of its run. Every duplicate then
+        # writes the same value, so the order of writes does not matter, and nothing waits for the device.
+        order = torch.argsort(2 * index + valid[:, 0], stable=True)
+        winner = order[torch.searchsorted(index[order], index, right=True) - 1]
+        self.features.index_copy_(0, index, rows[winner])
+
+
+def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Attention over all rows from attention over parts of them: each (O (B, D), LSE (B,)), exact."""
+    outputs, lses = torch.stack([output for output, _ in parts]), torch.stack([lse for _, lse in parts])
+    lse = lses.logsumexp(0)
+    return ((lses - lse).exp().unsqueeze(-1) * outputs).sum(0), lse
+
+
+def bank_attention(z: Tensor, bank: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """O = softmax(z V^T/tau) V and LSE = log sum_j exp(z.v_j/tau), without (B, N). z: (B, D); V: (N, D)."""
+    if z.device.type == "cpu" and bank.dtype == z.dtype and FLASH_FOR_CPU is not None:
+        return _flash_attention(z, bank, temperature)
+    return _chunked_attention(z, bank, temperature)
+
+
+FLASH_FOR_CPU: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # private
+
+
+def _flash_attention(z: Tensor, bank: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Attention by the fused operator, the bank cut into pseudo-heads so that all threads have work."""
+    batch, dim = z.shape
+    heads = max(1, min(2 * torch.get_num_threads(), len(bank) // 512))
+    rows = len(bank) // heads
+    parts = []
+    if rows:
+        keys = bank[: heads * rows].view(1, heads, rows, dim)
+        output, lse = FLASH_FOR_CPU(z.expand(1, heads, batch, dim), keys, keys, scale=1 / temperature)
+        parts += list(zip(output[0], lse.reshape(heads, batch), strict=True))
+    if heads * rows < len(bank):
+        keys = bank[heads * rows :].view(1, 1, -1, dim)
+        output, lse = FLASH_FOR_CPU(z.view(1, 1, batch, dim), keys, keys, scale=1 / temperature)
+        parts.append((output[0, 0], lse.reshape(batch)))
+    return merge(parts)
+
+
+def _chunked_attention(z: Tensor, bank: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Attention by a running maximum and sum over chunks of the bank, accumulated in the precision of z."""
+    chunk = 2048 if z.device.type == "cpu" else 32768
+    query = z / temperature
+    peak = query.new_full((len(z), 1), -math.inf)
+    total, output = torch.zeros_like(peak), torch.zeros_like(query)
+    for keys in torch.split(bank, chunk):
+        keys = keys.to(query.dtype)
+        logits = query @ keys.T
+        new_peak = torch.maximum(peak, logits.amax(1, keepdim=True))
+        weights = logits.sub_(new_peak).exp_()
+        decay = (peak - new_peak).exp_()
+        total = total * decay + weights.sum(1, keepdim=True)
+        output = torch.addmm(output * decay, weights, keys)
+        peak = new_peak
+    return output / total, (peak + total.log())[:, 0]
+
+
+class _BankSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, index: Tensor, bank: Tensor, temperature: float) -> Tensor:
+        with torch.autocast(z.device.type, enabled=False):
+            output, lse = bank_attention(z, bank, temperature)
+            positive = bank[index].to(z.dtype)
+            ctx.save_for_backward((output - positive) / temperature)
+            return lse - (z * positive).sum(1) / temperature
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return grads[0].unsqueeze(1) * gradient, None, None, None
+
+
+def bank_softmax(z: Tensor, index: Tensor, bank: Tensor, temperature: float) -> Tensor:
+    """-log P(i|z) of eq. (2), exact over all N slots. z: (B, D); index: (B,); bank: (N, D); returns (B,).
+
+    The bank takes no gradient. With attention's O, LSE: loss = LSE - z.v_i/tau, dloss/dz = (O - v_i)/tau.
+    """
+    loss: Tensor = _BankSoftmax.apply(z if z.dtype == torch.float64 else z.float(), index, bank, temperature)
+    return loss
+
+
+# ---- 10. clustering, neighbours, weighted kNN ------------------------------------------------------------------------
+
+
+Part = TypeVar("Part")
+Result = TypeVar("Result")
+
+
+def in_parts(work: Callable[[Part], Result], parts: Sequence[Part], device: torch.device) -> list[Result]:
+    """work(part) of each part; on a CPU by as many single-threaded workers as torch has threads.
+
+    Threads that meet after every operator lose a time slice whenever the machine is busy: on two shared
+    cores an assignment (50,000 x 128, k = 1,000) took 4.6 s that way and 0.16 s this way. Workers do not
+    inherit no_grad.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or len(parts) == 1:
+        return [work(part) for part in parts]
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(work, parts))
+    finally:
+        torch.set_num_threads(threads)  # the number is the process's own, whoever sets it
+
+
+@dataclasses.dataclass
+class KMeans:
+    """labels: (N,) int32, nearest of centroids (k, D); objective: after 0, 1, ... iterations."""
+
+    labels: Tensor
+    centroids: Tensor
+    objective: list[float]  # sum of squared distances; the last one belongs to labels and centroids
+    empty: int  # clusters without a point in the last iteration, before they were split off others
+    splits: int  # in all iterations
+    backend: str
+
+
+@torch.no_grad()
+def kmeans(
+    x: Tensor,
+    k: int,
+    *,
+    iterations: int = 20,
+    seed: int = 0,
+    init: Tensor | None = None,
+    spherical: bool = False,
+    backend: str = "torch",
+) -> KMeans:
+    """Lloyd's k-means from init (k, D) or k random rows. x: (N, D). spherical: rows, centroids normalised."""
+    if not 1 <= k <= len(x):
+        raise Fault(f"k-means: the number of clusters must lie between 1 and the {len(x)} rows, not {k}")
+    x = x.detach().float()
+    low, high = torch.aminmax(x)
+    if not (low.isfinite() and high.isfinite()):
+        raise Fault("k-means: the features hold NaN or infinite values")
+    if spherical:
+        x = F.normalize(x, dim=1)
+    if init is None:
+        init = x[torch.from_numpy(np.random.default_rng(seed).permutation(len(x))[:k]).to(x.device)]
+    run = {"torch": _kmeans_torch, "faiss": _kmeans_faiss}[backend]
+    with torch.autocast(x.device.type, enabled=False):
+        return run(x, init.to(x).clone(), iterations, seed, spherical)
+
+
+def assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, float]:
+    """The nearest centroid of each row, (N,) int64, by float32 scores, and the sum of squared distances."""
+    screened = x.device.type == "cpu" and HAS_BFLOAT16
+    offset = -0.5 * centroids.square().sum(1)
+
+    def work(rows: Tensor) -> tuple[Tensor, Tensor]:
+        labels = _assign_screened(rows, centroids, offset) if screened else None
+        if labels is None:
+            labels = torch.addmm(offset, rows, centroids.T).max(1).indices
+        return labels, (rows - centroids[labels]).square_().sum().double()
+
+    chunk = 16384 if x.device.type == "cuda" else 1024  # of 256 to 4,096 the fastest on a CPU
+    found = in_parts(work, torch.split(x, chunk), x.device)
+    return torch.cat([labels for labels, _ in found]), float(torch.stack([total for _, total in found]).sum())
+
+
+HAS_BFLOAT16: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+def _assign_screened(rows: Tensor, centroids: Tensor, offset: Tensor) -> Tensor | None:
+    """Labels by float32 scores of the centroids that a bfloat16 product cannot rule out; None if too many.
+
+    A bfloat16 product takes half the time of a float32 one. Its error, before it is rounded, is at most
+    |x| max|c - c~| + |x - x~| max|c~|: what lies further than twice that below the best is not the nearest.
+    """
+    unit = 2.0**-9  # relative rounding error of bfloat16
+    k, low, low_offset = len(centroids), centroids.bfloat16(), offset.bfloat16()
+    if k % 4:  # the scores are searched four at a time, as int64
+        low = F.pad(low, (0, 0, 0, -k % 4))
+        low_offset = F.pad(low_offset, (0, -k % 4), value=-math.inf)
+    scores = torch.addmm(low_offset, rows.bfloat16(), low.T)
+    best = scores.amax(1, keepdim=True).float()
+    longest = centroids.norm(dim=1).max()
+    error = rows.norm(dim=1, keepdim=True) * ((centroids - low[:k]).norm(dim=1).max() + 1.1 * unit * longest)
+    error += (offset - low_offset[:k]).abs().max()
+    scores.ge_((best - 2 * error - 6 * unit * best.abs()).bfloat16())  # in place: 9 times faster than to bool
+    words = scores.view(torch.int64).view(-1).nonzero()[:, 0]
+    if len(words) > 4 * len(rows):
+        return None
+    hits = scores.view(-1, 4)[words].nonzero()
+    place = words[hits[:, 0]] * 4 + hits[:, 1]
+    row = place // scores.shape[1]
+    column = place - row * scores.shape[1]
+    exact = (rows[row] * centroids[column]).sum(1) + offset[column]
+    top = torch.full((len(rows),), -math.inf).scatter_reduce_(0, row, exact, "amax")
+    tied = torch.where(exact == top[row], column, k)  # of equally near centroids the first, as max does
+    return torch.full((len(rows),), k).scatter_reduce_(0, row, tied, "amin")
+
+
+def _kmeans_torch(x: Tensor, centroids: Tensor, iterations: int, seed: int, spherical: bool) -> KMeans:
+    random = np.random.default_rng([seed, 1])
+    k, empty, splits = len(centroids), 0, 0
+    objective: list[float] = []
+    for _ in range(iterations):
+        labels, total = assign(x, centroids)
+        objective.append(total)
+        sums, counts = cluster_sums(x, labels, k)
+        means = sums / counts.clamp(min=1).unsqueeze(1)
+        if spherical:
+            means = F.normalize(means, dim=1)
+        centroids = torch.where(counts.unsqueeze(1) > 0, means, centroids)
+        empty = split_empty(centroids, counts, random)
+        splits += empty
+    labels, total = assign(x, centroids)
+    return KMeans(labels.int(), centroids, [*objective, total], empty, splits, f"torch {x.device.type}")
+
+
+def cluster_sums(x: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Sum (k, D) and number (k,) of the rows of each cluster, the same in every run."""
+    counts = torch.bincount(labels, minlength=k)
+    if x.device.type == "cpu":
+        return x.new_zeros(k, x.shape[1]).index_add_(0, labels, x), counts
+    order = torch.argsort(labels, stable=True)  # index_add_ on CUDA adds in whatever order the threads come
+    return torch.segment_reduce(x[order], "sum", lengths=counts, axis=0), counts
+
+
+def split_empty(centroids: Tensor, counts: Tensor, random: np.random.Generator) -> int:
+    """Gives each empty cluster half of a cluster drawn by size, as Faiss does; in place; returns how many."""
+    sizes = counts.cpu().numpy().copy()
+    empty = np.flatnonzero(sizes == 0)
+    sign = 1.0 - 2.0 * (torch.arange(centroids.shape[1], device=centroids.device) % 2)
+    for cluster in empty.tolist():
+        weights = np.maximum(sizes - 1, 0)  # never all zero: N >= k points lie in fewer than k clusters
+        donor = int(random.choice(len(sizes), p=weights / weights.sum()))
+        centroids[cluster] = centroids[donor] * (1 + sign / 1024)
+        centroids[donor] *= 1 - sign / 1024
+        sizes[cluster] = sizes[donor] // 2
+        sizes[donor] -= sizes[cluster]
+    return len(empty)
+
+
+def import_faiss() -> Any:
+    """The faiss module, or a line that says how to get it."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise Fault(
+            "Faiss is missing: pip install faiss-gpu (Linux x86_64) or faiss-cpu, or use torch"
+        ) from error
+    return faiss
+
+
+def _kmeans_faiss(x: Tensor, centroids: Tensor, iterations: int, seed: int, spherical: bool) -> KMeans:
+    faiss = import_faiss()
+    rows = np.ascontiguousarray(x.cpu().numpy())
+    clustering = faiss.Clustering(rows.shape[1], len(centroids))
+    clustering.niter, clustering.seed, clustering.spherical = iterations, seed, spherical
+    clustering.min_points_per_centroid, clustering.max_points_per_centroid = (
+        1,
+        len(rows) + 1,
+    )  # never a sub-sample
+    faiss.copy_array_to_vector(centroids.cpu().numpy().ravel(), clustering.centroids)
+    index, device = faiss.IndexFlatL2(rows.shape[1]), "cpu"
+    if faiss.get_num_gpus() > 0:
+        index, device = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index), "gpu"
+    clustering.train(rows, index)
+    stats = [clustering.iteration_stats.at(i) for i in range(clustering.iteration_stats.size())]
+    found = faiss.vector_to_array(clustering.centroids).reshape(-1, rows.shape[1])
+    distance, labels = index.search(rows, 1)
+    objective = [stat.obj for stat in stats] + [float(distance.sum(dtype=np.float64))]
+    splits = [int(stat.nsplit) for stat in stats] or [0]
+    return KMeans(
+        torch.from_numpy(labels[:, 0].astype(np.int32)).to(x.device),
+        torch.from_numpy(found.copy()).to(x.device),
+        objective,
+        splits[-1],
+        sum(splits),
+        f"faiss {device}",
+    )
+
+
+@torch.no_grad()
+def neighbors(
+    queries: Tensor, keys: Tensor, k: int, *, exclude: Tensor | None = None, backend: str = "torch"
+) -> tuple[Tensor, Tensor]:
+    """The k rows of keys (N, D) of largest inner product, best first: similarity (Q, k) and index (Q, k).
+
+    exclude: (Q,) row of keys that each query leaves out, itself for instance.
+    """
+    if not 1 <= k <= len(keys) - (exclude is not None):
+        raise Fault(f"neighbours: {k} wanted, but there are {len(keys) - (exclude is not None)} candidates")
+    if backend == "faiss":
+        return _neighbors_faiss(queries, keys, k, exclude)
+    queries, keys = (
+        queries.detach().float(),
+        keys.detach().float(),
+    )
+    width = max(1, math.isqrt(len(keys) // k))  # keys a strip
+    strips = -(-len(keys) // width)
+    chunk = max(1, (1 << 24 if queries.device.type == "cpu" else 1 << 29) // (width * strips))
+
+    def work(part: Tensor) -> tuple[Tensor, Tensor]:
+        scores = queries.new_full((min(chunk, len(part)), width * strips), -math.inf)
+        similarity, index = queries.new_empty(len(part), k), part.new_empty(len(part), k)
+        for start in range(0, len(part), chunk):
+            rows = part[start : start + chunk]
+            out = slice(start, start + chunk)
+            table = scores[: len(rows)]
+            torch.mm(queries[rows], keys.T, out=table[:, : len(keys)])
+            if exclude is not None:
+                table.scatter_(1, exclude[rows, None], -math.inf)
+            # The k best keys lie in the k strips, columns of this view, with the largest maxima.
+            table = table.view(-1, width, strips)
+            column = table.amax(1).topk(k, sorted=False).indices
+            similarity[out], place = table.gather(2, column[:, None].expand(-1, width, -1)).flatten(1).topk(k)
+            index[out] = place // k * strips + column.gather(1, place % k)
+        return similarity, index
+
+    every = torch.arange(len(queries), device=queries.device)
+    workers = torch.get_num_threads() if queries.device.type == "cpu" else 1
+    found = in_parts(work, every.tensor_split(min(workers, len(queries)) or 1), queries.device)
+    return torch.cat([similarity for similarity, _ in found]), torch.cat([index for _, index in found])
+
+
+def _neighbors_faiss(queries: Tensor, keys: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+    faiss = import_faiss()
+    rows = [np.ascontiguousarray(tensor.detach().float().cpu().numpy()) for tensor in (queries, keys)]
+    found = faiss.knn(*rows, k + (exclude is not None), metric=faiss.METRIC_INNER_PRODUCT)
+    similarity, index = (torch.from_numpy(array).to(queries.device) for array in found)
+    if exclude is not None:  # by id, not by column: with duplicates a row need not be its own first neighbour
+        drop = index == exclude[:, None]
+        drop[:, -1] |= ~drop.any(1)
+        similarity, index = similarity[~drop].view(-1, k), index[~drop].view(-1, k)
+    return similarity, index
+
+
+def knn_scores(similarity: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:
+    """Score (Q, C) of each class, the sum of exp(s/tau) over its neighbours, (Q, K) and best first.
+
+    Relative to the best neighbour, in units of 2^-48: integers have the same sum in any order, ties stay.
+    """
+    weights = ((similarity - similarity[:, :1]) / temperature).exp() * 2.0**48
+    scores = torch.zeros(len(labels), num_classes, dtype=torch.int64, device=labels.device)
+    return scores.scatter_add_(1, labels, weights.long())
+
+
+def knn_accuracy(
+    queries: Tensor,
+    query_labels: Tensor,
+    train: Tensor,
+    train_labels: Tensor,
+    num_classes: int,
+    *,
+    num_neighbors: Sequence[int] = (200,),
+    temperatures: Sequence[float] = (0.07,),
+    exclude: Tensor | None = None,
+    backend: str = "torch",
+) -> dict[tuple[int, float], tuple[float, float]]:
+    """Top-1 and top-5 in percent for each (K, tau) of the weighted kNN, from one search. Rows are unit."""
+    hits = {(k, tau): torch.zeros(2, dtype=torch.int64) for k in num_neighbors for tau in temperatures}
+    for part in torch.split(torch.arange(len(queries), device=queries.device), 4096):
+        left_out = None if exclude is None else exclude[part]
+        similarity, index = neighbors(
+            queries[part], train, max(num_neighbors), exclude=left_out, backend=backend
+        )
+        found, truth = train_labels[index].long(), query_labels[part].long()[:, None]
+        for (k, tau), hit in hits.items():
+            scores = knn_scores(similarity[:, :k], found[:, :k], num_classes, tau)
+            own = scores.gather(1, truth)
+            lower = torch.arange(num_classes, device=scores.device) < truth
+            rank = ((scores > own) | ((scores == own) & lower)).sum(1)  # ties: lower class first
+            hit += torch.stack([(rank < 1).sum(), (rank < 5).sum()]).cpu()
+    return {
+        key: (100 * int(hit[0]) / len(queries), 100 * int(hit[1]) / len(queries)) for key, hit in hits.items()
+    }
+
+
+# ---- 11. encoders from files, evaluation -----------------------------------------------------------------------------
+
+
+def knn_monitor(features: Tensor, data: ImageSet, queries: Tensor, test: ImageSet, temperature: float) -> dict[str, float]:
+    """Weighted kNN accuracy in percent, K = 200 or as many as there are. features: (N, D); queries: (Q, D); unit rows."""
+    known = data.labels >= 0
+    if not known.any() or (test.labels < 0).any():
+        return {}
+    device = queries.device
+    train, k = features[known.to(device)].float(), min(200, int(known.sum()))
+    accuracy = knn_accuracy(queries, test.labels.to(device), train, data.labels[known].to(device), len(data.classes),
+                            num_neighbors=[k], temperatures=[temperature])  # fmt: skip
+    return dict(knn_top1=round(accuracy[k, temperature][0], 2))
+
+
+class _InertUnpickler(pickle.Unpickler):
+    """Reads tensors and plain values; every other class in the file becomes an empty stand-in and is never run."""
+
+    ALLOWED = frozenset({("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor"),
+               ("torch._utils", "_rebuild_parameter"), ("torch", "Size"), ("torch", "device"),
+               ("numpy.core.multiarray", "scalar"), ("numpy", "dtype"), ("_codecs", "encode")})  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self.ALLOWED or (module == "torch" and name.endswith("Storage")):
+            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        return type(name, (_StandIn,), {})
+
+
+class _StandIn:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _InertPickle:
+    """What torch.load takes as a pickle module."""
+
+    Unpickler = _InertUnpickler
+    load, loads = pickle.load, pickle.loads
+
+
+@dataclasses.dataclass
+class Encoder:
+    """A backbone with the weights of a file, and its linear head if the file has one of ours."""
+
+    backbone: nn.Module
+    head: nn.Linear | None
+    options: dict[str, Any]  # of the run that wrote it; empty for foreign files
+    data: dict[str, Any]
+    bank: Tensor | None
+    sha256: str
+    report: dict[str, Any]  # matched, missing and unexpected names
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) -> unit rows (B, D): of the head if there is one, else of the backbone."""
+        features = self.backbone(images)
+        return F.normalize((features if self.head is None else self.head(features)).float(), dim=1)
+
+    def describe(self) -> str:
+        """How the file's names met the network's."""
+        found, missing, unexpected = self.report["matched"], self.report["missing"], self.report["unexpected"]
+        names = [f"{len(part)} {what}" + (f" ({', '.join(part[:3])}{', ...' * (len(part) > 3)})" if part else "")
+                 for what, part in (("missing", missing), ("unexpected", unexpected))]  # fmt: skip
+        return f"{found} tensors matched, {', '.join(names)}; " + ("with" if self.head else "without") + " head"
+
+    def load_data(self, args: argparse.Namespace, split: str, device: torch.device) -> tuple[ImageSet, ImageSet]:
+        """Train and test images: those the encoder was trained on unless --data names others; its size and statistics."""
+        if "data" not in args.typed and self.options:
+            args.data = self.options["data"]
+        if split == "pretrain":
+            args.subset, args.seed = self.options.get("subset"), self.options.get("seed", 0)
+        args.image_size = args.image_size or self.data.get("size")
+        sets = [load(args, split, device), load(args, "test", device)]
+        if self.data:
+            sets = [dataclasses.replace(data, mean=tuple(self.data["mean"]), std=tuple(self.data["std"])) for data in sets]
+        return sets[0], sets[1]
+
+    def bank_of(self, data: ImageSet, path: Path) -> Tensor:
+        """The bank that training left behind (N, D), if `data` are the images it belongs to."""
+        if self.bank is None:
+            raise Fault(f"{path} has no memory bank: use --train-features clean")
+        if data.identity() != self.data:
+            raise Fault(f"the bank of {path} belongs to other images ({self.data['name']}, {self.data['images']:,}, not "
+                        f"{data.name}, {len(data):,}): use --train-features clean")  # fmt: skip
+        return self.bank
+
+
+def load_encoder(path: Path, arch: str | None, width: int | None, small: bool | None, device: torch.device, layer: str) -> Encoder:
+    """The encoder in a checkpoint of ours, a backbone.pth, or any file with torchvision's or timm's names.
+
+    arch, width and small (3x3 stem) are read from checkpoints of ours. `layer`: "head", "backbone", or "auto": the head of
+    checkpoints of ours, the backbone of foreign files, whose last layer may be a classifier. Under 95 % of the backbone's
+    weights found is a Fault: numbers of a half-loaded network look like results.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise Fault(f"cannot read {path} ({error.strerror})") from None
+    try:
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception:
+        saved = _load_foreign(content, path)
+    ours = isinstance(saved, dict) and {"options", "data", "state"} <= saved.keys()
+    options, data = (saved["options"], saved["data"]) if ours else ({}, {})
+    weights = saved["state"]["encoder"] if ours else _state_dict(saved, path)
+    arch = arch or options.get("arch")
+    if arch is None:
+        raise Fault(f"{path} does not say its architecture: name it with --arch")
+    network = backbone(arch, width or options.get("width", 64), data.get("small", False) if small is None else small)
+    target = network.state_dict()
+    weights, prefix = _strip(weights, target)
+    matched = {name: weights[name] for name in target if name in weights and weights[name].shape == target[name].shape}
+    wanted = {name for name in target if not name.endswith("num_batches_tracked")}
+    share = min(len(wanted & matched.keys()) / len(wanted),
+                sum(matched[n].numel() for n in wanted & matched.keys()) / sum(target[n].numel() for n in wanted))  # fmt: skip
+    missing, unexpected = sorted(wanted - matched.keys()), sorted(weights.keys() - matched.keys())
+    report = dict(prefix=prefix, matched=len(matched), missing=missing, unexpected=unexpected)
+    if share < 0.95:
+        example = f"; missing {', '.join(missing[:3])} ...; in the file {', '.join(unexpected[:3])} ..."
+        raise Fault(f"{path} has {100 * share:.0f} % of the weights of {arch}, width {width or options.get('width', 64)}: "
+                    f"wrong --arch, --width or --image-size?{example}")  # fmt: skip
+    network.load_state_dict(matched, strict=False)
+    head = None
+    names = ("head", "fc", "linear") if layer == "head" else ("head",) * (layer == "auto")
+    for name in names:
+        if f"{name}.weight" in weights and weights[f"{name}.weight"].shape[-1] == network.dim:
+            head = nn.Linear(network.dim, len(weights[f"{name}.weight"]), bias=f"{name}.bias" in weights)
+            head.load_state_dict({key: weights[f"{name}.{key}"] for key in head.state_dict()})
+            break
+    if head is None and layer == "head":
+        raise Fault(f"{path} has no linear layer on the {network.dim} features of {arch}: use --layer backbone")
+    bank = saved["state"]["bank"]["features"] if ours and "bank" in saved["state"] else None
+    network.eval().requires_grad_(False).to(device)
+    if head is not None:
+        head.requires_grad_(False).to(device)
+    return Encoder(network, head, options, data, bank, hashlib.sha256(content).hexdigest(), report)
+
+
+def _load_foreign(content: bytes, path: Path) -> Any:
+    """Old checkpoints hold whole objects of their authors' classes: those are skipped, the tensors are read."""
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", pickle_module=_InertPickle, weights_only=False)
+    except Exception:
+        raise Fault(f"{path} is truncated or no PyTorch checkpoint") from None
+
+
+def _state_dict(saved: Any, path: Path) -> dict[str, Tensor]:
+    for key in ("state_dict", "model", "model_state_dict", "student", "teacher", "encoder", "net"):
+        if isinstance(saved, dict) and isinstance(saved.get(key), dict):
+            saved = saved[key]
+    tensors = {name: value for name, value in saved.items() if isinstance(value, Tensor)} if isinstance(saved, dict) else {}
+    if not tensors:
+        raise Fault(f"{path} holds no weights")
+    return tensors
+
+
+def _strip(weights: dict[str, Tensor], target: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """Names without the prefix that most of them share with `target`'s: (weights under target's names, prefix).
+
+    DataParallel inserts "module.", torch.compile "_orig_mod."; MoCo has encoder_q, which comes before encoder_k and wins;
+    the CIFAR networks of NPID's authors call the shortcut "shortcut" and VGG of timm its fc6 and fc7 "pre_logits".
+    """
+    renames = {".shortcut.": ".downsample.", "pre_logits.fc1.": "classifier.0.", "pre_logits.fc2.": "classifier.3."}
+    plain = {}
+    for name, value in weights.items():
+        name = f".{name}".replace(".module.", ".").replace("._orig_mod.", ".")[1:]
+        for old, new in renames.items():
+            name = name.replace(old, new)
+        plain[name] = value
+    votes: dict[str, int] = {}
+    for name in plain:
+        for i in [0, *(i + 1 for i, c in enumerate(name) if c == ".")]:
+            if name[i:] in target:
+                votes[name[:i]] = votes.get(name[:i], 0) + 1
+                break
+    prefix = max(votes, key=lambda p: votes[p], default="")
+    outer = prefix.removesuffix("backbone.")  # the head lies beside the backbone
+    kept = {name.removeprefix(prefix): value for name, value in plain.items() if name.startswith(prefix)}
+    beside = {name.removeprefix(outer): value for name, value in plain.items()
+              if name.startswith(outer) and not name.startswith(prefix)}  # fmt: skip
+    return kept | beside, prefix
+
+
+def untrained_encoder(arch: str, width: int, small: bool, device: torch.device, feature_dim: int = 128) -> Encoder:
+    """An encoder as it starts, the baseline of every table."""
+    network = backbone(arch, width, small)
+    head = nn.Linear(network.dim, feature_dim)
+    for part in (network, head):
+        part.eval().requires_grad_(False).to(device)
+    return Encoder(network, head, {}, {}, None, "", dict(matched=0, missing=[], unexpected=[]))

@@ -1,0 +1,300 @@
+"""Non-Parametric Instance Discrimination (Wu, Xiong, Yu and Lin, CVPR 2018, arXiv:1805.01978).
+
+Every image is a class of its own. A memory bank keeps one feature v_i for each image, and the bank is the classifier:
+
+    P(i|f) = exp(v_i . f / tau) / sum_j exp(v_j . f / tau)                                            (2)
+
+so no class weights are learnt, and what is learnt is a metric. The paper had to approximate the sum by noise-contrastive
+estimation; here it is exact by default (`--loss softmax`), since the bank takes no gradient and (2) is then one attention
+call. `--loss nce` is the paper's, `--loss parametric` the baseline of its Table 1.
+
+    python npid.py                              # rendered shapes, for a first try
+    python npid.py --data cifar10               # Table 1, exact softmax: 80.8 kNN in the paper
+    python npid.py --preset cifar10-nce4096     # Table 1, NCE: 80.4 in the paper
+    python npid.py --data imagenet              # ImageNet layout: train/ and val/ with a folder for each class
+    torchrun --nproc-per-node 8 npid.py --preset imagenet-resnet50
+    python npid.py --preset cifar10 --help      # every value of that preset
+
+Differences from the paper and from the authors' code:
+  * The paper damps the bank's change by a proximal term (eq. 9), the authors' code by averaging the bank. They are not the
+    same gradient; both are here: `--proximal-weight` (the paper prints no value) and `--bank-momentum`.
+  * The bank is written once, after the optimiser's step, with the feature of before it; all slots are unit from the start.
+  * NCE is computed in the log domain, without the 1e-7 of the code. Z is the mean over the noise draws of the first step
+    (`--z first`, the paper's); a network whose features start out alike makes that a bad estimate: see `--z ema`.
+  * CIFAR's recipe is the code's: jitter before grey, no flip, tau 0.1, batch 128, weight decay 5e-4; the paper gives none.
+
+log.jsonl has, for each epoch: loss; chance_loss, which is ln N, that of equal probabilities; z_over_n for NCE, with
+2.2 what a random bank gives at tau 0.07 and D 128; knn_top1 each --knn-every epochs (K = 200, temperature tau).
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import common
+
+# ---- presets ---------------------------------------------------------------------------------------------------------
+# "imagenet" is the base of all and serves any directory; a preset lists what differs. The paper's rows use NCE there.
+
+NCE = dict(data="imagenet", loss="nce", num_negatives=4096)
+CIFAR = dict(temperature=0.1, batch_size=128, weight_decay=5e-4, flip=False)
+PRESETS: dict[str, dict[str, Any]] = {
+    "imagenet": dict(loss="softmax", temperature=0.07, batch_size=256, lr=0.03, schedule="step", lr_drops=[120, 160],
+                     epochs=200, weight_decay=1e-4, flip=True),
+    "imagenet-alexnet": dict(NCE, arch="alexnet"),  # Tables 2 and 3
+    "imagenet-vgg16": dict(NCE, arch="vgg16"),
+    "imagenet-resnet18": dict(NCE, arch="resnet18"),
+    "imagenet-resnet50": dict(NCE, arch="resnet50"),
+    "imagenet-resnet50-sampled": dict(NCE, arch="resnet50", loss="sampled", num_negatives=65536),  # the later 58.5 linear
+    "imagenet-dim32": dict(NCE, feature_dim=32),  # Table 4
+    "imagenet-dim64": dict(NCE, feature_dim=64),
+    "imagenet-dim256": dict(NCE, feature_dim=256),
+    "imagenet-0.1percent": dict(NCE, subset=0.001),  # Table 5
+    "imagenet-1percent": dict(NCE, subset=0.01),
+    "imagenet-10percent": dict(NCE, subset=0.1),
+    "imagenet-30percent": dict(NCE, subset=0.3),
+    "cifar10": dict(CIFAR, data="cifar10"),  # Table 1
+    "cifar10-parametric": dict(CIFAR, data="cifar10", loss="parametric"),
+    "cifar10-nce1": dict(CIFAR, data="cifar10", loss="nce", num_negatives=1),
+    "cifar10-nce10": dict(CIFAR, data="cifar10", loss="nce", num_negatives=10),
+    "cifar10-nce512": dict(CIFAR, data="cifar10", loss="nce", num_negatives=512),
+    "cifar10-nce4096": dict(CIFAR, data="cifar10", loss="nce", num_negatives=4096),
+    "cifar10-proximal": dict(CIFAR, data="cifar10", proximal_weight=1.0, bank_momentum=0.0),  # Fig. 3
+    "cifar10-oscillating": dict(CIFAR, data="cifar10", bank_momentum=0.0),
+    "cifar10-thin": dict(CIFAR, data="cifar10", subset=5000, width=16, epochs=30, schedule="cosine", flip=True, knn_every=5),
+    "cifar100": dict(CIFAR, data="cifar100"),
+    "stl10": dict(data="stl10", temperature=0.1, weight_decay=5e-4),
+    "shapes": dict(CIFAR, data="shapes", schedule="cosine", flip=True),
+    "demo": dict(CIFAR, data="shapes", subset=5000, width=16, epochs=20, schedule="cosine", flip=True, knn_every=2),
+    "smoke": dict(CIFAR, data="shapes", subset=256, test_subset=100, width=4, epochs=2, batch_size=32, knn_every=1),
+}  # fmt: skip
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = common.parser(__doc__)
+    method = parser.add_argument_group("method")
+    method.add_argument("--loss", choices=["softmax", "nce", "sampled", "parametric"], default="softmax",
+                        help="softmax: eq. (2), exact over the bank; nce: eq. (7); sampled: softmax over the image and "
+                             "--num-negatives others; parametric: eq. (1), one learnt weight vector for each image")
+    method.add_argument("--tau", "--temperature", dest="temperature", type=common.POSITIVE, default=0.07,
+                        metavar="TAU", help="tau of eq. (2)")
+    method.add_argument("--m", "--num-negatives", dest="num_negatives", type=common.COUNT, default=4096, metavar="M",
+                        help="m of eq. (6), noise images drawn for each image (nce, sampled)")
+    method.add_argument("--z", choices=["first", "ema", "exact"], default="first",
+                        help="Z of eq. (8): estimated from the first step and kept (the paper's); a running mean with "
+                             "0.99; or each image's own exact sum (nce)")
+    method.add_argument("--bank-momentum", type=common.SHARE, default=0.5, metavar="SHARE",
+                        help="share of the old feature in v_i <- normalize(share * v_i + (1 - share) * f_i); 0: the paper's")
+    method.add_argument("--lambda", "--proximal-weight", dest="proximal_weight", type=common.NOT_NEGATIVE, default=0.0,
+                        metavar="LAMBDA", help="lambda of eq. (9), weight of |f_i - v_i|^2")
+    method.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="horizontal flips")
+    method.add_argument("--knn-features", choices=["bank", "clean"], default="bank", help="train features of the kNN "
+                        "monitor: the bank (free; augmented, up to an epoch old) or recomputed without augmentation")
+    common.add_training_options(parser)
+    return common.parse(parser, PRESETS, argv)
+
+
+# ---- augmentation ----------------------------------------------------------------------------------------------------
+
+SCALE = (0.2, 1.0)  # of RandomResizedCrop
+
+
+def augment(images: Tensor, draw: common.Draw, photographs: bool, flip: bool) -> Tensor:
+    """Crops (B, 3, S, S) in [0, 1] -> the same, augmented: grey before jitter on photographs, after it on small images."""
+    if photographs:
+        images = common.random_grayscale(images, draw, 0.2)
+    images = common.random_color_jitter(images, draw, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4)
+    if not photographs:
+        images = common.random_grayscale(images, draw, 0.2)
+    if flip:
+        images = common.random_flip(images, draw)
+    return images
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """Image (B, 3, S, S) -> feature (B, D), not yet on the unit sphere."""
+
+    def __init__(self, arch: str, width: int, small: bool, feature_dim: int, num_classes: int = 0) -> None:
+        super().__init__()
+        self.backbone = common.backbone(arch, width, small)
+        self.head = nn.Linear(self.backbone.dim, feature_dim)
+        # Of the parametric softmax alone, which learns a weight vector for each image.
+        self.classes: nn.Parameter | None = None
+        if num_classes:
+            self.classes = nn.Parameter(torch.randn(num_classes, feature_dim) / feature_dim**0.5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        feature: Tensor = self.head(self.backbone(images))
+        return feature.float()
+
+
+# ---- loss ------------------------------------------------------------------------------------------------------------
+# z: (B, D) features on the unit sphere; index: (B,) their slots; bank: (N, D); noise: (B, m) slots. The exact softmax of
+# eq. (2) is common.bank_softmax, which Local Aggregation and CLD share.
+
+
+def parametric_softmax(features: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """-log P(i|v) of eq. (1), (B,). features: (B, D), not normalised; weights: (N, D), one row a class."""
+    return F.cross_entropy(features @ weights.T, index, reduction="none")
+
+
+def noise_scores(z: Tensor, noise: Tensor, bank: Tensor, temperature: float) -> Tensor:
+    """v_j . f / tau for each image's own noise draws: (B, m)."""
+    if 16 * noise.shape[1] > len(bank):  # many draws: all products at once beat gathering rows
+        return (z @ bank.float().T).gather(1, noise) / temperature
+    return torch.einsum("bd,bmd->bm", z, bank[noise].float()) / temperature
+
+
+def positive_scores(z: Tensor, index: Tensor, bank: Tensor, temperature: float) -> Tensor:
+    """v_i . f_i / tau: (B,)."""
+    return (z * bank[index].float()).sum(1) / temperature
+
+
+def nce(positive: Tensor, noise: Tensor, log_z: Tensor, num_images: int) -> Tensor:
+    """J_NCE of eq. (7), (B,), with the posterior h = p / (p + m / N) of eq. (6) and p = exp(score) / Z of eq. (4).
+
+    positive: (B,) and noise: (B, m) scores; log_z: () or (B,). log h = -softplus(log(m / N) - log p), and 1 - h likewise.
+    """
+    offset = math.log(noise.shape[1] / num_images)
+    data = F.softplus(offset - (positive - log_z))
+    other = F.softplus((noise - log_z.view(-1, 1)) - offset).sum(1)
+    return data + other
+
+
+def estimate_log_z(noise: Tensor, num_images: int) -> Tensor:
+    """log Z of eq. (8), (): N times the mean of exp(score) over the noise of the batch, (B, m)."""
+    return noise.detach().flatten().logsumexp(0) - math.log(noise.numel()) + math.log(num_images)
+
+
+def sampled_softmax(positive: Tensor, noise: Tensor) -> Tensor:
+    """Cross-entropy of the image among itself and its m noise draws, (B,). positive: (B,), noise: (B, m) scores."""
+    return torch.cat([positive[:, None], noise], 1).logsumexp(1) - positive
+
+
+def proximal(z: Tensor, index: Tensor, bank: Tensor) -> Tensor:
+    """|f_i - v_i|^2 of eq. (9), (B,): the pull towards the image's feature of the last visit."""
+    return (z - bank[index].float()).square().sum(1)
+
+
+class Normalizer(nn.Module):
+    """The constant Z of eq. (8) as log Z; part of the checkpoint, so that a resumed run does not estimate it anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("log_z", torch.tensor(math.nan))
+        self.log_z: Tensor
+
+    @torch.no_grad()
+    def update(self, estimate: Tensor, momentum: float) -> Tensor:
+        """Z <- momentum * Z + (1 - momentum) * estimate, the first estimate whole; returns log Z."""
+        shares = torch.tensor([momentum, 1 - momentum], device=estimate.device).log()
+        mixed = (torch.stack([self.log_z, estimate]) + shares).logsumexp(0)
+        self.log_z = torch.where(self.log_z.isnan(), estimate, mixed)
+        return self.log_z
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def main(args: argparse.Namespace) -> None:
+    run = common.Run(args)
+    data = common.load(args, "pretrain", run.device)
+    test = common.load(args, "test", run.device) if args.knn_every else None
+    run.describe(data, chance_loss=round(math.log(len(data)), 4))
+    steps = run.steps_per_epoch(len(data))
+
+    torch.manual_seed(args.seed)
+    num_classes = len(data) if args.loss == "parametric" else 0
+    encoder = run.place(Encoder(args.arch, args.width, data.small, args.feature_dim, num_classes))
+    model = run.parallel(encoder)
+    bank = common.MemoryBank(len(data), args.feature_dim, run.generator("bank")).to(run.device)
+    normalizer = Normalizer().to(run.device)
+    optimizer = torch.optim.SGD(encoder.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    totals = common.Totals(run.device)
+    state = dict(encoder=encoder, optimizer=optimizer, bank=bank, normalizer=normalizer, totals=totals)
+    first_epoch, first_step = run.resume(state, steps)
+
+    def embed(images: Tensor) -> Tensor:
+        with run.autocast():
+            return F.normalize(encoder(images))
+
+    for epoch in range(first_epoch, args.epochs):
+        order = run.permutation(epoch, len(data))
+        start = first_step if epoch == first_epoch else 0
+        began = time.perf_counter()
+        encoder.train()
+        for step, index, (images,) in data.batches(run, order, common.Crop(data.size, SCALE), epoch, start):
+            lr = common.learning_rate(args, epoch + step / steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            images = data.normalize(augment(images, run.draw(epoch, step), not data.small, args.flip))
+            noise = index[:, None]
+            if args.loss in ("nce", "sampled"):
+                source = run.generator("noise", epoch, step, device=run.device)
+                shape = (args.batch_size, args.num_negatives)
+                noise = torch.randint(len(data), shape, generator=source, device=run.device)[run.rows(args.batch_size)]
+
+            optimizer.zero_grad()
+            z, loss = [], torch.zeros((), device=run.device)
+            for part, i, j in zip(*(x.chunk(args.accumulate) for x in (images, index, noise)), strict=True):
+                with run.autocast():
+                    feature = model(part)
+                f = F.normalize(feature)
+                if args.loss == "softmax":
+                    losses = common.bank_softmax(f, i, bank.features, args.temperature)
+                elif encoder.classes is not None:
+                    losses = parametric_softmax(feature, i, encoder.classes)
+                else:
+                    positive = positive_scores(f, i, bank.features, args.temperature)
+                    negative = noise_scores(f, j, bank.features, args.temperature)
+                    if args.loss == "sampled":
+                        losses = sampled_softmax(positive, negative)
+                    elif args.z == "exact":
+                        log_z = common.bank_attention(f.detach(), bank.features, args.temperature)[1]
+                        losses = nce(positive, negative, log_z, len(data))
+                        totals.add(z_over_n=log_z.exp().mean() / len(data))
+                    else:
+                        (estimates,) = run.gather(estimate_log_z(negative, len(data)).view(1))
+                        estimate = estimates.logsumexp(0) - math.log(run.world)
+                        log_z = normalizer.update(estimate, momentum=1.0 if args.z == "first" else 0.99)
+                        losses = nce(positive, negative, log_z, len(data))
+                        totals.add(z_over_n=log_z.exp() / len(data))
+                if args.proximal_weight:
+                    losses = losses + args.proximal_weight * proximal(f, i, bank.features)
+                part_loss = losses.mean() / args.accumulate
+                part_loss.backward()
+                loss += part_loss.detach()
+                z.append(f.detach())
+            optimizer.step()
+            all_z, all_index = run.gather(torch.cat(z), index)
+            bank.update(all_z, all_index, args.bank_momentum)
+            totals.add(loss=loss)
+            run.after_step(state, epoch, step, loss)
+
+        images_per_second = (steps - start) * args.batch_size / (time.perf_counter() - began)
+        row: dict[str, float] = totals.means(run)
+        if test and (epoch + 1 == args.epochs or (epoch + 1) % args.knn_every == 0):
+            encoder.eval()
+            run.broadcast(encoder)
+            features = bank.features if args.knn_features == "bank" else common.extract(run, data, embed)
+            row |= common.knn_monitor(features, data, common.extract(run, test, embed), test, args.temperature)
+        run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=lr, **row, images_per_second=round(images_per_second),
+                seconds=round(time.perf_counter() - began, 1), memory_gb=common.memory_gb(run.device))
+        run.save(state, epoch + 1, 0)
+    run.finish(encoder.backbone)
+
+
+if __name__ == "__main__":
+    common.launch(main, parse_args)

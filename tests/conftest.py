@@ -1,0 +1,9 @@
+"""One thread: on a shared machine two threads that wait for each other cost more than they bring."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+
+torch.set_num_threads(1)

@@ -1,0 +1,229 @@
+"""Backbones: torchvision's names and outputs at the standard width, and what training and probes need."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import common
+
+ARCHS = ["alexnet", "vgg16", "resnet18", "resnet34", "resnet50", "resnet101"]
+KINDS = ["alexnet", "vgg16", "resnet18", "resnet50"]
+
+
+def fresh(
+    arch: str, width: int = 8, small: bool = False, dropout: float = 0.0
+) -> common.PlainNet | common.ResNet:
+    """A seeded narrow backbone."""
+    torch.manual_seed(0)
+    return common.backbone(arch, width, small, dropout=dropout)
+
+
+def random_statistics(network: nn.Module) -> None:
+    """Normalisations get random running statistics and scales, so that none acts as the identity."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for values in (module.weight, module.bias, module.running_mean, module.running_var):
+                assert values is not None
+                nn.init.uniform_(values, 0.5, 1.5)
+
+
+def shapes(network: nn.Module, prefix_left_out: tuple[str, ...] = ()) -> dict[str, tuple[int, ...]]:
+    """Shapes of a state dict by name."""
+    state = network.state_dict()
+    return {name: tuple(value.shape) for name, value in state.items() if not name.startswith(prefix_left_out)}
+
+
+@pytest.mark.parametrize("arch", ARCHS[2:])
+def test_resnet_has_torchvisions_layout(arch: str) -> None:
+    """Names, their order and shapes are torchvision's without fc."""
+    with torch.device("meta"):
+        ours, theirs = shapes(common.backbone(arch)), shapes(torchvision.models.get_model(arch), ("fc.",))
+    assert list(ours.items()) == list(theirs.items())
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_resnet_has_torchvisions_features(arch: str) -> None:
+    """With equal weights, the features are torchvision's before fc."""
+    ours = common.backbone(arch).eval()
+    random_statistics(ours)
+    with torch.device("meta"):
+        theirs = torchvision.models.get_model(arch).eval()
+    theirs.fc = nn.Identity()
+    theirs.load_state_dict(ours.state_dict(), assign=True)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
+
+
+def test_vgg16_is_torchvisions() -> None:
+    """Names, order and shapes are those of vgg16_bn without its last layer; features are its fc7."""
+    with torch.device("meta"):
+        whole, theirs = (
+            shapes(common.backbone("vgg16")),
+            shapes(torchvision.models.vgg16_bn(), ("classifier.6",)),
+        )
+        assert list(whole.items()) == list(theirs.items())
+        filters = [4, 4, "M", 8, 8, "M", 16, 16, 16, "M", 32, 32, 32, "M", 32, 32, 32, "M"]
+        narrow = torchvision.models.VGG(torchvision.models.vgg.make_layers(filters, batch_norm=True))
+        fc6, fc7 = nn.Linear(32 * 7 * 7, 256), nn.Linear(256, 256)
+        narrow.classifier = nn.Sequential(fc6, nn.ReLU(), nn.Dropout(), fc7, nn.ReLU(), nn.Dropout())
+    ours = fresh("vgg16", 4).eval()
+    random_statistics(ours)
+    narrow.load_state_dict(ours.state_dict(), assign=True)
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), narrow.eval()(images))
+
+
+def test_alexnet_keeps_torchvisions_classifier_names() -> None:
+    """fc6 and fc7 are classifier.1 and classifier.4, with the sizes of the original network at 224 px."""
+    with torch.device("meta"):
+        ours, theirs = shapes(common.backbone("alexnet")), shapes(torchvision.models.alexnet())
+    names = [f"classifier.{layer}.{kind}" for layer in (1, 4) for kind in ("weight", "bias")]
+    assert {name: ours[name] for name in names} == {name: theirs[name] for name in names}
+    filters = [shape for name, shape in ours.items() if name.startswith("features") and len(shape) == 4]
+    assert filters == [(96, 3, 11, 11), (256, 96, 5, 5), (384, 256, 3, 3), (384, 384, 3, 3), (256, 384, 3, 3)]
+
+
+@pytest.mark.parametrize(
+    ("arch", "expected"),
+    [
+        ("alexnet", [(96, 55), (256, 27), (384, 13), (384, 13), (256, 13)]),
+        ("vgg16", [(64, 224), (128, 112), (256, 56), (512, 28), (512, 14)]),
+        ("resnet18", [(64, 112), (64, 56), (128, 28), (256, 14), (512, 7)]),
+        ("resnet50", [(64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7)]),
+    ],
+)
+def test_stages_at_224(arch: str, expected: list[tuple[int, int]]) -> None:
+    """The five maps of a 224 px image have the papers' channels and sides."""
+    with torch.device("meta"):
+        maps = common.backbone(arch).stages(torch.empty(1, 3, 224, 224))
+    assert [tuple(stage.shape) for stage in maps] == [(1, size, side, side) for size, side in expected]
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("arch", KINDS)
+def test_stages_lie_on_the_way_to_the_feature(arch: str, small: bool) -> None:
+    """Maps are outputs of a ReLU that nothing writes into later, and the last one leads to the feature."""
+    network = fresh(arch, 4, small).eval()
+    images = torch.randn(2, 3, 32, 32) if small else torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        maps, feature = network.stages(images), network(images)
+        assert all(float(stage.min()) == 0 for stage in maps)
+        if isinstance(network, common.ResNet):
+            again = maps[-1].mean((2, 3))
+        else:
+            last = network.features[network.stage_ends[-1] + 1 :](maps[-1])
+            again = network.classifier(network.avgpool(last).flatten(1)).relu()
+    torch.testing.assert_close(again, feature)
+    assert feature.shape == (2, network.dim)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_large_networks_run_at_224_px(arch: str) -> None:
+    """A 224 px image gives finite features of the announced size."""
+    network = fresh(arch, 4).eval()
+    with torch.no_grad():
+        feature = network(torch.randn(1, 3, 224, 224))
+    assert feature.shape == (1, network.dim) and bool(feature.isfinite().all())
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_small_networks_train_at_32_px(arch: str) -> None:
+    """A 32 px batch goes forward and backward; every parameter but the idle biases gets a finite gradient."""
+    network = fresh(arch, 4, small=True)
+    feature = network(torch.randn(4, 3, 32, 32))
+    assert feature.shape == (4, network.dim) and feature.dtype == torch.float32
+    (feature * torch.randn_like(feature)).sum().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
+        assert parameter.grad.abs().max() > 0 or name.endswith("bias"), name
+
+
+@pytest.mark.parametrize(
+    ("arch", "dim"),
+    list(zip(ARCHS, [4096, 4096, 512, 512, 2048, 2048], strict=True)),
+)
+def test_width_scales_every_channel(arch: str, dim: int) -> None:
+    """A quarter of the width is a quarter of every channel and of the feature, but not of the input."""
+    with torch.device("meta"):
+        whole, quarter = common.backbone(arch), common.backbone(arch, width=16)
+    assert (whole.dim, quarter.dim) == (dim, dim // 4)
+    for (name, large), reduced in zip(shapes(whole).items(), shapes(quarter).values(), strict=True):
+        if large:
+            inputs = 1 if name in ("conv1.weight", "features.0.weight") else 4
+            assert large == (4 * reduced[0], *(inputs * size for size in reduced[1:2]), *reduced[2:])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_input_channels(arch: str) -> None:
+    """Two input channels, as DeepCluster's Sobel filter gives, change the first convolution only."""
+    with torch.device("meta"):
+        three, two = (shapes(common.backbone(arch, input_channels=channels)) for channels in (3, 2))
+    assert [name for name in three if three[name] != two[name]] == [next(iter(three))]
+
+
+@pytest.mark.parametrize("arch", ["alexnet", "vgg16", "resnet18"])
+def test_feature_before_the_last_relu(arch: str) -> None:
+    """ReLU of the feature before its last ReLU is the feature; before, fc7 has negative values too."""
+    network = fresh(arch, small=True).eval()
+    with torch.no_grad():
+        images = torch.randn(8, 3, 32, 32)
+        before, after = network(images, relu_last=False), network(images)
+    assert torch.equal(before.relu(), after)
+    assert bool((before < 0).any()) == (arch != "resnet18")
+
+
+def test_dropout_is_an_option() -> None:
+    """By default training draws nothing; with dropout two passes differ in training, not in evaluation."""
+    images = torch.randn(4, 3, 32, 32)
+    for arch in ("alexnet", "vgg16"):
+        plain, dropping = fresh(arch, small=True), fresh(arch, small=True, dropout=0.5)
+        assert torch.equal(plain(images), plain(images))
+        assert not torch.equal(dropping(images), dropping(images))
+        assert torch.equal(dropping.eval()(images), dropping(images))
+
+
+@pytest.mark.parametrize("arch", KINDS)
+def test_initial_weights(arch: str) -> None:
+    """Convolutions are Kaiming (fan out), linear layers N(0, 0.01), biases 0, normalisations 1 and 0."""
+    for module in fresh(arch, 16, small=True).modules():
+        if isinstance(module, nn.Conv2d):
+            deviation = (2 / (module.out_channels * module.kernel_size[0] ** 2)) ** 0.5
+            assert float(module.weight.detach().std()) == pytest.approx(deviation, rel=0.15)
+        if isinstance(module, nn.Linear):
+            assert float(module.weight.detach().std()) == pytest.approx(0.01, rel=0.05)
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+            assert not module.bias.any()
+        if isinstance(module, nn.BatchNorm2d):
+            assert bool((module.weight == 1).all()) and not module.bias.any()
+
+
+@pytest.mark.parametrize("arch", KINDS)
+def test_channels_last_changes_nothing(arch: str) -> None:
+    """In channels-last memory the features are the same, and maps stay channels-last all the way."""
+    network = fresh(arch, small=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        plain = network(images)
+        network.to(memory_format=torch.channels_last)
+        last = images.contiguous(memory_format=torch.channels_last)
+        assert float((network(last) - plain).abs().max()) < 1e-4 * float(plain.abs().max())
+        maps = network.stages(last)
+    assert all(stage.is_contiguous(memory_format=torch.channels_last) for stage in maps)
+
+
+def test_images_of_other_sizes() -> None:
+    """96 px images go through the small and the large AlexNet and VGG16: the last map is averaged."""
+    for arch in ("alexnet", "vgg16"):
+        for small in (False, True):
+            network = fresh(arch, 4, small).eval()
+            with torch.no_grad():
+                assert network(torch.randn(1, 3, 96, 96)).shape == (1, network.dim)
+
+
+def test_unknown_architecture_is_named() -> None:
+    """An unknown name is a ValueError that lists the known ones."""
+    with pytest.raises(ValueError, match=r"resnet19.*resnet18"):
+        common.backbone("resnet19")
