@@ -572,27 +572,27 @@ class Run:
 
 
 class Totals:
-    """Sums of a step's figures on the device, read once an epoch; part of the checkpoint."""
+    """Sums of figures on the device, read once an epoch; part of the checkpoint."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.count, self.sums = device, 0, dict[str, Tensor]()
+        self.device, self.counts, self.sums = device, dict[str, int](), dict[str, Tensor]()
 
     def add(self, **figures: Tensor) -> None:
-        self.count += 1
         for name, value in figures.items():
+            self.counts[name] = self.counts.get(name, 0) + 1
             self.sums[name] = self.sums.get(name, torch.zeros((), device=self.device)) + value.detach().float()
 
     def means(self, run: Run) -> dict[str, float]:
-        """The means over steps and ranks; starts anew."""
-        means = {name: run.mean(total).item() / max(self.count, 1) for name, total in self.sums.items()}
-        self.count, self.sums = 0, {}
+        """The mean of each figure over its additions and the ranks; starts anew."""
+        means = {name: run.mean(total).item() / self.counts[name] for name, total in self.sums.items()}
+        self.counts, self.sums = {}, {}
         return means
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(count=self.count, sums=dict(self.sums))
+        return dict(counts=dict(self.counts), sums=dict(self.sums))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.count = state["count"]
+        self.counts = dict(state["counts"])
         self.sums = {name: total.to(self.device) for name, total in state["sums"].items()}
 
 
@@ -1733,8 +1733,8 @@ class MemoryBank(nn.Module):
         norm = new.norm(dim=1, keepdim=True)
         valid = norm.isfinite() & (norm > 1e-12)
         rows = torch.where(valid, (new / norm).to(old.dtype), old)
-        # Sorted by (index, valid, position), the winner of a slot is the last of its run. Every duplicate then
-        # writes the same value, so the order of writes does not matter, and nothing waits for the device.
+        # Sorted by (index, valid, position), the winner of a slot is the last of its run. Every duplicate
+        # then writes the same value, so their order does not matter, and nothing here waits for the device.
         order = torch.argsort(2 * index + valid[:, 0], stable=True)
         winner = order[torch.searchsorted(index[order], index, right=True) - 1]
         self.features.index_copy_(0, index, rows[winner])
@@ -1881,11 +1881,11 @@ def kmeans(
 
 def assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, float]:
     """The nearest centroid of each row, (N,) int64, by float32 scores, and the sum of squared distances."""
-    screened = x.device.type == "cpu" and HAS_BFLOAT16
     offset = -0.5 * centroids.square().sum(1)
+    screen = _screen(centroids, offset) if x.device.type == "cpu" and HAS_BFLOAT16 else None
 
     def work(rows: Tensor) -> tuple[Tensor, Tensor]:
-        labels = _assign_screened(rows, centroids, offset) if screened else None
+        labels = screen(rows) if screen else None
         if labels is None:
             labels = torch.addmm(offset, rows, centroids.T).max(1).indices
         return labels, (rows - centroids[labels]).square_().sum().double()
@@ -1898,34 +1898,39 @@ def assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, float]:
 HAS_BFLOAT16: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
-def _assign_screened(rows: Tensor, centroids: Tensor, offset: Tensor) -> Tensor | None:
+def _screen(centroids: Tensor, offset: Tensor) -> Callable[[Tensor], Tensor | None]:
     """Labels by float32 scores of the centroids that a bfloat16 product cannot rule out; None if too many.
 
     A bfloat16 product takes half the time of a float32 one. Its error, before it is rounded, is at most
     |x| max|c - c~| + |x - x~| max|c~|: what lies further than twice that below the best is not the nearest.
     """
-    unit = 2.0**-9  # relative rounding error of bfloat16
-    k, low, low_offset = len(centroids), centroids.bfloat16(), offset.bfloat16()
-    if k % 4:  # the scores are searched four at a time, as int64
-        low = F.pad(low, (0, 0, 0, -k % 4))
-        low_offset = F.pad(low_offset, (0, -k % 4), value=-math.inf)
-    scores = torch.addmm(low_offset, rows.bfloat16(), low.T)
-    best = scores.amax(1, keepdim=True).float()
-    longest = centroids.norm(dim=1).max()
-    error = rows.norm(dim=1, keepdim=True) * ((centroids - low[:k]).norm(dim=1).max() + 1.1 * unit * longest)
-    error += (offset - low_offset[:k]).abs().max()
-    scores.ge_((best - 2 * error - 6 * unit * best.abs()).bfloat16())  # in place: 9 times faster than to bool
-    words = scores.view(torch.int64).view(-1).nonzero()[:, 0]
-    if len(words) > 4 * len(rows):
-        return None
-    hits = scores.view(-1, 4)[words].nonzero()
-    place = words[hits[:, 0]] * 4 + hits[:, 1]
-    row = place // scores.shape[1]
-    column = place - row * scores.shape[1]
-    exact = (rows[row] * centroids[column]).sum(1) + offset[column]
-    top = torch.full((len(rows),), -math.inf).scatter_reduce_(0, row, exact, "amax")
-    tied = torch.where(exact == top[row], column, k)  # of equally near centroids the first, as max does
-    return torch.full((len(rows),), k).scatter_reduce_(0, row, tied, "amin")
+    unit, k = 2.0**-9, len(centroids)  # unit: relative rounding error of bfloat16
+    low, low_offset = centroids.bfloat16(), offset.bfloat16()
+    slope = (centroids - low).norm(dim=1).max() + 1.1 * unit * centroids.norm(dim=1).max()
+    slack = (offset - low_offset).abs().max()
+    low = F.pad(low, (0, 0, 0, -k % 4))  # the scores are searched four at a time, as int64
+    low_offset = F.pad(low_offset, (0, -k % 4), value=-math.inf)
+
+    def labels(rows: Tensor) -> Tensor | None:
+        scores = torch.addmm(low_offset, rows.bfloat16(), low.T)
+        best = scores.amax(1, keepdim=True).float()
+        error = rows.norm(dim=1, keepdim=True) * slope + slack
+        scores.ge_(
+            (best - 2 * error - 6 * unit * best.abs()).bfloat16()
+        )  # in place: 9 times faster than to bool
+        words = scores.view(torch.int64).view(-1).nonzero()[:, 0]
+        if len(words) > 4 * len(rows):
+            return None
+        hits = scores.view(-1, 4)[words].nonzero()
+        place = words[hits[:, 0]] * 4 + hits[:, 1]
+        row = place // scores.shape[1]
+        column = place - row * scores.shape[1]
+        exact = (rows[row] * centroids[column]).sum(1) + offset[column]
+        top = torch.full((len(rows),), -math.inf).scatter_reduce_(0, row, exact, "amax")
+        tied = torch.where(exact == top[row], column, k)  # of equally near centroids the first, as max does
+        return torch.full((len(rows),), k).scatter_reduce_(0, row, tied, "amin")
+
+    return labels
 
 
 def _kmeans_torch(x: Tensor, centroids: Tensor, iterations: int, seed: int, spherical: bool) -> KMeans:

@@ -1,0 +1,32 @@
+PYTHON ?= python3
+CONSTRAINTS ?=
+RUN = .venv/bin/python
+
+.PHONY: install demo test test-all bench lint
+
+install: .venv/installed
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -r requirements.txt
+	touch $@
+
+demo: install  ## NPID on the embedded data set: train, evaluate, draw
+	$(RUN) npid.py --preset demo --output runs/demo
+	$(RUN) figures.py curves runs/demo --out runs/demo/curves.png
+	$(RUN) figures.py gallery runs/demo --subset 5000 --test-subset 1000 --out runs/demo/gallery.png
+	$(RUN) eval_knn.py runs/demo/checkpoint.pth --subset 5000 --k 200 20 --retrieval
+
+test: install  ## ten minutes at most
+	$(RUN) -m pytest -q -m "not slow and not gpu"
+
+test-all: install  ## also the long ones; with CIFAR-10 if $$DATA_DIR has it
+	$(RUN) -m pytest -q -m "not gpu"
+
+bench: install  ## ratios against the plain way of doing the same, to results/bench.jsonl
+	$(RUN) benchmarks/bench.py
+
+lint: install
+	.venv/bin/pip install --quiet --disable-pip-version-check ruff mypy
+	.venv/bin/ruff check .
+	.venv/bin/mypy

@@ -1,0 +1,254 @@
+"""Ratios of our kernels to what they replace, measured in turn in one process: python bench.py [NAME ...]."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import common
+
+Record = dict[str, Any]
+
+
+def seconds(function: Callable[[], Any], device: torch.device) -> float:
+    """Wall-clock time of one call, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def race(case: str, theirs: Callable[[], Any], ours: Callable[[], Any], args: argparse.Namespace) -> Record:
+    """Time of theirs over time of ours, round by round in alternating order, after one untimed round."""
+    device, pairs = torch.device(args.device), []
+    for turn in range(args.repeats + 1):
+        if turn % 2:
+            first = seconds(theirs, device)
+            pairs.append((first, seconds(ours, device)))
+        else:
+            second = seconds(ours, device)
+            pairs.append((seconds(theirs, device), second))
+    pairs = pairs[1:]
+    ratios = [a / b for a, b in pairs]
+    return {
+        "case": case,
+        "ratio_min": round(min(ratios), 3),
+        "ratio_median": round(statistics.median(ratios), 3),
+        "ratio_max": round(max(ratios), 3),
+        "theirs_seconds": round(statistics.median(a for a, _ in pairs), 5),
+        "ours_seconds": round(statistics.median(b for _, b in pairs), 5),
+        "rounds": len(pairs),
+    }
+
+
+def unit_rows(rows: int, dim: int, device: str, seed: int) -> Tensor:
+    """Random directions, (rows, dim)."""
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(rows, dim, generator=generator), dim=1).to(device)
+
+
+# ---- exact softmax over the bank ---------------------------------------------------------------------------
+
+TEMPERATURE = 0.07
+
+
+def softmax_ours(z: Tensor, index: Tensor, bank: Tensor) -> Tensor:
+    """Gradient for z of the mean exact loss by streaming attention."""
+    z = z.clone().requires_grad_()
+    return torch.autograd.grad(common.bank_softmax(z, index, bank, TEMPERATURE).mean(), z)[0]
+
+
+def softmax_logits(z: Tensor, index: Tensor, bank: Tensor) -> Tensor:
+    """The same by cross-entropy on materialised logits."""
+    z = z.clone().requires_grad_()
+    return torch.autograd.grad(F.cross_entropy(z @ bank.T / TEMPERATURE, index), z)[0]
+
+
+def nce(z: Tensor, index: Tensor, bank: Tensor, num_negatives: int = 4096) -> Tensor:
+    """Gradient for z of eq. (7) with uniform noise, in the log domain; Z = 2.2 N, as at the first batch."""
+    z = z.clone().requires_grad_()
+    noise = torch.randint(len(bank), (len(z), num_negatives), device=z.device)
+    rows = bank[torch.cat([index[:, None], noise], 1)]  # (B, m + 1, D)
+    scores = torch.bmm(rows, z.unsqueeze(2))[..., 0] / TEMPERATURE - torch.tensor(2.2 * len(bank)).log()
+    log_noise = torch.tensor(num_negatives / len(bank)).log()
+    log_sum = torch.logaddexp(scores, log_noise.to(scores))
+    loss = (log_sum[:, 0] - scores[:, 0]) + (log_sum[:, 1:] - log_noise).sum(1)
+    return torch.autograd.grad(loss.mean(), z)[0]
+
+
+def batch(size: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """z (128, 128), index (128,) and bank (size, 128)."""
+    index = torch.randint(size, (128,), generator=torch.Generator().manual_seed(2))
+    return unit_rows(128, 128, device, 1), index.to(device), unit_rows(size, 128, device, 0)
+
+
+def peak_bytes() -> int:
+    """The most memory this process ever held, in bytes."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(found[1]) if found else 0
+
+
+def softmax_extra_bytes(name: str, size: int, device: str) -> int:
+    """Growth of the memory peak by one forward and backward, inputs and library buffers left out."""
+    function = {"ours": softmax_ours, "logits": softmax_logits}[name]
+    function(*batch(2000, device))
+    inputs = batch(size, device)
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function(*inputs)
+        return torch.cuda.max_memory_allocated() - before
+    # The peak may still be that of making the inputs: fill the room below it first, so that any growth shows.
+    room = peak_bytes() - int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    filler = torch.ones(max(room, 0) // 4 + (1 << 20))
+    before = peak_bytes()
+    function(*inputs)
+    return peak_bytes() - before + 0 * len(filler)
+
+
+def bench_softmax(args: argparse.Namespace) -> list[Record]:
+    """Exact softmax against cross-entropy on logits, B = 128, D = 128."""
+    records = []
+    for size, target in ((50_000, None), (400_000, 2.5)):
+        inputs = batch(size, args.device)
+        expected = softmax_logits(*inputs)
+        difference = (softmax_ours(*inputs) - expected).norm() / expected.norm()
+        record = race(f"N={size}", partial(softmax_logits, *inputs), partial(softmax_ours, *inputs), args)
+        records.append(record | {"target": target, "gradient_difference": float(difference)})
+    logits = 128 * 400_000 * 4
+    for name, limit in (("ours", 0.1), ("logits", None)):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # a fresh process
+            extra = pool.apply(softmax_extra_bytes, (name, 400_000, args.device))
+        records.append(
+            {"case": f"extra memory, {name}, N=400000", "share_of_logits": extra / logits, "limit": limit}
+        )
+    return records
+
+
+def bench_nce(args: argparse.Namespace) -> list[Record]:
+    """Exact softmax against NCE with 4,096 noise samples for each image, B = 128, D = 128."""
+    records = []
+    for size, target in ((50_000, 1.0), (400_000, None)):
+        inputs = batch(size, args.device)
+        record = race(f"N={size}", partial(nce, *inputs), partial(softmax_ours, *inputs), args)
+        records.append(record | {"target": target})
+    return records
+
+
+# ---- k-means and neighbours --------------------------------------------------------------------------------
+
+
+def bench_kmeans(args: argparse.Namespace) -> list[Record]:
+    """Assignment of 50,000 rows, D = 128, and a whole clustering, torch against Faiss."""
+    import faiss
+
+    x, records = unit_rows(50_000, 128, args.device, 0), []
+    rows = x.cpu().numpy()
+    for k in (1_000, 2_000):
+        centroids = common.kmeans(x, k, iterations=2).centroids
+        index: Any = faiss.IndexFlatL2(128)
+        if faiss.get_num_gpus() > 0:
+            index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+        index.add(centroids.cpu().numpy())
+        record = race(
+            f"assignment, k={k}",
+            partial(index.search, rows, 1),
+            partial(common.assign, x, centroids),
+            args,
+        )
+        same = torch.from_numpy(index.search(rows, 1)[1][:, 0]) == common.assign(x, centroids)[0].cpu()
+        records.append(record | {"target": 2.5, "labels_equal": float(same.float().mean())})
+    runs: dict[str, common.KMeans] = {}
+    short = argparse.Namespace(**vars(args) | {"repeats": min(args.repeats, 3)})
+    record = race(
+        "20 iterations, k=1000",
+        lambda: runs.update(theirs=common.kmeans(x, 1_000, backend="faiss")),
+        lambda: runs.update(ours=common.kmeans(x, 1_000)),
+        short,
+    )
+    objective = runs["ours"].objective[-1] / runs["theirs"].objective[-1]
+    record |= {"objective_ratio": objective, "backends": [runs["theirs"].backend, runs["ours"].backend]}
+    return [*records, record]
+
+
+def bench_knn(args: argparse.Namespace) -> list[Record]:
+    """The 200 best of 50,000 rows for 10,000 queries, D = 128, torch against Faiss."""
+    queries, keys = unit_rows(10_000, 128, args.device, 1), unit_rows(50_000, 128, args.device, 0)
+    record = race(
+        "10k x 50k, top 200",
+        lambda: common.neighbors(queries, keys, 200, backend="faiss"),
+        lambda: common.neighbors(queries, keys, 200),
+        argparse.Namespace(**vars(args) | {"repeats": min(args.repeats, 5)}),
+    )
+    return [record | {"target": 1.3}]
+
+
+BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Record]]] = {
+    "softmax": bench_softmax,
+    "nce": bench_nce,
+    "kmeans": bench_kmeans,
+    "knn": bench_knn,
+}
+
+
+def machine(device: str) -> Record:
+    """Hardware and versions that the figures depend on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    facts = {
+        "cpu": name[1] if name else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+    }
+    try:
+        import faiss
+
+        facts |= {"faiss": faiss.__version__, "faiss_gpus": faiss.get_num_gpus()}
+    except ImportError:
+        pass
+    return facts
+
+
+def main() -> None:
+    """Runs the benchmarks named, all by default; one line of each on stdout, one JSON line in --output."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], help="all if none is named")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--repeats", type=int, default=15, help="rounds; the long benchmarks take fewer")
+    parser.add_argument(
+        "--output", type=Path, default=Path("results/bench.jsonl"), help="JSON lines, appended"
+    )
+    args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    for name in args.names or BENCHMARKS:
+        for record in BENCHMARKS[name](args):
+            line = {"benchmark": name, **record, **machine(args.device)}
+            with args.output.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            figures = {key: value for key, value in record.items() if key != "case"}
+            print(
+                f"{name}, {record['case']}: " + ", ".join(f"{k} {v}" for k, v in figures.items()), flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()

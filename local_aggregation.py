@@ -1,0 +1,481 @@
+"""Local Aggregation (Zhuang, Zhai and Yamins, ICCV 2019, arXiv:1903.12355).
+
+Like NPID there is a memory bank with one feature v_i for each image; but instead of pushing all other images away, an
+image is drawn to its close neighbours C_i and pushed from the rest of its background neighbours B_i:
+
+    L_i = -log P(C_i and B_i | f_i) / P(B_i | f_i),    P(A | f) = sum of exp(v_j . f / tau) over j in A
+
+B_i are the k images nearest to f_i in the bank, found anew in each step. C_i are those that share a cluster with image i
+in at least one of H k-means clusterings of the bank into m clusters, found anew in each epoch. The normaliser over all N
+images cancels. The first epochs train with NPID's loss, so that the first clustering has something to find.
+
+    python local_aggregation.py --arch resnet18 --H 10 --m 30000       # on rendered shapes, for want of other data
+    python local_aggregation.py --data cifar10                         # no published row
+    python local_aggregation.py --data imagenet                        # Table 1, ResNet-18: 45.0 kNN in the paper
+    torchrun --nproc-per-node 8 local_aggregation.py --preset imagenet-resnet50
+    python local_aggregation.py --preset table5-3-10k                  # a row of an ablation
+
+Choosing k and m. On ImageNet (N = 1.28 million) m = 30,000 makes clusters of 43 images and k = 4096 is 0.3 % of all. On
+50,000 images the same numbers mean clusters of 1.7 images and 8 %. What matters is the size of clusters against the size
+of classes, and that B_i is wider than C_i: the presets for small sets keep clusters of tens of images, with k several
+times the size of C_i. Without a preset of their own, smaller sets get k and m scaled from ImageNet's; both are printed.
+
+Differences from the paper and from the existing codes:
+  * The warm start uses the exact softmax; `--warmup-loss nce` is the paper's, whose once-estimated Z fails on small sets.
+  * Image i is always in C_i and in B_i (it takes the place of the k-th nearest if it is not among them), so no
+    intersection is empty, there is no epsilon in the logarithm, and no image is without gradient.
+  * Clusters are there before the first step that needs them, and are renewed at the first step of each epoch, whether
+    or not N divides by B. The k-means seeds follow from --seed: the same each epoch, or `--cluster-seeds redrawn`.
+  * DBSCAN collapses, as the paper says: kept for Table 5's discussion as `--clustering dbscan`.
+
+log.jsonl has, beside NPID's keys: la_loss; close_size, mean |C_i|; skewness, mean distance of v_i to the centre of C_i
+(section 5.2); intersection, mean |B_i and C_i|, and alone, the share of images with nothing but themselves in it;
+forced, the share that had to be put into their own B_i; objective, empty and splits of the k-means; nmi with the clustering
+before; cluster_seconds; local_density and background_density (Fig. 2: mean similarity to the 30 nearest, and to ranks 1000
+to 4096, or the same shares of a smaller set).
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import common
+
+# ---- presets ---------------------------------------------------------------------------------------------------------
+# "imagenet" is the base of all: ResNet-18's row of Table 1. The tables' rows change one thing of (H, m) = (1, 10k).
+
+ABLATION = dict(data="imagenet", H=1, m=10_000)
+SMALL = dict(temperature=0.1, batch_size=128, weight_decay=5e-4, k=512, m=1000, H=3)
+PRESETS: dict[str, dict[str, Any]] = {
+    "imagenet": dict(arch="resnet18", H=10, m=30_000, k=4096, temperature=0.07, batch_size=128, lr=0.03, schedule="step",
+                     lr_drops=[160, 187], epochs=200, warmup_epochs=10, weight_decay=1e-4, flip=True),
+    "imagenet-alexnet": dict(data="imagenet", arch="alexnet", H=3, epochs=160, lr_drops=[119, 142]),  # Table 1
+    "imagenet-vgg16": dict(data="imagenet", arch="vgg16", H=6, m=10_000, epochs=178, lr_drops=[136, 158]),
+    "imagenet-resnet50": dict(data="imagenet", arch="resnet50", lr_drops=[152, 189]),
+    "table4-all": dict(ABLATION, background="all"),
+    "table4-clusters": dict(ABLATION, background="clusters"),
+    "table4-nearest": dict(ABLATION),
+    "table5-self": dict(ABLATION, close="self"),
+    "table5-nearest": dict(ABLATION, close="nearest"),
+    "table5-3-10k": dict(ABLATION, H=3),
+    "table5-10-10k": dict(ABLATION, H=10),
+    "supplement1-1-1k": dict(ABLATION, m=1000),
+    "supplement1-1-20k": dict(ABLATION, m=20_000),
+    "supplement1-6-10k": dict(ABLATION, H=6),
+    "supplement1-alexnet-1-10k": dict(ABLATION, arch="alexnet"),
+    "supplement1-alexnet-3-10k": dict(ABLATION, arch="alexnet", H=3),
+    "supplement1-alexnet-6-10k": dict(ABLATION, arch="alexnet", H=6),
+    "supplement1-vgg16-1-10k": dict(ABLATION, arch="vgg16"),
+    "supplement1-resnet50-1-10k": dict(ABLATION, arch="resnet50"),
+    "supplement1-resnet50-6-10k": dict(ABLATION, arch="resnet50", H=6),
+    "supplement1-resnet50-10-10k": dict(ABLATION, arch="resnet50", H=10),
+    "supplement3-k2048": dict(ABLATION, k=2048),
+    "supplement3-k8192": dict(ABLATION, k=8192),
+    "supplement3-center-crop": dict(ABLATION, cluster_on="center-crop"),
+    "supplement3-more-freq": dict(ABLATION, recluster_every=1000),
+    "dbscan": dict(ABLATION, clustering="dbscan"),
+    "cifar10": dict(SMALL, data="cifar10", flip=False),
+    "cifar10-thin": dict(SMALL, data="cifar10", subset=5000, width=16, epochs=30, schedule="cosine", m=100, k=512, knn_every=5),
+    "cifar100": dict(SMALL, data="cifar100", flip=False),
+    "stl10": dict(SMALL, data="stl10", m=2000, k=1024),
+    "shapes": dict(SMALL, data="shapes", schedule="cosine"),
+    "shapes-thin": dict(SMALL, data="shapes", subset=5000, width=16, epochs=20, schedule="cosine", m=100, k=512, knn_every=2),
+    "smoke": dict(SMALL, data="shapes", subset=256, test_subset=100, width=4, epochs=3, warmup_epochs=1, batch_size=32,
+                  m=16, k=64, H=3, knn_every=1),
+}  # fmt: skip
+IMAGENET_SIZE = 1_281_167
+NOISE = 4096  # noise images of --warmup-loss nce, as the paper
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = common.parser(__doc__)
+    method = parser.add_argument_group("method")
+    method.add_argument("--H", "--num-clusterings", dest="H", type=common.COUNT, default=10, metavar="H",
+                        help="H, clusterings whose union makes C_i (section 3.1)")
+    method.add_argument("--m", "--num-clusters", dest="m", type=common.COUNT, default=30_000, metavar="M",
+                        help="m, clusters in each")
+    method.add_argument("--k", "--num-neighbors", dest="k", type=common.COUNT, default=4096, metavar="K",
+                        help="k, size of B_i")
+    method.add_argument("--tau", "--temperature", dest="temperature", type=common.POSITIVE, default=0.07, metavar="TAU",
+                        help="tau of eq. (2)")
+    method.add_argument("--bank-momentum", type=common.SHARE, default=0.5, metavar="SHARE",
+                        help="1 - t of eq. (5), the share of the old feature")
+    method.add_argument("--warmup-epochs", type=common.COUNT_OR_ZERO, default=10, metavar="N",
+                        help="first epochs with NPID's loss")
+    method.add_argument("--warmup-loss", choices=["softmax", "nce"], default="softmax",
+                        help="NPID's softmax over all images, or its approximation with 4,096 noise images and one Z")
+    method.add_argument("--background", choices=["nearest", "all", "clusters"], default="nearest",
+                        help="B_i: the k nearest; all images; or those that share one of --background-clusters (Table 4)")
+    method.add_argument("--background-clusters", type=common.COUNT, nargs=2, default=[3, 1000], metavar=("H", "M"),
+                        help="clusterings and clusters for --background clusters")
+    method.add_argument("--close", choices=["clusters", "self", "nearest"], default="clusters",
+                        help="C_i: by clusterings; only i; or the --close-neighbors nearest, which collapses (Table 5)")
+    method.add_argument("--close-neighbors", type=common.COUNT, default=43, metavar="K", help="k' for --close nearest")
+    method.add_argument("--clustering", choices=["kmeans", "dbscan"], default="kmeans", help="how C_i's clusters are found")
+    method.add_argument("--dbscan-radius", type=common.POSITIVE, default=0.5, help="largest distance of neighbours for dbscan")
+    method.add_argument("--kmeans", choices=["torch", "faiss"], default="torch", help="which k-means, of the same objective")
+    method.add_argument("--kmeans-iterations", type=common.COUNT, default=20, metavar="N", help="Lloyd iterations")
+    method.add_argument("--cluster-on", choices=["bank", "center-crop"], default="bank",
+                        help="cluster the bank, or features recomputed from central crops (supplement, Table 3)")
+    method.add_argument("--cluster-seeds", choices=["fixed", "redrawn"], default="fixed",
+                        help="H seeds for all epochs, as the authors' code, or new ones for each clustering")
+    method.add_argument("--recluster-every", type=common.COUNT_OR_ZERO, default=0, metavar="STEPS",
+                        help="renew the clusters within an epoch too (supplement, Table 3: 1000); 0: once an epoch")
+    method.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="horizontal flips")
+    method.add_argument("--knn-features", choices=["bank", "clean"], default="bank", help="train features of the kNN "
+                        "monitor: the bank (free; augmented, up to an epoch old) or recomputed without augmentation")
+    common.add_training_options(parser)
+    args = common.parse(parser, PRESETS, argv)
+    if args.close == "nearest" and args.background != "nearest":
+        parser.error("--close nearest goes with --background nearest")
+    return args
+
+
+def fit_to(count: int, args: argparse.Namespace) -> None:
+    """Shrink defaults of k and m that do not fit `count` images and say so; a typed value that does not fit is an error.
+
+    m shrinks with N, so that clusters keep the 43 images they have on ImageNet; k to a tenth of N, wider than C_i.
+    """
+    fitting = dict(m=max(2, round(30_000 * count / IMAGENET_SIZE)), k=max(2, count // 10))
+    for name, value in fitting.items():
+        given = getattr(args, name)
+        if given > count and name in args.typed:
+            raise common.Fault(f"--{name} {given} is more than the {count} images; {value} would fit as ImageNet's does")
+        if given > count // 4 and name not in args.typed:
+            print(f"--{name} {value}, scaled from {given} to {count:,} images", flush=True)
+            setattr(args, name, value)
+    if args.m > count // 2:
+        print(f"warning: m = {args.m} clusters of {count:,} images hold {count / args.m:.1f} each: hardly any image has a "
+              "close neighbour but itself; tens of images a cluster are usual", flush=True)
+    if args.background == "nearest" and args.k > count // 4:
+        print(f"warning: k = {args.k} is {100 * args.k / count:.0f} % of the images: B_i is hardly local", flush=True)
+
+
+# ---- augmentation ----------------------------------------------------------------------------------------------------
+
+SCALE = (0.2, 1.0)  # of RandomResizedCrop
+
+
+def augment(images: Tensor, draw: common.Draw, photographs: bool, flip: bool) -> Tensor:
+    """Crops (B, 3, S, S) in [0, 1] -> the same, augmented: grey before jitter on photographs, after it on small images."""
+    if photographs:
+        images = common.random_grayscale(images, draw, 0.2)
+    images = common.random_color_jitter(images, draw, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4)
+    if not photographs:
+        images = common.random_grayscale(images, draw, 0.2)
+    if flip:
+        images = common.random_flip(images, draw)
+    return images
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """Image (B, 3, S, S) -> feature (B, D), not yet on the unit sphere."""
+
+    def __init__(self, arch: str, width: int, small: bool, feature_dim: int) -> None:
+        super().__init__()
+        self.backbone = common.backbone(arch, width, small)
+        self.head = nn.Linear(self.backbone.dim, feature_dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        feature: Tensor = self.head(self.backbone(images))
+        return feature.float()
+
+
+# ---- close and background neighbours ---------------------------------------------------------------------------------
+
+
+class Clusters(nn.Module):
+    """Clusterings of all images by index: labels (H, N) int32, part of the checkpoint. At first each image is alone."""
+
+    def __init__(self, num_clusterings: int, num_images: int) -> None:
+        super().__init__()
+        self.register_buffer("labels", torch.arange(num_images, dtype=torch.int32).repeat(num_clusterings, 1))
+        self.labels: Tensor
+
+    def same(self, index: Tensor, columns: Tensor) -> Tensor:
+        """Whether images share a cluster in some clustering: index (B,), columns (c,) or (B, c) -> (B, c) bool."""
+        same = torch.zeros(len(index), columns.shape[-1], dtype=torch.bool, device=index.device)
+        for labels in self.labels:
+            same |= labels[columns] == labels[index, None]
+        return same
+
+
+def nearest(z: Tensor, index: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """B_i: the k slots nearest to z (B, D) in the bank (N, D), nearest first, with i for the k-th where i is not among them.
+
+    Returns slots (B, k), their similarities (B, k) and whether i had to be put in (B,).
+    """
+    similarity, slots = common.neighbors(z, bank, k)
+    missing = (slots != index[:, None]).all(1)
+    slots[:, -1] = torch.where(missing, index, slots[:, -1])
+    similarity[:, -1] = torch.where(missing, (z * bank[index].float()).sum(1), similarity[:, -1])
+    return slots, similarity, missing
+
+
+# ---- loss ------------------------------------------------------------------------------------------------------------
+# The bank takes no gradient, so that of L_i is known: (mean of v over B_i - mean of v over C_i and B_i) / tau, the means
+# weighted by the softmax of v.f / tau over the set. No graph of the (B, k) or (B, N) similarities is kept.
+
+
+def with_gradient(z: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    """`value` (B,), whose gradient with respect to z (B, D) is `gradient` (B, D)."""
+    return value + ((z - z.detach()) * gradient).sum(1)
+
+
+def local_aggregation(z: Tensor, slots: Tensor, similarity: Tensor, close: Tensor, bank: Tensor, tau: float) -> Tensor:
+    """L_i of eq. (4), (B,), with B_i listed. z: (B, D); slots of B_i, their similarity to z, and which are in C_i: (B, k)."""
+    scores = similarity.detach() / tau
+    close_scores = scores.masked_fill(~close, -math.inf)
+    weights = scores.softmax(1) - close_scores.softmax(1)
+    gradient = F.embedding_bag(slots, bank.float(), mode="sum", per_sample_weights=weights) / tau
+    return with_gradient(z, scores.logsumexp(1) - close_scores.logsumexp(1), gradient)
+
+
+def local_aggregation_dense(
+    z: Tensor, index: Tensor, background: Clusters, close: Clusters, bank: Tensor, tau: float, chunk: int = 8192
+) -> tuple[Tensor, Tensor]:
+    """L_i of eq. (4), (B,), and |B_i and C_i|, (B,), with B_i too given by clusters, of any size: the bank in chunks."""
+    query = z.detach() / tau
+    peak = torch.full((2, len(z), 1), -math.inf, device=z.device)
+    total, mean, size = torch.zeros_like(peak), torch.zeros(2, *z.shape, device=z.device), torch.zeros(len(z), device=z.device)
+    for start in range(0, len(bank), chunk):
+        slots = torch.arange(start, min(start + chunk, len(bank)), device=z.device)
+        rows = bank[slots].float()
+        inside = background.same(index, slots)
+        both = inside & close.same(index, slots)
+        scores = (query @ rows.T).masked_fill(~torch.stack([inside, both]), -math.inf)
+        highest = torch.maximum(peak, scores.amax(2, keepdim=True))
+        base = highest.clamp(min=torch.finfo().min)  # a chunk without members: exp(-inf - base) is 0, not NaN
+        weights, decay = (scores - base).exp(), (peak - base).exp()
+        total, mean, peak = total * decay + weights.sum(2, keepdim=True), mean * decay + weights @ rows, highest
+        size += both.sum(1)
+    log_p = (peak + total.log())[..., 0]
+    mean /= total
+    return with_gradient(z, log_p[0] - log_p[1], (mean[0] - mean[1]) / tau), size
+
+
+def noise_scores(z: Tensor, noise: Tensor, bank: Tensor, tau: float) -> Tensor:
+    """v_j . f / tau of the noise slots (B, m), for the paper's warm start."""
+    return (z @ bank.float().T).gather(1, noise) / tau
+
+
+def nce(positive: Tensor, noise: Tensor, log_z: Tensor, num_images: int) -> Tensor:
+    """NPID's loss by noise-contrastive estimation, (B,): see npid.py. positive: (B,), noise: (B, m) scores."""
+    offset = math.log(noise.shape[1] / num_images) + log_z
+    return F.softplus(offset - positive) + F.softplus(noise - offset).sum(1)
+
+
+class Constant(nn.Module):
+    """The first value it is given, kept from then on, in checkpoints too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("value", torch.tensor(math.nan))
+        self.value: Tensor
+
+    def first(self, value: Tensor) -> Tensor:
+        self.value = torch.where(self.value.isnan(), value, self.value)
+        return self.value
+
+
+# ---- clustering ------------------------------------------------------------------------------------------------------
+
+
+def cluster(
+    run: common.Run, features: Tensor, num_clusterings: int, num_clusters: int, key: Sequence[int | str], method: str,
+    **options: Any,
+) -> tuple[Tensor, dict[str, float]]:
+    """Labels (H, N) int32 of H clusterings of features (N, D), shared out over the ranks, and what k-means says of them.
+
+    The seeds follow from `key` and the number of the clustering. method: "kmeans", with common.kmeans' options, or "dbscan".
+    """
+    if not features.isfinite().all():
+        raise common.Fault("the memory bank is not finite: nothing can be clustered; start again from an earlier checkpoint")
+    share = -(-num_clusterings // run.world)
+    labels = torch.zeros(share, len(features), dtype=torch.int32, device=features.device)
+    figures = torch.zeros(share, 3, device=features.device)
+    for turn in range(share):
+        number = turn * run.world + run.rank
+        if number >= num_clusterings:
+            continue
+        if method == "dbscan":
+            labels[turn] = dbscan(features, **options)
+        else:
+            seed = int(torch.randint(2**31, (), generator=run.generator("cluster", *key, number)))
+            found = common.kmeans(features, num_clusters, seed=seed, **options)
+            labels[turn] = found.labels
+            figures[turn] = torch.tensor([found.objective[-1] / len(features), found.empty, found.splits])
+    all_labels, all_figures = run.gather(labels[None], figures[None])  # (world, share, ...)
+    labels = all_labels.transpose(0, 1).flatten(0, 1)[:num_clusterings]
+    objective, empty, splits = all_figures.transpose(0, 1).flatten(0, 1)[:num_clusterings].mean(0).tolist()
+    return labels.contiguous(), dict(objective=round(objective, 5), empty=empty, splits=splits)
+
+
+def dbscan(features: Tensor, radius: float) -> Tensor:
+    """Labels (N,) int32 by density; what DBSCAN calls noise is alone. Quadratic in N."""
+    from sklearn.cluster import DBSCAN
+
+    labels = torch.from_numpy(DBSCAN(eps=radius, min_samples=5, n_jobs=-1).fit_predict(features.float().cpu().numpy()))
+    alone = labels.max() + 1 + torch.arange(len(labels))
+    return torch.where(labels < 0, alone, labels).to(features.device, torch.int32)
+
+
+@torch.no_grad()
+def health(clusters: Clusters, before: Tensor, bank: Tensor, rows: Tensor) -> dict[str, float]:
+    """Figures of a clustering, over the sampled images `rows` (R,) where not over all. before: the labels (H, N) of last time."""
+    from sklearn.metrics import normalized_mutual_info_score
+
+    sizes, distances = [], []
+    for part in torch.split(rows, 64):
+        close = clusters.same(part, torch.arange(len(bank), device=bank.device)).float()
+        sizes.append(close.sum(1))
+        distances.append((close @ bank.float() / sizes[-1][:, None] - bank[part].float()).norm(dim=1))
+    nmi = normalized_mutual_info_score(before[0].cpu().numpy(), clusters.labels[0].cpu().numpy(), average_method="arithmetic")
+    return dict(close_size=round(torch.cat(sizes).mean().item(), 2), skewness=round(torch.cat(distances).mean().item(), 4),
+                nmi=round(float(nmi), 4))
+
+
+@torch.no_grad()
+def density(bank: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Local and background density (Fig. 2) of the images `rows` (R,), each (R,): the mean similarity to the 30 nearest of
+    the bank (N, D), and to the ranks 1000 to 4096, or the same part of the nearest tenth where N is below 40,960."""
+    last = max(40, min(4096, len(bank) // 10))
+    first = round(last * 1000 / 4096)
+    similarity = common.neighbors(bank[rows].float(), bank.float(), last, exclude=rows)[0]
+    return similarity[:, :30].mean(1), similarity[:, first - 1 :].mean(1)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def main(args: argparse.Namespace) -> None:
+    run = common.Run(args)
+    data = common.load(args, "pretrain", run.device)
+    test = common.load(args, "test", run.device) if args.knn_every else None
+    fit_to(len(data), args)
+    run.describe(data, chance_loss=round(math.log(len(data)), 4))
+    steps = run.steps_per_epoch(len(data))
+
+    torch.manual_seed(args.seed)
+    encoder = run.place(Encoder(args.arch, args.width, data.small, args.feature_dim))
+    model = run.parallel(encoder)
+    bank = common.MemoryBank(len(data), args.feature_dim, run.generator("bank")).to(run.device)
+    clusters = Clusters(args.H, len(data)).to(run.device)
+    background = Clusters(args.background_clusters[0] if args.background == "clusters" else 1, len(data)).to(run.device)
+    background.labels.zero_()  # all images in one cluster: --background all
+    constant = Constant().to(run.device)
+    optimizer = torch.optim.SGD(encoder.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    totals = common.Totals(run.device)
+    state = dict(encoder=encoder, optimizer=optimizer, bank=bank, clusters=clusters, background=background, constant=constant,
+                 totals=totals)
+    first_epoch, first_step = run.resume(state, steps)
+    sample = torch.randperm(len(data), generator=run.generator("sample"))[:1000].to(run.device)  # for the health figures
+    kmeans: dict[str, Any] = dict(method="kmeans", iterations=args.kmeans_iterations, backend=args.kmeans)
+
+    def embed(images: Tensor) -> Tensor:
+        with run.autocast():
+            return F.normalize(encoder(images))
+
+    for epoch in range(first_epoch, args.epochs):
+        order = run.permutation(epoch, len(data))
+        start = first_step if epoch == first_epoch else 0
+        began = time.perf_counter()
+        encoder.train()
+        for step, index, (images,) in data.batches(run, order, common.Crop(data.size, SCALE), epoch, start):
+            lr = common.learning_rate(args, epoch + step / steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            warm = epoch >= args.warmup_epochs
+            if warm and args.close == "clusters" and (step == 0 or (args.recluster_every and step % args.recluster_every == 0)):
+                clustering_began = time.perf_counter()
+                features = bank.features
+                if args.cluster_on == "center-crop":
+                    encoder.eval()
+                    run.broadcast(encoder)
+                    features = common.extract(run, data, embed)
+                    encoder.train()
+                key = (epoch, step) if args.cluster_seeds == "redrawn" else ()
+                how: dict[str, Any] = dict(method="dbscan", radius=args.dbscan_radius) if args.clustering == "dbscan" else kmeans
+                before = clusters.labels
+                clusters.labels, figures = cluster(run, features, args.H, args.m, ("close", *key), **how)
+                if args.background == "clusters":
+                    count, number = args.background_clusters
+                    background.labels, _ = cluster(run, features, count, number, ("background", *key), **kmeans)
+                figures |= health(clusters, before, bank.features, sample)
+                figures["cluster_seconds"] = round(time.perf_counter() - clustering_began, 2)
+                totals.add(**{name: torch.tensor(value, device=run.device) for name, value in figures.items()})
+
+            images = data.normalize(augment(images, run.draw(epoch, step), not data.small, args.flip))
+            noise = index[:, None]
+            if not warm and args.warmup_loss == "nce":
+                source = run.generator("noise", epoch, step, device=run.device)
+                shape = (args.batch_size, NOISE)
+                noise = torch.randint(len(data), shape, generator=source, device=run.device)[run.rows(args.batch_size)]
+
+            optimizer.zero_grad()
+            z, loss = [], torch.zeros((), device=run.device)
+            for part, i, j in zip(*(x.chunk(args.accumulate) for x in (images, index, noise)), strict=True):
+                with run.autocast():
+                    feature = model(part)
+                f = F.normalize(feature)
+                if not warm and args.warmup_loss == "softmax":
+                    losses = common.bank_softmax(f, i, bank.features, args.temperature)
+                elif not warm:
+                    positive = (f * bank.features[i].float()).sum(1) / args.temperature
+                    negative = noise_scores(f, j, bank.features, args.temperature)
+                    estimate = negative.detach().flatten().logsumexp(0) + math.log(len(data) / negative.numel())
+                    log_z = constant.first(run.gather(estimate.view(1))[0].logsumexp(0) - math.log(run.world))
+                    losses = nce(positive, negative, log_z, len(data))
+                elif args.background == "nearest":
+                    slots, similarity, missing = nearest(f.detach(), i, bank.features, args.k)
+                    close = clusters.same(i, slots)
+                    if args.close == "nearest":
+                        close[:, : args.close_neighbors] = True
+                    losses, size = local_aggregation(f, slots, similarity, close, bank.features, args.temperature), close.sum(1)
+                    totals.add(forced=missing.float().mean())
+                else:
+                    losses, size = local_aggregation_dense(f, i, background, clusters, bank.features, args.temperature)
+                if not warm:
+                    totals.add(npid_loss=losses.mean())
+                else:
+                    totals.add(la_loss=losses.mean(), intersection=size.float().mean(), alone=(size == 1).float().mean())
+                part_loss = losses.mean() / args.accumulate
+                part_loss.backward()
+                loss += part_loss.detach()
+                z.append(f.detach())
+            optimizer.step()
+            all_z, all_index = run.gather(torch.cat(z), index)
+            bank.update(all_z, all_index, args.bank_momentum)
+            totals.add(loss=loss)
+            run.after_step(state, epoch, step, loss)
+
+        images_per_second = (steps - start) * args.batch_size / (time.perf_counter() - began)
+        row: dict[str, float] = totals.means(run)
+        if test and (epoch + 1 == args.epochs or (epoch + 1) % args.knn_every == 0):
+            encoder.eval()
+            run.broadcast(encoder)
+            features = bank.features if args.knn_features == "bank" else common.extract(run, data, embed)
+            row |= common.knn_monitor(features, data, common.extract(run, test, embed), test, args.temperature)
+            local, around = density(bank.features, sample)
+            row |= dict(local_density=local.mean().item(), background_density=around.mean().item())
+        run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=lr, **row, images_per_second=round(images_per_second),
+                seconds=round(time.perf_counter() - began, 1), memory_gb=common.memory_gb(run.device))
+        run.save(state, epoch + 1, 0)
+    run.finish(encoder.backbone)
+
+
+if __name__ == "__main__":
+    common.launch(main, parse_args)

@@ -1,0 +1,228 @@
+"""Claims about the memory bank and the exact softmax over it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import common
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device that there is."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return str(request.param)
+
+
+def make(
+    size: int, dim: int, batch: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z (batch, dim) unit, index (batch,), bank (size, dim)."""
+    generator = torch.Generator().manual_seed(size + dim)
+    bank = common.MemoryBank(size, dim, generator, dtype).features
+    z = F.normalize(torch.randn(batch, dim, generator=generator), dim=1)
+    index = torch.randint(size, (batch,), generator=generator)
+    return z.to(device), index.to(device), bank.to(device)
+
+
+def reference(
+    z: Tensor, index: Tensor, bank: Tensor, temperature: float, upstream: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Loss (B,) and gradient of (upstream * loss).sum() for z, by cross-entropy on float64 logits."""
+    z = z.double().requires_grad_()
+    loss = F.cross_entropy(z @ bank.double().T / temperature, index, reduction="none")
+    (gradient,) = torch.autograd.grad((loss * upstream.double()).sum(), z)
+    return loss.detach(), gradient
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("temperature", [0.07, 0.2, 1.0])
+@pytest.mark.parametrize(("size", "batch"), [(1, 1), (7, 3), (2049, 33), (20011, 64)])
+def test_softmax_is_cross_entropy(
+    size: int, batch: int, temperature: float, dtype: torch.dtype, tolerance: float, device: str
+) -> None:
+    """Value and gradient, also times upstream gradients, equal float64 cross-entropy for any N."""
+    z, index, bank = make(size, 128, batch, device, dtype)
+    upstream = torch.linspace(-2, 2, batch, device=device)
+    z.requires_grad_()
+    loss = common.bank_softmax(z, index, bank, temperature)
+    (gradient,) = torch.autograd.grad((loss * upstream).sum(), z)
+    expected, expected_gradient = reference(z.detach(), index, bank, temperature, upstream)
+    torch.testing.assert_close(loss.detach().double(), expected, atol=tolerance, rtol=0)
+    torch.testing.assert_close(gradient.double(), expected_gradient, atol=tolerance, rtol=0)
+
+
+def test_chunked_loop_equals_fused_operator() -> None:
+    """Both ways of attention agree, at tau = 0.01 and for N that no chunk divides too."""
+    z, _, bank = make(5003, 64, 17)
+    for temperature in (0.01, 0.07, 1.0):
+        fused, chunked = (f(z, bank, temperature) for f in (common.bank_attention, common._chunked_attention))
+        torch.testing.assert_close(fused[0], chunked[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(fused[1], chunked[1], atol=1e-4, rtol=0)
+
+
+def test_sharp_softmax_stays_finite(device: str) -> None:
+    """At tau = 0.01, where exp(100) has no float32, loss and gradient are still right."""
+    z, index, bank = make(3001, 128, 9, device)
+    z = bank[index].clone().requires_grad_()  # the sharpest case: each query is its own slot
+    loss = common.bank_softmax(z, index, bank, 0.01)
+    (gradient,) = torch.autograd.grad(loss.sum(), z)
+    expected, expected_gradient = reference(z.detach(), index, bank, 0.01, torch.ones_like(loss))
+    torch.testing.assert_close(loss.detach().double(), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(gradient.double(), expected_gradient, atol=1e-3, rtol=0)
+
+
+def test_gradient_is_that_of_finite_differences() -> None:
+    """The analytic gradient (O - v_i)/tau is the derivative of the loss."""
+    z, index, bank = make(301, 16, 5)
+    z = z.double().requires_grad_()
+    torch.autograd.gradcheck(lambda z: common.bank_softmax(z, index, bank.double(), 0.3), z)
+
+
+def test_bank_takes_no_gradient() -> None:
+    """The gradient goes to z alone, even if the bank asks for one."""
+    z, index, bank = make(50, 8, 4)
+    bank.requires_grad_()
+    common.bank_softmax(z.requires_grad_(), index, bank, 0.07).sum().backward()
+    assert bank.grad is None and z.grad is not None
+
+
+def test_autocast_changes_nothing(device: str) -> None:
+    """Under bfloat16 autocast the softmax is still computed in float32."""
+    z, index, bank = make(3000, 128, 16, device)
+    plain = common.bank_softmax(z, index, bank, 0.07)
+    with torch.autocast(device, torch.bfloat16):
+        assert torch.equal(common.bank_softmax(z, index, bank, 0.07), plain)
+
+
+def test_compile_gives_the_same() -> None:
+    """torch.compile takes the softmax in one graph."""
+    z, index, bank = make(1500, 32, 8)
+    compiled = torch.compile(lambda z: common.bank_softmax(z, index, bank, 0.07).mean(), backend="aot_eager")
+    one, two = z.clone().requires_grad_(), z.clone().requires_grad_()
+    compiled(one).backward()
+    common.bank_softmax(two, index, bank, 0.07).mean().backward()
+    torch.testing.assert_close(one.grad, two.grad)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest result of any operator."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor) and not func._schema.name.startswith(("aten::view", "aten::slice")):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_logits_never_exist(chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No operator of forward or backward returns a tenth of the B x N logits."""
+    z, index, bank = make(200_000, 16, 128)
+    if chunked:
+        monkeypatch.setattr(common, "FLASH_FOR_CPU", None)
+    z.requires_grad_()
+    with Largest() as largest:
+        common.bank_softmax(z, index, bank, 0.07).sum().backward()
+    own = {bank.numel()}  # views of the bank itself are not new memory
+    assert largest.numel in own or largest.numel < 0.1 * len(z) * len(bank)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "dim", "ratio"), [(0.07, 128, 2.209), (0.1, 128, None), (0.07, 64, None)]
+)
+def test_first_partition_sum(temperature: float, dim: int, ratio: float | None) -> None:
+    """Z/N of a random bank is the mean of exp(u/tau) on the sphere, 2.209 at tau 0.07 and D 128."""
+    z, _, bank = make(50_000, dim, 64)
+    _, lse = common.bank_attention(z, bank, temperature)
+    sphere, term = 1.0, 1.0  # E exp(k u) = sum_n (k^2 / 4)^n / (n! (D/2)_n), a Bessel function
+    for n in range(1, 60):
+        term *= (0.5 / temperature) ** 2 / (n * (dim / 2 + n - 1))
+        sphere += term
+    assert ratio is None or abs(sphere / ratio - 1) < 1e-3
+    assert abs(float(lse.exp().mean()) / len(bank) / sphere - 1) < 0.03
+
+
+def test_shards_merge_exactly() -> None:
+    """Attention over parts of the bank merges to attention over all of it."""
+    z, _, bank = make(1003, 32, 6)
+    whole = common.bank_attention(z, bank, 0.07)
+    merged = common.merge([common.bank_attention(z, part, 0.07) for part in bank.split([1, 400, 602])])
+    torch.testing.assert_close(merged, whole)
+
+
+def test_bank_starts_the_same_everywhere() -> None:
+    """The same seed gives the same unit rows, whatever the global random state."""
+    one = common.MemoryBank(100, 128, torch.Generator().manual_seed(3)).features
+    torch.rand(5)
+    two = common.MemoryBank(100, 128, torch.Generator().manual_seed(3)).features
+    assert torch.equal(one, two)
+    torch.testing.assert_close(one.norm(dim=1), torch.ones(100))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.99])
+def test_update_follows_the_formula(momentum: float, dtype: torch.dtype, device: str) -> None:
+    """v_i is normalise(momentum v_i + (1 - momentum) z_i), of length 1; other rows keep every bit."""
+    bank = common.MemoryBank(50, 128, torch.Generator().manual_seed(0), dtype).to(device)
+    before = bank.features.clone()
+    z = F.normalize(torch.randn(8, 128, device=device), dim=1)
+    index = torch.randperm(50)[:8].to(device)
+    bank.update(z, index, momentum)
+    expected = F.normalize(momentum * before[index].double() + (1 - momentum) * z.double(), dim=1)
+    tolerance = 1e-6 if dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(bank.features[index].double(), expected, atol=tolerance, rtol=0)
+    assert (bank.features.double().norm(dim=1) - 1).abs().max() < tolerance
+    others = torch.ones(50, dtype=torch.bool, device=device).index_fill(0, index, False)
+    assert torch.equal(bank.features[others], before[others])
+
+
+def test_momentum_one_keeps_every_bit() -> None:
+    """With momentum 1 the bank is constant."""
+    bank = common.MemoryBank(20, 16)
+    before = bank.features.clone()
+    bank.update(F.normalize(torch.randn(5, 16), dim=1), torch.arange(5), 1.0)
+    assert torch.equal(bank.features, before)
+
+
+def test_last_duplicate_wins(device: str) -> None:
+    """Of rows with the same index the last finite one is written."""
+    bank = common.MemoryBank(10, 16).to(device)
+    z = F.normalize(torch.randn(6, 16, device=device), dim=1)
+    bank.update(z, torch.tensor([3, 5, 3, 3, 5, 0], device=device), 0.0)
+    torch.testing.assert_close(bank.features[[3, 5, 0]], z[[3, 4, 5]])
+    bad = z.flip(0).clone()
+    bad[4:] = math.nan
+    bank.update(bad, torch.tensor([3, 5, 3, 9, 3, 5], device=device), 0.0)
+    torch.testing.assert_close(bank.features[[3, 5, 9]], bad[[2, 1, 3]])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
+def test_nothing_broken_enters_the_bank(value: float, device: str) -> None:
+    """A row of NaN, infinities or zeros leaves its slot as it was, and only its slot."""
+    bank = common.MemoryBank(10, 16).to(device)
+    before = bank.features.clone()
+    z = F.normalize(torch.randn(3, 16, device=device), dim=1)
+    z[1] = value
+    bank.update(z, torch.tensor([2, 4, 6], device=device), 0.0)
+    assert torch.equal(bank.features[4], before[4]) and bank.features.isfinite().all()
+    torch.testing.assert_close(bank.features[[2, 6]], z[[0, 2]])
+
+
+def test_index_outside_is_a_fault() -> None:
+    """An index that is no slot is reported in one line."""
+    for index in (10, -1):
+        with pytest.raises(common.Fault, match="index"):
+            common.MemoryBank(10, 4).update(torch.ones(1, 4), torch.tensor([index]), 0.5)

@@ -1,0 +1,211 @@
+"""Claims about k-means, by torch and by Faiss."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import common
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+BACKENDS = ["torch", "faiss"]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device that there is."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return str(request.param)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each back end that there is."""
+    if request.param == "faiss":
+        pytest.importorskip("faiss")
+    return str(request.param)
+
+
+def cloud(rows: int, dim: int, seed: int = 0, device: str = "cpu") -> Tensor:
+    """Unit rows around a few directions, as features are."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(20, dim, generator=generator)
+    x = centres[torch.randint(20, (rows,), generator=generator)] + torch.randn(rows, dim, generator=generator)
+    return F.normalize(x, dim=1).to(device)
+
+
+def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
+    """(N, k) in float64, without expanding the square."""
+    return torch.stack([(x.double() - c).square().sum(1) for c in centroids.double()], 1)
+
+
+@pytest.mark.parametrize("screened", [False, True])
+@pytest.mark.parametrize(("rows", "k", "dim"), [(3000, 61, 32), (2500, 256, 128), (5, 5, 3), (1, 1, 1)])
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_assignment_is_the_nearest(
+    rows: int, k: int, dim: int, scale: float, screened: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row gets its nearest centroid by float64 distances, with and without the bfloat16 screen."""
+    monkeypatch.setattr(common, "HAS_BFLOAT16", screened)
+    x = scale * cloud(rows, dim, device=device)
+    centroids = x[:k] + 0.1 * scale * torch.randn(k, dim, device=device)
+    labels, total = common.assign(x, centroids)
+    distances = squared_distances(x, centroids)
+    nearest = distances.amin(1)
+    chosen = distances.gather(1, labels[:, None])[:, 0]
+    assert float((chosen - nearest).max()) < 1e-5 * scale**2
+    assert total == pytest.approx(float(nearest.sum()), rel=1e-5)
+
+
+def test_screen_gives_up_on_ties() -> None:
+    """When all centroids are alike the screen rules nothing out; the first one is then the label."""
+    x = cloud(300, 16)
+    centroids = x[:1].repeat(64, 1)
+    assert common._screen(centroids, -0.5 * centroids.square().sum(1))(x) is None
+    assert not common.assign(x, centroids)[0].any()
+
+
+def test_assignment_commutes_with_permutation(device: str) -> None:
+    """Given the centroids, permuting the rows permutes the labels."""
+    x = cloud(2000, 64, device=device)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1)).to(device)
+    assert torch.equal(common.assign(x[order], x[:50])[0], common.assign(x, x[:50])[0][order])
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+def test_objective_never_rises(spherical: bool, backend: str, device: str) -> None:
+    """Without a split no iteration makes the sum of squared distances larger."""
+    found = common.kmeans(
+        cloud(4000, 32, device=device), 40, iterations=12, spherical=spherical, backend=backend
+    )
+    assert found.splits == 0 and len(found.objective) == 13
+    assert all(
+        after <= before * (1 + 1e-6)
+        for before, after in zip(found.objective, found.objective[1:], strict=False)
+    )
+
+
+def test_result_is_consistent(backend: str, device: str) -> None:
+    """Labels are the nearest centroids and the last objective is the sum of their squared distances."""
+    x = cloud(3000, 32, device=device)
+    found = common.kmeans(x, 37, iterations=5, backend=backend)
+    distances = squared_distances(x, found.centroids)
+    assert (
+        found.labels.dtype == torch.int32
+        and found.labels.shape == (3000,)
+        and found.centroids.shape == (37, 32)
+    )
+    assert found.objective[-1] == pytest.approx(float(distances.amin(1).sum()), rel=1e-5)
+    chosen = distances.gather(1, found.labels.long()[:, None])[:, 0]
+    assert float((chosen - distances.amin(1)).max()) < 1e-5
+    assert found.backend.startswith(backend)
+
+
+def test_blobs_are_recovered(backend: str, device: str) -> None:
+    """Well separated blobs are the clusters, from one start in each."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.arange(6).repeat_interleave(50)
+    x = (10 * torch.eye(6, 8)[truth] + torch.randn(300, 8, generator=generator)).to(device)
+    found = common.kmeans(x, 6, init=x[::50], backend=backend)
+    assert torch.equal(found.labels.cpu(), truth.int())
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+def test_torch_and_faiss_reach_the_same_objective(spherical: bool) -> None:
+    """From the same start both begin at the same value and end within 0.1 % of each other."""
+    pytest.importorskip("faiss")
+    x = cloud(6000, 64)
+    ours, theirs = (common.kmeans(x, 100, seed=1, spherical=spherical, backend=name) for name in BACKENDS)
+    assert ours.objective[0] == pytest.approx(theirs.objective[0], rel=1e-5)
+    assert ours.objective[-1] == pytest.approx(theirs.objective[-1], rel=1e-3)
+
+
+def test_spherical_centroids_are_unit(backend: str) -> None:
+    """Spherical: rows and centroids are normalised, so that the objective is the sum of 2 - 2 cos."""
+    x = 5 * cloud(2000, 16)
+    found = common.kmeans(x, 20, spherical=True, backend=backend)
+    torch.testing.assert_close(found.centroids.norm(dim=1), torch.ones(20))
+    cosine = F.normalize(x, dim=1) @ found.centroids.T
+    assert found.objective[-1] == pytest.approx(float((2 - 2 * cosine.amax(1)).sum()), rel=1e-4)
+
+
+def test_same_seed_same_result(backend: str) -> None:
+    """A seed fixes everything, another seed starts from other rows."""
+    x = cloud(1500, 16)
+    one, two, other = (common.kmeans(x, 25, seed=seed, backend=backend) for seed in (0, 0, 1))
+    assert torch.equal(one.labels, two.labels) and torch.equal(one.centroids, two.centroids)
+    assert not torch.equal(one.centroids, other.centroids)
+
+
+def test_empty_clusters_are_split(device: str) -> None:
+    """Starts that no row is nearest to take halves of full clusters, and all clusters end up used."""
+    x = cloud(1000, 8, device=device)
+    init = torch.cat([x[:10], torch.full((10, 8), 100.0, device=device)])
+    found = common.kmeans(x, 20, init=init, iterations=15)
+    assert found.splits >= 10 and found.empty == 0
+    assert len(found.labels.unique()) == 20
+
+
+def test_split_halves_a_donor() -> None:
+    """A split copies a donor of two rows or more and moves both by 1/1024 in opposite directions."""
+    counts = torch.tensor([0, 1, 9, 0])
+    centroids = torch.ones(4, 6)
+    assert common.split_empty(centroids, counts, np.random.default_rng(0)) == 2
+    assert torch.equal(centroids[1], torch.ones(6))  # one row: never a donor
+    assert float((centroids - 1).abs().max()) < 2.1 / 1024
+    for cluster in (0, 2, 3):
+        assert not torch.equal(centroids[cluster], torch.ones(6))
+    sizes, one = torch.tensor([0, 4]), torch.ones(2, 2)
+    common.split_empty(one, sizes, np.random.default_rng(0))
+    torch.testing.assert_close(one[0] + one[1], torch.full((2,), 2.0))
+
+
+DEGENERATE = {
+    "one cluster": (torch.randn(40, 3), 1),
+    "a cluster for each row": (torch.randn(40, 3), 40),
+    "all rows zero": (torch.zeros(40, 3), 7),
+    "all rows equal": (torch.ones(40, 3), 40),
+    "fewer distinct rows than clusters": (torch.randn(5, 3).repeat(8, 1), 12),
+    "one row": (torch.randn(1, 3), 1),
+    "one dimension": (torch.randn(30, 1), 4),
+}
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+@pytest.mark.parametrize("case", DEGENERATE)
+def test_degenerate_input(case: str, spherical: bool, backend: str, device: str) -> None:
+    """Odd input ends, without NaN, with labels in range; k = N leaves no distance."""
+    x, k = DEGENERATE[case]
+    found = common.kmeans(x.to(device), k, spherical=spherical, backend=backend)
+    assert found.centroids.isfinite().all() and np.isfinite(found.objective).all()
+    assert found.labels.min() >= 0 and found.labels.max() < k
+    if len(x.unique(dim=0)) <= k and not spherical:
+        assert found.objective[-1] < 1e-2
+
+
+def test_bad_input_is_a_fault(backend: str) -> None:
+    """k < 1, k > N and non-finite rows are refused in one line."""
+    x = torch.randn(10, 3)
+    for k in (0, 11):
+        with pytest.raises(common.Fault, match="number of clusters"):
+            common.kmeans(x, k, backend=backend)
+    for value in (float("nan"), float("inf")):
+        x[3, 1] = value
+        with pytest.raises(common.Fault, match="NaN or infinite"):
+            common.kmeans(x, 2, backend=backend)
+
+
+def test_cluster_sums_add_up(device: str) -> None:
+    """Sums and counts of each cluster equal a loop, and the sorted way of CUDA equals index_add_."""
+    x, labels = torch.randn(500, 4, device=device), torch.randint(9, (500,), device=device)
+    labels[labels == 4] = 5  # one cluster stays empty
+    sums, counts = common.cluster_sums(x, labels, 10)
+    for cluster in range(10):
+        torch.testing.assert_close(sums[cluster], x[labels == cluster].sum(0))
+        assert counts[cluster] == (labels == cluster).sum()
+    order = torch.argsort(labels, stable=True)
+    torch.testing.assert_close(torch.segment_reduce(x[order], "sum", lengths=counts, axis=0), sums)

@@ -1,0 +1,163 @@
+"""Claims about exact neighbours and the weighted kNN."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import common
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device that there is."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return str(request.param)
+
+
+@pytest.fixture(params=["torch", "faiss"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each back end that there is."""
+    if request.param == "faiss":
+        pytest.importorskip("faiss")
+    return str(request.param)
+
+
+def unit(rows: int, dim: int, seed: int, device: str = "cpu") -> Tensor:
+    """Random directions."""
+    return F.normalize(torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)), dim=1).to(
+        device
+    )
+
+
+@pytest.mark.parametrize(("rows", "k"), [(1, 1), (17, 17), (1000, 5), (4999, 200), (513, 512)])
+def test_neighbors_are_the_largest_products(rows: int, k: int, backend: str, device: str) -> None:
+    """The k best of a full sort in float64, best first, for N that no strip divides."""
+    queries, keys = unit(23, 32, 0, device), unit(rows, 32, 1, device)
+    similarity, index = common.neighbors(queries, keys, k, backend=backend)
+    exact = queries.double() @ keys.double().T
+    expected = exact.sort(1, descending=True).values[:, :k]
+    assert index.dtype == torch.int64 and index.shape == similarity.shape == (23, k)
+    torch.testing.assert_close(similarity.double(), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(exact.gather(1, index), expected, atol=1e-6, rtol=0)
+    assert all(len(set(row)) == k for row in index.tolist())
+
+
+def test_neighbors_do_not_depend_on_the_chunk() -> None:
+    """Queries searched one by one find what they find together."""
+    queries, keys = unit(40, 16, 0), unit(3000, 16, 1)
+    together = common.neighbors(queries, keys, 50)
+    single = [common.neighbors(query[None], keys, 50) for query in queries]
+    torch.testing.assert_close(
+        together[0], torch.cat([similarity for similarity, _ in single]), atol=1e-6, rtol=0
+    )
+    assert (together[1] == torch.cat([index for _, index in single])).float().mean() > 0.999
+
+
+def test_exclude_leaves_out_the_row_itself(backend: str, device: str) -> None:
+    """Exclusion is by row number, so that a duplicate of the query is still found."""
+    keys = unit(300, 8, 0, device)
+    keys[1::2] = keys[::2]  # every row twice
+    own = torch.arange(300, device=device)
+    similarity, index = common.neighbors(keys, keys, 299, exclude=own, backend=backend)
+    assert not (index == own[:, None]).any()
+    assert torch.equal(index[:, 0], own ^ 1) and float(similarity[:, 0].min()) > 1 - 1e-5
+    assert all(len(set(row)) == 299 for row in index.tolist())
+
+
+def test_too_many_neighbors_is_a_fault(backend: str) -> None:
+    """More neighbours than candidates are refused in one line."""
+    x = unit(10, 4, 0)
+    for k, exclude in ((11, None), (10, torch.arange(10)), (0, None)):
+        with pytest.raises(common.Fault, match="candidates"):
+            common.neighbors(x, x, k, exclude=exclude, backend=backend)
+
+
+def naive(
+    queries: Tensor, truth: Tensor, train: Tensor, labels: Tensor, k: int, temperature: float
+) -> tuple[float, float]:
+    """Weighted kNN by loops over queries and neighbours in float64, section 3.4 word by word."""
+    hits = [0, 0]
+    for query, own in zip(queries.double(), truth.tolist(), strict=True):
+        similarity = (train.double() @ query).tolist()
+        score: dict[int, float] = defaultdict(float)
+        for i in sorted(range(len(train)), key=lambda i: -similarity[i])[:k]:
+            score[int(labels[i])] += math.exp(similarity[i] / temperature)
+        ranked = sorted(score, key=lambda name: -score[name])
+        hits[0] += own in ranked[:1]
+        hits[1] += own in ranked[:5]
+    return 100 * hits[0] / len(queries), 100 * hits[1] / len(queries)
+
+
+def test_knn_equals_naive_loop(backend: str, device: str) -> None:
+    """Top-1 and top-5 for every K and tau equal a naive loop, all from one search."""
+    centres = unit(12, 16, 0)
+    truth, labels = torch.arange(12).repeat(5), torch.arange(12).repeat(40)
+    queries = F.normalize(
+        centres[truth] + 0.4 * torch.randn(60, 16, generator=torch.Generator().manual_seed(1)), dim=1
+    )
+    train = F.normalize(
+        centres[labels] + 0.4 * torch.randn(480, 16, generator=torch.Generator().manual_seed(2)), dim=1
+    )
+    ks, temperatures = (1, 20, 200), (0.07, 0.5)
+    data = [tensor.to(device) for tensor in (queries, truth, train, labels)]
+    found = common.knn_accuracy(*data, 12, num_neighbors=ks, temperatures=temperatures, backend=backend)
+    assert set(found) == {(k, temperature) for k in ks for temperature in temperatures}
+    for (k, temperature), (top1, top5) in found.items():
+        expected = naive(queries, truth, train, labels, k, temperature)
+        # The loop ranks only the classes among the neighbours; for K >= 20 those fill the top five.
+        assert top1 == pytest.approx(expected[0])
+        if k >= 20:
+            assert top5 == pytest.approx(expected[1])
+
+
+def test_every_row_retrieves_itself(device: str) -> None:
+    """With the training set as queries and K = 1 the accuracy is 100 %."""
+    x, labels = unit(500, 32, 0, device), torch.randint(10, (500,), device=device)
+    assert common.knn_accuracy(x, labels, x, labels, 10, num_neighbors=(1,))[1, 0.07][0] == 100
+
+
+def test_excluding_itself_is_chance_on_noise() -> None:
+    """With random labels and the row itself left out nothing can be predicted."""
+    x, labels = unit(1000, 32, 0), torch.randint(10, (1000,), generator=torch.Generator().manual_seed(0))
+    top1, top5 = common.knn_accuracy(x, labels, x, labels, 10, exclude=torch.arange(1000))[200, 0.07]
+    assert 5 < top1 < 15 and 40 < top5 < 60
+
+
+def test_ties_go_to_the_lower_class(device: str) -> None:
+    """Equal class scores are ranked by class number, whatever the order of the neighbours."""
+    train = torch.ones(4, 2, device=device) / math.sqrt(2)
+    query = train[:1]
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]):
+        labels = torch.tensor(order, device=device)
+        hits = [
+            common.knn_accuracy(
+                query, torch.tensor([c], device=device), train, labels, 4, num_neighbors=(4,)
+            )[4, 0.07]
+            for c in range(4)
+        ]
+        assert [top1 for top1, _ in hits] == [100, 0, 0, 0]
+
+
+def test_sharp_weights_do_not_overflow() -> None:
+    """exp(1/0.001) has no float; relative to the best neighbour every weight is finite."""
+    similarity = torch.tensor([[1.0, 0.9, -1.0]])
+    scores = common.knn_scores(similarity, torch.tensor([[2, 0, 1]]), 3, 0.001)
+    assert scores.argmax() == 2 and (scores >= 0).all()
+
+
+def test_class_scores_are_sums_of_weights() -> None:
+    """The score of a class over that of another is the ratio of the sums of exp(s/tau)."""
+    similarity, labels = torch.tensor([[0.9, 0.8, 0.7, 0.1]]), torch.tensor([[0, 1, 1, 2]])
+    scores = common.knn_scores(similarity, labels, 4, 0.1).double()[0]
+    weights = (similarity.double() / 0.1).exp()[0]
+    expected = torch.stack([weights[0], weights[1:3].sum(), weights[3], weights[0] * 0])
+    torch.testing.assert_close(scores / scores.sum(), expected / expected.sum(), atol=1e-6, rtol=0)
