@@ -141,8 +141,8 @@ def add_data_options(options: argparse.ArgumentParser) -> None:
     """The options of `load`, the same in training and evaluation."""
     data = options.add_argument_group("data")
     data.add_argument("--data", default="shapes", metavar="NAME|DIR",
-                      help=f"{', '.join(DATASETS)}, or any directory of images: train/ and val/ below it are its splits; "
-                           "nested or flat; class = first folder level, used by evaluation only")
+                      help=f"{', '.join(DATASETS)}, or any directory of images: train/ and val/ below it are its "
+                           "splits; nested or flat; class = first folder level, used by evaluation only")
     data.add_argument("--data-dir", type=Path, default=Path(os.environ.get("DATA_DIR", "data")), metavar="DIR",
                       help="where named sets lie or are downloaded to ($DATA_DIR)")
     data.add_argument("--val-dir", type=Path, metavar="DIR", help="validation images of a directory without val/")
@@ -182,16 +182,16 @@ def add_training_options(options: argparse.ArgumentParser) -> None:
     optim.add_argument("--batch-size", type=COUNT, default=256, metavar="B", help="B, the sum over all ranks")
     optim.add_argument("--accumulate", type=COUNT, default=1, metavar="N", help="forward and backward in N parts, for "
                        "small devices; batch statistics are then those of a part")
-    optim.add_argument("--lr", type=POSITIVE, default=0.03, help="learning rate for just this batch size, never rescaled")
+    optim.add_argument("--lr", type=POSITIVE, default=0.03, help="learning rate, for just this batch size")
     optim.add_argument("--schedule", choices=["step", "cosine", "constant"], default="step",
                        help="step: x0.1 at each of --lr-drops; cosine: to zero at --epochs")
     optim.add_argument("--lr-drops", type=COUNT, nargs="*", default=[120, 160], metavar="EPOCH", help="for step")
     optim.add_argument("--momentum", type=SHARE, default=0.9, help="of SGD")
     optim.add_argument("--weight-decay", type=NOT_NEGATIVE, default=1e-4, help="of SGD, the number itself")
-    optim.add_argument("--seed", type=COUNT_OR_ZERO, default=0, help="of everything random: weights, bank, order, draws")
+    optim.add_argument("--seed", type=COUNT_OR_ZERO, default=0, help="of all that is random: weights, bank, order, draws")
     add_device_options(options)
     run = options.add_argument_group("run")
-    run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the network")
+    run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the model")
     run.add_argument("--sync-bn", action="store_true", help="batch statistics over all GPUs")
     run.add_argument("--output", type=Path, metavar="DIR", help="log, checkpoint and weights; a checkpoint found there "
                      "is resumed; default: runs/<script>-<preset>-seed<seed>")
@@ -207,8 +207,8 @@ def parse(
 ) -> argparse.Namespace:
     """Defaults < preset "imagenet" < preset (by --preset, else by --data) < command line. Bad presets are errors."""
     default = options.get_default("data")
-    options.add_argument("--preset", choices=list(presets), help="a row of the README's table; default: the preset that "
-                         "carries the data set's name")
+    options.add_argument("--preset", choices=list(presets), help="a row of the README's table; default: the preset "
+                         "that carries the data set's name")
     first = _Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=list(presets))
     first.add_argument("--data", default=default)
@@ -257,9 +257,10 @@ class Draw:
 # ---- 4. the run ------------------------------------------------------------------------------------------------------
 
 # Options that do not change what is learnt: a resumed run may have others.
-FREE_OPTIONS = {"output", "overwrite", "preset", "typed", "data", "data_dir", "val_dir", "cache", "workers",
-                "max_bad_images", "device", "amp", "compile", "save_minutes", "knn_every", "knn_features", "test_subset",
-                "epochs"}  # fmt: skip
+FREE_OPTIONS = {
+    "output", "overwrite", "preset", "typed", "data", "data_dir", "val_dir", "cache", "workers", "max_bad_images",
+    "device", "amp", "compile", "save_minutes", "knn_every", "knn_features", "test_subset", "epochs",
+}  # fmt: skip
 NEVER = 2**62  # a step
 
 
@@ -386,7 +387,7 @@ class Run:
         """Whole batches in `count` images; the rest of an epoch's order is dropped."""
         if count < self.args.batch_size:
             raise Fault(f"--batch-size {self.args.batch_size} is more than the {count} images: lower it")
-        return count // self.args.batch_size
+        return count // int(self.args.batch_size)
 
     def seed_step(self, epoch: int, step: int) -> None:
         """Whatever draws without a generator of its own, such as dropout, follows from here too."""
@@ -479,18 +480,19 @@ class Run:
             raise Fault(f"{path} was written by {old.get('script')}, not {new['script']}: choose another --output")
         if saved["data"] != self.data:
             what = ", ".join(key for key in self.data if saved["data"].get(key) != self.data[key])
-            raise Fault(f"{path} was trained on other data ({saved['data']['name']}, {saved['data']['images']:,} images, "
-                        f"not {self.data['name']}, {self.data['images']:,}; {what} differ): choose another --output or "
-                        "--overwrite")  # fmt: skip
+            raise Fault(f"{path} was trained on other data ({saved['data']['name']}, {saved['data']['images']:,} "
+                        f"images, not {self.data['name']}, {self.data['images']:,}; {what} differ): choose another "
+                        "--output or --overwrite")  # fmt: skip
         free = FREE_OPTIONS if new["schedule"] != "cosine" else FREE_OPTIONS - {"epochs"}
+        bound = sorted((old.keys() | new.keys()) - free)
         changed = [f"--{key.replace('_', '-')} {old.get(key)} -> {new.get(key)}"
-                   for key in sorted(old.keys() | new.keys()) if key not in free and old.get(key) != new.get(key)]  # fmt: skip
+                   for key in bound if old.get(key) != new.get(key)]  # fmt: skip
         if changed:
             raise Fault(f"{path} was trained with other options ({'; '.join(changed)}): use those, another --output or "
                         "--overwrite")  # fmt: skip
         if (saved["epoch"], saved["step"]) > (self.args.epochs, 0):
-            raise Fault(f"{path} is past --epochs {self.args.epochs}, at epoch {saved['epoch']}: choose more epochs, or "
-                        "another --output")  # fmt: skip
+            raise Fault(f"{path} is past --epochs {self.args.epochs}, at epoch {saved['epoch']}: choose more epochs, "
+                        "or another --output")  # fmt: skip
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal == number == signal.SIGINT:
@@ -652,9 +654,8 @@ def memory_gb(device: torch.device) -> float:
 def git_commit() -> str:
     """The commit of this code, with -dirty if it was changed; "unknown" outside a repository."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        found = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-                               capture_output=True, text=True, timeout=10, check=True)  # fmt: skip
-        return found.stdout.strip()
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     return "unknown"
 
 
@@ -761,7 +762,7 @@ class ImageSet:
         return self.size < SMALL
 
     def identity(self) -> dict[str, Any]:
-        """What must agree for a checkpoint to fit: plain values, with a checksum of some pixels, or of all file names."""
+        """What must agree for a checkpoint to fit: plain values, with a checksum of some pixels or all names."""
         content, sample = hashlib.blake2b(digest_size=8), range(0, len(self), max(1, len(self) // 64))
         if self.pixels is not None:
             content.update(self.pixels[list(sample)].cpu().numpy().tobytes())
@@ -834,8 +835,10 @@ class ImageSet:
                 yield images.to(device, non_blocking=True)[:, 0].float() / 255
 
     def _loader(self, items: Any, device: torch.device) -> Any:
-        return torch.utils.data.DataLoader(_Decoder(self), batch_sampler=items, num_workers=self.workers,
-                                           pin_memory=device.type == "cuda", worker_init_fn=_ignore_signals)  # fmt: skip
+        return torch.utils.data.DataLoader(
+            _Decoder(self), batch_sampler=items, num_workers=self.workers, pin_memory=device.type == "cuda",
+            worker_init_fn=_ignore_signals,
+        )  # fmt: skip
 
     def _report(self, index: Tensor, bad: Tensor) -> None:
         for row in index[bad].tolist():
@@ -883,8 +886,8 @@ class _Decoder(torch.utils.data.Dataset[tuple[int, Tensor, bool]]):
 
 
 # What Pillow raises for damaged images.
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, TypeError, struct.error, zlib.error,
-              Image.DecompressionBombError)  # fmt: skip
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, TypeError, struct.error,
+              zlib.error, Image.DecompressionBombError)  # fmt: skip
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -897,7 +900,7 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def shorter_side(size: int, source: int) -> int:
-    """What the shorter side is scaled to before the central crop: 8/7 of `size`, but `size` if the image is small, px."""
+    """What the shorter side is scaled to before the central crop, px: 8/7 of `size`, but `size` for small images."""
     return size if size < SMALL or source <= size else round(size * 8 / 7)
 
 
@@ -1051,11 +1054,12 @@ def _read_pickle(path: Path, md5: str | None = None) -> dict[str, Any]:
     content = path.read_bytes()
     if md5 and hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
         print(f"note: {path} is not the official file (md5 differs)", file=sys.stderr)
-    return {os.fsdecode(key): value for key, value in _PlainUnpickler(io.BytesIO(content), encoding="bytes").load().items()}
+    batch = _PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
+    return {os.fsdecode(key): value for key, value in batch.items()}
 
 
 def _stl10(args: argparse.Namespace, split: str) -> tuple[Tensor, Tensor, list[str]]:
-    """The binary files of STL-10: 3 x 96 x 96 bytes an image, column by column; labels from 1, none for the unlabelled."""
+    """The binary files of STL-10: 3 x 96 x 96 bytes an image, column by column; labels from 1."""
     folder = args.data_dir / "stl10_binary"
     _download(args, "STL10", folder)
     path = folder
@@ -1077,7 +1081,7 @@ def _stl10(args: argparse.Namespace, split: str) -> tuple[Tensor, Tensor, list[s
 
 
 def _download(args: argparse.Namespace, name: str, folder: Path) -> None:
-    """Fetch and unpack a data set by torchvision: by rank 0, then by the first rank of each node that does not see it."""
+    """Fetch and unpack a data set by torchvision: rank 0, then the first rank of each node that does not see it."""
     import torchvision
 
     for rank in ("RANK", "LOCAL_RANK"):
@@ -1102,13 +1106,13 @@ def _folder(args: argparse.Namespace, split: str) -> ImageSet:
     named = args.data in FOLDERS
     root = args.data_dir / args.data if named else Path(args.data)
     if not root.is_dir():
-        help = "download it there, or name another place with --data-dir" if named else "--data takes a name or a folder"
-        raise Fault(f"no directory {root}: {help} ({', '.join(DATASETS)})")
+        way = "put it there, or name another place with --data-dir" if named else "--data takes a name or a folder"
+        raise Fault(f"no directory {root}: {way} ({', '.join(DATASETS)})")
     train = root / "train" if (root / "train").is_dir() else root
     val = args.val_dir or next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
     if split == "test" and (val is None or not val.is_dir()):
-        raise Fault(f"no validation images for kNN, neither in {val or root / 'val'} nor by --val-dir (--knn-every 0 does "
-                    "without)")  # fmt: skip
+        raise Fault(f"no directory {val or root / 'val'} with validation images for kNN: name it with --val-dir "
+                    "(in training --knn-every 0 does without)")  # fmt: skip
     place = val if split == "test" and val else train
     classes = sorted(f.name for f in train.iterdir() if f.is_dir() and f != val and not f.name.startswith("."))
     files = _image_files(place, val if place == train else None)
@@ -1255,7 +1259,8 @@ def draw_ground(factors: dict[str, Tensor], nuisance: Tensor, size: int, extent:
     field = field * gain.float()[:, None, None]
     lightness, hue = 0.36 + 0.18 * nuisance[:, 2], 2 * math.pi * nuisance[:, 5]
     middle, half = palette(lightness, torch.exp(factors["depth"]), hue)
-    return middle + half * field.clamp(-1, 1)[:, None]
+    pixels: Tensor = middle + half * field.clamp(-1, 1)[:, None]
+    return pixels
 
 
 def draw_object(
@@ -2114,8 +2119,10 @@ def knn_accuracy(
 # ---- 11. encoders from files, evaluation -----------------------------------------------------------------------------
 
 
-def knn_monitor(features: Tensor, data: ImageSet, queries: Tensor, test: ImageSet, temperature: float) -> dict[str, float]:
-    """Weighted kNN accuracy in percent, K = 200 or as many as there are. features: (N, D); queries: (Q, D); unit rows."""
+def knn_monitor(
+    features: Tensor, data: ImageSet, queries: Tensor, test: ImageSet, temperature: float
+) -> dict[str, float]:
+    """Weighted kNN accuracy in percent, K = 200 or as many as there are. features: (N, D), queries: (Q, D) unit rows."""
     known = data.labels >= 0
     if not known.any() or (test.labels < 0).any():
         return {}
@@ -2129,9 +2136,12 @@ def knn_monitor(features: Tensor, data: ImageSet, queries: Tensor, test: ImageSe
 class _InertUnpickler(pickle.Unpickler):
     """Reads tensors and plain values; every other class in the file becomes an empty stand-in and is never run."""
 
-    ALLOWED = frozenset({("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor"),
-               ("torch._utils", "_rebuild_parameter"), ("torch", "Size"), ("torch", "device"),
-               ("numpy.core.multiarray", "scalar"), ("numpy", "dtype"), ("_codecs", "encode")})  # fmt: skip
+    ALLOWED = frozenset({
+        ("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor"),
+        ("torch._utils", "_rebuild_parameter"), ("torch", "Size"), ("torch", "device"),
+        ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"), ("numpy", "dtype"),
+        ("_codecs", "encode"),
+    })  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self.ALLOWED or (module == "torch" and name.endswith("Storage")):
@@ -2146,12 +2156,20 @@ class _StandIn:
     def __setstate__(self, state: Any) -> None:
         pass
 
+    append = extend = add = __setstate__
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
 
 class _InertPickle:
     """What torch.load takes as a pickle module."""
 
     Unpickler = _InertUnpickler
-    load, loads = pickle.load, pickle.loads
+
+    @staticmethod
+    def load(file: Any, **options: Any) -> Any:
+        return _InertUnpickler(file, **options).load()
 
 
 @dataclasses.dataclass
@@ -2179,91 +2197,101 @@ class Encoder:
         return f"{found} tensors matched, {', '.join(names)}; " + ("with" if self.head else "without") + " head"
 
     def load_data(self, args: argparse.Namespace, split: str, device: torch.device) -> tuple[ImageSet, ImageSet]:
-        """Train and test images: those the encoder was trained on unless --data names others; its size and statistics."""
+        """Train and test images: those the encoder was trained on unless --data names others; its size, mean and std."""
         if "data" not in args.typed and self.options:
             args.data = self.options["data"]
+            if "data_dir" not in args.typed and Path(self.options["data_dir"]).is_dir():
+                args.data_dir = Path(self.options["data_dir"])
+            if args.val_dir is None and self.options["val_dir"]:
+                args.val_dir = Path(self.options["val_dir"])
         if split == "pretrain":
             args.subset, args.seed = self.options.get("subset"), self.options.get("seed", 0)
         args.image_size = args.image_size or self.data.get("size")
-        sets = [load(args, split, device), load(args, "test", device)]
+        train = load(args, split, device)
+        args.image_size = train.size
+        test = load(args, "test", device)
         if self.data:
-            sets = [dataclasses.replace(data, mean=tuple(self.data["mean"]), std=tuple(self.data["std"])) for data in sets]
-        return sets[0], sets[1]
+            train.mean, train.std = tuple(self.data["mean"]), tuple(self.data["std"])
+        test.mean, test.std = train.mean, train.std
+        return train, test
 
     def bank_of(self, data: ImageSet, path: Path) -> Tensor:
         """The bank that training left behind (N, D), if `data` are the images it belongs to."""
         if self.bank is None:
             raise Fault(f"{path} has no memory bank: use --train-features clean")
         if data.identity() != self.data:
-            raise Fault(f"the bank of {path} belongs to other images ({self.data['name']}, {self.data['images']:,}, not "
-                        f"{data.name}, {len(data):,}): use --train-features clean")  # fmt: skip
+            raise Fault(f"the bank of {path} belongs to other images ({self.data['name']}, {self.data['images']:,}, "
+                        f"not {data.name}, {len(data):,}): use --train-features clean")  # fmt: skip
         return self.bank
 
 
-def load_encoder(path: Path, arch: str | None, width: int | None, small: bool | None, device: torch.device, layer: str) -> Encoder:
+def load_encoder(
+    path: Path, arch: str | None, width: int | None, small: bool | None, device: torch.device, layer: str
+) -> Encoder:
     """The encoder in a checkpoint of ours, a backbone.pth, or any file with torchvision's or timm's names.
 
-    arch, width and small (3x3 stem) are read from checkpoints of ours. `layer`: "head", "backbone", or "auto": the head of
-    checkpoints of ours, the backbone of foreign files, whose last layer may be a classifier. Under 95 % of the backbone's
-    weights found is a Fault: numbers of a half-loaded network look like results.
+    arch, width and small (3x3 stem) are read from checkpoints of ours. `layer`: "head", "backbone", or "auto": the head
+    of checkpoints of ours, the backbone of foreign files, whose last layer may be a classifier. Under 95 % of the
+    backbone's weights found is a Fault: numbers of a half-loaded network look like results.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise Fault(f"cannot read {path} ({error.strerror})") from None
-    try:
-        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception:
-        saved = _load_foreign(content, path)
+    saved = _load_inert(content, path)
     ours = isinstance(saved, dict) and {"options", "data", "state"} <= saved.keys()
     options, data = (saved["options"], saved["data"]) if ours else ({}, {})
     weights = saved["state"]["encoder"] if ours else _state_dict(saved, path)
     arch = arch or options.get("arch")
     if arch is None:
         raise Fault(f"{path} does not say its architecture: name it with --arch")
-    network = backbone(arch, width or options.get("width", 64), data.get("small", False) if small is None else small)
+    width = width or options.get("width", 64)
+    network = backbone(arch, width, data.get("small", False) if small is None else small)
     target = network.state_dict()
     weights, prefix = _strip(weights, target)
     matched = {name: weights[name] for name in target if name in weights and weights[name].shape == target[name].shape}
     wanted = {name for name in target if not name.endswith("num_batches_tracked")}
-    share = min(len(wanted & matched.keys()) / len(wanted),
-                sum(matched[n].numel() for n in wanted & matched.keys()) / sum(target[n].numel() for n in wanted))  # fmt: skip
-    missing, unexpected = sorted(wanted - matched.keys()), sorted(weights.keys() - matched.keys())
-    report = dict(prefix=prefix, matched=len(matched), missing=missing, unexpected=unexpected)
-    if share < 0.95:
-        example = f"; missing {', '.join(missing[:3])} ...; in the file {', '.join(unexpected[:3])} ..."
-        raise Fault(f"{path} has {100 * share:.0f} % of the weights of {arch}, width {width or options.get('width', 64)}: "
-                    f"wrong --arch, --width or --image-size?{example}")  # fmt: skip
-    network.load_state_dict(matched, strict=False)
+    missing = sorted(wanted - matched.keys())
+    share = min(1 - len(missing) / len(wanted),
+                1 - sum(target[n].numel() for n in missing) / sum(target[n].numel() for n in wanted))  # fmt: skip
     head = None
-    names = ("head", "fc", "linear") if layer == "head" else ("head",) * (layer == "auto")
-    for name in names:
-        if f"{name}.weight" in weights and weights[f"{name}.weight"].shape[-1] == network.dim:
-            head = nn.Linear(network.dim, len(weights[f"{name}.weight"]), bias=f"{name}.bias" in weights)
-            head.load_state_dict({key: weights[f"{name}.{key}"] for key in head.state_dict()})
+    for name in ("head", "fc", "linear") if layer == "head" else ("head",) * (layer == "auto"):
+        found = {key: weights[f"{name}.{key}"] for key in ("weight", "bias") if f"{name}.{key}" in weights}
+        if "weight" in found and found["weight"].shape[1:] == (network.dim,):
+            head = nn.Linear(network.dim, len(found["weight"]), bias="bias" in found)
+            head.load_state_dict(found)
+            weights = {key: value for key, value in weights.items() if key not in {f"{name}.weight", f"{name}.bias"}}
             break
+    unexpected = sorted(weights.keys() - matched.keys())
+    if share < 0.95:
+        raise Fault(f"{path} has {100 * share:.0f} % of the weights of {arch}, width {width}: wrong --arch, --width or "
+                    f"--image-size? Missing {', '.join(missing[:3])} ...; in the file "
+                    f"{', '.join(unexpected[:3])} ...")  # fmt: skip
     if head is None and layer == "head":
         raise Fault(f"{path} has no linear layer on the {network.dim} features of {arch}: use --layer backbone")
+    network.load_state_dict(matched, strict=False)
+    for part in (network, head):
+        if part is not None:
+            part.eval().requires_grad_(False).to(device)
     bank = saved["state"]["bank"]["features"] if ours and "bank" in saved["state"] else None
-    network.eval().requires_grad_(False).to(device)
-    if head is not None:
-        head.requires_grad_(False).to(device)
+    report = dict(prefix=prefix, matched=len(matched), missing=missing, unexpected=unexpected)
     return Encoder(network, head, options, data, bank, hashlib.sha256(content).hexdigest(), report)
 
 
-def _load_foreign(content: bytes, path: Path) -> Any:
-    """Old checkpoints hold whole objects of their authors' classes: those are skipped, the tensors are read."""
-    try:
-        return torch.load(io.BytesIO(content), map_location="cpu", pickle_module=_InertPickle, weights_only=False)
-    except Exception:
-        raise Fault(f"{path} is truncated or no PyTorch checkpoint") from None
+def _load_inert(content: bytes, path: Path) -> Any:
+    """What a file holds; objects of its authors' own classes, as old checkpoints have them, are skipped, not made."""
+    for options in (dict(weights_only=True), dict(weights_only=False, pickle_module=_InertPickle)):
+        with contextlib.suppress(Exception):  # garbage makes the unpickler raise almost anything
+            return torch.load(io.BytesIO(content), map_location="cpu", **options)
+    raise Fault(f"{path} is truncated or no PyTorch checkpoint")
 
 
 def _state_dict(saved: Any, path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model", "model_state_dict", "student", "teacher", "encoder", "net"):
         if isinstance(saved, dict) and isinstance(saved.get(key), dict):
             saved = saved[key]
-    tensors = {name: value for name, value in saved.items() if isinstance(value, Tensor)} if isinstance(saved, dict) else {}
+    items = saved.items() if isinstance(saved, dict) else ()
+    tensors = {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise Fault(f"{path} holds no weights")
     return tensors
@@ -2272,8 +2300,8 @@ def _state_dict(saved: Any, path: Path) -> dict[str, Tensor]:
 def _strip(weights: dict[str, Tensor], target: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """Names without the prefix that most of them share with `target`'s: (weights under target's names, prefix).
 
-    DataParallel inserts "module.", torch.compile "_orig_mod."; MoCo has encoder_q, which comes before encoder_k and wins;
-    the CIFAR networks of NPID's authors call the shortcut "shortcut" and VGG of timm its fc6 and fc7 "pre_logits".
+    DataParallel inserts "module.", torch.compile "_orig_mod."; MoCo has encoder_q, which wins over encoder_k; the
+    CIFAR networks of NPID's authors call the shortcut "shortcut", and timm's VGG calls fc6 and fc7 "pre_logits".
     """
     renames = {".shortcut.": ".downsample.", "pre_logits.fc1.": "classifier.0.", "pre_logits.fc2.": "classifier.3."}
     plain = {}
@@ -2288,7 +2316,7 @@ def _strip(weights: dict[str, Tensor], target: dict[str, Tensor]) -> tuple[dict[
             if name[i:] in target:
                 votes[name[:i]] = votes.get(name[:i], 0) + 1
                 break
-    prefix = max(votes, key=lambda p: votes[p], default="")
+    prefix = max(sorted(votes, reverse=True), key=lambda p: votes[p], default="")
     outer = prefix.removesuffix("backbone.")  # the head lies beside the backbone
     kept = {name.removeprefix(prefix): value for name, value in plain.items() if name.startswith(prefix)}
     beside = {name.removeprefix(outer): value for name, value in plain.items()
