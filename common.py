@@ -34,6 +34,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -72,7 +73,7 @@ def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], 
     except (OSError, MemoryError, RuntimeError) as error:
         reason = str(error)
         if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in reason or "Socket" in reason):
-            problem, wait = "another rank ended: see its message", 5.0
+            problem, wait = "another rank ended: see its message", 3.0
         elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in reason:
             problem = "out of memory: lower --batch-size, split each batch with --accumulate, or use --cache none"
         elif reason.startswith("DataLoader worker"):
@@ -369,7 +370,8 @@ class Run:
         """Gradients averaged over ranks, as the mean over the global batch."""
         if self.world == 1:
             return model
-        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings(action="ignore"):  # newer versions have another name for broadcast_buffers
+            return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
@@ -689,7 +691,8 @@ def write_checkpoint(path: Path, content: Any) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint of ours: plain tensors, numbers and strings, nothing that could run code."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of a pickle protocol that is not ours
+            saved = torch.load(path, map_location="cpu", weights_only=True)
         return {key: saved[key] for key in ("options", "data", "git", "epoch", "step", "log_size", "state")}
     except OSError as error:
         raise Fault(f"cannot read {path} ({error.strerror})") from None
@@ -811,7 +814,7 @@ class ImageSet:
                 run.seed_step(epoch, step)
                 yield step, index.to(run.device), torch.stack([resized_crop(pixels, box, crop.size) for box in boxes])
         else:
-            items = ([(i, crop, u) for i, *u in zip(index.tolist(), *numbers(step), strict=True)]
+            items = ([(i, crop, *u) for i, *u in zip(index.tolist(), *numbers(step), strict=True)]
                      for step, index in zip(steps, indices, strict=True))  # fmt: skip
             for step, (index, images, bad) in zip(steps, self._loader(items, run.device), strict=True):
                 self._report(index, bad)
@@ -886,8 +889,8 @@ class _Decoder(torch.utils.data.Dataset[tuple[int, Tensor, bool]]):
 
 
 # What Pillow raises for damaged images.
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, TypeError, struct.error,
-              zlib.error, Image.DecompressionBombError)  # fmt: skip
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error, zlib.error,
+              Image.DecompressionBombError)  # fmt: skip
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -2281,7 +2284,7 @@ def load_encoder(
 def _load_inert(content: bytes, path: Path) -> Any:
     """What a file holds; objects of its authors' own classes, as old checkpoints have them, are skipped, not made."""
     for options in (dict(weights_only=True), dict(weights_only=False, pickle_module=_InertPickle)):
-        with contextlib.suppress(Exception):  # garbage makes the unpickler raise almost anything
+        with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):  # garbage raises almost anything
             return torch.load(io.BytesIO(content), map_location="cpu", **options)
     raise Fault(f"{path} is truncated or no PyTorch checkpoint")
 
