@@ -911,11 +911,10 @@ def central_square(path: Path, size: int, side: int | None = None) -> Pixels:
     """The shorter side scaled to `side` (default: that of evaluation), then the central square: (3, size, size)."""
     with Image.open(path) as image:
         side = side or shorter_side(size, min(image.size))
+        width, height = (side * length // min(image.size) for length in image.size)
         image.draft("RGB", (side, side))
         pixels = rgb(image)
-    scale = side / min(pixels.size)
-    width, height = max(size, round(pixels.width * scale)), max(size, round(pixels.height * scale))
-    left, top = (width - size) // 2, (height - size) // 2
+    left, top = round((width - size) / 2), round((height - size) / 2)
     pixels = pixels.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
     return np.asarray(pixels).transpose(2, 0, 1).copy()
 

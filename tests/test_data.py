@@ -92,8 +92,8 @@ def test_cifar(ten: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_cifar_from_training_to_evaluation(tmp_path: Path) -> None:
     """NPID trains on CIFAR-10 by its name, and kNN finds the data again by the checkpoint alone."""
     write_cifar(tmp_path, ten=True)
-    command = ["--data", "cifar10", "--data-dir", tmp_path, "--preset", "smoke", "--subset", "64", "--image-size", "16"]
-    trained = run("npid", [*command, "--device", "cpu", "--epochs", "1", "--output", tmp_path / "out"])
+    command = ["--data", "cifar10", "--data-dir", tmp_path, "--preset", "smoke", "--subset", "64", "--test-subset", "20"]
+    trained = run("npid", [*command, "--device", "cpu", "--epochs", "1", "--image-size", "16", "--output", tmp_path / "out"])
     assert trained.code == 0 and "knn_top1" in trained.out, trained.err
     tested = run("eval_knn", [tmp_path / "out" / "checkpoint.pth", "--k", "10", "--device", "cpu"])
     assert tested.code == 0, tested.err
@@ -281,6 +281,7 @@ def batches(root: Path, workers: int, start: int = 0) -> list[tuple[int, Tensor,
     return list(data.batches(job, job.permutation(0, len(data)), common.Crop(64, (0.2, 1.0)), 0, start, views=2))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_change_nothing(photographs: Path) -> None:
     """Crops decoded by any number of workers, or from the middle of an epoch on, are those made in the process itself."""
     expected = batches(photographs, 0)
@@ -305,6 +306,16 @@ def test_crops_from_a_draft(photographs: Path) -> None:
         area = (left, top, left + width, top + height)
         expected = np.asarray(full.resize((32, 32), Image.Resampling.BILINEAR, area)).transpose(2, 0, 1)
         assert np.abs(view.astype(int) - expected).mean() < 3
+
+
+def test_centre_from_a_draft(tmp_path: Path) -> None:
+    """The central square of a large JPEG, decoded at reduced size, is close to torchvision's of the whole."""
+    save(photograph(3, 900, 1301), tmp_path / "large.jpg", quality=95)
+    reference = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
+    with Image.open(tmp_path / "large.jpg") as image:
+        expected = pil_to_tensor(reference(image.convert("RGB"))).int()
+    difference = (torch.from_numpy(common.central_square(tmp_path / "large.jpg", 224)).int() - expected).abs().float()
+    assert difference.mean() < 1 and difference.quantile(0.99) < 8
 
 
 @pytest.mark.parametrize("name", ["train/a/0.jpg", "val/b/1.png"])

@@ -1,0 +1,194 @@
+"""Weights are found under the names of many authors, half-loaded networks are refused, and kNN reports what it did."""
+
+import hashlib
+import json
+import math
+import sys
+import types
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from helpers import TINY, one_line, run
+from torch import Tensor, nn
+
+import common
+import eval_knn
+
+CPU = torch.device("cpu")
+SMALL_SET = ["--data", "shapes", "--subset", "60", "--test-subset", "20", "--image-size", "16", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("trained")
+    assert run("npid", [*TINY, "--output", output]).code == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def resnet() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return torchvision.models.resnet18().state_dict()
+
+
+def encoder(path: Path, arch: str = "resnet18", layer: str = "auto", small: bool | None = None) -> common.Encoder:
+    return common.load_encoder(path, arch, None, small, CPU, layer)
+
+
+def wrap(weights: dict[str, Tensor], kind: str) -> Any:
+    """A torchvision state dict as others save it."""
+    if kind == "plain":
+        return weights
+    if kind == "moco":
+        other = {name: torch.zeros_like(value) for name, value in weights.items()}
+        both = {f"module.encoder_k.{name}": value for name, value in other.items()}
+        return {"epoch": 3, "state_dict": both | {f"module.encoder_q.{name}": value for name, value in weights.items()}}
+    if kind == "compiled":
+        return {"model": {f"_orig_mod.{name}": value for name, value in weights.items()}}
+    if kind == "data parallel":
+        return {"state_dict": OrderedDict((f"module.{name}", value) for name, value in weights.items())}
+    if kind == "timm":  # the same names, with another classifier
+        return {"state_dict": weights | {"fc.weight": torch.zeros(10, 512), "fc.bias": torch.zeros(10)}}
+    return {"student": {f"backbone.{name}": value for name, value in weights.items() if not name.startswith("fc.")}}
+
+
+@pytest.mark.parametrize("kind", ["plain", "moco", "compiled", "data parallel", "timm", "dino"])
+def test_prefixes(kind: str, resnet: dict[str, Tensor], tmp_path: Path) -> None:
+    """torchvision's names are found under the prefixes of MoCo (the query encoder), torch.compile, DataParallel, DINO."""
+    torch.save(wrap(resnet, kind), tmp_path / "file.pth")
+    found = encoder(tmp_path / "file.pth")
+    assert found.head is None and found.report["missing"] == []
+    for name, value in found.backbone.state_dict().items():
+        assert torch.equal(value, resnet[name]), name
+    reference = torchvision.models.resnet18()
+    reference.load_state_dict(resnet)
+    reference.fc = nn.Identity()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = nn.functional.normalize(reference.eval()(images), dim=1)
+        torch.testing.assert_close(found.embed(images), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_alexnet_of_data_parallel(tmp_path: Path) -> None:
+    """AlexNet whose convolutions alone were in DataParallel: features.module.0.weight."""
+    weights = common.backbone("alexnet", 4).state_dict()
+    renamed = {name.replace("features.", "features.module."): value for name, value in weights.items()}
+    torch.save({"state_dict": renamed | {"top_layer.weight": torch.zeros(10, 256)}}, tmp_path / "file.pth")
+    found = common.load_encoder(tmp_path / "file.pth", "alexnet", 4, None, CPU, "auto")
+    assert found.report["missing"] == [] and found.report["unexpected"] == ["top_layer.weight"]
+    for name, value in found.backbone.state_dict().items():
+        assert torch.equal(value, weights[name])
+
+
+def test_legacy_file_with_objects(resnet: dict[str, Tensor], tmp_path: Path) -> None:
+    """An old file that holds an object of its author's class: the tensors are read, the object is not made."""
+    module = types.ModuleType("lib_of_the_author")
+
+    class LinearAverage(nn.Module):
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            raise AssertionError("made")
+
+    LinearAverage.__module__, LinearAverage.__qualname__ = module.__name__, "LinearAverage"
+    module.LinearAverage = LinearAverage  # type: ignore[attr-defined]
+    sys.modules[module.__name__] = module
+    bank = LinearAverage()
+    bank.register_buffer("memory", torch.rand(10, 128))
+    head = {"module.fc.weight": torch.rand(128, 512), "module.fc.bias": torch.rand(128)}
+    weights = {f"module.{name}": value for name, value in resnet.items() if not name.startswith("fc.")}
+    for old in (True, False):
+        path = tmp_path / f"{old}.pth.tar"
+        torch.save({"epoch": 200, "arch": "resnet18", "state_dict": weights | head, "lemniscate": bank, "best": {1, 2}},
+                   path, _use_new_zipfile_serialization=not old)  # fmt: skip
+        found = encoder(path, layer="head")
+        assert found.report["missing"] == found.report["unexpected"] == [] and found.head is not None
+        assert torch.equal(found.head.weight, head["module.fc.weight"])
+        assert found.embed(torch.rand(2, 3, 32, 32)).shape == (2, 128)
+        assert encoder(path).head is None
+    sys.modules.pop(module.__name__)
+    assert encoder(tmp_path / "True.pth.tar").report["missing"] == []
+
+
+def test_half_loaded_is_refused(resnet: dict[str, Tensor], trained: Path, tmp_path: Path) -> None:
+    """Under 95 % of the weights, another architecture, width or stem: refused with names from both sides."""
+    torch.save({name: value for name, value in resnet.items() if not name.startswith("layer4.1")}, tmp_path / "part.pth")
+    command = ["--arch", "resnet18", *SMALL_SET, "--image-size", "64"]
+    one_line(run("eval_knn", [tmp_path / "part.pth", *command]), "% of the weights of resnet18", "layer4.1")
+    torch.save(resnet, tmp_path / "whole.pth")
+    one_line(run("eval_knn", [tmp_path / "whole.pth", "--arch", "resnet50", *SMALL_SET]), "of the weights of resnet50")
+    one_line(run("eval_knn", [tmp_path / "whole.pth", *SMALL_SET]), "--arch")
+    one_line(run("eval_knn", [trained / "checkpoint.pth", "--width", "8"]), "width 8", "conv1.weight")
+    one_line(run("eval_knn", [tmp_path / "nowhere.pth", "--arch", "resnet18"]), "cannot read", "nowhere.pth")
+    one_line(run("eval_knn", [tmp_path / "whole.pth", "--arch", "resnet34", *SMALL_SET]), "of the weights of resnet34")
+    one_line(run("eval_knn", [tmp_path / "whole.pth", "--arch", "resnet18", *SMALL_SET]), "of the weights", "conv1.weight")
+    torch.save({"weights": 3}, tmp_path / "none.pth")
+    one_line(run("eval_knn", [tmp_path / "none.pth", "--arch", "resnet18"]), "holds no weights")
+    no_head = {name: value for name, value in resnet.items() if not name.startswith("fc.")}
+    torch.save(no_head, tmp_path / "headless.pth")
+    one_line(run("eval_knn", [tmp_path / "headless.pth", "--arch", "resnet18", "--layer", "head"]), "--layer backbone")
+
+
+def evaluate(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> dict[str, Any]:
+    """The last line of eval_knn as JSON."""
+    eval_knn.main(eval_knn.parse_args([str(word) for word in argv]))
+    result: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return result
+
+
+def test_our_checkpoint(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint of ours says architecture, size and data itself; the result is the last line and goes to eval.jsonl."""
+    command = [trained / "checkpoint.pth", "--subset", "60", "--test-subset", "20", "--device", "cpu"]
+    first = evaluate(capsys, *command, "--k", "5", "20", "--tau", "0.07", "0.5")
+    assert first["feature_dim"] == 16 and first["data"] == "shapes" and first["protocol"] == "knn"
+    assert first["checkpoint_sha256"] == hashlib.sha256((trained / "checkpoint.pth").read_bytes()).hexdigest()
+    assert [(row["num_neighbors"], row["temperature"]) for row in first["knn"]] == [(5, 0.07), (5, 0.5), (20, 0.07), (20, 0.5)]
+    second = evaluate(capsys, *command, "--k", "20", "--tau", "0.5", "--retrieval", "--clustering")
+    assert second["knn"] == first["knn"][3:] and second["knn_top1"] == first["knn"][3]["top1"]
+    assert {"precision_at_1", "precision_at_10", "nmi", "ami"} <= second.keys()
+    lines = [json.loads(line) for line in (trained / "eval.jsonl").read_text().splitlines()]
+    assert lines == [first, second]
+
+
+def test_backbone_file(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """backbone.pth gives the features of the checkpoint's backbone."""
+    options = ["--arch", "resnet18", "--width", "4", "--k", "5", *SMALL_SET]
+    alone = evaluate(capsys, trained / "backbone.pth", *options)
+    inside = evaluate(capsys, trained / "checkpoint.pth", *options, "--layer", "backbone")
+    assert alone["knn"] == inside["knn"] and alone["feature_dim"] == inside["feature_dim"] == 32
+
+
+def test_bank_as_training_features(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--train-features bank is the bank that training left, for the same images only."""
+    path = trained / "checkpoint.pth"
+    result = evaluate(capsys, path, "--train-features", "bank", "--test-subset", "20", "--k", "5", "--device", "cpu")
+    assert result["train_images"] == 64 and result["train_features"] == "bank"
+    saved = torch.load(path)
+    found = encoder(path)
+    args = eval_knn.parse_args([str(path), "--test-subset", "20"])
+    train, _ = found.load_data(args, "pretrain", CPU)
+    assert torch.equal(found.bank_of(train, path), saved["state"]["bank"]["features"])
+    one_line(run("eval_knn", [path, "--train-features", "bank", "--image-size", "20"]), "other images")
+    one_line(run("eval_knn", [trained / "backbone.pth", "--arch", "resnet18", "--width", "4", "--train-features", "bank",
+                              *SMALL_SET]), "no memory bank")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["random", "pixels"])
+def test_without_a_file(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    """An untrained network and plain pixels need no file, repeat themselves, and leave none."""
+    monkeypatch.chdir(tmp_path)
+    results = [evaluate(capsys, name, "--width", "4", "--k", "5", *SMALL_SET) for _ in range(2)]
+    assert results[0] == results[1] and results[0]["checkpoint"] == name
+    assert results[0]["feature_dim"] == (3 * 16 * 16 if name == "pixels" else 128)
+    assert math.isfinite(results[0]["knn_top1"]) and not list(tmp_path.iterdir())
+
+
+def test_result_without_a_place(trained: Path, tmp_path: Path) -> None:
+    """Where eval.jsonl cannot be written the result is still the last line."""
+    (tmp_path / "checkpoint.pth").write_bytes((trained / "checkpoint.pth").read_bytes())
+    (tmp_path / "eval.jsonl").mkdir()
+    done = run("eval_knn", [tmp_path / "checkpoint.pth", "--subset", "60", "--test-subset", "20", "--k", "5"])
+    assert done.code == 0 and "cannot write" in done.err
+    assert "knn_top1" in json.loads(done.out.splitlines()[-1])

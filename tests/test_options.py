@@ -1,0 +1,132 @@
+"""Options: defaults < preset < command line, each documented, none guessed; a copied script works."""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import ROOT
+
+import common
+import eval_knn
+import npid
+
+
+def test_precedence() -> None:
+    """Defaults < preset < command line."""
+    assert npid.parse_args([]).width == 64 and npid.parse_args([]).weight_decay == 5e-4
+    assert npid.parse_args(["--data", "somewhere"]).weight_decay == 1e-4
+    assert npid.parse_args(["--preset", "cifar10"]).batch_size == 128
+    args = npid.parse_args(["--preset", "cifar10", "--batch-size", "64", "--tau", "0.3"])
+    assert (args.batch_size, args.temperature, args.weight_decay, args.data) == (64, 0.3, 5e-4, "cifar10")
+    assert args.typed == ["batch_size", "preset", "temperature"]
+
+
+def test_preset_by_data() -> None:
+    """--data takes the preset of its name, any other data that of ImageNet; --preset goes before both."""
+    assert npid.parse_args(["--data", "cifar100"]).preset == "cifar100"
+    assert npid.parse_args(["--data=stl10"]).temperature == 0.1
+    assert npid.parse_args([]).preset == "shapes"
+    assert npid.parse_args(["--data", "photographs"]).preset == "imagenet"
+    args = npid.parse_args(["--data", "cifar100", "--preset", "cifar10-nce512"])
+    assert (args.preset, args.data, args.loss, args.num_negatives) == ("cifar10-nce512", "cifar100", "nce", 512)
+
+
+def test_default_output() -> None:
+    """runs/<script>-<preset>-seed<seed>, unless named."""
+    args = npid.parse_args(["--data", "cifar10", "--seed", "3"])
+    assert args.output == Path("runs") / f"{Path(sys.argv[0]).stem}-cifar10-seed3"
+    assert npid.parse_args(["--output", "here"]).output == Path("here")
+
+
+def test_help_shows_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    """--preset X --help prints X's values as the defaults."""
+    texts = []
+    for argv in (["--preset", "cifar10-nce512", "--help"], ["--data", "imagenet", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            npid.parse_args(argv)
+        assert not stop.value.code
+        texts.append(" ".join(capsys.readouterr().out.split()))
+    assert "of eq. (6), noise images drawn for each image (nce, sampled) (default: 512)" in texts[0]
+    assert "(default: cifar10-nce512)" in texts[0] and "(default: 0.0005)" in texts[0]
+    assert "(default: 4096)" in texts[1] and "(default: 0.0005)" not in texts[1]
+
+
+def test_no_abbreviations(capsys: pytest.CaptureFixture[str]) -> None:
+    """--temp is not --temperature."""
+    for argv in (["--temp", "0.1"], ["--epoch", "3"], ["--pre", "cifar10"]):
+        with pytest.raises(SystemExit):
+            npid.parse_args(argv)
+    capsys.readouterr()
+
+
+def parser_of(module: Any, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
+    """The parser that a script builds."""
+    found: list[argparse.ArgumentParser] = []
+    original = argparse.ArgumentParser.parse_args
+
+    def parse_args(self: argparse.ArgumentParser, *args: Any) -> Any:
+        found.append(self)
+        return original(self, *args)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    module.parse_args(["random"] if module is eval_knn else [])
+    return found[0]
+
+
+@pytest.mark.parametrize("module", [npid, eval_knn])
+def test_every_option_has_help(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every option has a help text."""
+    for action in parser_of(module, monkeypatch)._actions:
+        assert action.help and action.help is not argparse.SUPPRESS, action.option_strings
+
+
+@pytest.mark.parametrize("preset", npid.PRESETS)
+def test_presets_parse(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every preset parses, and would have parsed if it had been typed."""
+    args = npid.parse_args(["--preset", preset])
+    known = {action.dest: action for action in parser_of(npid, monkeypatch)._actions}
+    for key, value in (npid.PRESETS["imagenet"] | npid.PRESETS[preset]).items():
+        assert getattr(args, key) == value
+        convert = known[key].type
+        if callable(convert):
+            for one in value if isinstance(value, list) else [value]:
+                assert convert(str(one)) == one, key
+
+
+@pytest.mark.parametrize("bad", [{"no_such_option": 1}, {"arch": "resnet19"}, {"epoch": 3}])
+def test_bad_preset(bad: dict[str, Any]) -> None:
+    """A preset that sets an unknown option or choice raises, for the author of the script to see."""
+    options = common.parser("")
+    common.add_training_options(options)
+    with pytest.raises(ValueError, match="preset mine sets"):
+        common.parse(options, {"imagenet": {}, "mine": bad}, ["--preset", "mine"])
+
+
+def test_numbers() -> None:
+    """Number types: bounds, and one line that says them."""
+    assert common.number(int, 0, 5)("5") == 5 and common.part("0.1") == 0.1 and common.part("100") == 100
+    for convert, text in ((common.number(int, 0, 5), "6"), (common.POSITIVE, "0"), (common.SHARE, "1.01"),
+                          (common.part, "1.5"), (common.POSITIVE, "inf"), (common.NOT_NEGATIVE, "nan")):  # fmt: skip
+        with pytest.raises(argparse.ArgumentTypeError, match=text):
+            convert(text)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["from its folder", "from elsewhere"])
+def test_copied_script(inside: bool, tmp_path: Path) -> None:
+    """`cp npid.py mine.py && python mine.py --preset smoke` works, and writes under the new name."""
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.copy(ROOT / "common.py", home)
+    shutil.copy(ROOT / "npid.py", home / "mine.py")
+    folder = home if inside else tmp_path
+    command = [sys.executable, str(Path("mine.py") if inside else home / "mine.py"), "--preset", "smoke", "--subset", "32"]
+    done = subprocess.run([*command, "--epochs", "1", "--knn-every", "0"], cwd=folder, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    output = folder / "runs" / "mine-smoke-seed0"
+    assert {path.name for path in output.iterdir()} >= {"checkpoint.pth", "backbone.pth", "log.jsonl"}
