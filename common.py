@@ -2234,7 +2234,7 @@ def load_encoder(
 
     arch, width and small (3x3 stem) are read from checkpoints of ours. `layer`: "head", "backbone", or "auto": the head
     of checkpoints of ours, the backbone of foreign files, whose last layer may be a classifier. Under 95 % of the
-    backbone's weights found is a Fault: numbers of a half-loaded network look like results.
+    backbone's weights found, or any of another shape, is a Fault: numbers of a half-loaded network look like results.
     """
     try:
         content = path.read_bytes()
@@ -2265,10 +2265,11 @@ def load_encoder(
             weights = {key: value for key, value in weights.items() if key not in {f"{name}.weight", f"{name}.bias"}}
             break
     unexpected = sorted(weights.keys() - matched.keys())
-    if share < 0.95:
+    other = [name for name in missing if name in weights] + [name for name in unexpected if name.startswith("layer")]
+    if share < 0.95 or other:  # of another shape, or of a deeper ResNet
         raise Fault(f"{path} has {100 * share:.0f} % of the weights of {arch}, width {width}: wrong --arch, --width or "
-                    f"--image-size? Missing {', '.join(missing[:3])} ...; in the file "
-                    f"{', '.join(unexpected[:3])} ...")  # fmt: skip
+                    f"--image-size? Missing {', '.join(missing[:3]) or 'none'} ...; left over "
+                    f"{', '.join((other + unexpected)[:3])} ...")  # fmt: skip
     if head is None and layer == "head":
         raise Fault(f"{path} has no linear layer on the {network.dim} features of {arch}: use --layer backbone")
     network.load_state_dict(matched, strict=False)

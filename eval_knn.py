@@ -81,17 +81,15 @@ def main(args: argparse.Namespace) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             return encoder.embed(images)
 
-    queries = common.extract(device, test, embed, args.batch_size)
-    if args.train_features == "bank":
-        features = encoder.bank_of(train, path).to(device).float()
-    else:
-        features = common.extract(device, train, embed, args.batch_size)
+    bank = encoder.bank_of(train, path) if args.train_features == "bank" else None
     known = train.labels >= 0
     if not known.any() or (test.labels < 0).any():
         raise common.Fault(f"{train.name} has no classes: kNN needs a folder for each class")
+    if max(args.num_neighbors) > known.sum():
+        raise common.Fault(f"--k {max(args.num_neighbors)} is more than the {known.sum()} training images")
+    queries = common.extract(device, test, embed, args.batch_size)
+    features = common.extract(device, train, embed, args.batch_size) if bank is None else bank.to(device).float()
     features, labels = features[known.to(device)], train.labels[known].to(device)
-    if max(args.num_neighbors) > len(features):
-        raise common.Fault(f"--k {max(args.num_neighbors)} is more than the {len(features)} training images")
 
     accuracy = common.knn_accuracy(queries, test.labels.to(device), features, labels, len(train.classes),
                                    num_neighbors=args.num_neighbors, temperatures=args.temperature)

@@ -84,6 +84,7 @@ def test_alexnet_of_data_parallel(tmp_path: Path) -> None:
         assert torch.equal(value, weights[name])
 
 
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
 def test_legacy_file_with_objects(resnet: dict[str, Tensor], tmp_path: Path) -> None:
     """An old file that holds an object of its author's class: the tensors are read, the object is not made."""
     module = types.ModuleType("lib_of_the_author")
@@ -98,7 +99,7 @@ def test_legacy_file_with_objects(resnet: dict[str, Tensor], tmp_path: Path) -> 
     bank = LinearAverage()
     bank.register_buffer("memory", torch.rand(10, 128))
     head = {"module.fc.weight": torch.rand(128, 512), "module.fc.bias": torch.rand(128)}
-    weights = {f"module.{name}": value for name, value in resnet.items() if not name.startswith("fc.")}
+    weights: dict[str, Any] = {f"module.{name}": value for name, value in resnet.items() if not name.startswith("fc.")}
     for old in (True, False):
         path = tmp_path / f"{old}.pth.tar"
         torch.save({"epoch": 200, "arch": "resnet18", "state_dict": weights | head, "lemniscate": bank, "best": {1, 2}},
@@ -120,7 +121,9 @@ def test_half_loaded_is_refused(resnet: dict[str, Tensor], trained: Path, tmp_pa
     torch.save(resnet, tmp_path / "whole.pth")
     one_line(run("eval_knn", [tmp_path / "whole.pth", "--arch", "resnet50", *SMALL_SET]), "of the weights of resnet50")
     one_line(run("eval_knn", [tmp_path / "whole.pth", *SMALL_SET]), "--arch")
-    one_line(run("eval_knn", [trained / "checkpoint.pth", "--width", "8"]), "width 8", "conv1.weight")
+    one_line(run("eval_knn", [trained / "checkpoint.pth", "--width", "8"]), "width 8", "bn1.bias")
+    torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "deeper.pth")
+    one_line(run("eval_knn", [tmp_path / "deeper.pth", *command]), "wrong --arch", "left over layer1.2.bn1.bias")
     one_line(run("eval_knn", [tmp_path / "nowhere.pth", "--arch", "resnet18"]), "cannot read", "nowhere.pth")
     one_line(run("eval_knn", [tmp_path / "whole.pth", "--arch", "resnet34", *SMALL_SET]), "of the weights of resnet34")
     one_line(run("eval_knn", [tmp_path / "whole.pth", "--arch", "resnet18", *SMALL_SET]), "of the weights", "conv1.weight")
@@ -170,7 +173,7 @@ def test_bank_as_training_features(trained: Path, capsys: pytest.CaptureFixture[
     args = eval_knn.parse_args([str(path), "--test-subset", "20"])
     train, _ = found.load_data(args, "pretrain", CPU)
     assert torch.equal(found.bank_of(train, path), saved["state"]["bank"]["features"])
-    one_line(run("eval_knn", [path, "--train-features", "bank", "--image-size", "20"]), "other images")
+    one_line(run("eval_knn", [path, "--train-features", "bank", "--image-size", "20", "--test-subset", "20"]), "other images")
     one_line(run("eval_knn", [trained / "backbone.pth", "--arch", "resnet18", "--width", "4", "--train-features", "bank",
                               *SMALL_SET]), "no memory bank")  # fmt: skip
 
