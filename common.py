@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import fcntl
@@ -30,9 +31,12 @@ import math
 import os
 import pickle
 import signal
+import struct
 import subprocess
 import sys
 import time
+import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,6 +47,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -59,24 +64,31 @@ class Fault(Exception):
 
 def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], argparse.Namespace]) -> None:
     """Run a script: bad input, a full disk or too little memory end with one line and exit code 2, not a traceback."""
-    script = Path(sys.argv[0]).name
+    code, wait = 2, float(os.environ.get("RANK", "0") != "0")
     try:
-        main(parse_args())
+        return main(parse_args())
+    except KeyboardInterrupt:
+        problem, code = "interrupted", 130
     except Fault as fault:
         problem = str(fault)
-    except OSError as error:
-        problem = f"{error.strerror or error}: {error.filename or 'input or output failed'}"
-    except KeyboardInterrupt:
-        print(f"{script}: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+    except (OSError, MemoryError, RuntimeError) as error:
+        reason = str(error)
+        if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in reason or "Socket" in reason):
+            problem, wait = "another rank ended: see its message", 3.0
+        elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in reason:
+            problem = "out of memory: lower --batch-size, split each batch with --accumulate, or use --cache none"
+        elif reason.startswith("DataLoader worker"):
+            problem = f"{reason.splitlines()[0]}: lower --workers"
+        elif isinstance(error, OSError):
+            problem = f"{error.strerror or error}: {error.filename or 'input or output failed'}"
+        else:
             raise
-        problem = "out of memory: lower --batch-size, or split each batch with --accumulate"
-    else:
-        return
-    print(f"{script}: error: {problem}", file=sys.stderr)
-    sys.exit(2)
+    # Most faults meet all ranks. One speaks first, then the launcher ends the others.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(wait)
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # the progress bar's line
+    print(f"{clear}{Path(sys.argv[0]).name}: error: {problem}", file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 # ---- 2. options ------------------------------------------------------------------------------------------------------
@@ -96,9 +108,10 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, open_low:
 
     def convert(text: str) -> Any:
         value = kind(text)
-        if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+        if not low <= value <= high or (open_low and value == low) or value == math.inf:
             bounds = f"above {low:g}" if open_low else f"at least {low:g}"
-            raise argparse.ArgumentTypeError(f"{text} is not {bounds}" + (f" and at most {high:g}" * (high < math.inf)))
+            bounds += f" and at most {high:g}" if high < math.inf else " and finite"
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
         return value
 
     convert.__name__ = kind.__name__  # argparse names the type in "invalid int value"
@@ -107,6 +120,7 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, open_low:
 
 COUNT = number(int, 1, 2**53)
 COUNT_OR_ZERO = number(int, 0, 2**53)
+SIZE = number(int, 1, 2**16)  # of a layer or an image: more cannot be meant
 POSITIVE = number(float, 0, open_low=True)
 NOT_NEGATIVE = number(float, 0)
 SHARE = number(float, 0, 1)
@@ -129,22 +143,24 @@ def add_data_options(options: argparse.ArgumentParser) -> None:
     """The options of `load`, the same in training and evaluation."""
     data = options.add_argument_group("data")
     data.add_argument("--data", default="shapes", metavar="NAME|DIR",
-                      help=f"{', '.join(DATASETS)}, or any directory of images: train/ and val/ below it are its splits; "
-                           "nested or flat; class = first folder level, used by evaluation only")
+                      help=f"{', '.join(DATASETS)}, or any directory of images: train/ and val/ below it are its "
+                           "splits; nested or flat; class = first folder level, used by evaluation only")
     data.add_argument("--data-dir", type=Path, default=Path(os.environ.get("DATA_DIR", "data")), metavar="DIR",
                       help="where named sets lie or are downloaded to ($DATA_DIR)")
     data.add_argument("--val-dir", type=Path, metavar="DIR", help="validation images of a directory without val/")
     data.add_argument("--subset", type=part, metavar="N", help="train on N images (or a share below 1), drawn from "
                       "the seed, the same number of each class")
     data.add_argument("--test-subset", type=part, metavar="N", help="the same for the test images")
-    data.add_argument("--image-size", type=COUNT, metavar="PX", help="side of the square the network sees; default: "
+    data.add_argument("--image-size", type=SIZE, metavar="PX", help="side of the square the network sees; default: "
                       "the data set's own (32 shapes and CIFAR, 96 STL-10, 224 photographs)")
     data.add_argument("--cache", choices=["device", "host", "none"], help="where decoded images live; default: device "
                       "if they take under a quarter of its free memory, none for folders of large images")
     data.add_argument("--max-bad-images", type=COUNT_OR_ZERO, default=0, metavar="N", help="unreadable images to "
                       "tolerate, each named in the output and replaced by plain grey")
-    data.add_argument("--workers", type=COUNT_OR_ZERO, default=min(16, os.cpu_count() or 1), metavar="N",
-                      help="processes that decode folders of large images")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    data.add_argument("--workers", type=number(int, 0, 1024), default=min(16, cores), metavar="N",
+                      help="processes of each rank that decode folders of large images")
 
 
 def add_device_options(options: argparse.ArgumentParser) -> None:
@@ -152,7 +168,7 @@ def add_device_options(options: argparse.ArgumentParser) -> None:
     machine = options.add_argument_group("machine")
     machine.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the best available")
     machine.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast of the network; the "
-                         "similarities stay in float32; default: on for GPUs that have it, off on CPU, where it is slower")
+                         "similarities stay in float32; default: on for GPUs and CPUs that have its instructions")
 
 
 def add_training_options(options: argparse.ArgumentParser) -> None:
@@ -160,29 +176,30 @@ def add_training_options(options: argparse.ArgumentParser) -> None:
     add_data_options(options)
     model = options.add_argument_group("model")
     model.add_argument("--arch", choices=ARCHITECTURES, default="resnet18", help="3x3 stem below 64 px; BN variants")
-    model.add_argument("--width", type=COUNT, default=64, help="channels of the first stage; 64 is standard, less is "
+    model.add_argument("--width", type=SIZE, default=64, help="channels of the first stage; 64 is standard, less is "
                        "for small machines")
-    model.add_argument("--feature-dim", type=COUNT, default=128, metavar="D", help="D, size of the embedding")
+    model.add_argument("--feature-dim", type=SIZE, default=128, metavar="D", help="D, size of the embedding")
     optim = options.add_argument_group("optimization")
     optim.add_argument("--epochs", type=COUNT, default=200, help="passes over the training images")
     optim.add_argument("--batch-size", type=COUNT, default=256, metavar="B", help="B, the sum over all ranks")
     optim.add_argument("--accumulate", type=COUNT, default=1, metavar="N", help="forward and backward in N parts, for "
                        "small devices; batch statistics are then those of a part")
-    optim.add_argument("--lr", type=POSITIVE, default=0.03, help="learning rate for just this batch size, never rescaled")
+    optim.add_argument("--lr", type=POSITIVE, default=0.03, help="learning rate, for just this batch size")
     optim.add_argument("--schedule", choices=["step", "cosine", "constant"], default="step",
                        help="step: x0.1 at each of --lr-drops; cosine: to zero at --epochs")
     optim.add_argument("--lr-drops", type=COUNT, nargs="*", default=[120, 160], metavar="EPOCH", help="for step")
     optim.add_argument("--momentum", type=SHARE, default=0.9, help="of SGD")
     optim.add_argument("--weight-decay", type=NOT_NEGATIVE, default=1e-4, help="of SGD, the number itself")
-    optim.add_argument("--seed", type=COUNT_OR_ZERO, default=0, help="of everything random: weights, bank, order, draws")
+    optim.add_argument("--seed", type=COUNT_OR_ZERO, default=0, help="of all that is random: weights, bank, order, draws")
     add_device_options(options)
     run = options.add_argument_group("run")
-    run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the network")
+    run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the model")
     run.add_argument("--sync-bn", action="store_true", help="batch statistics over all GPUs")
     run.add_argument("--output", type=Path, metavar="DIR", help="log, checkpoint and weights; a checkpoint found there "
                      "is resumed; default: runs/<script>-<preset>-seed<seed>")
     run.add_argument("--overwrite", action="store_true", help="start anew in an --output that holds a run")
-    run.add_argument("--save-minutes", type=NOT_NEGATIVE, default=10, help="checkpoints between those of each epoch")
+    run.add_argument("--save-minutes", type=NOT_NEGATIVE, default=10, metavar="MIN", help="a checkpoint each "
+                     "MIN minutes between those of each epoch (0: none)")
     run.add_argument("--knn-every", type=COUNT_OR_ZERO, default=10, metavar="N", help="weighted kNN accuracy each N "
                      "epochs and after the last (0: never); the only use of labels")
 
@@ -192,8 +209,8 @@ def parse(
 ) -> argparse.Namespace:
     """Defaults < preset "imagenet" < preset (by --preset, else by --data) < command line. Bad presets are errors."""
     default = options.get_default("data")
-    options.add_argument("--preset", choices=list(presets), help="a row of the README's table; default: the preset that "
-                         "carries the data set's name")
+    options.add_argument("--preset", choices=list(presets), help="a row of the README's table; default: the preset "
+                         "that carries the data set's name")
     first = _Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=list(presets))
     first.add_argument("--data", default=default)
@@ -208,8 +225,7 @@ def parse(
     args = options.parse_args(argv)
     args.typed = typed(options, argv)
     args.script = Path(options.prog).stem
-    if args.output is None:
-        args.output = Path("runs") / f"{Path(options.prog).stem}-{name}-seed{args.seed}"
+    args.output = args.output or Path("runs") / f"{args.script}-{name}-seed{args.seed}"
     return args
 
 
@@ -243,8 +259,11 @@ class Draw:
 # ---- 4. the run ------------------------------------------------------------------------------------------------------
 
 # Options that do not change what is learnt: a resumed run may have others.
-FREE_OPTIONS = {"output", "overwrite", "preset", "typed", "data_dir", "val_dir", "cache", "workers", "max_bad_images", "device",
-                "amp", "compile", "save_minutes", "knn_every", "knn_features", "test_subset", "epochs"}
+FREE_OPTIONS = {
+    "output", "overwrite", "preset", "typed", "data", "data_dir", "val_dir", "cache", "workers", "max_bad_images",
+    "device", "amp", "compile", "save_minutes", "knn_every", "knn_features", "test_subset", "epochs",
+}  # fmt: skip
+NEVER = 2**62  # a step
 
 
 class Stop(SystemExit):
@@ -254,26 +273,29 @@ class Stop(SystemExit):
 class Run:
     """One training run: its ranks, device, output folder, log and checkpoint. The same on a laptop and a cluster.
 
-    Without a launcher there is one rank and every collective is the identity. Under torchrun or SLURM the process group
-    is nccl on GPUs and gloo elsewhere; a second gloo group lets ranks agree without touching the GPU.
+    Without a launcher there is one rank and every collective is the identity. Under torchrun or SLURM tensors on GPUs
+    go through nccl and those on the CPU through gloo, by which ranks agree without touching the GPU.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.device = pick_device(args.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.rank, self.world = 0, 1
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # Clustering keeps the other ranks waiting: the limit is far above what it takes.
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
-            self.control: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=2))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+                                    timeout=datetime.timedelta(hours=2))  # fmt: skip
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
         if args.batch_size % (self.world * args.accumulate):
-            raise Fault(f"--batch-size {args.batch_size} must divide by ranks x accumulate = {self.world} x {args.accumulate}")
+            raise Fault(f"--batch-size {args.batch_size} must divide by ranks x accumulate = "
+                        f"{self.world} x {args.accumulate}")  # fmt: skip
         self.amp = amp_default(self.device) if args.amp is None else args.amp
         self.output: Path = args.output
         self.signal = 0
         self.bar: Any = None
-        self.first_bad = torch.full((), math.inf, device=self.device)  # the first step whose loss was not finite
+        self.first_bad = torch.tensor(NEVER, device=self.device)  # the first step whose loss was not finite
         self.saved_at = self.spoken = time.monotonic()
         if self.rank == 0:
             self._open_output()
@@ -286,20 +308,16 @@ class Run:
         except OSError as error:
             raise Fault(f"cannot write to {self.output} ({error.strerror}): choose another --output") from None
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not inherited by workers
         except OSError:
             raise Fault(f"{self.output} is in use by another run: choose another --output") from None
         for leftover in self.output.glob("*.tmp"):
             leftover.unlink()
-        if self.args.overwrite:
-            for name in ("checkpoint.pth", "backbone.pth", "log.jsonl", "eval.jsonl"):
-                (self.output / name).unlink(missing_ok=True)
 
     # ranks
 
     def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier(self.control)
+        self.agree(0)
 
     def rows(self, count: int) -> slice:
         """This rank's part of `count` things that divide by the number of ranks."""
@@ -334,17 +352,15 @@ class Run:
         """The greatest wish of all ranks."""
         if self.world > 1:
             tensor = torch.tensor(wish)
-            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
-            return int(tensor)
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+            return int(tensor.item())
         return wish
 
     # the model on its device
 
     def place(self, model: Module) -> Module:
-        """Move a model to the device (channels last on GPUs), compile it in place if asked."""
-        model.to(self.device)
-        if self.device.type == "cuda":
-            model.to(memory_format=torch.channels_last)
+        """Move a model to the device, channels last (convolutions are faster so), and compile it in place if asked."""
+        model.to(self.device, memory_format=torch.channels_last)
         if self.args.sync_bn and self.world > 1 and self.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         if self.args.compile:
@@ -355,7 +371,8 @@ class Run:
         """Gradients averaged over ranks, as the mean over the global batch."""
         if self.world == 1:
             return model
-        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings(action="ignore"):  # newer versions have another name for broadcast_buffers
+            return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
@@ -373,7 +390,11 @@ class Run:
         """Whole batches in `count` images; the rest of an epoch's order is dropped."""
         if count < self.args.batch_size:
             raise Fault(f"--batch-size {self.args.batch_size} is more than the {count} images: lower it")
-        return count // self.args.batch_size
+        return count // int(self.args.batch_size)
+
+    def seed_step(self, epoch: int, step: int) -> None:
+        """Whatever draws without a generator of its own, such as dropout, follows from here too."""
+        torch.manual_seed(self.generator("step", epoch, step, self.rank).initial_seed())
 
     def draw(self, epoch: int, step: int, stream: str = "augment") -> Draw:
         """The random numbers of a step's augmentation."""
@@ -391,7 +412,8 @@ class Run:
             ranks=self.world, threads=torch.get_num_threads(), amp=self.amp, **facts,
         )  # fmt: skip
         if self.rank == 0:
-            note = "" if "data" in self.args.typed or data.name != "shapes" else " (only the default: rendered, not photographs)"
+            default = data.name == "shapes" and not {"data", "preset"} & set(self.args.typed)
+            note = " (only the default: rendered, not photographs)" if default else ""
             print(f"data {data.name}{note}: {len(data):,} images at {data.size} px; preset {self.args.preset}; "
                   f"{self.header['device']}, {self.world} rank(s); output {self.output}", flush=True)  # fmt: skip
 
@@ -402,10 +424,14 @@ class Run:
             if self.bar is not None:
                 self.bar.clear()
             print(line, flush=True)
-            with (self.output / "log.jsonl").open("a") as file:
-                file.write(line + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            path = self.output / "log.jsonl"
+            try:
+                with path.open("a") as file:
+                    file.write(line + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise Fault(f"cannot write {path} ({error.strerror}): make room, then run the same command") from None
 
     def resume(self, state: dict[str, Any], steps: int) -> tuple[int, int]:
         """Load the checkpoint of `output` into `state` if there is one; returns (epoch, step) to go on with.
@@ -415,25 +441,36 @@ class Run:
         """
         path, log = self.output / "checkpoint.pth", self.output / "log.jsonl"
         epoch = step = 0
+        if self.rank == 0 and self.args.overwrite:
+            for name in ("checkpoint.pth", "backbone.pth", "log.jsonl", "eval.jsonl"):
+                (self.output / name).unlink(missing_ok=True)
+        self.barrier()
+        if self.agree(path.exists()) and not path.exists():
+            raise Fault(f"some ranks do not see {path}: --output must lie on a disk that all share")
         if path.exists():
             saved = load_checkpoint(path)
             self._check_resumable(saved, path)
-            for name, part in state.items():
-                part.load_state_dict(saved["state"][name])
             epoch, step = saved["epoch"], saved["step"]
+            try:
+                for name, part in state.items():
+                    part.load_state_dict(saved["state"][name])
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise Fault(f"{path} does not fit this code ({str(error).splitlines()[0]}): choose another "
+                            "--output") from None  # fmt: skip
             if self.rank == 0:
                 if log.exists():
                     os.truncate(log, min(saved["log_size"], log.stat().st_size))
-                print(f"resumed {path} at epoch {epoch}, step {step} of {steps}", flush=True)
-        elif self.rank == 0 and log.exists():
-            log.unlink()
+                what = "already finished" if epoch == self.args.epochs else "resumed"
+                print(f"{what}: {path} at epoch {epoch}, step {step} of {steps}", flush=True)
+        elif self.rank == 0:
+            log.unlink(missing_ok=True)
         self.barrier()
         self.steps, self.start = steps, time.monotonic()
-        self.bar = None
         if self.rank == 0 and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=self.args.epochs * steps, initial=epoch * steps + step, unit="step", dynamic_ncols=True)
+            done = epoch * steps + step
+            self.bar = tqdm(total=self.args.epochs * steps, initial=done, unit="step", dynamic_ncols=True)
         if epoch == step == 0:
             self.log(**self.header)
         self.previous = {number: signal.signal(number, self._on_signal)
@@ -441,30 +478,36 @@ class Run:
         return epoch, step
 
     def _check_resumable(self, saved: dict[str, Any], path: Path) -> None:
-        script = self.header["options"]["script"]
-        if saved["options"]["script"] != script:
-            raise Fault(f"{path} was written by {saved['options']['script']}, not {script}: choose another --output")
-        if saved["data"] != self.data:
-            raise Fault(f"{path} was trained on other data ({saved['data']['name']}, {saved['data']['images']:,} images, not "
-                        f"{self.data['name']}, {self.data['images']:,}): choose another --output or --overwrite")  # fmt: skip
         old, new = saved["options"], self.header["options"]
+        if old.get("script") != new["script"]:
+            raise Fault(f"{path} was written by {old.get('script')}, not {new['script']}: choose another --output")
+        if saved["data"] != self.data:
+            what = ", ".join(key for key in self.data if saved["data"].get(key) != self.data[key])
+            raise Fault(f"{path} was trained on other data ({saved['data']['name']}, {saved['data']['images']:,} "
+                        f"images, not {self.data['name']}, {self.data['images']:,}; {what} differ): choose another "
+                        "--output or --overwrite")  # fmt: skip
         free = FREE_OPTIONS if new["schedule"] != "cosine" else FREE_OPTIONS - {"epochs"}
+        bound = sorted((old.keys() | new.keys()) - free)
         changed = [f"--{key.replace('_', '-')} {old.get(key)} -> {new.get(key)}"
-                   for key in sorted(old.keys() | new.keys()) if key not in free and old.get(key) != new.get(key)]  # fmt: skip
+                   for key in bound if old.get(key) != new.get(key)]  # fmt: skip
         if changed:
-            raise Fault(f"{path} was trained with other options ({'; '.join(changed)}): use those, another --output or --overwrite")
+            raise Fault(f"{path} was trained with other options ({'; '.join(changed)}): use those, another --output or "
+                        "--overwrite")  # fmt: skip
+        if (saved["epoch"], saved["step"]) > (self.args.epochs, 0):
+            raise Fault(f"{path} is past --epochs {self.args.epochs}, at epoch {saved['epoch']}: choose more epochs, "
+                        "or another --output")  # fmt: skip
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        if self.rank == 0:
-            print(f"\n{signal.Signals(number).name}: saving at the next step boundary", file=sys.stderr, flush=True)
+        if self.rank == 0:  # print could meet itself here
+            os.write(2, f"\n{signal.Signals(number).name}: saving at the next step boundary\n".encode())
 
     def after_step(self, state: dict[str, Any], epoch: int, step: int, loss: Tensor) -> None:
-        """At a step boundary: progress; the loss must be finite; a checkpoint every --save-minutes and on a signal."""
+        """At a step boundary: progress; the loss must be finite; a checkpoint each --save-minutes and on a signal."""
         now = time.monotonic()
-        bad = torch.where(torch.isfinite(loss.detach()), math.inf, epoch * self.steps + step)
+        bad = torch.where(torch.isfinite(loss.detach()), NEVER, epoch * self.steps + step)
         self.first_bad = torch.minimum(self.first_bad, bad)
         if self.device.type == "cpu" or step % 20 == 0:  # a look waits for the device
             self.check_finite()
@@ -476,36 +519,42 @@ class Run:
             print(f"epoch {epoch + 1}/{self.args.epochs}, step {step + 1}/{self.steps}{took}", flush=True)
             self.spoken = now
         self.start = 0.0
-        due = now - self.saved_at > 60 * self.args.save_minutes > 0
-        wish = self.agree(2 if self.signal else 1 if due and self.rank == 0 else 0)
-        if wish:
+        due = self.rank == 0 and now - self.saved_at > 60 * self.args.save_minutes > 0
+        wish = self.agree(self.signal or -int(not due))  # a signal, 0: save and go on, -1: go on
+        if wish >= 0:
             self.save(state, epoch, step + 1)
-        if wish == 2:
-            self._stop(epoch, step + 1)
+        if wish > 0:
+            self._stop(wish, epoch, step + 1)
 
     def check_finite(self) -> None:
-        bad = self.first_bad.item()
-        if self.agree(int(bad < math.inf)) if self.device.type == "cuda" else bad < math.inf:
-            where = f"epoch {bad // self.steps:.0f}, step {bad % self.steps:.0f}" if bad < math.inf else "another rank"
-            raise Fault(f"the loss is not finite ({where}): lower --lr; the last checkpoint in {self.output} is still good")
+        """A loss that was not finite on any rank is a Fault on all."""
+        first = -self.agree(-int(self.first_bad.item()))
+        if first < NEVER:
+            raise Fault(f"the loss is not finite (epoch {first // self.steps}, step {first % self.steps}): lower --lr; "
+                        f"the last checkpoint in {self.output}, if any, is good")  # fmt: skip
 
-    def _stop(self, epoch: int, step: int) -> None:
-        previous = self.previous[signal.Signals(self.signal or signal.SIGTERM)]
+    def _stop(self, number: int, epoch: int, step: int) -> None:
+        previous = self.previous[signal.Signals(number)]
+        self._close()
         if self.rank == 0:
-            print(f"stopped at epoch {epoch}, step {step}; the same command continues", file=sys.stderr, flush=True)
+            command = "the same command, without --overwrite," if self.args.overwrite else "the same command"
+            print(f"stopped at epoch {epoch}, step {step}; {command} continues", file=sys.stderr, flush=True)
         if callable(previous) and previous is not signal.default_int_handler:
-            previous(self.signal, None)  # a launcher's own handler, such as submitit's: it requeues the job
-        raise Stop(128 + (self.signal or signal.SIGTERM))
+            previous(number, None)  # a launcher's own handler, such as submitit's: it requeues the job
+        raise Stop(128 + number)
 
     def save(self, state: dict[str, Any], epoch: int, step: int) -> None:
         """Write checkpoint.pth: all of `state`, and where to go on. Atomic: a kill leaves the old or the new one."""
         self.check_finite()
+        weights = [w for part in state.values() if isinstance(part, nn.Module) for w in part.parameters()]
+        if weights and not torch.stack([w.detach().isfinite().all() for w in weights]).all():
+            raise Fault(f"weights are not finite (epoch {epoch}, step {step}): lower --lr; the last checkpoint in "
+                        f"{self.output}, if any, is good")  # fmt: skip
         if self.rank == 0:
             log = self.output / "log.jsonl"
             write_checkpoint(self.output / "checkpoint.pth", dict(
                 options=self.header["options"], data=self.data, git=self.header["git"], epoch=epoch, step=step,
-                log_size=log.stat().st_size if log.exists() else 0,
-                state={name: part.state_dict() for name, part in state.items()},
+                log_size=log.stat().st_size, state={name: part.state_dict() for name, part in state.items()},
             ))  # fmt: skip
             self.saved_at = time.monotonic()
 
@@ -513,11 +562,16 @@ class Run:
         """Write backbone.pth, the plain weights under torchvision's names, and give the signals back."""
         if self.rank == 0:
             write_checkpoint(self.output / "backbone.pth", backbone.state_dict())
+        self._close()
+
+    def _close(self) -> None:
         if self.bar is not None:
             self.bar.close()
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-        self.barrier()
+        if self.world > 1:
+            self.barrier()
+            dist.destroy_process_group()
         if self.rank == 0:
             self.lock.close()
 
@@ -576,8 +630,20 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def amp_default(device: torch.device) -> bool:
-    """bfloat16 only where it is faster."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    """bfloat16 only where it is faster: GPUs that have it, and CPUs with its instructions (twice as fast there)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and HAS_BFLOAT16
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed: by default large tensors go back to the system, and each new one is paged in anew.
+
+    A sixth of a training step on a CPU; a process that is not on glibc goes on as it is.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def device_name(device: torch.device) -> str:
@@ -603,9 +669,8 @@ def memory_gb(device: torch.device) -> float:
 def git_commit() -> str:
     """The commit of this code, with -dirty if it was changed; "unknown" outside a repository."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        found = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-                               capture_output=True, text=True, timeout=10, check=True)  # fmt: skip
-        return found.stdout.strip()
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     return "unknown"
 
 
@@ -625,25 +690,28 @@ def write_checkpoint(path: Path, content: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise Fault(f"cannot write {path} ({error.strerror}): make room, then run the same command; the last checkpoint, "
-                    "if any, is whole") from None  # fmt: skip
+        raise Fault(f"cannot write {path} ({error.strerror}): make room, then run the same command; the last "
+                    "checkpoint, if any, is whole") from None  # fmt: skip
+    with contextlib.suppress(OSError):  # not every file system knows how to flush a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint of ours: plain tensors, numbers and strings, nothing that could run code."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of a pickle protocol that is not ours
+            saved = torch.load(path, map_location="cpu", weights_only=True)
         return {key: saved[key] for key in ("options", "data", "git", "epoch", "step", "log_size", "state")}
     except OSError as error:
         raise Fault(f"cannot read {path} ({error.strerror})") from None
-    except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
-        raise Fault(f"{path} is truncated or no checkpoint of these scripts: remove it, or choose another --output") from None
+    except Exception:  # garbage makes the unpickler raise almost anything
+        raise Fault(f"{path} is truncated or no checkpoint of these scripts: remove it, or choose another "
+                    "--output") from None  # fmt: skip
 
 
 # ---- 5. data ---------------------------------------------------------------------------------------------------------
@@ -667,10 +735,13 @@ DATASETS = {
     "imagenet100": IMAGENET,
     "places205": IMAGENET,
 }
+FOLDERS = {"imagenet", "imagenet100", "places205"}  # of these, as directories of images
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 SMALL = 64  # px; networks for images below it take a 3x3 stem
 CROP_NUMBERS = 22  # uniform numbers that crop_boxes takes for an image
 CPU = torch.device("cpu")
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+Names = np.ndarray[Any, np.dtype[np.bytes_]]
 
 
 class Crop(NamedTuple):
@@ -693,7 +764,8 @@ class ImageSet:
     classes: list[str]
     ids: Tensor  # (N,) int64: position in the full, sorted set, before --subset
     pixels: Tensor | None = None  # (N, 3, H, W) uint8
-    files: list[Path] = dataclasses.field(default_factory=list)
+    root: Path = Path()
+    files: Names | None = None  # (N,) below root; no list of a million objects, which each worker would copy
     workers: int = 0
     bad: BadImages | None = None
 
@@ -706,19 +778,25 @@ class ImageSet:
         return self.size < SMALL
 
     def identity(self) -> dict[str, Any]:
-        """What must agree for a checkpoint to fit: plain values, with a checksum of the file names or of some pixels."""
-        content = hashlib.blake2b(digest_size=8)
+        """What must agree for a checkpoint to fit: plain values, with a checksum of some pixels or all names."""
+        content, sample = hashlib.blake2b(digest_size=8), range(0, len(self), max(1, len(self) // 64))
         if self.pixels is not None:
-            content.update(self.pixels[:: max(1, len(self) // 64)].cpu().numpy().tobytes())
-        else:
-            content.update("\0".join("/".join(file.parts[-2:]) for file in self.files).encode("utf-8", "surrogateescape"))
+            content.update(self.pixels[list(sample)].cpu().numpy().tobytes())
+        elif self.files is not None:
+            content.update(self.files.tobytes())
+            content.update(repr([self.path(row).stat().st_size for row in sample]).encode())
         return dict(name=self.name, images=len(self), size=self.size, mean=list(self.mean), std=list(self.std),
                     small=self.small, classes=len(self.classes), checksum=content.hexdigest())  # fmt: skip
+
+    def path(self, row: int) -> Path:
+        """The file of the image at `row`."""
+        assert self.files is not None
+        return self.root / os.fsdecode(self.files[row])
 
     def select(self, rows: Tensor) -> ImageSet:
         """The images at `rows`, in that order."""
         pixels = None if self.pixels is None else self.pixels[rows.to(self.pixels.device)]
-        files = [self.files[row] for row in rows.tolist()] if self.files else []
+        files = None if self.files is None else self.files[rows.numpy()]
         return dataclasses.replace(self, labels=self.labels[rows], ids=self.ids[rows], pixels=pixels, files=files)
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -746,12 +824,14 @@ class ImageSet:
             for step, index in zip(steps, indices, strict=True):
                 pixels = self.pixels[index.to(self.pixels.device)].to(run.device, non_blocking=True)
                 boxes = [crop_boxes(u, pixels.shape[2], pixels.shape[3], crop.scale, crop.ratio) for u in numbers(step)]
+                run.seed_step(epoch, step)
                 yield step, index.to(run.device), torch.stack([resized_crop(pixels, box, crop.size) for box in boxes])
         else:
-            items = ([(i, crop, u) for i, *u in zip(index.tolist(), *numbers(step), strict=True)]
+            items = ([(i, crop, *u) for i, *u in zip(index.tolist(), *numbers(step), strict=True)]
                      for step, index in zip(steps, indices, strict=True))  # fmt: skip
             for step, (index, images, bad) in zip(steps, self._loader(items, run.device), strict=True):
                 self._report(index, bad)
+                run.seed_step(epoch, step)
                 yield step, index.to(run.device), images.to(run.device, non_blocking=True).transpose(0, 1).float() / 255
 
     def centers(self, rows: Tensor, batch_size: int, device: torch.device) -> Iterator[Tensor]:
@@ -772,13 +852,14 @@ class ImageSet:
 
     def _loader(self, items: Any, device: torch.device) -> Any:
         return torch.utils.data.DataLoader(
-            _Decoder(self.files), batch_sampler=items, num_workers=self.workers, pin_memory=device.type == "cuda"
-        )
+            _Decoder(self), batch_sampler=items, num_workers=self.workers, pin_memory=device.type == "cuda",
+            worker_init_fn=_ignore_signals,
+        )  # fmt: skip
 
     def _report(self, index: Tensor, bad: Tensor) -> None:
-        for i in index[bad].tolist():
+        for row in index[bad].tolist():
             if self.bad is not None:
-                self.bad.add(self.files[i])
+                self.bad.add(self.path(row))
 
 
 class BadImages:
@@ -796,41 +877,55 @@ class BadImages:
             print(f"unreadable image, replaced by grey: {path}", file=sys.stderr, flush=True)
 
 
+def _ignore_signals(worker: int) -> None:
+    """A launcher or Ctrl-C signals workers too: they go on, so that their parent can finish its step."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class _Decoder(torch.utils.data.Dataset[tuple[int, Tensor, bool]]):
     """(row, crop, numbers...) or (row, side) -> row, (views, 3, S, S) uint8, whether the file was unreadable."""
 
-    def __init__(self, files: list[Path]) -> None:
-        self.files = files
+    def __init__(self, data: ImageSet) -> None:
+        self.data = dataclasses.replace(data, bad=None)
 
     def __getitem__(self, item: Any) -> tuple[int, Tensor, bool]:
         row, crop, *numbers = item
         try:
             if not numbers:
-                return row, torch.from_numpy(central_square(self.files[row], crop))[None], False
-            views = [torch.from_numpy(view) for view in random_crops(self.files[row], crop, torch.stack(numbers))]
-            return row, torch.stack(views), False
+                return row, torch.from_numpy(central_square(self.data.path(row), crop))[None], False
+            views = random_crops(self.data.path(row), crop, torch.stack(numbers))
+            return row, torch.stack([torch.from_numpy(view) for view in views]), False
         except UNREADABLE:
             size = crop.size if numbers else crop
             return row, torch.full((max(1, len(numbers)), 3, size, size), 128, dtype=torch.uint8), True
 
 
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError)  # what Pillow raises for damaged images
-Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+# What Pillow raises for damaged images.
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error, zlib.error,
+              Image.DecompressionBombError)  # fmt: skip
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of any mode; 16-bit grey, which Pillow would clip, is scaled."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def shorter_side(size: int, source: int) -> int:
-    """What the shorter side is scaled to before the central crop: 8/7 of `size`, but `size` if the image is small, px."""
+    """What the shorter side is scaled to before the central crop, px: 8/7 of `size`, but `size` for small images."""
     return size if size < SMALL or source <= size else round(size * 8 / 7)
 
 
 def central_square(path: Path, size: int, side: int | None = None) -> Pixels:
     """The shorter side scaled to `side` (default: that of evaluation), then the central square: (3, size, size)."""
-    from PIL import Image
-
     with Image.open(path) as image:
         side = side or shorter_side(size, min(image.size))
         image.draft("RGB", (side, side))
-        pixels = image.convert("RGB")
+        pixels = rgb(image)
     scale = side / min(pixels.size)
     width, height = max(size, round(pixels.width * scale)), max(size, round(pixels.height * scale))
     left, top = (width - size) // 2, (height - size) // 2
@@ -840,14 +935,12 @@ def central_square(path: Path, size: int, side: int | None = None) -> Pixels:
 
 def random_crops(path: Path, crop: Crop, uniform: Tensor) -> list[Pixels]:
     """Crops (3, S, S) of one image, by uniform numbers (views, 22). JPEGs are decoded no larger than the crops need."""
-    from PIL import Image
-
     with Image.open(path) as image:
         width, height = image.size
         boxes = crop_boxes(uniform, height, width, crop.scale, crop.ratio)
         least = boxes.amin(0).tolist()
         image.draft("RGB", (math.ceil(width * crop.size / least[3]), math.ceil(height * crop.size / least[2])))
-        pixels = image.convert("RGB")
+        pixels = rgb(image)
     x, y = pixels.width / width, pixels.height / height
     areas = [(left * x, top * y, (left + w) * x, (top + h) * y) for top, left, h, w in boxes.tolist()]
     crops = [pixels.resize((crop.size, crop.size), Image.Resampling.BILINEAR, area) for area in areas]
@@ -871,42 +964,48 @@ def extract(
 
 def load(args: argparse.Namespace, split: str, device: torch.device) -> ImageSet:
     """The images that --data names. `split`: "pretrain" (STL-10: with the unlabelled), "train" or "test"."""
-    name = str(args.data)
-    if name in DATASETS and name not in ("imagenet", "imagenet100", "places205"):
-        spec = DATASETS[name]
-        pixels, labels, classes = _NAMED[name](args, split)
-        size = args.image_size or spec.size
-        data = ImageSet(name, size, spec.mean, spec.std, labels, classes, torch.arange(len(labels)), pixels)
+    if args.data in _NAMED:
+        spec = DATASETS[args.data]
+        pixels, labels, classes = _NAMED[args.data](args, split)
+        ids = torch.arange(len(labels))
+        data = ImageSet(args.data, args.image_size or spec.size, spec.mean, spec.std, labels, classes, ids, pixels)
     else:
         data = _folder(args, split)
-    data = _subset(data, args.subset if split != "test" else args.test_subset, args)
+    wanted = args.subset if split != "test" else args.test_subset
+    if wanted is not None and args.data != "shapes":  # which renders just what is wanted
+        data = _subset(data, wanted, args.seed)
+    if args.data not in _NAMED:
+        _decode_small(data, args.cache)
+    elif args.cache == "none":
+        raise Fault(f"--cache none is for folders of large images: {data.name} is held decoded")
     if data.pixels is not None and (args.cache == "device" or (args.cache is None and _fits(data.pixels, device))):
         data.pixels = data.pixels.to(device)
-    elif args.cache == "none" and data.pixels is not None:
-        raise Fault(f"--cache none is for folders of large images: {name} is held decoded")
     return data
+
+
+def load_monitor(args: argparse.Namespace, data: ImageSet, device: torch.device) -> ImageSet | None:
+    """The test images of the kNN monitor, at the size of `data`; None if it is off, or `data` has no classes."""
+    if not args.knn_every:
+        return None
+    if not data.classes:
+        print(f"{data.name} has no folders that could be classes: no kNN monitor", file=sys.stderr, flush=True)
+        return None
+    return load(argparse.Namespace(**vars(args) | dict(image_size=data.size)), "test", device)
 
 
 def _fits(pixels: Tensor, device: torch.device) -> bool:
     return device.type != "cuda" or pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4
 
 
-def _subset(data: ImageSet, wanted: float | None, args: argparse.Namespace) -> ImageSet:
+def _subset(data: ImageSet, wanted: float, seed: int) -> ImageSet:
     """A seeded part with the same number of each class (plus or minus one); unlabelled images are one class."""
-    if wanted is None:
-        return data
-    if data.name == "shapes":
-        wanted = len(data) if wanted <= 50_000 else wanted
     count = round(wanted * len(data)) if wanted < 1 else int(wanted)
-    if count > len(data):
-        raise Fault(f"--subset {count}: {data.name} has only {len(data)} images here")
-    if count < 1:
-        raise Fault(f"--subset {wanted:g} of {len(data)} images is none")
-    order = torch.randperm(len(data), generator=generator(args.seed, "subset"))
-    seen = torch.zeros(len(data.classes) + 1, dtype=torch.long)
+    if not 1 <= count <= len(data):
+        raise Fault(f"--subset {wanted:g}: {data.name} has {len(data)} images here")
+    order = torch.randperm(len(data), generator=generator(seed, "subset"))
+    seen = [0] * (len(data.classes) + 1)
     turn = torch.empty(len(data), dtype=torch.long)  # how many of its class come before an image
-    for row in order.tolist():
-        label = int(data.labels[row])
+    for row, label in zip(order.tolist(), data.labels[order].tolist(), strict=True):
         turn[row] = seen[label]
         seen[label] += 1
     chosen = order[turn[order].argsort(stable=True)[:count]]
@@ -914,11 +1013,9 @@ def _subset(data: ImageSet, wanted: float | None, args: argparse.Namespace) -> I
 
 
 def _shapes(args: argparse.Namespace, split: str) -> tuple[Tensor, Tensor, list[str]]:
-    count, wanted = (50_000, args.subset) if split != "test" else (10_000, args.test_subset)
-    if wanted is not None and wanted < 1:
-        count = round(wanted * count)
-    elif wanted is not None:
-        count = min(count, int(wanted))  # any part of them is as good: render no more than that
+    count, wanted = (10_000, args.test_subset) if split == "test" else (50_000, args.subset)
+    if wanted is not None:
+        count = max(1, round(wanted * count)) if wanted < 1 else int(wanted)
     pixels, labels = shapes(count, seed=int(split == "test"))
     return pixels, labels, [f"class {i}" for i in range(10)]
 
@@ -927,18 +1024,24 @@ def _cifar(args: argparse.Namespace, split: str) -> tuple[Tensor, Tensor, list[s
     """The pickled batches of CIFAR-10 and -100, read without running anything they might contain."""
     ten = args.data == "cifar10"
     folder = args.data_dir / ("cifar-10-batches-py" if ten else "cifar-100-python")
-    files = [f"data_batch_{i}" for i in range(1, 6)] if ten else ["train"]
-    if split == "test":
-        files = ["test_batch" if ten else "test"]
-    if not folder.is_dir():
-        _download(args, "CIFAR10" if ten else "CIFAR100")
-    parts, labels = [], list[int]()
-    for name in files:
-        batch = _read_cifar(folder / name, _CIFAR_MD5.get(name))
-        parts.append(np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32))
-        labels += batch["labels" if ten else "fine_labels"]
-    meta = _read_cifar(folder / ("batches.meta" if ten else "meta"), None)
-    return torch.from_numpy(np.concatenate(parts)), torch.tensor(labels), meta["label_names" if ten else "fine_label_names"]
+    names = ["test_batch" if ten else "test"] if split == "test" else ["train"]
+    if ten and split != "test":
+        names = [f"data_batch_{i}" for i in range(1, 6)]
+    _download(args, "CIFAR10" if ten else "CIFAR100", folder)
+    path, labels = folder, "labels" if ten else "fine_labels"
+    try:
+        batches = [_read_pickle(path := folder / name, _CIFAR_MD5[name]) for name in names]
+        meta = _read_pickle(path := folder / ("batches.meta" if ten else "meta"))
+        classes = [os.fsdecode(name) for name in meta["label_names" if ten else "fine_label_names"]]
+        path = folder
+        pixels = torch.from_numpy(np.concatenate([np.asarray(batch["data"], np.uint8) for batch in batches]))
+        truth = torch.tensor([label for batch in batches for label in batch[labels]])
+        return pixels.view(len(truth), 3, 32, 32), truth, classes
+    except OSError as error:
+        reason = error.strerror
+    except Exception:  # garbage makes the unpickler raise almost anything
+        reason = "damaged, or no CIFAR batch"
+    raise Fault(f"cannot read {path} ({reason}): remove {folder} to download the data again")
 
 
 _CIFAR_MD5 = {
@@ -952,8 +1055,10 @@ _CIFAR_MD5 = {
 class _PlainUnpickler(pickle.Unpickler):
     """Unpickles lists, dictionaries, strings and numpy arrays; anything else in the file is refused, not run."""
 
-    ALLOWED = frozenset({("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"),
-               ("numpy", "dtype"), ("_codecs", "encode"), ("numpy._core.numeric", "_frombuffer")})  # fmt: skip
+    ALLOWED = frozenset({
+        ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"),
+        ("numpy", "dtype"), ("_codecs", "encode"), ("numpy._core.numeric", "_frombuffer"),
+    })  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:
@@ -961,48 +1066,50 @@ class _PlainUnpickler(pickle.Unpickler):
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
-def _read_cifar(path: Path, md5: str | None) -> dict[str, Any]:
-    try:
-        content = path.read_bytes()
-        batch = _PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
-        batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
-    except OSError as error:
-        raise Fault(f"cannot read {path} ({error.strerror}): remove its folder to download the data again") from None
-    except Exception:
-        raise Fault(f"{path} is damaged or no CIFAR batch: remove its folder to download the data again") from None
+def _read_pickle(path: Path, md5: str | None = None) -> dict[str, Any]:
+    content = path.read_bytes()
     if md5 and hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
         print(f"note: {path} is not the official file (md5 differs)", file=sys.stderr)
-    for key, value in batch.items():
-        if key.endswith("_names"):
-            batch[key] = [name.decode() if isinstance(name, bytes) else name for name in value]
-    return batch
+    batch = _PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
+    return {os.fsdecode(key): value for key, value in batch.items()}
 
 
 def _stl10(args: argparse.Namespace, split: str) -> tuple[Tensor, Tensor, list[str]]:
-    from torchvision.datasets import STL10
-
-    if not (args.data_dir / "stl10_binary").is_dir():
-        _download(args, "STL10")
+    """The binary files of STL-10: 3 x 96 x 96 bytes an image, column by column; labels from 1."""
+    folder = args.data_dir / "stl10_binary"
+    _download(args, "STL10", folder)
+    path = folder
     try:
-        data = STL10(str(args.data_dir), "train+unlabeled" if split == "pretrain" else split)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise Fault(f"cannot read STL-10 in {args.data_dir} ({error}): remove stl10_binary to download it again") from None
-    return torch.from_numpy(data.data), torch.from_numpy(data.labels).long(), list(data.classes)
+        classes = (path := folder / "class_names.txt").read_text().split()
+        pixels, labels = [], []
+        for part in ("train", "unlabeled") if split == "pretrain" else (split,):
+            images = np.fromfile(path := folder / f"{part}_X.bin", np.uint8).reshape(-1, 3, 96, 96)
+            pixels.append(torch.from_numpy(images).transpose(2, 3))
+            labels.append(torch.full((len(images),), -1))
+            if part != "unlabeled":
+                labels[-1] += torch.from_numpy(np.fromfile(path := folder / f"{part}_y.bin", np.uint8))
+        return torch.cat(pixels), torch.cat(labels), classes
+    except OSError as error:
+        reason = error.strerror
+    except (ValueError, RuntimeError):
+        reason = "truncated"
+    raise Fault(f"cannot read {path} ({reason}): remove {folder} to download the data again")
 
 
-def _download(args: argparse.Namespace, name: str) -> None:
-    """Fetch and unpack a data set by torchvision; rank 0 of each node only."""
+def _download(args: argparse.Namespace, name: str, folder: Path) -> None:
+    """Fetch and unpack a data set by torchvision: rank 0, then the first rank of each node that does not see it."""
     import torchvision
 
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        print(f"downloading {name} to {args.data_dir}", file=sys.stderr, flush=True)
-        try:
-            getattr(torchvision.datasets, name)(str(args.data_dir), download=True)
-        except (OSError, RuntimeError) as error:
-            raise Fault(f"{name} is not in {args.data_dir} and could not be downloaded ({error}): name its folder with "
-                        "--data-dir, or use --data shapes") from None  # fmt: skip
-    if dist.is_initialized():
-        dist.barrier()
+    for rank in ("RANK", "LOCAL_RANK"):
+        if os.environ.get(rank, "0") == "0" and not folder.is_dir():
+            print(f"downloading {name} to {args.data_dir}", file=sys.stderr, flush=True)
+            try:
+                getattr(torchvision.datasets, name)(str(args.data_dir), download=True)
+            except (OSError, RuntimeError) as error:
+                raise Fault(f"{name} is not in {args.data_dir} and could not be downloaded ({error}): name its folder "
+                            "with --data-dir, or use --data shapes") from None  # fmt: skip
+        if dist.is_initialized():
+            dist.barrier()
 
 
 _NAMED: dict[str, Callable[[argparse.Namespace, str], tuple[Tensor, Tensor, list[str]]]] = {
@@ -1011,71 +1118,80 @@ _NAMED: dict[str, Callable[[argparse.Namespace, str], tuple[Tensor, Tensor, list
 
 
 def _folder(args: argparse.Namespace, split: str) -> ImageSet:
-    """Any directory of images: its files sorted, decoded at once if they are small or --cache asks for it."""
-    named = args.data in DATASETS
+    """Any directory of images: its files sorted, none decoded yet."""
+    named = args.data in FOLDERS
     root = args.data_dir / args.data if named else Path(args.data)
     if not root.is_dir():
-        where = "download it there, or name another place with --data-dir" if named else "--data takes a data set or a folder"
-        raise Fault(f"no directory {root}: {where} ({', '.join(DATASETS)})")
-    train, val = root / "train", next((root / name for name in ("val", "test") if (root / name).is_dir()), args.val_dir)
-    place = (train if train.is_dir() else root) if split != "test" else val
-    if place is None or not place.is_dir():
-        raise Fault(f"no validation images: neither {root}/val nor --val-dir")
-    files = sorted(Path(folder) / name for folder, _, names in os.walk(place, followlinks=True) for name in names
-                   if Path(name).suffix.lower() in SUFFIXES)  # fmt: skip
-    if not files:
-        raise Fault(f"no images in {place} ({' '.join(sorted(SUFFIXES))})")
-    parts = [file.relative_to(place).parts for file in files]
-    classes = sorted({part[0] for part in parts if len(part) > 1})
+        way = "put it there, or name another place with --data-dir" if named else "--data takes a name or a folder"
+        raise Fault(f"no directory {root}: {way} ({', '.join(DATASETS)})")
+    train = root / "train" if (root / "train").is_dir() else root
+    val = args.val_dir or next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    if split == "test" and (val is None or not val.is_dir()):
+        raise Fault(f"no directory {val or root / 'val'} with validation images for kNN: name it with --val-dir "
+                    "(in training --knn-every 0 does without)")  # fmt: skip
+    place = val if split == "test" and val else train
+    classes = sorted(f.name for f in train.iterdir() if f.is_dir() and f != val and not f.name.startswith("."))
+    files = _image_files(place, val if place == train else None)
+    first = [file.split("/", 1)[0] if "/" in file else None for file in files]
+    if strange := sorted({name for name in first if name is not None and name not in classes}):
+        raise Fault(f"{place} has folders that {train} has not: {', '.join(strange[:3])}")
     number = {name: i for i, name in enumerate(classes)}
-    labels = torch.tensor([number[part[0]] if len(part) > 1 else -1 for part in parts])
-    sample = files[:: max(1, len(files) // 64)]
-    bad = BadImages(args.max_bad_images)
-    sides = [max(image.size) for image in _readable(sample, bad)]
-    small = max(sides, default=0) <= 96
-    size = args.image_size or (max(sides, default=0) if small else IMAGENET.size) or IMAGENET.size
-    spec = DATASETS.get(args.data, IMAGENET)
-    data = ImageSet(args.data if named else root.name, size, spec.mean, spec.std, labels, classes, torch.arange(len(files)),
-                    files=files, workers=args.workers, bad=bad)  # fmt: skip
-    if args.cache in ("device", "host") or (small and args.cache is None):
-        side = size if small else round(size * 8 / 7)
-        if not small:
-            print(f"--cache {args.cache}: large images are kept as their central square at {side} px; crops come from it",
-                  file=sys.stderr)  # fmt: skip
-        data.pixels = _decode_all(data, side)
-        data.files = files
+    labels = torch.tensor([-1 if name is None else number[name] for name in first])
+    data = ImageSet(args.data if named else root.name, 0, *DATASETS.get(args.data, IMAGENET)[1:], labels, classes,
+                    torch.arange(len(files)), root=place, files=np.array([os.fsencode(file) for file in files]),
+                    workers=args.workers, bad=BadImages(args.max_bad_images))  # fmt: skip
+    side = _largest_side(data)
+    data.size = args.image_size or (side if 0 < side <= 96 else IMAGENET.size)
     return data
 
 
-def _readable(files: list[Path], bad: BadImages) -> Iterator[Any]:
-    from PIL import Image
+def _image_files(place: Path, without: Path | None) -> list[str]:
+    """Sorted names of the image files below `place`, hidden ones and those in `without` left out."""
+    files = []
+    for folder, folders, names in os.walk(place, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "." and Path(folder, name) != without]
+        inner = f"{folder}/"[len(f"{place}/") :]
+        files += [inner + name for name in names if name[0] != "." and Path(name).suffix.lower() in SUFFIXES]
+    if not files:
+        raise Fault(f"no images in {place} ({' '.join(sorted(SUFFIXES))})")
+    return sorted(files)
 
-    for file in files:
+
+def _largest_side(data: ImageSet) -> int:
+    """The longest side among some 64 images, in px; 0 if none can be read."""
+    side = 0
+    for row in range(0, len(data), max(1, len(data) // 64)):
         try:
-            with Image.open(file) as image:
-                yield image
+            with Image.open(data.path(row)) as image:
+                side = max(side, *image.size)
         except UNREADABLE:
-            bad.add(file)
+            data.bad.add(data.path(row)) if data.bad else None
+    return side
 
 
-def _decode_all(data: ImageSet, side: int) -> Tensor:
-    """All images as (N, 3, side, side) uint8: the shorter side scaled to `side`, then the central square."""
+def _decode_small(data: ImageSet, cache: str | None) -> None:
+    """Decode a folder at once if its images are small or --cache asks for it: pixels (N, 3, side, side)."""
+    small = 0 < _largest_side(data) <= 96
+    if cache == "none" or (cache is None and not small):
+        return
+    side = data.size if small else round(data.size * 8 / 7)
+    if not small:
+        print(f"--cache {cache}: large images are kept as their central square at {side} px; crops come from it",
+              file=sys.stderr)  # fmt: skip
 
-    def decode(file: Path) -> Pixels | None:
+    def decode(row: int) -> Pixels | None:
         try:
-            return central_square(file, side, side)
+            return central_square(data.path(row), side, side)
         except UNREADABLE:
             return None
 
-    pixels = torch.full((len(data.files), 3, side, side), 128, dtype=torch.uint8)
+    data.pixels = torch.full((len(data), 3, side, side), 128, dtype=torch.uint8)
     with ThreadPoolExecutor(max(1, data.workers)) as pool:
-        for row, image in enumerate(pool.map(decode, data.files)):
-            if image is None:
-                assert data.bad is not None
-                data.bad.add(data.files[row])
-            else:
-                pixels[row] = torch.from_numpy(image)
-    return pixels
+        for row, image in enumerate(pool.map(decode, range(len(data)))):
+            if image is not None:
+                data.pixels[row] = torch.from_numpy(image)
+            elif data.bad:
+                data.bad.add(data.path(row))
 
 
 # ---- 6. shapes -------------------------------------------------------------------------------------------------------
@@ -1166,8 +1282,8 @@ def draw_ground(factors: dict[str, Tensor], nuisance: Tensor, size: int, extent:
     field = field * gain.float()[:, None, None]
     lightness, hue = 0.36 + 0.18 * nuisance[:, 1], 2 * math.pi * nuisance[:, 2]
     middle, half = palette(lightness, torch.exp(factors["depth"]), hue)
-    ground: Tensor = middle + half * field.clamp(-1, 1)[:, None]
-    return ground
+    pixels: Tensor = middle + half * field.clamp(-1, 1)[:, None]
+    return pixels
 
 
 def draw_object(
@@ -2034,8 +2150,10 @@ def knn_accuracy(
 # ---- 11. encoders from files, evaluation -----------------------------------------------------------------------------
 
 
-def knn_monitor(features: Tensor, data: ImageSet, queries: Tensor, test: ImageSet, temperature: float) -> dict[str, float]:
-    """Weighted kNN accuracy in percent, K = 200 or as many as there are. features: (N, D); queries: (Q, D); unit rows."""
+def knn_monitor(
+    features: Tensor, data: ImageSet, queries: Tensor, test: ImageSet, temperature: float
+) -> dict[str, float]:
+    """Weighted kNN accuracy in percent, K = 200 or as many as there are. features: (N, D), queries: (Q, D) unit rows."""
     known = data.labels >= 0
     if not known.any() or (test.labels < 0).any():
         return {}
@@ -2049,9 +2167,12 @@ def knn_monitor(features: Tensor, data: ImageSet, queries: Tensor, test: ImageSe
 class _InertUnpickler(pickle.Unpickler):
     """Reads tensors and plain values; every other class in the file becomes an empty stand-in and is never run."""
 
-    ALLOWED = frozenset({("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor"),
-               ("torch._utils", "_rebuild_parameter"), ("torch", "Size"), ("torch", "device"),
-               ("numpy.core.multiarray", "scalar"), ("numpy", "dtype"), ("_codecs", "encode")})  # fmt: skip
+    ALLOWED = frozenset({
+        ("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor"),
+        ("torch._utils", "_rebuild_parameter"), ("torch", "Size"), ("torch", "device"),
+        ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"), ("numpy", "dtype"),
+        ("_codecs", "encode"),
+    })  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self.ALLOWED or (module == "torch" and name.endswith("Storage")):
@@ -2066,12 +2187,20 @@ class _StandIn:
     def __setstate__(self, state: Any) -> None:
         pass
 
+    append = extend = add = __setstate__
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
 
 class _InertPickle:
     """What torch.load takes as a pickle module."""
 
     Unpickler = _InertUnpickler
-    load, loads = pickle.load, pickle.loads
+
+    @staticmethod
+    def load(file: Any, **options: Any) -> Any:
+        return _InertUnpickler(file, **options).load()
 
 
 @dataclasses.dataclass
@@ -2099,91 +2228,101 @@ class Encoder:
         return f"{found} tensors matched, {', '.join(names)}; " + ("with" if self.head else "without") + " head"
 
     def load_data(self, args: argparse.Namespace, split: str, device: torch.device) -> tuple[ImageSet, ImageSet]:
-        """Train and test images: those the encoder was trained on unless --data names others; its size and statistics."""
+        """Train and test images: those the encoder was trained on unless --data names others; its size, mean and std."""
         if "data" not in args.typed and self.options:
             args.data = self.options["data"]
+            if "data_dir" not in args.typed and Path(self.options["data_dir"]).is_dir():
+                args.data_dir = Path(self.options["data_dir"])
+            if args.val_dir is None and self.options["val_dir"]:
+                args.val_dir = Path(self.options["val_dir"])
         if split == "pretrain":
             args.subset, args.seed = self.options.get("subset"), self.options.get("seed", 0)
         args.image_size = args.image_size or self.data.get("size")
-        sets = [load(args, split, device), load(args, "test", device)]
+        train = load(args, split, device)
+        args.image_size = train.size
+        test = load(args, "test", device)
         if self.data:
-            sets = [dataclasses.replace(data, mean=tuple(self.data["mean"]), std=tuple(self.data["std"])) for data in sets]
-        return sets[0], sets[1]
+            train.mean, train.std = tuple(self.data["mean"]), tuple(self.data["std"])
+        test.mean, test.std = train.mean, train.std
+        return train, test
 
     def bank_of(self, data: ImageSet, path: Path) -> Tensor:
         """The bank that training left behind (N, D), if `data` are the images it belongs to."""
         if self.bank is None:
             raise Fault(f"{path} has no memory bank: use --train-features clean")
         if data.identity() != self.data:
-            raise Fault(f"the bank of {path} belongs to other images ({self.data['name']}, {self.data['images']:,}, not "
-                        f"{data.name}, {len(data):,}): use --train-features clean")  # fmt: skip
+            raise Fault(f"the bank of {path} belongs to other images ({self.data['name']}, {self.data['images']:,}, "
+                        f"not {data.name}, {len(data):,}): use --train-features clean")  # fmt: skip
         return self.bank
 
 
-def load_encoder(path: Path, arch: str | None, width: int | None, small: bool | None, device: torch.device, layer: str) -> Encoder:
+def load_encoder(
+    path: Path, arch: str | None, width: int | None, small: bool | None, device: torch.device, layer: str
+) -> Encoder:
     """The encoder in a checkpoint of ours, a backbone.pth, or any file with torchvision's or timm's names.
 
-    arch, width and small (3x3 stem) are read from checkpoints of ours. `layer`: "head", "backbone", or "auto": the head of
-    checkpoints of ours, the backbone of foreign files, whose last layer may be a classifier. Under 95 % of the backbone's
-    weights found is a Fault: numbers of a half-loaded network look like results.
+    arch, width and small (3x3 stem) are read from checkpoints of ours. `layer`: "head", "backbone", or "auto": the head
+    of checkpoints of ours, the backbone of foreign files, whose last layer may be a classifier. Under 95 % of the
+    backbone's weights found is a Fault: numbers of a half-loaded network look like results.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise Fault(f"cannot read {path} ({error.strerror})") from None
-    try:
-        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception:
-        saved = _load_foreign(content, path)
+    saved = _load_inert(content, path)
     ours = isinstance(saved, dict) and {"options", "data", "state"} <= saved.keys()
     options, data = (saved["options"], saved["data"]) if ours else ({}, {})
     weights = saved["state"]["encoder"] if ours else _state_dict(saved, path)
     arch = arch or options.get("arch")
     if arch is None:
         raise Fault(f"{path} does not say its architecture: name it with --arch")
-    network = backbone(arch, width or options.get("width", 64), data.get("small", False) if small is None else small)
+    width = width or options.get("width", 64)
+    network = backbone(arch, width, data.get("small", False) if small is None else small)
     target = network.state_dict()
     weights, prefix = _strip(weights, target)
     matched = {name: weights[name] for name in target if name in weights and weights[name].shape == target[name].shape}
     wanted = {name for name in target if not name.endswith("num_batches_tracked")}
-    share = min(len(wanted & matched.keys()) / len(wanted),
-                sum(matched[n].numel() for n in wanted & matched.keys()) / sum(target[n].numel() for n in wanted))  # fmt: skip
-    missing, unexpected = sorted(wanted - matched.keys()), sorted(weights.keys() - matched.keys())
-    report = dict(prefix=prefix, matched=len(matched), missing=missing, unexpected=unexpected)
-    if share < 0.95:
-        example = f"; missing {', '.join(missing[:3])} ...; in the file {', '.join(unexpected[:3])} ..."
-        raise Fault(f"{path} has {100 * share:.0f} % of the weights of {arch}, width {width or options.get('width', 64)}: "
-                    f"wrong --arch, --width or --image-size?{example}")  # fmt: skip
-    network.load_state_dict(matched, strict=False)
+    missing = sorted(wanted - matched.keys())
+    share = min(1 - len(missing) / len(wanted),
+                1 - sum(target[n].numel() for n in missing) / sum(target[n].numel() for n in wanted))  # fmt: skip
     head = None
-    names = ("head", "fc", "linear") if layer == "head" else ("head",) * (layer == "auto")
-    for name in names:
-        if f"{name}.weight" in weights and weights[f"{name}.weight"].shape[-1] == network.dim:
-            head = nn.Linear(network.dim, len(weights[f"{name}.weight"]), bias=f"{name}.bias" in weights)
-            head.load_state_dict({key: weights[f"{name}.{key}"] for key in head.state_dict()})
+    for name in ("head", "fc", "linear") if layer == "head" else ("head",) * (layer == "auto"):
+        found = {key: weights[f"{name}.{key}"] for key in ("weight", "bias") if f"{name}.{key}" in weights}
+        if "weight" in found and found["weight"].shape[1:] == (network.dim,):
+            head = nn.Linear(network.dim, len(found["weight"]), bias="bias" in found)
+            head.load_state_dict(found)
+            weights = {key: value for key, value in weights.items() if key not in {f"{name}.weight", f"{name}.bias"}}
             break
+    unexpected = sorted(weights.keys() - matched.keys())
+    if share < 0.95:
+        raise Fault(f"{path} has {100 * share:.0f} % of the weights of {arch}, width {width}: wrong --arch, --width or "
+                    f"--image-size? Missing {', '.join(missing[:3])} ...; in the file "
+                    f"{', '.join(unexpected[:3])} ...")  # fmt: skip
     if head is None and layer == "head":
         raise Fault(f"{path} has no linear layer on the {network.dim} features of {arch}: use --layer backbone")
+    network.load_state_dict(matched, strict=False)
+    for part in (network, head):
+        if part is not None:
+            part.eval().requires_grad_(False).to(device)
     bank = saved["state"]["bank"]["features"] if ours and "bank" in saved["state"] else None
-    network.eval().requires_grad_(False).to(device)
-    if head is not None:
-        head.requires_grad_(False).to(device)
+    report = dict(prefix=prefix, matched=len(matched), missing=missing, unexpected=unexpected)
     return Encoder(network, head, options, data, bank, hashlib.sha256(content).hexdigest(), report)
 
 
-def _load_foreign(content: bytes, path: Path) -> Any:
-    """Old checkpoints hold whole objects of their authors' classes: those are skipped, the tensors are read."""
-    try:
-        return torch.load(io.BytesIO(content), map_location="cpu", pickle_module=_InertPickle, weights_only=False)
-    except Exception:
-        raise Fault(f"{path} is truncated or no PyTorch checkpoint") from None
+def _load_inert(content: bytes, path: Path) -> Any:
+    """What a file holds; objects of its authors' own classes, as old checkpoints have them, are skipped, not made."""
+    for options in (dict(weights_only=True), dict(weights_only=False, pickle_module=_InertPickle)):
+        with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):  # garbage raises almost anything
+            return torch.load(io.BytesIO(content), map_location="cpu", **options)
+    raise Fault(f"{path} is truncated or no PyTorch checkpoint")
 
 
 def _state_dict(saved: Any, path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model", "model_state_dict", "student", "teacher", "encoder", "net"):
         if isinstance(saved, dict) and isinstance(saved.get(key), dict):
             saved = saved[key]
-    tensors = {name: value for name, value in saved.items() if isinstance(value, Tensor)} if isinstance(saved, dict) else {}
+    items = saved.items() if isinstance(saved, dict) else ()
+    tensors = {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise Fault(f"{path} holds no weights")
     return tensors
@@ -2192,8 +2331,8 @@ def _state_dict(saved: Any, path: Path) -> dict[str, Tensor]:
 def _strip(weights: dict[str, Tensor], target: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """Names without the prefix that most of them share with `target`'s: (weights under target's names, prefix).
 
-    DataParallel inserts "module.", torch.compile "_orig_mod."; MoCo has encoder_q, which comes before encoder_k and wins;
-    the CIFAR networks of NPID's authors call the shortcut "shortcut" and VGG of timm its fc6 and fc7 "pre_logits".
+    DataParallel inserts "module.", torch.compile "_orig_mod."; MoCo has encoder_q, which wins over encoder_k; the
+    CIFAR networks of NPID's authors call the shortcut "shortcut", and timm's VGG calls fc6 and fc7 "pre_logits".
     """
     renames = {".shortcut.": ".downsample.", "pre_logits.fc1.": "classifier.0.", "pre_logits.fc2.": "classifier.3."}
     plain = {}
@@ -2208,7 +2347,7 @@ def _strip(weights: dict[str, Tensor], target: dict[str, Tensor]) -> tuple[dict[
             if name[i:] in target:
                 votes[name[:i]] = votes.get(name[:i], 0) + 1
                 break
-    prefix = max(votes, key=lambda p: votes[p], default="")
+    prefix = max(sorted(votes, reverse=True), key=lambda p: votes[p], default="")
     outer = prefix.removesuffix("backbone.")  # the head lies beside the backbone
     kept = {name.removeprefix(prefix): value for name, value in plain.items() if name.startswith(prefix)}
     beside = {name.removeprefix(outer): value for name, value in plain.items()

@@ -4,21 +4,22 @@ A test image takes the class with the largest sum of exp(s / tau) over its K nea
 their features. Nothing is trained. The paper's setting is K = 200, tau = 0.07, one central crop.
 
     python eval_knn.py runs/npid-cifar10-seed0/checkpoint.pth
-    python eval_knn.py runs/npid-cifar10-seed0/checkpoint.pth --k 1 20 200 --tau 0.07 0.1      # all in one pass
-    python eval_knn.py runs/npid-cifar10-seed0/checkpoint.pth --train-features bank            # the bank as it was left
-    python eval_knn.py runs/npid-imagenet-seed0/checkpoint.pth --data places205                # transfer, Tables 2 and 3
-    python eval_knn.py resnet50.pth --arch resnet50 --data imagenet                            # torchvision's or timm's names
+    python eval_knn.py runs/npid-cifar10-seed0/checkpoint.pth --k 1 20 200 --tau 0.07 0.1   # all in one pass
+    python eval_knn.py runs/npid-cifar10-seed0/checkpoint.pth --train-features bank         # the bank as it was left
+    python eval_knn.py runs/npid-imagenet-seed0/checkpoint.pth --data places205             # transfer, Tables 2 and 3
+    python eval_knn.py resnet50.pth --arch resnet50 --data imagenet                 # torchvision's or timm's names
     python eval_knn.py lemniscate_resnet18.pth.tar --arch resnet18 --layer head --data imagenet   # the authors' own
-    python eval_knn.py random --arch resnet18 --data cifar10                                   # an untrained network
-    python eval_knn.py pixels --data cifar10                                                   # no network at all
+    python eval_knn.py random --arch resnet18 --data cifar10                                # an untrained network
+    python eval_knn.py pixels --data cifar10                                                # no network at all
 
-The last line of the output is the result as JSON; it is also appended to eval.jsonl beside the checkpoint. For each K and
-tau: top-1 and top-5 accuracy in percent. --retrieval adds the share of the 1 and 10 nearest training images that have the
-query's class, --clustering the NMI and AMI (arithmetic mean) of a k-means of the test features with the classes.
+The last line of the output is the result as JSON; it is also appended to eval.jsonl beside the checkpoint. For each K
+and tau: top-1 and top-5 accuracy in percent. --retrieval adds the share of the 1 and 10 nearest training images that
+have the query's class, --clustering the NMI and AMI (arithmetic mean) of a k-means of the test features with the classes.
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,8 +32,8 @@ import common
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
-    parser.add_argument("checkpoint", help="checkpoint.pth or backbone.pth of these scripts, any file with torchvision's or "
-                        'timm\'s names, "random" for an untrained network, or "pixels" for standardised pixels')
+    parser.add_argument("checkpoint", help="checkpoint.pth or backbone.pth of these scripts, any file with torchvision's "
+                        'or timm\'s names, "random" for an untrained network, or "pixels" for standardised pixels')
     protocol = parser.add_argument_group("protocol")
     protocol.add_argument("--k", "--num-neighbors", dest="num_neighbors", type=common.COUNT, nargs="+", default=[200],
                           metavar="K", help="K, neighbours that vote")
@@ -44,12 +45,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                           "output or the backbone's; auto: the head of these scripts, the backbone of foreign files")
     protocol.add_argument("--retrieval", action="store_true", help="precision among the 1 and 10 nearest")
     protocol.add_argument("--clustering", action="store_true", help="NMI and AMI of k-means on the test features")
-    protocol.add_argument("--num-clusters", type=common.COUNT, metavar="N", help="for --clustering; default: the classes")
+    protocol.add_argument("--num-clusters", type=common.COUNT, metavar="N", help="for --clustering; default: one a class")
     model = parser.add_argument_group("model, for files that do not say it")
-    model.add_argument("--arch", choices=common.ARCHITECTURES)
-    model.add_argument("--width", type=common.COUNT, help="channels of the first stage (64)")
+    model.add_argument("--arch", choices=common.ARCHITECTURES, help="of foreign files and random networks")
+    model.add_argument("--width", type=common.SIZE, help="channels of the first stage (64)")
     common.add_data_options(parser)
-    parser.add_argument("--seed", type=common.COUNT_OR_ZERO, default=0, help="of --subset, --clustering and random weights")
+    parser.add_argument("--seed", type=common.COUNT_OR_ZERO, default=0, help="of --subset, --clustering, random weights")
     parser.add_argument("--batch-size", type=common.COUNT, default=256, help="images in one forward pass")
     common.add_device_options(parser)
     args = parser.parse_args(argv)
@@ -59,10 +60,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     device = common.pick_device(args.device)
+    amp = common.amp_default(device) if args.amp is None else args.amp
     path = Path(args.checkpoint)
     untrained = args.checkpoint in ("random", "pixels")
     if untrained:
-        train, test = (common.load(args, split, device) for split in ("train", "test"))
+        train = common.load(args, "train", device)
+        args.image_size = train.size
+        test = common.load(args, "test", device)
         torch.manual_seed(args.seed)
         encoder = common.untrained_encoder(args.arch or "resnet18", args.width or 64, train.small, device)
     else:
@@ -74,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
     def embed(images: Tensor) -> Tensor:
         if args.checkpoint == "pixels":
             return F.normalize(images.flatten(1))
-        with torch.autocast(device.type, torch.bfloat16, enabled=common.amp_default(device) if args.amp is None else args.amp):
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             return encoder.embed(images)
 
     queries = common.extract(device, test, embed, args.batch_size)
@@ -103,20 +107,24 @@ def main(args: argparse.Namespace) -> None:
         result |= clustering(queries, test.labels, args.num_clusters or len(train.classes), args.seed)
     line = json.dumps(result)
     if not untrained:
-        with (path.parent / "eval.jsonl").open("a") as file:
-            file.write(line + "\n")
-    print(line)
+        try:
+            with (path.parent / "eval.jsonl").open("a") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            print(f"note: cannot write {path.parent / 'eval.jsonl'} ({error.strerror})", file=sys.stderr)
+    print(line, flush=True)
 
 
 def retrieval(queries: Tensor, query_labels: Tensor, features: Tensor, labels: Tensor) -> dict[str, float]:
     """Share of the nearest 1 and 10 of features (N, D) that have the class of the query (Q, D), mean in percent."""
     index = common.neighbors(queries, features, min(10, len(features)))[1]
     same = (labels[index] == query_labels[:, None]).float()
-    return dict(precision_at_1=round(100 * same[:, 0].mean().item(), 2), precision_at_10=round(100 * same.mean().item(), 2))
+    return dict(precision_at_1=round(100 * same[:, 0].mean().item(), 2),
+                precision_at_10=round(100 * same.mean().item(), 2))
 
 
 def clustering(features: Tensor, labels: Tensor, k: int, seed: int) -> dict[str, float]:
-    """Agreement of a k-means of features (N, D) with the classes: NMI and AMI in percent, arithmetic mean of entropies."""
+    """Agreement of a k-means of features (N, D) with the classes: NMI and AMI in percent, arithmetic mean."""
     from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
     found = common.kmeans(features, k, seed=seed).labels.cpu().numpy()

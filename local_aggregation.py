@@ -363,7 +363,7 @@ def density(bank: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 def main(args: argparse.Namespace) -> None:
     run = common.Run(args)
     data = common.load(args, "pretrain", run.device)
-    test = common.load(args, "test", run.device) if args.knn_every else None
+    test = common.load_monitor(args, data, run.device)
     fit_to(len(data), args)
     run.describe(data, chance_loss=round(math.log(len(data)), 4))
     steps = run.steps_per_epoch(len(data))
@@ -471,8 +471,8 @@ def main(args: argparse.Namespace) -> None:
             row |= common.knn_monitor(features, data, common.extract(run, test, embed), test, args.temperature)
             local, around = density(bank.features, sample)
             row |= dict(local_density=local.mean().item(), background_density=around.mean().item())
-        run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=lr, **row, images_per_second=round(images_per_second),
-                seconds=round(time.perf_counter() - began, 1), memory_gb=common.memory_gb(run.device))
+        run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=optimizer.param_groups[0]["lr"], **row,
+                images_per_second=round(images_per_second), seconds=round(time.perf_counter() - began, 1), memory_gb=common.memory_gb(run.device))
         run.save(state, epoch + 1, 0)
     run.finish(encoder.backbone)
 

@@ -211,7 +211,7 @@ class Normalizer(nn.Module):
 def main(args: argparse.Namespace) -> None:
     run = common.Run(args)
     data = common.load(args, "pretrain", run.device)
-    test = common.load(args, "test", run.device) if args.knn_every else None
+    test = common.load_monitor(args, data, run.device)
     run.describe(data, chance_loss=round(math.log(len(data)), 4))
     steps = run.steps_per_epoch(len(data))
 
@@ -290,8 +290,9 @@ def main(args: argparse.Namespace) -> None:
             run.broadcast(encoder)
             features = bank.features if args.knn_features == "bank" else common.extract(run, data, embed)
             row |= common.knn_monitor(features, data, common.extract(run, test, embed), test, args.temperature)
-        run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=lr, **row, images_per_second=round(images_per_second),
-                seconds=round(time.perf_counter() - began, 1), memory_gb=common.memory_gb(run.device))
+        run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=optimizer.param_groups[0]["lr"], **row,
+                images_per_second=round(images_per_second), seconds=round(time.perf_counter() - began, 1),
+                memory_gb=common.memory_gb(run.device))
         run.save(state, epoch + 1, 0)
     run.finish(encoder.backbone)
 

@@ -1,0 +1,365 @@
+"""Data sets and directories are read right, whatever they hold, and however many workers read them."""
+
+import argparse
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2 as transforms
+from helpers import TINY, checkpoint, one_line, run, same
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+import common
+import npid
+
+CPU = torch.device("cpu")
+
+
+def options(*words: str | Path) -> argparse.Namespace:
+    return npid.parse_args(["--preset", "smoke", "--batch-size", "4", "--workers", "0", *map(str, words)])
+
+
+def load(split: str, *words: str | Path) -> common.ImageSet:
+    args = options(*words)
+    args.subset = None if "--subset" not in words else args.subset
+    args.test_subset = None
+    return common.load(args, split, CPU)
+
+
+def noise(seed: int, height: int = 16, width: int = 16, channels: int = 3) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), np.uint8)
+
+
+def photograph(seed: int, height: int = 300, width: int = 400) -> Image.Image:
+    """Smooth gradients, edges and a little texture."""
+    random = np.random.default_rng(seed)
+    coarse = Image.fromarray(random.integers(0, 256, (6, 8, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(coarse)
+    for _ in range(12):
+        x, y, side = (int(v) for v in random.integers(0, min(width, height), 3))
+        pen.ellipse((x, y, x + side // 2, y + side // 3), fill=tuple(int(v) for v in random.integers(0, 256, 3)))
+    texture = random.normal(0, 4, (height, width, 1))
+    return Image.fromarray((np.asarray(coarse) + texture).clip(0, 255).astype(np.uint8))
+
+
+def save(image: Image.Image, path: Path, **how: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **how)
+
+
+# named sets
+
+
+def write_cifar(root: Path, ten: bool, count: int = 20) -> tuple[np.ndarray[Any, Any], list[int]]:
+    """Batches as the official ones: protocol 2, keys of bytes; returns the training images and labels."""
+    folder = root / ("cifar-10-batches-py" if ten else "cifar-100-python")
+    folder.mkdir(parents=True)
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"] if ten else ["train", "test"]
+    images, labels = [], []
+    for seed, name in enumerate(names):
+        data = np.random.default_rng(seed).integers(0, 256, (count, 3072), np.uint8)
+        truth = [i % 10 for i in range(count)]
+        batch: dict[bytes, Any] = {b"batch_label": b"a batch", b"data": data}
+        batch |= {b"labels": truth} if ten else {b"fine_labels": truth, b"coarse_labels": [0] * count}
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+        if not name.startswith("test"):
+            images.append(data)
+            labels += truth
+    classes = [b"class %d" % i for i in range(10 if ten else 100)]
+    meta = {b"label_names": classes} if ten else {b"fine_label_names": classes, b"coarse_label_names": []}
+    (folder / ("batches.meta" if ten else "meta")).write_bytes(pickle.dumps(meta, protocol=2))
+    return np.concatenate(images), labels
+
+
+@pytest.mark.parametrize("ten", [True, False], ids=["cifar10", "cifar100"])
+def test_cifar(ten: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """CIFAR batches come in order, channels first; a file that is not the official one is noted, not refused."""
+    images, labels = write_cifar(tmp_path, ten)
+    data = load("pretrain", "--data", "cifar10" if ten else "cifar100", "--data-dir", tmp_path)
+    assert data.pixels is not None and data.pixels.shape == (len(labels), 3, 32, 32)
+    assert np.array_equal(data.pixels.numpy().reshape(len(labels), -1), images)
+    assert data.labels.tolist() == labels and data.classes[3] == "class 3" and data.size == 32 and data.small
+    assert capsys.readouterr().err.count("not the official file") == (5 if ten else 1)
+
+
+def test_cifar_from_training_to_evaluation(tmp_path: Path) -> None:
+    """NPID trains on CIFAR-10 by its name, and kNN finds the data again by the checkpoint alone."""
+    write_cifar(tmp_path, ten=True)
+    command = ["--data", "cifar10", "--data-dir", tmp_path, "--preset", "smoke", "--subset", "64", "--image-size", "16"]
+    trained = run("npid", [*command, "--device", "cpu", "--epochs", "1", "--output", tmp_path / "out"])
+    assert trained.code == 0 and "knn_top1" in trained.out, trained.err
+    tested = run("eval_knn", [tmp_path / "out" / "checkpoint.pth", "--k", "10", "--device", "cpu"])
+    assert tested.code == 0, tested.err
+    result = json.loads(tested.out.splitlines()[-1])
+    assert result["data"] == "cifar10" and result["train_images"] == 100 and result["test_images"] == 20
+
+
+class Hostile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.path}",)
+
+
+def test_hostile_cifar(tmp_path: Path) -> None:
+    """A batch that would run code is refused with its path, and runs nothing; so are damaged ones."""
+    write_cifar(tmp_path, ten=True)
+    path = tmp_path / "cifar-10-batches-py" / "data_batch_2"
+    good = path.read_bytes()
+    contents = {
+        "hostile": pickle.dumps({b"data": Hostile(tmp_path / "executed"), b"labels": []}, protocol=2),
+        "truncated": good[:1000],
+        "garbage": b"\x80garbage",
+        "no labels": pickle.dumps({b"data": np.zeros((2, 3072), np.uint8)}, protocol=2),
+        "other shape": pickle.dumps({b"data": np.zeros((2, 30), np.uint8), b"labels": [0, 0]}, protocol=2),
+    }
+    for content in contents.values():
+        path.write_bytes(content)
+        with pytest.raises(common.Fault, match="cifar-10-batches-py"):
+            load("pretrain", "--data", "cifar10", "--data-dir", tmp_path)
+    assert not (tmp_path / "executed").exists()
+    path.unlink()
+    with pytest.raises(common.Fault, match=r"data_batch_2 \(No such file"):
+        load("pretrain", "--data", "cifar10", "--data-dir", tmp_path)
+
+
+def test_real_cifar10() -> None:
+    """The real CIFAR-10, where $DATA_DIR has it: 50,000 and 10,000 images, balanced."""
+    root = Path(os.environ.get("DATA_DIR", "data"))
+    if not (root / "cifar-10-batches-py").is_dir():
+        pytest.skip("$DATA_DIR has no cifar-10-batches-py")
+    for split, count in (("pretrain", 50_000), ("test", 10_000)):
+        data = load(split, "--data", "cifar10", "--data-dir", root)
+        assert len(data) == count and data.labels.bincount().tolist() == [count // 10] * 10
+        assert data.classes[0] == "airplane" and data.pixels is not None
+        mean = data.pixels.float().mean((0, 2, 3)) / 255
+        torch.testing.assert_close(mean, torch.tensor(data.mean), atol=0.02, rtol=0)
+
+
+def test_stl10(tmp_path: Path) -> None:
+    """STL-10's columns become rows, labels start at 0, and pretraining sees the unlabelled images too."""
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    (folder / "class_names.txt").write_text("\n".join(f"class{i}" for i in range(10)) + "\n")
+    images = {part: np.stack([noise(i, 96, 96) for i in range(n)]) for part, n in (("train", 3), ("unlabeled", 4), ("test", 2))}
+    for part, pixels in images.items():
+        pixels.transpose(0, 3, 2, 1).tofile(folder / f"{part}_X.bin")  # (N, channel, column, row)
+        if part != "unlabeled":
+            np.arange(1, len(pixels) + 1, dtype=np.uint8).tofile(folder / f"{part}_y.bin")
+    data = load("pretrain", "--data", "stl10", "--data-dir", tmp_path)
+    assert data.labels.tolist() == [0, 1, 2, -1, -1, -1, -1] and len(data.classes) == 10 and data.size == 96
+    assert data.pixels is not None
+    expected = np.concatenate([images["train"], images["unlabeled"]]).transpose(0, 3, 1, 2)
+    assert np.array_equal(data.pixels.numpy(), expected)
+    assert load("train", "--data", "stl10", "--data-dir", tmp_path).labels.tolist() == [0, 1, 2]
+    assert load("test", "--data", "stl10", "--data-dir", tmp_path).labels.tolist() == [0, 1]
+    (folder / "test_X.bin").write_bytes(b"short")
+    with pytest.raises(common.Fault, match=r"test_X.bin \(truncated\)"):
+        load("test", "--data", "stl10", "--data-dir", tmp_path)
+
+
+# directories
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """train/{b,a}/..., val/{b}/..., and things that are not images."""
+    for i, name in enumerate(["train/b/1.png", "train/b/deep/2.PNG", "train/a/1.png", "train/a/0.jpeg", "val/b/1.png"]):
+        save(Image.fromarray(noise(i)), tmp_path / "set" / name)
+    for name in ["train/notes.txt", "train/a/.hidden.png", "train/.cache/1.png", "train/a/1.png.part", "train/empty/x.csv"]:
+        path = tmp_path / "set" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("no image")
+    return tmp_path / "set"
+
+
+def test_splits(tree: Path) -> None:
+    """train/ and val/ are the splits; classes are the folders of train/, also for a val/ that lacks some of them."""
+    data = load("pretrain", "--data", tree)
+    assert [str(data.path(i).relative_to(tree)) for i in range(4)] == [
+        "train/a/0.jpeg", "train/a/1.png", "train/b/1.png", "train/b/deep/2.PNG",
+    ]  # fmt: skip
+    assert data.classes == ["a", "b", "empty"] and data.labels.tolist() == [0, 0, 1, 1]
+    test = load("test", "--data", tree)
+    assert test.classes == data.classes and test.labels.tolist() == [1]
+    assert data.size == 16 and data.pixels is not None and data.pixels.shape == (4, 3, 16, 16)
+    assert np.array_equal(data.pixels[1].numpy(), noise(2).transpose(2, 0, 1))
+    save(Image.fromarray(noise(9)), tree / "val" / "c" / "1.png")
+    with pytest.raises(common.Fault, match="folders that .* has not: c"):
+        load("test", "--data", tree)
+
+
+def test_validation_is_no_training(tmp_path: Path) -> None:
+    """Without train/ all but the validation images train, wherever those lie; --val-dir goes before val/."""
+    for name in ("a/1.png", "b/1.png", "val/a/1.png", "b/held/2.png"):
+        save(Image.fromarray(noise(1)), tmp_path / name)
+    data = load("pretrain", "--data", tmp_path)
+    assert len(data) == 3 and data.classes == ["a", "b"]
+    assert load("test", "--data", tmp_path).root == tmp_path / "val"
+    held = tmp_path / "elsewhere"
+    save(Image.fromarray(noise(1)), held / "b" / "1.png")
+    test = load("test", "--data", tmp_path, "--val-dir", held)
+    assert test.root == held
+    with pytest.raises(common.Fault, match="--val-dir"):
+        load("test", "--data", tmp_path / "a")
+
+
+def test_modes_decode(tmp_path: Path) -> None:
+    """RGBA, palette, grey, 16-bit and CMYK images become RGB of the same look."""
+    grey = np.tile(np.arange(0, 256, 8, np.uint8), (32, 1))
+    colour = np.stack([grey, grey.T, 255 - grey], 2)
+    rgb = Image.fromarray(colour)
+    alpha = Image.fromarray(np.dstack([colour, np.full_like(grey, 200)]))
+    save(rgb, tmp_path / "rgb.png")
+    save(alpha, tmp_path / "rgba.png")
+    save(rgb.quantize(256), tmp_path / "palette.gif")
+    save(rgb.convert("CMYK"), tmp_path / "cmyk.jpg", quality=100, subsampling=0)
+    save(Image.fromarray(grey), tmp_path / "grey.png")
+    save(Image.fromarray(grey.astype(np.uint16) * 257), tmp_path / "deep.png")
+    save(Image.fromarray(grey.astype(np.uint16) * 257), tmp_path / "deep.tif")
+    save(Image.fromarray(grey > 127), tmp_path / "bits.png")
+    data = load("pretrain", "--data", tmp_path)
+    assert data.pixels is not None and len(data) == 8
+    pixels = {data.path(i).name: data.pixels[i].int() for i in range(8)}
+    for name, tolerance in {"rgb.png": 0, "rgba.png": 0, "palette.gif": 40, "cmyk.jpg": 12}.items():
+        assert (pixels[name] - torch.from_numpy(colour).permute(2, 0, 1)).abs().max() <= tolerance, name
+    for name in ("grey.png", "deep.png", "deep.tif"):
+        assert (pixels[name] == torch.from_numpy(grey)).all(), name
+    assert set(pixels["bits.png"].unique().tolist()) == {0, 255}
+
+
+def test_subset(tmp_path: Path) -> None:
+    """A subset is balanced, follows from the seed, keeps the positions in the full set, and may be a share."""
+    write_cifar(tmp_path, ten=True)
+    words = ["--data", "cifar10", "--data-dir", tmp_path, "--subset"]
+    whole = load("pretrain", *words[:-1])
+    part = load("pretrain", *words, "37")
+    assert len(part) == 37 and set(part.labels.bincount().tolist()) == {3, 4}
+    assert part.ids.tolist() == sorted(part.ids.tolist())
+    assert part.pixels is not None and whole.pixels is not None
+    assert torch.equal(part.pixels, whole.pixels[part.ids]) and torch.equal(part.labels, whole.labels[part.ids])
+    assert torch.equal(part.ids, load("pretrain", *words, "37").ids)
+    assert not torch.equal(part.ids, load("pretrain", *words, "37", "--seed", "1").ids)
+    assert len(load("pretrain", *words, "0.25")) == 25
+    assert part.identity() != load("pretrain", *words, "37", "--seed", "1").identity()
+    for bad in ("101", "0.001"):
+        with pytest.raises(common.Fault, match="--subset"):
+            load("pretrain", *words, bad)
+
+
+def test_shapes_subset() -> None:
+    """Of the rendered shapes as many are made as are wanted, more than the default too, or a share of it."""
+    assert len(load("pretrain", "--subset", "120")) == 120
+    assert len(load("pretrain", "--subset", "0.001")) == 50
+    args = options("--test-subset", "0.005")
+    assert len(common.load(args, "test", CPU)) == 50
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("photographs")
+    for i in range(8):
+        save(photograph(i, 240 + 10 * i, 400 - 20 * i), root / "train" / "ab"[i % 2] / f"{i}.jpg", quality=95)
+        save(photograph(i), root / "val" / "ab"[i % 2] / f"{i}.png")
+    return root
+
+
+def batches(root: Path, workers: int, start: int = 0) -> list[tuple[int, Tensor, Tensor]]:
+    args = options("--data", root, "--workers", workers)
+    args.subset, args.image_size, args.output = None, 64, root / f"out{workers}"
+    job = common.Run(args)
+    data = common.load(args, "pretrain", CPU)
+    assert data.pixels is None
+    return list(data.batches(job, job.permutation(0, len(data)), common.Crop(64, (0.2, 1.0)), 0, start, views=2))
+
+
+def test_workers_change_nothing(photographs: Path) -> None:
+    """Crops decoded by any number of workers, or from the middle of an epoch on, are those made in the process itself."""
+    expected = batches(photographs, 0)
+    assert [step for step, _, _ in expected] == [0, 1] and expected[0][2].shape == (2, 4, 3, 64, 64)
+    assert not torch.equal(expected[0][2][0], expected[0][2][1])
+    for found in (batches(photographs, 1), batches(photographs, 3)):
+        for a, b in zip(expected, found, strict=True):
+            assert a[0] == b[0] and torch.equal(a[1], b[1]) and torch.equal(a[2], b[2])
+    (later,) = batches(photographs, 2, start=1)
+    assert torch.equal(later[2], expected[1][2])
+
+
+def test_crops_from_a_draft(photographs: Path) -> None:
+    """JPEGs decoded at reduced size give the crops of a full decode, but for what smoothing differs."""
+    path = photographs / "train" / "a" / "0.jpg"
+    uniform = torch.rand(6, common.CROP_NUMBERS, generator=torch.Generator().manual_seed(0))
+    crop = common.Crop(32, (0.5, 1.0))
+    with Image.open(path) as image:
+        boxes = common.crop_boxes(uniform, image.height, image.width, crop.scale, crop.ratio)
+        full = image.convert("RGB")
+    for view, (top, left, height, width) in zip(common.random_crops(path, crop, uniform), boxes.tolist(), strict=True):
+        area = (left, top, left + width, top + height)
+        expected = np.asarray(full.resize((32, 32), Image.Resampling.BILINEAR, area)).transpose(2, 0, 1)
+        assert np.abs(view.astype(int) - expected).mean() < 3
+
+
+@pytest.mark.parametrize("name", ["train/a/0.jpg", "val/b/1.png"])
+def test_centre_crop(name: str, photographs: Path) -> None:
+    """Central squares are torchvision's Resize(256) and CenterCrop(224) within 2/255."""
+    reference = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
+    with Image.open(photographs / name) as image:
+        expected = pil_to_tensor(reference(image.convert("RGB"))).int()
+    found = torch.from_numpy(common.central_square(photographs / name, 224)).int()
+    assert (found - expected).abs().max() <= 2
+
+
+def test_cached_photographs(photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--cache host keeps central squares, says so, and gives evaluation the pixels that files give within 2/255."""
+    files = load("test", "--data", photographs, "--image-size", "112")
+    held = load("test", "--data", photographs, "--image-size", "112", "--cache", "host")
+    assert "--cache host" in capsys.readouterr().err
+    assert held.pixels is not None and held.pixels.shape == (8, 3, 128, 128)
+    rows = torch.arange(8)
+    for a, b in zip(files.centers(rows, 3, CPU), held.centers(rows, 3, CPU), strict=True):
+        assert a.shape == b.shape and (a - b).abs().max() <= 2.01 / 255
+    assert files.identity() != held.identity()
+
+
+def test_photographs_train_with_workers(photographs: Path, tmp_path: Path) -> None:
+    """A folder of large images trains through workers, with a monitor, and the same without workers."""
+    command = [*TINY, "--data", photographs, "--subset", "8", "--batch-size", "4", "--knn-every", "2", "--image-size", "48"]
+    for workers in ("0", "2"):
+        done = run("npid", [*command, "--test-subset", "8", "--workers", workers, "--output", tmp_path / workers])
+        assert done.code == 0 and "knn_top1" in done.out, done.err
+    same(checkpoint(tmp_path / "0"), checkpoint(tmp_path / "2"))
+
+
+def test_identity(tree: Path, tmp_path: Path) -> None:
+    """A moved folder is the same data; one with a file renamed, or another image, is not."""
+    words = ["--cache", "none", "--data"]
+    before = load("pretrain", *words, tree).identity()
+    moved = tmp_path / "other place" / "set"
+    moved.parent.mkdir()
+    tree.rename(moved)
+    assert load("pretrain", *words, moved).identity() == before
+    (moved / "train/a/1.png").rename(moved / "train/a/2.png")
+    assert load("pretrain", *words, moved).identity() != before
+    (moved / "train/a/2.png").rename(moved / "train/a/1.png")
+    save(Image.fromarray(noise(99, 20, 20)), moved / "train/a/1.png")
+    assert load("pretrain", *words, moved).identity() != before
+
+
+def test_unlabelled_folder(tmp_path: Path) -> None:
+    """A flat folder trains, is told to have no kNN monitor, and cannot be evaluated by kNN."""
+    for i in range(40):
+        save(Image.fromarray(noise(i)), tmp_path / "flat" / f"{i}.png")
+    command = [*TINY, "--data", tmp_path / "flat", "--subset", "40", "--knn-every", "1", "--output", tmp_path / "out"]
+    done = run("npid", command)
+    assert done.code == 0 and done.err == "flat has no folders that could be classes: no kNN monitor\n"
+    assert "knn_top1" not in done.out
+    one_line(run("eval_knn", [tmp_path / "out" / "checkpoint.pth"]), "--val-dir")
+    one_line(run("eval_knn", [tmp_path / "out" / "checkpoint.pth", "--val-dir", tmp_path / "flat"]), "no classes")

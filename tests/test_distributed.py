@@ -1,0 +1,218 @@
+"""Two ranks do what one does with the whole batch, and neither outlives the other."""
+
+import functools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import ROOT, TINY, Process, checkpoint, log, one_line, run, same, start
+
+import common
+import npid
+
+
+def evaluation_mode(folder: Path) -> None:
+    """Batch statistics, which are a rank's own, out of the way; every augmented batch to a file."""
+    original, steps, rank = npid.augment, [], os.environ.get("RANK", "0")
+    npid.Encoder.train = lambda self, mode=True: torch.nn.Module.train(self, False)  # type: ignore[method-assign]
+
+    def augment(*args: Any) -> torch.Tensor:
+        images = original(*args)
+        folder.mkdir(exist_ok=True, parents=True)
+        torch.save(images, folder / f"{len(steps)}-{rank}")
+        steps.append(None)
+        return images
+
+    npid.augment = augment
+
+
+def rank_of(world: int, rank: int, port: int, folder: Path) -> None:
+    """What a launcher tells a rank."""
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+    evaluation_mode(folder)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def launch(world: int, argv: list[str], images: Path, patch: Any = rank_of) -> list[Process]:
+    """All ranks, started as a launcher would."""
+    port = free_port()
+    return [start("npid", argv, functools.partial(patch, world, rank, port, images)) for rank in range(world)]
+
+
+def close(a: Any, b: Any) -> None:
+    """Assert that two nests are equal, tensors to 1e-5."""
+    if isinstance(a, torch.Tensor):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, equal_nan=True)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            close(a[key], b[key])
+    else:
+        assert a == b
+
+
+METHODS = {
+    "softmax": ["--loss", "softmax", "--accumulate", "2"],
+    "nce": ["--loss", "nce", "--m", "8", "--z", "ema"],
+}
+
+
+@pytest.mark.parametrize("loss", METHODS)
+def test_two_ranks_equal_one(loss: str, tmp_path: Path) -> None:
+    """Weights, bank, momenta, log and augmented images after two epochs on two ranks are those on one."""
+    command = [*TINY, *METHODS[loss], "--knn-every", "2", "--output"]
+    for world in (1, 2):
+        for process in launch(world, [*command, str(tmp_path / f"{world}")], tmp_path / f"images{world}"):
+            assert process.wait().code == 0, process.err
+            assert "error" not in process.err.lower()
+    assert len(list((tmp_path / "images1").iterdir())) == 8
+    for file in sorted((tmp_path / "images1").iterdir()):
+        step = file.name.split("-")[0]
+        halves = [torch.load(tmp_path / "images2" / f"{step}-{rank}") for rank in (0, 1)]
+        assert torch.equal(torch.load(file), torch.cat(halves))
+    one, two = checkpoint(tmp_path / "1"), checkpoint(tmp_path / "2")
+    counts = [saved["state"]["totals"].pop("counts") for saved in (one, two)]
+    assert counts[0] == counts[1]
+    close(one, two)
+    assert len(log(tmp_path / "1")) == len(log(tmp_path / "2")) == 3
+    for a, b in zip(log(tmp_path / "1")[1:], log(tmp_path / "2")[1:], strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+
+
+def fail_on_one(world: int, rank: int, port: int, folder: Path) -> None:
+    """A fault that rank 1 alone meets."""
+    rank_of(world, rank, port, folder)
+    original = common.Run.after_step
+
+    def after_step(self: common.Run, *args: Any) -> None:
+        if self.rank == 1 and args[2] == 2:
+            raise common.Fault("only here")
+        original(self, *args)
+
+    common.Run.after_step = after_step  # type: ignore[method-assign]
+
+
+def die_on_one(world: int, rank: int, port: int, folder: Path) -> None:
+    """Rank 1 vanishes."""
+    rank_of(world, rank, port, folder)
+    original = common.Run.after_step
+
+    def after_step(self: common.Run, *args: Any) -> None:
+        if self.rank == 1 and args[2] == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(self, *args)
+
+    common.Run.after_step = after_step  # type: ignore[method-assign]
+
+
+def nan_on_one(world: int, rank: int, port: int, folder: Path) -> None:
+    """A loss that is not a number on rank 1 alone, in the last step of an epoch."""
+    rank_of(world, rank, port, folder)
+    original = common.bank_softmax
+    calls: list[None] = []
+
+    def loss(*args: Any) -> torch.Tensor:
+        calls.append(None)
+        return original(*args) * (float("nan") if rank == 1 and len(calls) == 8 else 1)
+
+    common.bank_softmax = loss
+
+
+def test_a_rank_that_ends_ends_all(tmp_path: Path) -> None:
+    """When a rank fails or dies the other ends within seconds, with one line, and the last checkpoint is whole."""
+    failed = launch(2, [*TINY, "--output", str(tmp_path / "a")], tmp_path / "images", fail_on_one)
+    killed = launch(2, [*TINY, "--output", str(tmp_path / "b")], tmp_path / "images", die_on_one)
+    one_line(failed[1].wait(30), "only here")
+    one_line(failed[0].wait(30), "another rank ended")
+    assert killed[1].wait(30).code == -signal.SIGKILL
+    one_line(killed[0].wait(30), "another rank ended")
+
+
+def test_all_ranks_know_of_a_bad_loss(tmp_path: Path) -> None:
+    """A loss that is not finite on one rank alone stops all before anything of it is saved."""
+    ranks = launch(2, [*TINY, "--output", str(tmp_path / "a")], tmp_path / "images", nan_on_one)
+    for process in ranks:
+        one_line(process.wait(), "the loss is not finite (epoch 1, step 3)")
+    assert checkpoint(tmp_path / "a")["epoch"] == 1
+
+
+def test_faults_at_the_start(tmp_path: Path) -> None:
+    """A batch that does not divide by the ranks, and an output that only rank 0 finds bad, end all ranks."""
+    for process in launch(2, [*TINY, "--batch-size", "15", "--output", str(tmp_path / "a")], tmp_path / "images"):
+        one_line(process.wait(), "--batch-size 15")
+    ranks = launch(2, [*TINY, "--output", "/proc/nothing"], tmp_path / "images")
+    one_line(ranks[0].wait(), "cannot write to")
+    one_line(ranks[1].wait(), "another rank ended")
+
+
+DRIVER = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]
+from pathlib import Path
+import torch, common, npid, test_distributed
+torch.set_num_threads(1)
+test_distributed.evaluation_mode(Path(sys.argv.pop(1)))
+sys.argv[0] = "npid.py"
+common.launch(npid.main, npid.parse_args)
+"""
+
+
+def torchrun(folder: Path, argv: list[str]) -> subprocess.Popen[str]:
+    (folder / "driver.py").write_text(DRIVER)
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", f"--master-port={free_port()}"]
+    return subprocess.Popen([sys.executable, *command, str(folder / "driver.py"), str(folder / "images"), *argv],
+                            stdout=(folder / "out").open("w"), stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+
+def wait_for(path: Path, text: str, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 120
+    while text not in path.read_text():
+        assert process.poll() is None and time.monotonic() < end, path.read_text()
+        time.sleep(0.05)
+
+
+def test_torchrun_terminated_then_one_rank(tmp_path: Path) -> None:
+    """SIGTERM to torchrun leaves a checkpoint, which one rank continues to where two or one would have come."""
+    command = [*TINY, "--output", str(tmp_path / "a")]
+    process = torchrun(tmp_path, [*command, "--epochs", "100000"])
+    try:
+        wait_for(tmp_path / "out", '"epoch": 2', process)
+        process.terminate()
+        assert process.wait(60) != 0
+    finally:
+        process.kill()
+    saved = checkpoint(tmp_path / "a")
+    assert "the same command continues" in (tmp_path / "out").read_text()
+    epochs = str(saved["epoch"] + 1)
+    for output in ("a", "b"):
+        done = run("npid", [*TINY, "--output", tmp_path / output, "--epochs", epochs],
+                   functools.partial(evaluation_mode, tmp_path / "images"))  # fmt: skip
+        assert done.code == 0, done.err
+    close(checkpoint(tmp_path / "a")["state"]["bank"], checkpoint(tmp_path / "b")["state"]["bank"])
+
+
+@pytest.mark.slow
+def test_torchrun_ends_with_its_rank(tmp_path: Path) -> None:
+    """When a rank is killed torchrun ends too, with an exit code that is not zero."""
+    process = torchrun(tmp_path, [*TINY, "--output", str(tmp_path / "a"), "--epochs", "100000"])
+    try:
+        wait_for(tmp_path / "out", '"epoch": 2', process)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        assert process.wait(60) != 0
+    finally:
+        process.kill()
+    same(checkpoint(tmp_path / "a")["data"]["images"], 64)

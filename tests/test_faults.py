@@ -1,0 +1,402 @@
+"""Bad input ends with exit code 2 and one line on stderr, never a traceback, and leaves nothing half-written."""
+
+import argparse
+import errno
+import os
+import pickle
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY, checkpoint, one_line, run, same, start
+from PIL import Image
+
+import common
+import eval_knn
+import npid
+
+
+def images(folder: Path, count: int, side: int = 16) -> Path:
+    """A class of `count` small images."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        pixels = np.random.default_rng(i).integers(0, 256, (side, side, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> list[str]:
+    return [*TINY, "--output", str(tmp_path / "out")]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("trained")
+    assert run("npid", [*TINY, "--output", output]).code == 0
+    return output
+
+
+def nothing_written(output: Path) -> None:
+    assert not output.exists() or {path.name for path in output.iterdir()} <= {"lock", "log.jsonl"}
+
+
+# data
+
+
+def test_missing_and_empty_data(train: list[str], tmp_path: Path) -> None:
+    """A missing directory, one without images, and a named set that is not there are named."""
+    one_line(run("npid", [*train, "--data", str(tmp_path / "nowhere")]), f"no directory {tmp_path / 'nowhere'}")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no image")
+    one_line(run("npid", [*train, "--data", str(tmp_path / "empty")]), "no images in", "empty")
+    one_line(run("npid", [*train, "--data", "imagenet", "--data-dir", str(tmp_path)]), str(tmp_path / "imagenet"))
+    nothing_written(tmp_path / "out")
+
+
+def no_network() -> None:
+    import torchvision
+
+    def fail(root: str, download: bool) -> None:
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    torchvision.datasets.CIFAR10 = fail
+    torchvision.datasets.STL10 = fail
+
+
+def test_download_fails(train: list[str], tmp_path: Path) -> None:
+    """Without the network a named set ends with one line that says what else to do."""
+    for name in ("cifar10", "stl10"):
+        process = run("npid", [*train, "--data", name, "--data-dir", str(tmp_path)], before=no_network)
+        lines = process.err.splitlines()
+        assert process.code == 2 and lines[-1].startswith("npid.py: error: ") and "--data-dir" in lines[-1]
+        assert lines[:-1] == [f"downloading {name.upper()} to {tmp_path}"]
+    nothing_written(tmp_path / "out")
+
+
+@pytest.mark.parametrize("cache", ["host", "none"])
+def test_unreadable_images(cache: str, train: list[str], tmp_path: Path) -> None:
+    """An unreadable image is named; --max-bad-images tolerates some, each named once, and no more than that."""
+    folder = images(tmp_path / "data" / "a", 40)
+    whole = (folder / "0.png").read_bytes()
+    (folder / "3.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "7.jpg").write_bytes(os.urandom(500))
+    command = [*train, "--data", str(tmp_path / "data"), "--subset", "41", "--cache", cache, "--workers", "1"]
+    first = run("npid", command)
+    one_line(first, "cannot read the image", "--max-bad-images")
+    assert "3.png" in first.err or "7.jpg" in first.err
+    second = run("npid", [*command, "--max-bad-images", "1"])
+    assert second.code == 2 and second.err.count("error: cannot read the image") == 1
+    third = run("npid", [*command, "--max-bad-images", "2"])
+    assert third.code == 0, third.err
+    assert sorted(Path(line.split(": ")[1]).name for line in third.err.splitlines()) == ["3.png", "7.jpg"]
+
+
+def test_too_few_images(train: list[str]) -> None:
+    """Fewer images than the batch, and a subset larger than the set, are refused."""
+    one_line(run("npid", [*train, "--batch-size", "65"]), "--batch-size 65 is more than the 64 images")
+    one_line(run("npid", [*train, "--batch-size", "15", "--accumulate", "2"]), "--batch-size 15", "accumulate")
+
+
+def test_more_neighbours_than_images(trained: Path) -> None:
+    """K larger than the number of training images is refused, and no result is written."""
+    command = [trained / "checkpoint.pth", "--subset", "64", "--test-subset", "20"]
+    one_line(run("eval_knn", [*command, "--k", "65"]), "--k 65 is more than the 64")
+    assert not (trained / "eval.jsonl").exists()
+
+
+# options
+
+
+def refused(module: Any, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Assert that parsing ends with code 2 and one line; returns it."""
+    with pytest.raises(SystemExit) as stop:
+        module.parse_args(argv)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and "error: " in lines[0], lines
+    return lines[0]
+
+
+def test_unknown_names(capsys: pytest.CaptureFixture[str]) -> None:
+    """Unknown architectures, presets, options and abbreviations are refused with what there is."""
+    assert "'alexnet'" in refused(npid, ["--arch", "resnet19"], capsys)
+    assert "'cifar10'" in refused(npid, ["--preset", "cifar11"], capsys)
+    assert "--temp" in refused(npid, ["--temp", "0.1"], capsys)
+    assert "--nonsense" in refused(npid, ["--nonsense"], capsys)
+    assert "checkpoint" in refused(eval_knn, [], capsys)
+
+
+class Captured(Exception):
+    pass
+
+
+def actions(module: Any) -> list[argparse.Action]:
+    """The options of a script that take a number."""
+
+    def capture(self: argparse.ArgumentParser, *args: object, **options: object) -> None:
+        raise Captured(self)
+
+    original = argparse.ArgumentParser.parse_args
+    argparse.ArgumentParser.parse_args = capture  # type: ignore[assignment,method-assign]
+    try:
+        module.parse_args([])
+    except Captured as captured:
+        found = captured.args[0]._actions
+    finally:
+        argparse.ArgumentParser.parse_args = original  # type: ignore[method-assign]
+    return [action for action in found if action.type is not None and action.type is not Path and action.type is not str]
+
+
+NUMBERS = [(module, action) for module in (npid, eval_knn) for action in actions(module)]
+ZERO = {"max_bad_images", "workers", "seed", "save_minutes", "knn_every", "weight_decay", "momentum", "bank_momentum",
+        "proximal_weight"}  # fmt: skip
+COUNTS = {"epochs", "seed", "knn_every", "max_bad_images", "num_neighbors", "num_negatives", "accumulate", "batch_size",
+          "lr_drops", "num_clusters"}  # fmt: skip
+SHARES = {"momentum", "bank_momentum"}
+
+
+@pytest.mark.parametrize(
+    ("module", "action"), NUMBERS, ids=[f"{module.__name__}-{action.dest}" for module, action in NUMBERS]
+)
+def test_bad_numbers(module: Any, action: argparse.Action, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every numeric option refuses what is not a number, nan, infinities, negative, and 0 or huge where senseless."""
+    option, base = action.option_strings[-1], ["checkpoint.pth"] * (module is eval_knn)
+    bad = ["x", "", "nan", "inf", "-inf", "-1", "1e400", "9" * 5000]
+    bad += ["0"] * (action.dest not in ZERO)
+    bad += ["9" * 400] * (action.dest in COUNTS) + ["1.5"] * (action.dest in SHARES | COUNTS)
+    for text in bad:
+        assert option in refused(module, [*base, f"{option}={text}"], capsys), text
+    if action.dest in ZERO:
+        module.parse_args([*base, f"{option}=0"])
+
+
+def test_huge_sizes(train: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Sizes that no machine holds are refused by name, and those that only this one does not by what to lower."""
+    for option in ("--width", "--feature-dim", "--image-size"):
+        assert option in refused(npid, [option, "100000"], capsys)
+    one_line(run("npid", [*train, "--width", "60000", "--arch", "resnet101"]), "out of memory")
+
+
+def test_no_cuda(train: list[str], tmp_path: Path) -> None:
+    """--device cuda without CUDA is refused."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    one_line(run("npid", [*train, "--device", "cuda"]), "--device cuda", "--device cpu")
+    assert not (tmp_path / "out").exists()
+
+
+# checkpoints
+
+
+def damaged(trained: Path, output: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    output.mkdir()
+    saved = torch.load(trained / "checkpoint.pth", weights_only=True)
+    change(saved)
+    torch.save(saved, output / "checkpoint.pth")
+
+
+CHANGES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
+    (lambda saved: saved["options"].update(script="cld"), "was written by cld, not npid"),
+    (lambda saved: saved["data"].update(name="cifar10"), "other data (cifar10"),
+    (lambda saved: saved["data"].update(images=63), "63 images, not shapes, 64; images differ"),
+    (lambda saved: saved["data"].update(checksum="0"), "checksum differ"),
+    (lambda saved: saved["state"].pop("bank"), "does not fit this code"),
+    (lambda saved: saved["state"]["encoder"].pop("head.weight"), "does not fit this code"),
+    (lambda saved: saved.pop("state"), "truncated or no checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), CHANGES, ids=[words for _, words in CHANGES])
+def test_checkpoint_of_another_run(
+    change: Callable[[dict[str, Any]], None], words: str, trained: Path, tmp_path: Path
+) -> None:
+    """A checkpoint of another method, data set or number of images is refused and left as it is."""
+    damaged(trained, tmp_path / "out", change)
+    before = (tmp_path / "out" / "checkpoint.pth").read_bytes()
+    one_line(run("npid", [*TINY, "--output", tmp_path / "out"]), words, "--output")
+    assert (tmp_path / "out" / "checkpoint.pth").read_bytes() == before
+
+
+class Bomb:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.path}",)
+
+
+def garbage(kind: str, trained: Path, folder: Path) -> bytes:
+    """The content of a checkpoint that is none."""
+    whole = (trained / "checkpoint.pth").read_bytes()
+    if kind == "hostile":
+        torch.save({"state": Bomb(folder / "executed")}, folder / "made")
+    elif kind == "hostile legacy":
+        torch.save({"state": Bomb(folder / "executed")}, folder / "made", _use_new_zipfile_serialization=False)
+    elif kind == "hostile pickle":
+        (folder / "made").write_bytes(pickle.dumps(Bomb(folder / "executed")))
+    elif kind == "truncated":
+        (folder / "made").write_bytes(whole[: len(whole) // 2])
+    elif kind == "empty":
+        (folder / "made").write_bytes(b"")
+    elif kind == "text":
+        (folder / "made").write_text("version https://git-lfs.github.com/spec/v1\n")
+    else:
+        (folder / "made").write_bytes(np.random.default_rng(int(kind[-1])).bytes(5000))
+    return (folder / "made").read_bytes()
+
+
+GARBAGE = ["hostile", "hostile legacy", "hostile pickle", "truncated", "empty", "text", "random 0", "random 1", "random 2"]
+
+
+@pytest.mark.parametrize("kind", GARBAGE)
+def test_damaged_checkpoint(kind: str, trained: Path, tmp_path: Path) -> None:
+    """Truncated, random or hostile files are no checkpoints, in training and evaluation; nothing in them runs."""
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "out" / "checkpoint.pth"
+    path.write_bytes(content := garbage(kind, trained, tmp_path))
+    (tmp_path / "made").unlink()
+    one_line(run("npid", [*TINY, "--output", tmp_path / "out"]), str(path), "truncated or no checkpoint")
+    one_line(run("eval_knn", [path, "--arch", "resnet18"]), str(path))
+    assert path.read_bytes() == content and not (tmp_path / "executed").exists()
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"checkpoint.pth", "lock"}
+
+
+# in the middle of a run
+
+
+def at_step(step: int, value: float) -> Callable[..., torch.Tensor]:
+    calls: list[None] = []
+    original = common.bank_softmax
+
+    def loss(z: torch.Tensor, *args: Any) -> torch.Tensor:
+        calls.append(None)
+        losses = original(z, *args)
+        return losses * value if len(calls) == step + 1 else losses
+
+    return loss
+
+
+def nan_at_step_six() -> None:
+    common.bank_softmax = at_step(6, float("nan"))
+
+
+def infinite_gradient_at_step_three() -> None:
+    """The last step of an epoch, so that what follows is a save: the loss is finite, its gradient is not."""
+    original, calls = common.bank_softmax, []
+
+    def loss(z: torch.Tensor, *args: Any) -> torch.Tensor:
+        calls.append(None)
+        losses = original(z, *args)
+        return losses + ((z - z.detach()) * 1e-30).abs().sqrt().sum() if len(calls) == 4 else losses
+
+    common.bank_softmax = loss
+
+
+def test_loss_not_finite(train: list[str], tmp_path: Path) -> None:
+    """A loss that is not finite ends the run with its step named; the checkpoint before it stays and goes on."""
+    one_line(run("npid", train, before=nan_at_step_six), "the loss is not finite (epoch 1, step 2)", "--lr")
+    saved = checkpoint(tmp_path / "out")
+    assert (saved["epoch"], saved["step"]) == (1, 0) and not (tmp_path / "out" / "backbone.pth").exists()
+    assert saved["state"]["bank"]["features"].isfinite().all()
+    assert run("npid", train).code == 0
+    assert run("npid", [*train, "--output", str(tmp_path / "whole")]).code == 0
+    same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "out"))
+
+
+def test_weights_not_finite(train: list[str], tmp_path: Path) -> None:
+    """Weights that are not finite are never saved, even where the loss was finite."""
+    one_line(run("npid", train, before=infinite_gradient_at_step_three), "not finite")
+    nothing_written(tmp_path / "out")
+
+
+def disk_full() -> None:
+    """As a disk that fills up with the second checkpoint."""
+    original, calls = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        calls.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        if calls.count("checkpoint.pth.tmp") == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(descriptor)
+
+    os.fsync = full
+
+
+def test_full_disk(train: list[str], tmp_path: Path) -> None:
+    """A full disk ends the run with one line; the checkpoint before is whole, and with room the run goes on."""
+    one_line(run("npid", train, before=disk_full), "checkpoint.pth", "No space left on device")
+    assert checkpoint(tmp_path / "out")["epoch"] == 1 and not list((tmp_path / "out").glob("*.tmp"))
+    assert run("npid", train).code == 0
+
+
+def test_really_full_disk(tmp_path: Path) -> None:
+    """The same on a file system that has room for the log alone."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("only root may mount a file system")
+    try:
+        one_line(run("npid", [*TINY, "--output", disk / "out"]), "No space left on device", "make room")
+        nothing_written(disk / "out")
+        with (disk / "filler").open("wb", buffering=0) as file, pytest.raises(OSError):
+            while True:
+                file.write(bytes(1024))
+        one_line(run("npid", [*TINY, "--output", disk / "out"]), "No space left on device", "make room")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_read_only_output(train: list[str], tmp_path: Path) -> None:
+    """An output where nothing can be written, or that is a file, is refused at the start."""
+    (tmp_path / "file").write_text("")
+    one_line(run("npid", [*train, "--output", str(tmp_path / "file")]), "cannot write to", "--output")
+    one_line(run("npid", [*train, "--output", "/proc/nothing"]), "cannot write to /proc/nothing", "--output")
+    (tmp_path / "closed").mkdir(mode=0o500)
+    if os.geteuid() != 0:
+        one_line(run("npid", [*train, "--output", str(tmp_path / "closed")]), "cannot write to", "--output")
+
+
+def test_output_in_use(train: list[str]) -> None:
+    """A second run in the folder of one at work is refused, whichever its options."""
+    first = start("npid", [*train, "--epochs", "100000"])
+    first.wait_for('"epoch"')
+    one_line(run("npid", [*train, "--overwrite"]), "in use by another run")
+    first.kill(9)
+    first.wait()
+
+
+def out_of_memory() -> None:
+    def fail(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...\nmore lines")
+
+    common.bank_softmax = fail  # type: ignore[assignment]
+
+
+def test_out_of_memory(train: list[str]) -> None:
+    """Too little memory ends with one line that names what to lower."""
+    one_line(run("npid", train, before=out_of_memory), "--batch-size", "--accumulate")
+
+
+def killed_worker() -> None:
+    original = common._Decoder.__getitem__
+
+    def deadly(self: common._Decoder, item: object) -> object:
+        if torch.utils.data.get_worker_info():
+            os.kill(os.getpid(), 9)
+        return original(self, item)
+
+    common._Decoder.__getitem__ = deadly  # type: ignore[assignment,method-assign]
+
+
+def test_killed_worker(train: list[str], tmp_path: Path) -> None:
+    """A worker that the system kills ends the run with one line."""
+    images(tmp_path / "data", 20)
+    command = [*train, "--data", str(tmp_path / "data"), "--cache", "none", "--workers", "1", "--subset", "20"]
+    one_line(run("npid", command, before=killed_worker), "DataLoader worker", "--workers")

@@ -1,0 +1,305 @@
+"""A run that was stopped in any way ends, continued, as one that never was."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TINY, Process, checkpoint, log, one_line, run, same, same_runs, start
+
+import common
+
+# Two monitors of three epochs, and a checkpoint after almost every step.
+OFTEN = [*TINY, "--epochs", "3", "--knn-every", "2", "--save-minutes", "0.0001"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed")
+    assert run("npid", [*OFTEN, "--output", output]).code == 0
+    assert len(log(output)) == 4
+    return output
+
+
+def die_in_replace_before() -> None:
+    die_at("replace", 4, after=False)
+
+
+def die_in_replace_after() -> None:
+    die_at("replace", 4, after=True)
+
+
+def die_in_first_replace() -> None:
+    die_at("replace", 1, after=False)
+
+
+def die_at(name: str, count: int, after: bool) -> None:
+    """Make the `count`-th call of Path.<name> the last thing that happens."""
+    original, calls = getattr(Path, name), []
+
+    def deadly(self: Path, *args: object) -> None:
+        calls.append(None)
+        if len(calls) < count or after:
+            original(self, *args)
+        if len(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(Path, name, deadly)
+
+
+def die_half_written() -> None:
+    """The second checkpoint is half on the disk."""
+    original, calls = os.fsync, []
+
+    def deadly(descriptor: int) -> None:
+        calls.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        if calls.count("checkpoint.pth.tmp") == 2:
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(descriptor)
+
+    os.fsync = deadly
+
+
+def die_before_the_second_save() -> None:
+    """A log line without its checkpoint."""
+    original = common.Run.log
+
+    def deadly(self: common.Run, **row: object) -> None:
+        original(self, **row)
+        if row.get("epoch") == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    common.Run.log = deadly  # type: ignore[method-assign]
+
+
+DEATHS = [die_in_first_replace, die_in_replace_before, die_in_replace_after, die_half_written, die_before_the_second_save]
+
+
+@pytest.mark.parametrize("death", DEATHS, ids=lambda death: death.__name__)
+def test_killed_while_it_writes(death: Callable[[], None], undisturbed: Path, tmp_path: Path) -> None:
+    """A kill before, within or after a write leaves a whole checkpoint or none, and the run continues from there."""
+    command = [*OFTEN, "--output", tmp_path]
+    assert run("npid", command, before=death).code == -signal.SIGKILL
+    last = run("npid", command)
+    assert last.code == 0 and not list(tmp_path.glob("*.tmp"))
+    assert ("resumed" in last.out) == (death is not die_in_first_replace)
+    same_runs(undisturbed, tmp_path)
+
+
+def kill_often(kills: int, undisturbed: Path, folder: Path, method: list[str]) -> int:
+    """Kill runs at random moments until `kills` have hit; returns how many resumed within an epoch."""
+    moments, within, output, done = random.Random(kills), 0, folder / "0", 0
+    while done < kills:
+        process = start("npid", [*OFTEN, *method, "--output", output])
+        process.process.join(moments.uniform(0.05, 0.9))
+        if process.process.is_alive():
+            process.kill(signal.SIGKILL)
+            process.wait()
+            done += 1
+        else:
+            assert process.code == 0, process.err
+            same_runs(undisturbed, output)
+            output = folder / str(done)
+        within += ", step " in process.out.split("resumed")[-1] and ", step 0" not in process.out.split("resumed")[-1]
+    assert run("npid", [*OFTEN, *method, "--output", output]).code == 0
+    same_runs(undisturbed, output)
+    return within
+
+
+def test_killed_at_random_moments(undisturbed: Path, tmp_path: Path) -> None:
+    """SIGKILL at random moments, also within epochs: same weights, bank, optimiser, totals and log in the end."""
+    kill_often(5, undisturbed, tmp_path, [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["softmax", "nce", "parametric"])
+def test_killed_thirty_times(loss: str, tmp_path: Path) -> None:
+    """The same, thirty times, for three losses."""
+    method = ["--loss", loss, "--m", "8"]
+    assert run("npid", [*OFTEN, *method, "--output", tmp_path / "undisturbed"]).code == 0
+    assert kill_often(30, tmp_path / "undisturbed", tmp_path, method) > 5
+
+
+def stop_at(epoch: int, step: int, number: int) -> Callable[[], None]:
+    """Have the process signal itself just before the boundary of a step."""
+    original = common.Run.after_step
+
+    def after_step(self: common.Run, state: dict[str, object], at: int, now: int, loss: torch.Tensor) -> None:
+        if (at, now) == (epoch, step):
+            os.kill(os.getpid(), number)
+        original(self, state, at, now, loss)
+
+    common.Run.after_step = after_step  # type: ignore[method-assign]
+    return lambda: None
+
+
+def interrupt() -> None:
+    stop_at(1, 1, signal.SIGINT)
+
+
+def terminate_at_the_last_step() -> None:
+    stop_at(1, 3, signal.SIGTERM)
+
+
+def requeue() -> None:
+    stop_at(0, 0, signal.SIGUSR2)
+
+
+STOPS = [(interrupt, signal.SIGINT), (terminate_at_the_last_step, signal.SIGTERM), (requeue, signal.SIGUSR2)]
+
+
+@pytest.mark.parametrize(("when", "number"), STOPS, ids=lambda value: getattr(value, "__name__", ""))
+def test_stops_at_a_step_boundary(
+    when: Callable[[], None], number: signal.Signals, undisturbed: Path, tmp_path: Path
+) -> None:
+    """SIGINT, SIGTERM and SIGUSR2 save at the next boundary, also after an epoch's last step; exit code 128 + n."""
+    command = [*OFTEN, "--output", tmp_path, "--save-minutes", "0"]
+    stopped = run("npid", command, before=when)
+    assert stopped.code == 128 + number and "the same command continues" in stopped.err, stopped.err
+    assert "Traceback" not in stopped.err
+    assert checkpoint(tmp_path)["step"] > 0
+    assert run("npid", command).code == 0
+    same_runs_but_options(undisturbed, tmp_path)
+
+
+def same_runs_but_options(a: Path, b: Path) -> None:
+    same(checkpoint(a), checkpoint(b))
+    assert log(a)[1:] == log(b)[1:]
+
+
+def interrupt_twice() -> None:
+    def after_step(self: common.Run, *args: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    common.Run.after_step = after_step  # type: ignore[assignment,method-assign]
+
+
+def test_second_interrupt_ends_at_once(tmp_path: Path) -> None:
+    """A second Ctrl-C does not wait for the step: exit code 130, one line, no traceback."""
+    stopped = run("npid", [*TINY, "--output", tmp_path], before=interrupt_twice)
+    assert stopped.code == 130 and "Traceback" not in stopped.err
+    assert stopped.err.splitlines()[-1] == "npid.py: error: interrupted"
+
+
+def test_finished_run_says_so(undisturbed: Path) -> None:
+    """Started again, a finished run changes nothing, says so, and exits with 0."""
+    before = (undisturbed / "checkpoint.pth").read_bytes(), (undisturbed / "log.jsonl").read_text()
+    again = run("npid", [*OFTEN, "--output", undisturbed])
+    assert again.code == 0 and "already finished" in again.out and again.err == ""
+    assert before == ((undisturbed / "checkpoint.pth").read_bytes(), (undisturbed / "log.jsonl").read_text())
+
+
+def test_more_epochs(undisturbed: Path, tmp_path: Path) -> None:
+    """A step schedule goes on to more epochs as if they had been asked for at first; fewer than done are refused."""
+    command = [*TINY, "--output", tmp_path, "--knn-every", "2"]
+    assert run("npid", [*command, "--epochs", "1"]).code == 0
+    assert run("npid", [*command, "--epochs", "3"]).code == 0
+    same(checkpoint(undisturbed), checkpoint(tmp_path))
+    assert [row["epoch"] for row in log(tmp_path)[1:]] == [1, 2, 3]
+    one_line(run("npid", [*command, "--epochs", "2"]), "past --epochs 2")
+
+
+def test_cosine_epochs_are_fixed(tmp_path: Path) -> None:
+    """Under a cosine schedule other epochs would be another schedule: refused with the option named."""
+    command = [*TINY, "--output", tmp_path, "--schedule", "cosine"]
+    assert run("npid", [*command, "--epochs", "1"]).code == 0
+    one_line(run("npid", [*command, "--epochs", "2"]), "--epochs 1 -> 2")
+
+
+REFUSED = [
+    (["--tau", "0.2"], "--temperature 0.1 -> 0.2"),
+    (["--seed", "1"], "--seed 0 -> 1"),
+    (["--subset", "63"], "other data"),
+    (["--image-size", "20"], "other data"),
+    (["--loss", "nce"], "--loss softmax -> nce"),
+    (["--batch-size", "32"], "--batch-size 16 -> 32"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
+def test_other_options_are_refused(change: list[str], words: str, undisturbed: Path) -> None:
+    """A checkpoint of another temperature, seed, loss, batch or data is refused, the option named, and kept."""
+    before = (undisturbed / "checkpoint.pth").read_bytes(), (undisturbed / "log.jsonl").read_text()
+    one_line(run("npid", [*OFTEN, "--output", undisturbed, *change]), words, "--output")
+    assert before == ((undisturbed / "checkpoint.pth").read_bytes(), (undisturbed / "log.jsonl").read_text())
+
+
+def test_free_options_may_change(undisturbed: Path, tmp_path: Path) -> None:
+    """Workers, device, cache, monitor and the time between checkpoints may change in the middle of a run."""
+    run("npid", [*OFTEN, "--output", tmp_path], before=interrupt)
+    command = ["--workers", "0", "--cache", "host", "--knn-every", "0", "--save-minutes", "9", "--output", tmp_path]
+    assert run("npid", [*OFTEN, *command]).code == 0
+    same(checkpoint(undisturbed), checkpoint(tmp_path))
+
+
+def test_overwrite_starts_anew(undisturbed: Path, tmp_path: Path) -> None:
+    """--overwrite forgets the run that was there, but only once its data are known to be good."""
+    command = [*OFTEN, "--output", tmp_path]
+    assert run("npid", [*command, "--tau", "0.5", "--epochs", "1"]).code == 0
+    old = (tmp_path / "checkpoint.pth").read_bytes()
+    one_line(run("npid", [*command, "--overwrite", "--data", tmp_path / "missing"]), "no directory")
+    assert (tmp_path / "checkpoint.pth").read_bytes() == old
+    assert run("npid", [*command, "--overwrite"]).code == 0
+    same(checkpoint(undisturbed), checkpoint(tmp_path))
+
+
+def forbid_estimates() -> None:
+    """Let a later estimate of Z be far off, so that it would show."""
+    import npid
+
+    npid.estimate_log_z = lambda noise, num_images: torch.tensor(1234.0)
+
+
+def test_z_is_part_of_the_checkpoint(tmp_path: Path) -> None:
+    """NCE's Z is estimated in the first step alone: after a resume it is bit-equal, not estimated anew."""
+    command = [*TINY, "--loss", "nce", "--m", "8", "--save-minutes", "0.0001"]
+    assert run("npid", [*command, "--output", tmp_path / "whole"]).code == 0
+    assert run("npid", [*command, "--output", tmp_path / "parts"], before=interrupt).code == 130
+    assert run("npid", [*command, "--output", tmp_path / "parts"], before=forbid_estimates).code == 0
+    same_runs(tmp_path / "whole", tmp_path / "parts")
+    assert torch.isfinite(checkpoint(tmp_path / "whole")["state"]["normalizer"]["log_z"])
+
+
+def dropout() -> None:
+    """A backbone whose forward draws from PyTorch's own generator."""
+    import npid
+
+    original = npid.Encoder.forward
+    npid.Encoder.forward = lambda self, images: torch.dropout(original(self, images), 0.5, self.training)
+
+
+def dropout_interrupted() -> None:
+    dropout()
+    interrupt()
+
+
+def test_dropout_resumes(tmp_path: Path) -> None:
+    """What draws from PyTorch's own generator, such as dropout, follows from the step as well."""
+    assert run("npid", [*OFTEN, "--output", tmp_path / "whole"], before=dropout).code == 0
+    assert run("npid", [*OFTEN, "--output", tmp_path / "parts"], before=dropout_interrupted).code == 130
+    assert run("npid", [*OFTEN, "--output", tmp_path / "parts"], before=dropout).code == 0
+    same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_second_writer_is_refused(tmp_path: Path) -> None:
+    """A lock refuses a second run in the same folder, and is free once its owner is killed."""
+    first: Process = start("npid", [*TINY, "--epochs", "100000", "--output", tmp_path])
+    first.wait_for('"epoch"')
+    one_line(run("npid", [*TINY, "--epochs", "100000", "--output", tmp_path]), "in use by another run")
+    first.kill(signal.SIGKILL)
+    first.wait()
+    assert run("npid", [*TINY, "--epochs", "100000", "--output", tmp_path], before=interrupt_soon).code == 130
+
+
+def interrupt_soon() -> None:
+    def after_step(self: common.Run, *args: object) -> None:
+        raise KeyboardInterrupt
+
+    common.Run.after_step = after_step  # type: ignore[assignment,method-assign]
