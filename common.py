@@ -360,7 +360,8 @@ class Run:
 
     def place(self, model: Module) -> Module:
         """Move a model to the device, channels last (convolutions are faster so), and compile it in place if asked."""
-        model.to(self.device, memory_format=torch.channels_last)
+        model.to(self.device)
+        model.to(memory_format=torch.channels_last)
         if self.args.sync_bn and self.world > 1 and self.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         if self.args.compile:
@@ -632,7 +633,7 @@ def pick_device(name: str | None) -> torch.device:
 def amp_default(device: torch.device) -> bool:
     """bfloat16 only where it is faster: GPUs that have it, and CPUs with its instructions (twice as fast there)."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and HAS_BFLOAT16
 
 
