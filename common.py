@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import fcntl
@@ -167,7 +168,7 @@ def add_device_options(options: argparse.ArgumentParser) -> None:
     machine = options.add_argument_group("machine")
     machine.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the best available")
     machine.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast of the network; the "
-                         "similarities stay in float32; default: on for GPUs that have it, off on CPUs: slower there")
+                         "similarities stay in float32; default: on for GPUs and CPUs that have its instructions")
 
 
 def add_training_options(options: argparse.ArgumentParser) -> None:
@@ -279,6 +280,8 @@ class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.device = pick_device(args.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.rank, self.world = 0, 1
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # Clustering keeps the other ranks waiting: the limit is far above what it takes.
@@ -356,10 +359,9 @@ class Run:
     # the model on its device
 
     def place(self, model: Module) -> Module:
-        """Move a model to the device (channels last on GPUs), compile it in place if asked."""
+        """Move a model to the device, channels last (convolutions are faster so), and compile it in place if asked."""
         model.to(self.device)
-        if self.device.type == "cuda":
-            model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)
         if self.args.sync_bn and self.world > 1 and self.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         if self.args.compile:
@@ -629,8 +631,20 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def amp_default(device: torch.device) -> bool:
-    """bfloat16 only where it is faster."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    """bfloat16 only where it is faster: GPUs that have it, and CPUs with its instructions (twice as fast there)."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and HAS_BFLOAT16
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed: by default large tensors go back to the system, and each new one is paged in anew.
+
+    A sixth of a training step on a CPU; a process that is not on glibc goes on as it is.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def device_name(device: torch.device) -> str:
@@ -1181,12 +1195,13 @@ def _decode_small(data: ImageSet, cache: str | None) -> None:
 
 
 # ---- 6. shapes -------------------------------------------------------------------------------------------------------
+
 # shapes: the embedded data set. Ten classes of textured objects on textured ground, drawn from a seed.
 #
-# Every image is a point in a space of continuous factors, and a class is a blurred cloud in that space: each factor
-# ranks the ten classes in another order (one digit a class), so that no factor alone tells a class and neighbouring
-# images look alike. What the usual augmentation removes (position, size, mirror image, brightness, contrast,
-# saturation, hue) is drawn without regard to the class.
+# Every image is a point in a space of continuous factors, and a class is a blurred cloud in that space. Each
+# factor ranks the ten classes in another order (one digit a class), so that none alone tells the class, and
+# neighbours in the space look alike. What the usual augmentation removes (position, size, mirror image,
+# brightness, hue) is drawn without regard to the class.
 
 FACTORS = {  # name: (value at level 0, value at level 1, typical level of classes 0..9 in tenths)
     "slope": (0.0, math.pi / 2, "0369258147"),  # direction of the ground's waves
@@ -1208,13 +1223,15 @@ FACTORS = {  # name: (value at level 0, value at level 1, typical level of class
     "count": (1.0, 4.0, "6150387942"),  # number of objects, rounded down
 }
 BLUR = 0.18  # standard deviation of a factor's level within a class
-MIDDLE, HALF = 0.12, 0.06
 NUM_CLASSES, MAX_OBJECTS, NUM_WAVES = 10, 3, 5
+# Columns of the nuisances: mirror image, lightness, hue, then (phase, direction, detuning) of each wave and
+# (x, y, radius) of each object.
 
 
 @dataclasses.dataclass
 class Scene:
-    """An image (3, size, size) uint8 with K objects: boxes (K, 4) x1 y1 x2 y2 in pixels, labels (K,), masks (K, size, size)."""
+    """An image (3, size, size) uint8 and its K objects: boxes (K, 4) x1 y1 x2 y2 in pixels, labels (K,),
+    masks (K, size, size) bool."""
 
     image: Tensor
     boxes: Tensor
@@ -1227,20 +1244,24 @@ class Scene:
 
 
 def draw_factors(labels: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
-    """Factors of n objects of classes labels (n,), each (n,) float64; and (n, 40) uniform numbers for the nuisances."""
-    uniform = torch.rand(len(labels), 4 * len(FACTORS) + 40, generator=generator, dtype=torch.float64)
+    """Factors of objects of these classes, each (n,) float64, and the nuisances: (n, 27) uniform numbers."""
+    uniform = torch.rand(len(labels), 4 * len(FACTORS) + 27, generator=generator, dtype=torch.float64)
     bell = (uniform[:, : 4 * len(FACTORS)].view(len(labels), -1, 4).sum(2) - 2) * math.sqrt(3)
-    levels = torch.tensor([[int(digit) for digit in levels] for _, _, levels in FACTORS.values()], dtype=torch.float64)
-    level = ((levels.T[labels] + 0.5) / 10 + BLUR * bell).clamp(0, 1)
-    factors = {name: low + (high - low) * level[:, i] for i, (name, (low, high, _)) in enumerate(FACTORS.items())}
+    typical = torch.tensor([[int(digit) for digit in digits] for _, _, digits in FACTORS.values()])
+    level = ((typical.T[labels] + 0.5).double() / 10 + BLUR * bell).clamp(0, 1).unbind(1)
+    factors = {
+        name: low + (high - low) * column
+        for (name, (low, high, _)), column in zip(FACTORS.items(), level, strict=True)
+    }
     return factors, uniform[:, 4 * len(FACTORS) :]
 
 
 def palette(lightness: Tensor, amplitude: Tensor, hue: Tensor) -> Tensor:
-    """Middle colour and half difference of a two-colour pattern; all (n,); returns (2, n, 3, 1, 1) float32."""
+    """Middle colour and half difference of a two-colour pattern. (n,) each; (2, n, 3, 1, 1) float32."""
     angle = hue[:, None] - torch.arange(3, dtype=torch.float64) * (2 * math.pi / 3)
-    tint = torch.stack([MIDDLE * torch.cos(angle), HALF * torch.sin(angle)])
-    tint = tint - (tint * torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)).sum(2, keepdim=True)  # luma stays
+    tint = torch.stack([0.12 * torch.cos(angle), 0.06 * torch.sin(angle)])
+    luma = 0.299 * tint[..., 0] + 0.587 * tint[..., 1] + 0.114 * tint[..., 2]
+    tint = tint - luma[..., None]  # so that hue does not change the brightness
     return (torch.stack([lightness, amplitude])[..., None] + tint).float()[..., None, None]
 
 
@@ -1250,16 +1271,16 @@ def draw_ground(factors: dict[str, Tensor], nuisance: Tensor, size: int, extent:
     side = torch.where(nuisance[:, 0] < 0.5, -1.0, 1.0)
     field = torch.zeros(len(nuisance), size, size)
     for wave in range(NUM_WAVES):
-        phase, turn, detune = nuisance[:, 10 + 3 * wave : 13 + 3 * wave].unbind(1)
+        phase, turn, detune = nuisance[:, 3 + 3 * wave : 6 + 3 * wave].unbind(1)
         angle = factors["slope"] + factors["spread"] * (2 * turn - 1)
-        length = math.pi * torch.exp(factors["frequency"] + factors["irregularity"] * (2 * detune - 1))
-        x = (length * torch.cos(angle) * side)[:, None] * axis + 2 * math.pi * phase[:, None]
-        y = (length * torch.sin(angle))[:, None] * axis
+        number = math.pi * torch.exp(factors["frequency"] + factors["irregularity"] * (2 * detune - 1))
+        x = (number * torch.cos(angle) * side)[:, None] * axis + 2 * math.pi * phase[:, None]
+        y = (number * torch.sin(angle))[:, None] * axis
         field += torch.sin(x).float()[:, None, :] * torch.cos(y).float()[:, :, None]
         field += torch.cos(x).float()[:, None, :] * torch.sin(y).float()[:, :, None]
     gain = torch.exp(factors["crispness"]) / math.sqrt(NUM_WAVES / 2)
     field = field * gain.float()[:, None, None]
-    lightness, hue = 0.36 + 0.18 * nuisance[:, 2], 2 * math.pi * nuisance[:, 5]
+    lightness, hue = 0.36 + 0.18 * nuisance[:, 1], 2 * math.pi * nuisance[:, 2]
     middle, half = palette(lightness, torch.exp(factors["depth"]), hue)
     pixels: Tensor = middle + half * field.clamp(-1, 1)[:, None]
     return pixels
@@ -1268,7 +1289,8 @@ def draw_ground(factors: dict[str, Tensor], nuisance: Tensor, size: int, extent:
 def draw_object(
     canvas: Tensor, factors: dict[str, Tensor], nuisance: Tensor, place: Tensor, extent: float
 ) -> tuple[Tensor, Tensor]:
-    """Paint one object on each canvas (n, 3, s, s); place (n, 3): x, y, radius. Returns canvas and cover (n, s, s) in [0, 1]."""
+    """Paint one object on each canvas (n, 3, s, s); place (n, 3): x, y, radius.
+    Returns the canvas and the share of each pixel that the object covers, (n, s, s)."""
     size = canvas.shape[-1]
     axis = (torch.arange(size, dtype=torch.float64) + 0.5) * (2 * extent / size) - extent
     side = torch.where(nuisance[:, 0] < 0.5, -1.0, 1.0)
@@ -1277,6 +1299,7 @@ def draw_object(
     down = ((axis - centre_y[:, None]) / radius[:, None]).float()[:, :, None]
 
     def wide(values: Tensor) -> Tensor:
+        """(n,) -> (n, 1, 1) float32."""
         return values.float()[:, None, None]
 
     cos, sin, stretch = torch.cos(factors["tilt"]), torch.sin(factors["tilt"]), torch.sqrt(factors["length"])
@@ -1295,8 +1318,8 @@ def draw_object(
     roundness = wide(factors["roundness"])
     phase = (r * roundness + y * (1 - roundness)) * wide(torch.exp(factors["bands"]))
     pattern = (((phase - torch.floor(phase)) - 0.5).abs() * 8 - 2).clamp(-1, 1)
-    lightness = 0.46 + 0.18 * nuisance[:, 2]
-    hue = 2 * math.pi * nuisance[:, 5] + factors["hue_gap"]
+    lightness = 0.46 + 0.18 * nuisance[:, 1]
+    hue = 2 * math.pi * nuisance[:, 2] + factors["hue_gap"]
     middle, half = palette(lightness, factors["contrast"], hue)
     return canvas + (middle + half * pattern[:, None] - canvas) * cover[:, None], cover
 
@@ -1307,40 +1330,46 @@ def to_bytes(canvas: Tensor) -> Tensor:
 
 
 def shapes(n: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
-    """n images (n, 3, size, size) uint8 and labels (n,) int64; ten classes, balanced in each block of ten images."""
+    """Images (n, 3, size, size) uint8 and labels (n,) int64; each ten in a row hold every class once."""
     images, labels = torch.empty(n, 3, size, size, dtype=torch.uint8), torch.empty(n, dtype=torch.int64)
     generator = torch.Generator().manual_seed(seed)
-    for start in range(0, n, 500):  # whole chunks are drawn, so image i does not depend on n
-        label = torch.rand(50, NUM_CLASSES, generator=generator, dtype=torch.float64).argsort(1).flatten()
-        factors, nuisance = draw_factors(label, generator)
-        canvas = draw_ground(factors, nuisance, size, extent=1.0)
-        for slot in range(MAX_OBJECTS):
-            chosen = (factors["count"] >= slot + 1).nonzero().squeeze(1)
-            spot = nuisance[chosen, 25 + 3 * slot : 28 + 3 * slot]
-            crowd = torch.sqrt(factors["count"][chosen].clamp(max=MAX_OBJECTS).floor())[:, None]
-            place = torch.cat([1.2 * spot[:, :2] - 0.6, (0.45 + 0.25 * spot[:, 2:]) / crowd], 1)
-            some = {name: values[chosen] for name, values in factors.items()}
-            canvas[chosen], _ = draw_object(canvas[chosen], some, nuisance[chosen], place, extent=1.0)
-        end = min(start + 500, n)
-        images[start:end], labels[start:end] = to_bytes(canvas)[: end - start], label[: end - start]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several threads wait for each other in operations as small as these
+    try:
+        for start in range(0, n, 500):  # whole chunks are drawn, so image i does not depend on n
+            label = torch.rand(50, NUM_CLASSES, generator=generator, dtype=torch.float64).argsort(1).flatten()
+            factors, nuisance = draw_factors(label, generator)
+            canvas = draw_ground(factors, nuisance, size, extent=1.0)
+            for slot in range(MAX_OBJECTS):
+                chosen = (factors["count"] >= slot + 1).nonzero().squeeze(1)
+                spot = nuisance[chosen, 18 + 3 * slot : 21 + 3 * slot]
+                crowd = torch.sqrt(factors["count"][chosen].clamp(max=MAX_OBJECTS).floor())[:, None]
+                place = torch.cat([1.2 * spot[:, :2] - 0.6, (0.45 + 0.25 * spot[:, 2:]) / crowd], 1)
+                some = {name: values[chosen] for name, values in factors.items()}
+                canvas[chosen], _ = draw_object(canvas[chosen], some, nuisance[chosen], place, extent=1.0)
+            end = min(start + 500, n)
+            images[start:end], labels[start:end] = to_bytes(canvas)[: end - start], label[: end - start]
+    finally:
+        torch.set_num_threads(threads)
     return images, labels
 
 
 def render_scene(labels: Tensor, seed: int, size: int = 96, extent: float = 1.75) -> Scene:
-    """One object for each of labels (K,) on a canvas of size pixels, extent times as wide as that of `shapes`.
+    """One object for each label, (K > 0,), on a canvas of size pixels, extent times as wide as in `shapes`.
 
-    Later objects hide earlier ones; an object of which nothing is seen is left out. Boxes end after the last pixel.
+    Later objects hide earlier ones; one of which nothing is seen is left out. Boxes end after the last pixel.
     """
     generator = torch.Generator().manual_seed(seed)
     factors, nuisance = draw_factors(labels, generator)
     canvas = draw_ground({name: values[:1] for name, values in factors.items()}, nuisance[:1], size, extent)
-    spots = (2 * torch.rand(len(labels), 16, 2, generator=generator, dtype=torch.float64) - 1) * (extent - 0.4)
+    uniform = torch.rand(len(labels), 16, 2, generator=generator, dtype=torch.float64)
+    spots = (2 * uniform - 1) * (extent - 0.4)
     centres, masks = spots[0, :1], torch.zeros(0, size, size, dtype=torch.bool)
     for k in range(len(labels)):
         if k:  # of 16 random spots, the one farthest from the objects that are already there
             distance = (spots[k, :, None] - centres).square().sum(2).amin(1)
             centres = torch.cat([centres, spots[k, distance.argmax()][None]])
-        place = torch.cat([centres[k], 0.35 + 0.25 * nuisance[k, 27:28]])[None]
+        place = torch.cat([centres[k], 0.35 + 0.25 * nuisance[k, 20:21]])[None]
         own = {name: values[k : k + 1] for name, values in factors.items()}
         canvas, cover = draw_object(canvas, own, nuisance[k : k + 1], place, extent)
         masks = torch.cat([masks & (cover < 0.5), cover >= 0.5])

@@ -1,0 +1,230 @@
+"""Local Aggregation's equations against slow float64 references, and when it clusters."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import common
+import local_aggregation as la
+
+N, B, D, TAU = 60, 5, 8, 0.1
+
+
+def unit(*shape: int, seed: int = 0) -> Tensor:
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def clusters_of(labels: list[list[int]] | Tensor) -> la.Clusters:
+    made = la.Clusters(len(labels), len(labels[0]))
+    made.labels = torch.as_tensor(labels, dtype=torch.int32)
+    return made
+
+
+def random_clusters(num_clusterings: int, num_clusters: int, seed: int = 1) -> la.Clusters:
+    return clusters_of(torch.randint(num_clusters, (num_clusterings, N), generator=torch.Generator().manual_seed(seed)))
+
+
+def loss_of(z: Tensor, index: Tensor, bank: Tensor, clusters: la.Clusters, k: int) -> Tensor:
+    """L_i as the training loop computes it."""
+    slots, similarity, _ = la.nearest(z.detach(), index, bank, k)
+    return la.local_aggregation(z, slots, similarity, clusters.same(index, slots), bank, TAU)
+
+
+def naive(z: Tensor, index: Tensor, bank: Tensor, labels: Tensor, k: int) -> tuple[list[float], list[Tensor]]:
+    """L_i and its gradient by loops over the sets, in float64."""
+    losses, gradients = [], []
+    for f, i in zip(z.double(), index.tolist(), strict=True):
+        score = {j: float(bank[j].double() @ f) / TAU for j in range(N)}
+        background = sorted(score, key=lambda j: -score[j])[:k]
+        if i not in background:
+            background[-1] = i
+        close = {j for j in range(N) if any(row[j] == row[i] for row in labels)}
+        both = [j for j in background if j in close]
+        sums = [sum(math.exp(score[j]) for j in members) for members in (background, both)]
+        means = [sum(math.exp(score[j]) * bank[j].double() for j in members) / total
+                 for members, total in zip((background, both), sums, strict=True)]  # fmt: skip
+        losses.append(math.log(sums[0] / sums[1]))
+        gradients.append((means[0] - means[1]) / TAU)
+    return losses, gradients
+
+
+@pytest.mark.parametrize("k", [1, 7, 20, N])
+def test_loss_and_gradient_equal_a_loop_over_the_sets(k: int) -> None:
+    """L_i and (mean over B_i - mean over C_i and B_i) / tau, with i forced into B_i, equal float64 loops."""
+    z, bank, index = unit(B, D).requires_grad_(), unit(N, D, seed=2), torch.tensor([0, 7, 30, 31, 59])
+    clusters = random_clusters(3, 6)
+    loss = loss_of(z, index, bank, clusters, k)
+    loss.sum().backward()
+    losses, gradients = naive(z.detach(), index, bank, clusters.labels, k)
+    assert loss.tolist() == pytest.approx(losses, abs=1e-5)
+    assert z.grad is not None and torch.allclose(z.grad.double(), torch.stack(gradients), atol=1e-4)
+    assert (loss >= -1e-6).all()
+
+
+@pytest.mark.parametrize("chunk", [7, 60, 100])
+def test_the_dense_form_equals_the_listed_one(chunk: int) -> None:
+    """With B_i = all images, streaming over the bank gives the same loss, gradient and size as listing all of them."""
+    z, bank, index = unit(B, D).requires_grad_(), unit(N, D, seed=2), torch.tensor([0, 7, 30, 31, 59])
+    clusters, everything = random_clusters(2, 9), clusters_of([[0] * N])
+    loss, size = la.local_aggregation_dense(z, index, everything, clusters, bank, TAU, chunk)
+    (gradient,) = torch.autograd.grad(loss.sum(), z)
+    listed = loss_of(z, index, bank, clusters, N)
+    (expected,) = torch.autograd.grad(listed.sum(), z)
+    assert torch.allclose(loss, listed, atol=1e-5) and torch.allclose(gradient, expected, atol=1e-4)
+    assert size.tolist() == clusters.same(index, torch.arange(N)).sum(1).tolist()
+
+
+def test_cluster_based_background_is_what_shares_a_cluster() -> None:
+    """B_i by clusters (Table 4): the loss equals loops over the members of i's background clusters."""
+    z, bank, index = unit(B, D), unit(N, D, seed=2), torch.tensor([0, 7, 30, 31, 59])
+    close, background = random_clusters(1, 12), random_clusters(3, 4, seed=5)
+    loss, _ = la.local_aggregation_dense(z, index, background, close, bank, TAU, 16)
+    for b, i in enumerate(index.tolist()):
+        score = (bank.double() @ z[b].double()) / TAU
+        inside = (background.labels == background.labels[:, i : i + 1]).any(0)
+        both = inside & (close.labels == close.labels[:, i : i + 1]).any(0)
+        assert loss[b].item() == pytest.approx((score[inside].logsumexp(0) - score[both].logsumexp(0)).item(), abs=1e-5)
+
+
+def test_only_itself_against_all_is_the_npid_softmax() -> None:
+    """Property 1: C_i = {i} and B_i = all gives -log P(i|f) of NPID, value and gradient; C_i = B_i gives 0."""
+    z, bank, index = unit(B, D).requires_grad_(), unit(N, D, seed=2), torch.tensor([0, 7, 30, 31, 59])
+    alone, everything = la.Clusters(4, N), clusters_of([[0] * N])
+    loss, exact = loss_of(z, index, bank, alone, N), common.bank_softmax(z, index, bank, TAU)
+    assert torch.allclose(loss, exact, atol=1e-5)
+    assert torch.allclose(*(torch.autograd.grad(x.sum(), z)[0] for x in (loss, exact)), atol=1e-4)
+    assert loss_of(z, index, bank, everything, 20).abs().max() < 1e-6
+
+
+def test_loss_ignores_a_common_shift_of_the_scores() -> None:
+    """Property 2: adding a constant to all similarities changes nothing."""
+    z, bank, index = unit(B, D), unit(N, D, seed=2), torch.arange(B)
+    slots, similarity, _ = la.nearest(z, index, bank, 20)
+    close = random_clusters(2, 6).same(index, slots) | (slots == index[:, None])
+    first, second = (la.local_aggregation(z, slots, similarity + shift, close, bank, TAU) for shift in (0.0, 0.7))
+    assert torch.allclose(first, second, atol=1e-4)
+
+
+def test_wider_close_sets_never_raise_and_wider_backgrounds_never_lower_the_loss() -> None:
+    """Property 3: enlarging C_i with B_i fixed, or B_i by images that are not in C_i, moves the loss one way only."""
+    z, bank, index = unit(B, D), unit(N, D, seed=2), torch.arange(B)
+    labels = random_clusters(4, 8).labels
+    losses = [loss_of(z, index, bank, clusters_of(labels[:h]), 30) for h in (1, 2, 4)]
+    assert (losses[0] >= losses[1] - 1e-6).all() and (losses[1] >= losses[2] - 1e-6).all()
+    alone = la.Clusters(1, N)
+    losses = [loss_of(z, index, bank, alone, k) for k in (5, 20, N)]
+    assert (losses[0] <= losses[1] + 1e-6).all() and (losses[1] <= losses[2] + 1e-6).all()
+
+
+def test_clusters_of_one_are_the_image_itself() -> None:
+    """Property 4: H = 1 with every image in a cluster of its own is C_i = {i}, whatever the labels are called."""
+    index, shuffled = torch.arange(B), clusters_of(torch.randperm(N)[None])
+    assert torch.equal(shuffled.same(index, torch.arange(N)), F.one_hot(index, N).bool())
+
+
+def test_identical_clusterings_count_once() -> None:
+    """Property 6: the union over copies of a clustering is that clustering."""
+    one = random_clusters(1, 6)
+    copies = clusters_of(one.labels.repeat(3, 1))
+    index = torch.arange(B)
+    assert torch.equal(one.same(index, torch.arange(N)), copies.same(index, torch.arange(N)))
+
+
+def test_itself_is_always_among_the_nearest_and_listed_once() -> None:
+    """nearest() lists i exactly once, in the place of the k-th if it is not among the k nearest, and says so."""
+    z, bank, index = unit(B, D), unit(N, D, seed=2), torch.arange(B)
+    bank[0] = z[0]  # one image that is its own nearest
+    slots, similarity, missing = la.nearest(z, index, bank, 3)
+    assert ((slots == index[:, None]).sum(1) == 1).all() and not missing[0] and missing.any()
+    assert torch.allclose(similarity, torch.einsum("bd,bkd->bk", z, bank[slots]), atol=1e-6)
+    true = (z @ bank.T).topk(3).indices
+    assert torch.equal(slots[:, :2], true[:, :2])
+
+
+def run_rows(output: Path, *options: str) -> list[dict[str, Any]]:
+    la.main(la.parse_args(["--preset", "smoke", "--knn-every", "0", "--output", str(output), *options]))
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()[1:]]
+
+
+@pytest.mark.parametrize("count", [256, 250])
+@pytest.mark.parametrize("every", [0, 3])
+def test_clusters_are_there_at_the_first_step_and_renewed_on_time(
+    count: int, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Property 7: one clustering at step 0 of each epoch after the warm start, N divisible by B or not, or each R steps too."""
+    events: list[str] = []
+    cluster, loss = la.cluster, la.local_aggregation
+    monkeypatch.setattr(la, "cluster", lambda *a, **k: (events.append("cluster"), cluster(*a, **k))[1])
+    monkeypatch.setattr(la, "local_aggregation", lambda *a: (events.append("step"), loss(*a))[1])
+    run_rows(tmp_path / "run", "--subset", str(count), "--recluster-every", str(every))
+    steps = count // 32
+    epoch = [e for s in range(steps) for e in (["cluster", "step"] if s == 0 or (every and s % every == 0) else ["step"])]
+    assert events == epoch * 2
+
+
+@pytest.mark.parametrize("options", [
+    ["--background", "all"], ["--background", "clusters", "--background-clusters", "2", "5"], ["--close", "self"],
+    ["--close", "nearest", "--close-neighbors", "5"], ["--cluster-on", "center-crop"], ["--cluster-seeds", "redrawn"],
+    ["--kmeans", "faiss"], ["--clustering", "dbscan"], ["--warmup-loss", "nce"], ["--accumulate", "2"],
+])  # fmt: skip
+def test_every_ablation_trains(options: list[str], tmp_path: Path) -> None:
+    """Each row of the paper's tables runs through warm start and Local Aggregation with finite figures."""
+    rows = run_rows(tmp_path / "run", "--subset", "96", "--m", "8", "--k", "24", "--epochs", "2", *options)
+    assert math.isfinite(rows[0]["npid_loss"]) and math.isfinite(rows[1]["la_loss"]) and rows[1]["la_loss"] > 0
+
+
+@pytest.mark.parametrize("options", [["--m", "300"], ["--k", "300"], ["--H", "0"], ["--close", "nearest", "--background", "all"]])
+def test_sizes_that_do_not_fit_are_refused(options: list[str], tmp_path: Path) -> None:
+    """m or k larger than N, or no clustering at all: a fault that names the option, before anything is trained."""
+    with pytest.raises((common.Fault, SystemExit)) as caught:
+        run_rows(tmp_path / "run", *options)
+    assert not (tmp_path / "run" / "checkpoint.pth").exists()
+    assert isinstance(caught.value, common.Fault) or caught.value.code == 2
+
+
+def test_defaults_shrink_to_the_data_and_typed_values_do_not() -> None:
+    """ImageNet's k and m are scaled to small sets; what was typed stays."""
+    args = la.parse_args(["--preset", "imagenet", "--data", "somewhere"])
+    la.fit_to(10_000, args)
+    assert (args.m, args.k) == (234, 1000)
+    args = la.parse_args(["--preset", "imagenet", "--data", "somewhere", "--m", "6000"])
+    la.fit_to(10_000, args)
+    assert (args.m, args.k) == (6000, 1000)
+
+
+def test_a_bank_that_is_not_finite_is_not_clustered() -> None:
+    """A NaN in the bank ends in a fault instead of clusters of nothing."""
+
+    class OneRank:
+        rank, world = 0, 1
+
+    with pytest.raises(common.Fault, match="not finite"):
+        la.cluster(OneRank(), torch.full((10, 4), math.nan), 1, 2, (), method="kmeans")  # type: ignore[arg-type]
+
+
+def test_health_figures_equal_their_definitions() -> None:
+    """|C_i|, the distance of v_i to the centre of C_i, and the two densities equal loops over the sets."""
+    bank, rows = unit(N, D, seed=2), torch.tensor([1, 2, 40])
+    clusters = random_clusters(2, 9)
+    figures = la.health(clusters, clusters.labels, bank, rows)
+    members = [(clusters.labels == clusters.labels[:, i : i + 1]).any(0) for i in rows.tolist()]
+    assert figures["close_size"] == pytest.approx(sum(int(m.sum()) for m in members) / 3, abs=0.01)
+    skewness = [(bank[m].mean(0) - bank[i]).norm().item() for m, i in zip(members, rows.tolist(), strict=True)]
+    assert figures["skewness"] == pytest.approx(sum(skewness) / 3, abs=1e-3) and figures["nmi"] == pytest.approx(1)
+    big = unit(500, D, seed=3)
+    local, around = la.density(big, rows)
+    similarity = (big[rows] @ big.T).scatter(1, rows[:, None], -2).sort(1, descending=True).values
+    assert torch.allclose(local, similarity[:, :30].mean(1), atol=1e-5)
+    assert torch.allclose(around, similarity[:, 11:50].mean(1), atol=1e-5)  # the nearest tenth, from its rank 12 on
+
+
+@pytest.mark.parametrize("preset", sorted(la.PRESETS))
+def test_every_preset_parses(preset: str) -> None:
+    """Each preset sets only options that exist, to values they may have."""
+    assert la.parse_args(["--preset", preset]).preset == preset

@@ -1,0 +1,167 @@
+"""NPID's equations against slow float64 references."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import common
+import npid
+
+
+def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1).to(dtype)
+
+
+def test_nce_equals_a_loop_over_equations_4_to_7() -> None:
+    """J_NCE is -log h(positive) - sum of log(1 - h(noise)) with h = p / (p + m / N) and p = exp(score) / Z."""
+    n, m, tau, z_constant = 50, 7, 0.07, 123.0
+    z, bank = unit(4, 16), unit(n, 16, seed=1)
+    index, noise = torch.tensor([3, 9, 0, 49]), torch.randint(n, (4, m), generator=torch.Generator().manual_seed(2))
+    positive = npid.positive_scores(z, index, bank, tau)
+    loss = npid.nce(positive, npid.noise_scores(z, noise, bank, tau), torch.tensor(math.log(z_constant)), n)
+    for b in range(4):
+
+        def h(j: int, b: int = b) -> float:
+            p = math.exp(float(bank[j].double() @ z[b].double()) / tau) / z_constant
+            return p / (p + m / n)
+
+        expected = -math.log(h(int(index[b]))) - sum(math.log(1 - h(int(j))) for j in noise[b])
+        assert loss[b].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_nce_survives_scores_that_overflow_an_exponential() -> None:
+    """In the log domain a temperature of 0.005, where exp(score) is infinite in float32, gives finite loss and gradient."""
+    z, bank = unit(4, 16).requires_grad_(), unit(50, 16, seed=1)
+    index, noise = torch.arange(4), torch.randint(50, (4, 9))
+    positive, negative = npid.positive_scores(z, index, bank, 0.005), npid.noise_scores(z, noise, bank, 0.005)
+    loss = npid.nce(positive, negative, npid.estimate_log_z(negative, 50), 50).sum()
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(z.grad).all()
+
+
+def gradients(m: int, n: int = 2000, d: int = 32, tau: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Mean NCE gradient over draws and the exact softmax gradient for one image, (D,) each."""
+    bank, index = unit(n, d, seed=3), torch.tensor([11])
+    z = F.normalize(bank[index] + unit(1, d, seed=4))  # near its slot, as after some training
+    log_z = common.bank_attention(z, bank, tau)[1]
+    rows = 4000 if m <= 64 else 400
+    many = z.repeat(rows, 1).requires_grad_()
+    noise = torch.randint(n, (rows, m), generator=torch.Generator().manual_seed(5))
+    positive, negative = npid.positive_scores(many, index.repeat(rows), bank, tau), npid.noise_scores(many, noise, bank, tau)
+    npid.nce(positive, negative, log_z, n).sum().backward()
+    one = z.clone().requires_grad_()
+    common.bank_softmax(one, index, bank, tau).sum().backward()
+    assert many.grad is not None and one.grad is not None
+    return many.grad.mean(0), one.grad[0]
+
+
+def test_nce_gradient_tends_to_the_softmax_gradient() -> None:
+    """With the exact Z, the NCE gradient approaches that of the softmax as m grows: norm ratio rising, 0.97 to 1.03 at 4096."""
+    ratios = []
+    for m in (1, 16, 512, 4096):
+        approximate, exact = gradients(m)
+        ratios.append(float(approximate.norm() / exact.norm()))
+    assert ratios == sorted(ratios) and ratios[0] < 0.3 and 0.97 < ratios[-1] < 1.03
+    assert F.cosine_similarity(approximate, exact, dim=0) > 0.999
+
+
+def test_nce_is_stationary_where_the_model_is_the_data() -> None:
+    """If positives follow P(.|f) itself, the expected NCE gradient for f and log Z is zero; with a biased Z it is not."""
+    n, m, tau = 40, 5, 0.1
+    bank = unit(n, 8, seed=6, dtype=torch.float64)
+    f = unit(1, 8, seed=7, dtype=torch.float64).requires_grad_()
+    for bias, still in ((0.0, True), (1.0, False)):
+        scores = (f @ bank.T)[0] / tau
+        log_z = (scores.detach().logsumexp(0) + bias).requires_grad_()
+        probability = scores.detach().softmax(0)
+        offset = math.log(m / n)
+        data, other = F.softplus(offset - (scores - log_z)), F.softplus(scores - log_z - offset)
+        # The function under test must give these two terms for one positive and one noise image each.
+        given = npid.nce(scores[:1], scores[None, 1:2].expand(1, m), log_z, n)
+        assert given.item() == pytest.approx((data[0] + m * other[1]).item())
+        expected = (probability * data).sum() + m * other.mean()
+        grad_f, grad_z = torch.autograd.grad(expected, (f, log_z))
+        assert (grad_f.norm() < 1e-9 and grad_z.abs() < 1e-9) == still
+
+
+@pytest.mark.parametrize(("dim", "tau", "expected"), [(128, 0.07, 2.209), (128, 0.1, 1.476), (64, 0.2, 1.215), (256, 0.07, 1.489)])
+def test_first_estimate_of_z_is_that_of_a_random_bank(dim: int, tau: float, expected: float) -> None:
+    """Z / N of eq. (8) estimated on a fresh bank is 0F1(D/2; 1 / (4 tau^2)) within 3 percent."""
+    bank = common.MemoryBank(4000, dim, torch.Generator().manual_seed(0)).features
+    noise = torch.randint(4000, (128, 1024), generator=torch.Generator().manual_seed(1))
+    log_z = npid.estimate_log_z(npid.noise_scores(unit(128, dim, seed=8), noise, bank, tau), 4000)
+    assert math.exp(log_z.item()) / 4000 == pytest.approx(expected, rel=0.03)
+
+
+def test_normalizer_keeps_the_first_estimate_or_a_running_mean() -> None:
+    """`first` (momentum 1) never changes after the first estimate; 0.99 mixes Z itself, not its logarithm."""
+    first, running = npid.Normalizer(), npid.Normalizer()
+    for estimate in (2.0, 8.0):
+        first.update(torch.tensor(estimate).log(), 1.0)
+        running.update(torch.tensor(estimate).log(), 0.99)
+    assert first.log_z.exp().item() == pytest.approx(2.0)
+    assert running.log_z.exp().item() == pytest.approx(0.99 * 2 + 0.01 * 8)
+
+
+def test_noise_scores_are_the_same_gathered_or_multiplied_out() -> None:
+    """Both ways of computing the scores of the noise, chosen by m against N, agree."""
+    z, bank = unit(3, 16), unit(400, 16, seed=1)
+    noise = torch.randint(400, (3, 100), generator=torch.Generator().manual_seed(2))
+    few = torch.cat([npid.noise_scores(z, part, bank, 0.1) for part in noise.split(10, dim=1)], 1)
+    assert torch.allclose(npid.noise_scores(z, noise, bank, 0.1), few, atol=1e-5)
+
+
+def test_sampled_softmax_over_all_others_is_the_exact_softmax() -> None:
+    """Drawing each other image exactly once as a negative gives eq. (2)."""
+    n, tau = 30, 0.1
+    z, bank, index = unit(2, 8), unit(n, 8, seed=1), torch.tensor([4, 17])
+    others = torch.stack([torch.tensor([j for j in range(n) if j != i]) for i in index.tolist()])
+    sampled = npid.sampled_softmax(npid.positive_scores(z, index, bank, tau), npid.noise_scores(z, others, bank, tau))
+    assert torch.allclose(sampled, common.bank_softmax(z, index, bank, tau), atol=1e-5)
+
+
+def test_parametric_softmax_is_equation_1() -> None:
+    """-log of exp(w_i.v) / sum_j exp(w_j.v), with a gradient for the weights."""
+    v, w = torch.randn(3, 8, dtype=torch.float64), torch.randn(20, 8, dtype=torch.float64, requires_grad=True)
+    index = torch.tensor([0, 5, 19])
+    loss = npid.parametric_softmax(v, index, w)
+    for b in range(3):
+        terms = [math.exp(float(row @ v[b])) for row in w.detach()]
+        assert loss[b].item() == pytest.approx(-math.log(terms[int(index[b])] / sum(terms)))
+    loss.sum().backward()
+    assert w.grad is not None and w.grad.abs().sum() > 0
+
+
+def test_proximal_term_pulls_towards_the_bank() -> None:
+    """|f - v|^2 of eq. (9) has the gradient 2 (f - v), and is 2 - 2 f.v for unit vectors."""
+    z, bank, index = unit(5, 8).requires_grad_(), unit(9, 8, seed=1), torch.tensor([0, 2, 4, 6, 8])
+    value = npid.proximal(z, index, bank)
+    value.sum().backward()
+    assert torch.allclose(value, 2 - 2 * (z * bank[index]).sum(1), atol=1e-6)
+    assert z.grad is not None and torch.allclose(z.grad, 2 * (z - bank[index]).detach(), atol=1e-6)
+
+
+@pytest.mark.parametrize("preset", sorted(npid.PRESETS))
+def test_every_preset_parses(preset: str) -> None:
+    """Each preset sets only options that exist, to values they may have."""
+    assert npid.parse_args(["--preset", preset]).preset == preset
+
+
+@pytest.mark.parametrize("options", [
+    ["--loss", "nce", "--m", "8"], ["--loss", "nce", "--m", "8", "--z", "ema"], ["--loss", "nce", "--m", "8", "--z", "exact"],
+    ["--loss", "sampled", "--m", "8"], ["--loss", "parametric"], ["--lambda", "5", "--bank-momentum", "0"],
+    ["--accumulate", "4"], ["--knn-features", "clean"], ["--feature-dim", "32"],
+])  # fmt: skip
+def test_every_variant_trains(options: list[str], tmp_path: pytest.TempPathFactory) -> None:
+    """Every loss and option of the paper runs through an epoch, writes finite figures and its three files."""
+    import json
+    from pathlib import Path
+
+    output = Path(str(tmp_path)) / "run"
+    npid.main(npid.parse_args(["--preset", "smoke", "--epochs", "1", "--subset", "64", "--output", str(output), *options]))
+    row = json.loads((output / "log.jsonl").read_text().splitlines()[-1])
+    assert math.isfinite(row["loss"]) and row["epoch"] == 1 and "knn_top1" in row
+    assert (output / "checkpoint.pth").exists() and (output / "backbone.pth").exists()
