@@ -190,7 +190,7 @@ def add_training_options(options: argparse.ArgumentParser) -> None:
     optim.add_argument("--lr-drops", type=COUNT, nargs="*", default=[120, 160], metavar="EPOCH", help="for step")
     optim.add_argument("--momentum", type=SHARE, default=0.9, help="of SGD")
     optim.add_argument("--weight-decay", type=NOT_NEGATIVE, default=1e-4, help="of SGD, the number itself")
-    optim.add_argument("--seed", type=COUNT_OR_ZERO, default=0, help="of all that is random: weights, bank, order, draws")
+    optim.add_argument("--seed", type=COUNT_OR_ZERO, default=0, help="of weights, bank, order, draws")
     add_device_options(options)
     run = options.add_argument_group("run")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the model")
@@ -2153,7 +2153,7 @@ def knn_accuracy(
 def knn_monitor(
     features: Tensor, data: ImageSet, queries: Tensor, test: ImageSet, temperature: float
 ) -> dict[str, float]:
-    """Weighted kNN accuracy in percent, K = 200 or as many as there are. features: (N, D), queries: (Q, D) unit rows."""
+    """Weighted kNN accuracy in percent, K = 200 or as many as there are. features: (N, D), queries: (Q, D), unit."""
     known = data.labels >= 0
     if not known.any() or (test.labels < 0).any():
         return {}
@@ -2228,7 +2228,7 @@ class Encoder:
         return f"{found} tensors matched, {', '.join(names)}; " + ("with" if self.head else "without") + " head"
 
     def load_data(self, args: argparse.Namespace, split: str, device: torch.device) -> tuple[ImageSet, ImageSet]:
-        """Train and test images: those the encoder was trained on unless --data names others; its size, mean and std."""
+        """Train and test images: those the encoder was trained on unless --data names others; its size, mean, std."""
         if "data" not in args.typed and self.options:
             args.data = self.options["data"]
             if "data_dir" not in args.typed and Path(self.options["data_dir"]).is_dir():

@@ -14,7 +14,8 @@ their features. Nothing is trained. The paper's setting is K = 200, tau = 0.07, 
 
 The last line of the output is the result as JSON; it is also appended to eval.jsonl beside the checkpoint. For each K
 and tau: top-1 and top-5 accuracy in percent. --retrieval adds the share of the 1 and 10 nearest training images that
-have the query's class, --clustering the NMI and AMI (arithmetic mean) of a k-means of the test features with the classes.
+have the query's class, --clustering the NMI and AMI (arithmetic mean) of a k-means of the test features with the
+classes.
 """
 
 import argparse
@@ -32,7 +33,7 @@ import common
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
-    parser.add_argument("checkpoint", help="checkpoint.pth or backbone.pth of these scripts, any file with torchvision's "
+    parser.add_argument("checkpoint", help="checkpoint.pth or backbone.pth of these scripts, a file with torchvision's "
                         'or timm\'s names, "random" for an untrained network, or "pixels" for standardised pixels')
     protocol = parser.add_argument_group("protocol")
     protocol.add_argument("--k", "--num-neighbors", dest="num_neighbors", type=common.COUNT, nargs="+", default=[200],
@@ -45,12 +46,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                           "output or the backbone's; auto: the head of these scripts, the backbone of foreign files")
     protocol.add_argument("--retrieval", action="store_true", help="precision among the 1 and 10 nearest")
     protocol.add_argument("--clustering", action="store_true", help="NMI and AMI of k-means on the test features")
-    protocol.add_argument("--num-clusters", type=common.COUNT, metavar="N", help="for --clustering; default: one a class")
+    protocol.add_argument("--num-clusters", type=common.COUNT, metavar="N", help="for --clustering (the classes)")
     model = parser.add_argument_group("model, for files that do not say it")
     model.add_argument("--arch", choices=common.ARCHITECTURES, help="of foreign files and random networks")
     model.add_argument("--width", type=common.SIZE, help="channels of the first stage (64)")
     common.add_data_options(parser)
-    parser.add_argument("--seed", type=common.COUNT_OR_ZERO, default=0, help="of --subset, --clustering, random weights")
+    parser.add_argument("--seed", type=common.COUNT_OR_ZERO, default=0, help="of subset, clustering, random weights")
     parser.add_argument("--batch-size", type=common.COUNT, default=256, help="images in one forward pass")
     common.add_device_options(parser)
     args = parser.parse_args(argv)
@@ -73,6 +74,8 @@ def main(args: argparse.Namespace) -> None:
         small = args.image_size < common.SMALL if args.image_size else None
         encoder = common.load_encoder(path, args.arch, args.width, small, device, args.layer)
         print(f"{path}: {encoder.describe()}", flush=True)
+        if args.train_features == "bank" and encoder.bank is None:
+            raise common.Fault(f"{path} has no memory bank: use --train-features clean")
         train, test = encoder.load_data(args, "pretrain" if args.train_features == "bank" else "train", device)
 
     def embed(images: Tensor) -> Tensor:

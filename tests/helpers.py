@@ -1,4 +1,4 @@
-"""Scripts run in processes of their own, forked from a server that has imported everything: a start takes milliseconds."""
+"""Scripts run in processes of their own, forked from a server that has imported everything."""
 
 import dataclasses
 import gc

@@ -58,7 +58,7 @@ def wrap(weights: dict[str, Tensor], kind: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["plain", "moco", "compiled", "data parallel", "timm", "dino"])
 def test_prefixes(kind: str, resnet: dict[str, Tensor], tmp_path: Path) -> None:
-    """torchvision's names are found under the prefixes of MoCo (the query encoder), torch.compile, DataParallel, DINO."""
+    """torchvision's names are found under the prefixes of MoCo (its query), torch.compile, DataParallel and DINO."""
     torch.save(wrap(resnet, kind), tmp_path / "file.pth")
     found = encoder(tmp_path / "file.pth")
     assert found.head is None and found.report["missing"] == []
@@ -115,7 +115,8 @@ def test_legacy_file_with_objects(resnet: dict[str, Tensor], tmp_path: Path) -> 
 
 def test_half_loaded_is_refused(resnet: dict[str, Tensor], trained: Path, tmp_path: Path) -> None:
     """Under 95 % of the weights, another architecture, width or stem: refused with names from both sides."""
-    torch.save({name: value for name, value in resnet.items() if not name.startswith("layer4.1")}, tmp_path / "part.pth")
+    part = {name: value for name, value in resnet.items() if not name.startswith("layer4.1")}
+    torch.save(part, tmp_path / "part.pth")
     command = ["--arch", "resnet18", *SMALL_SET, "--image-size", "64"]
     one_line(run("eval_knn", [tmp_path / "part.pth", *command]), "% of the weights of resnet18", "layer4.1")
     torch.save(resnet, tmp_path / "whole.pth")
@@ -126,7 +127,7 @@ def test_half_loaded_is_refused(resnet: dict[str, Tensor], trained: Path, tmp_pa
     one_line(run("eval_knn", [tmp_path / "deeper.pth", *command]), "wrong --arch", "left over layer1.2.bn1.bias")
     one_line(run("eval_knn", [tmp_path / "nowhere.pth", "--arch", "resnet18"]), "cannot read", "nowhere.pth")
     one_line(run("eval_knn", [tmp_path / "whole.pth", "--arch", "resnet34", *SMALL_SET]), "of the weights of resnet34")
-    one_line(run("eval_knn", [tmp_path / "whole.pth", "--arch", "resnet18", *SMALL_SET]), "of the weights", "conv1.weight")
+    one_line(run("eval_knn", [tmp_path / "whole.pth", "--arch", "resnet18", *SMALL_SET]), "Missing conv1.weight")
     torch.save({"weights": 3}, tmp_path / "none.pth")
     one_line(run("eval_knn", [tmp_path / "none.pth", "--arch", "resnet18"]), "holds no weights")
     no_head = {name: value for name, value in resnet.items() if not name.startswith("fc.")}
@@ -142,12 +143,13 @@ def evaluate(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> dict[str,
 
 
 def test_our_checkpoint(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A checkpoint of ours says architecture, size and data itself; the result is the last line and goes to eval.jsonl."""
+    """A checkpoint of ours says architecture, size and data; the result is the last line and goes to eval.jsonl."""
     command = [trained / "checkpoint.pth", "--subset", "60", "--test-subset", "20", "--device", "cpu"]
     first = evaluate(capsys, *command, "--k", "5", "20", "--tau", "0.07", "0.5")
     assert first["feature_dim"] == 16 and first["data"] == "shapes" and first["protocol"] == "knn"
     assert first["checkpoint_sha256"] == hashlib.sha256((trained / "checkpoint.pth").read_bytes()).hexdigest()
-    assert [(row["num_neighbors"], row["temperature"]) for row in first["knn"]] == [(5, 0.07), (5, 0.5), (20, 0.07), (20, 0.5)]
+    pairs = [(row["num_neighbors"], row["temperature"]) for row in first["knn"]]
+    assert pairs == [(5, 0.07), (5, 0.5), (20, 0.07), (20, 0.5)]
     second = evaluate(capsys, *command, "--k", "20", "--tau", "0.5", "--retrieval", "--clustering")
     assert second["knn"] == first["knn"][3:] and second["knn_top1"] == first["knn"][3]["top1"]
     assert {"precision_at_1", "precision_at_10", "nmi", "ami"} <= second.keys()
@@ -173,9 +175,9 @@ def test_bank_as_training_features(trained: Path, capsys: pytest.CaptureFixture[
     args = eval_knn.parse_args([str(path), "--test-subset", "20"])
     train, _ = found.load_data(args, "pretrain", CPU)
     assert torch.equal(found.bank_of(train, path), saved["state"]["bank"]["features"])
-    one_line(run("eval_knn", [path, "--train-features", "bank", "--image-size", "20", "--test-subset", "20"]), "other images")
-    one_line(run("eval_knn", [trained / "backbone.pth", "--arch", "resnet18", "--width", "4", "--train-features", "bank",
-                              *SMALL_SET]), "no memory bank")  # fmt: skip
+    command = ["--train-features", "bank", "--test-subset", "20", "--arch", "resnet18", "--width", "4"]
+    one_line(run("eval_knn", [path, *command, "--image-size", "20"]), "other images")
+    one_line(run("eval_knn", [trained / "backbone.pth", *command]), "no memory bank")
 
 
 @pytest.mark.parametrize("name", ["random", "pixels"])

@@ -124,8 +124,9 @@ def test_copied_script(inside: bool, tmp_path: Path) -> None:
     shutil.copy(ROOT / "common.py", home)
     shutil.copy(ROOT / "npid.py", home / "mine.py")
     folder = home if inside else tmp_path
-    command = [sys.executable, str(Path("mine.py") if inside else home / "mine.py"), "--preset", "smoke", "--subset", "32"]
-    done = subprocess.run([*command, "--epochs", "1", "--knn-every", "0"], cwd=folder, capture_output=True, text=True,
+    script = "mine.py" if inside else str(home / "mine.py")
+    command = [sys.executable, script, "--preset", "smoke", "--subset", "32", "--epochs", "1", "--knn-every", "0"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0 and done.stderr == "", done.stderr
     output = folder / "runs" / "mine-smoke-seed0"

@@ -77,7 +77,9 @@ def die_before_the_second_save() -> None:
     common.Run.log = deadly  # type: ignore[method-assign]
 
 
-DEATHS = [die_in_first_replace, die_in_replace_before, die_in_replace_after, die_half_written, die_before_the_second_save]
+DEATHS = [
+    die_in_first_replace, die_in_replace_before, die_in_replace_after, die_half_written, die_before_the_second_save,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("death", DEATHS, ids=lambda death: death.__name__)
