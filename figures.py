@@ -40,7 +40,7 @@ IGNORED = {*common.FREE_OPTIONS, "seed"} - {"epochs", "amp"}  # options that do 
 
 
 class Source(NamedTuple):
-    """What a picture was made from; foreign files and untrained networks have only a name."""
+    """What a picture was made from; foreign files and untrained networks have only a name, and no small print."""
 
     name: str
     options: dict[str, Any]
@@ -49,21 +49,23 @@ class Source(NamedTuple):
     epochs: int
 
     def __str__(self) -> str:
-        if not self.options:
-            return self.name
-        words = {key: self.options[key] for key in ("script", "preset", "arch", "width", "seed")}
-        return ("{script}.py, preset {preset}, {arch} of width {width}, seed {seed}".format(**words)
-                + f", {self.data['images']:,} images of {self.data['name']}, {self.epochs} epochs, commit {self.git}")
+        text = "{script}.py, preset {preset}, {arch} of width {width}, seed {seed}, ".format_map(self.options)
+        return (f"{text}{self.data['images']:,} images of {self.data['name']}, "
+                f"epoch {self.epochs} of {self.options['epochs']}, commit {self.git}")
 
 
 def legend(sources: Sequence[Source]) -> list[str]:
     """What tells the sources apart: script and preset, else the options that differ, else the folders."""
-    names = [" ".join([s.options["script"], s.options["preset"]]) if s.options else s.name for s in sources]
-    if len(set(names)) < len(names):
-        keys = sorted({key for s in sources for key in s.options} - IGNORED)
-        keys = [key for key in keys if len({repr(s.options.get(key)) for s in sources}) > 1][:3]
-        names = [", ".join(f"{key.replace('_', ' ')} {s.options.get(key)}" for key in keys) for s in sources]
-    return names if len(set(names)) == len(names) else [f"{s.name} ({i})" for i, s in enumerate(sources, 1)]
+    runs = [source.options for source in sources if source.options]
+    keys = sorted({key for options in runs for key in options} - IGNORED)
+    keys = [key for key in keys if len({repr(options.get(key)) for options in runs}) > 1][:3]
+    options = [", ".join(f"{key.replace('_', ' ')} {{{key}}}" for key in some) for some in (keys, [*keys, "seed"])]
+    for form in ("{script} {preset}", *options):
+        names = [form.format_map(dict.fromkeys(keys) | s.options) if s.options else s.name for s in sources]
+        if len(set(names)) == len(names):
+            return names
+    names = [source.name for source in sources]
+    return names if len(set(names)) == len(names) else [f"{name} ({i})" for i, name in enumerate(names, 1)]
 
 
 def look(number: int) -> dict[str, Any]:
@@ -71,17 +73,18 @@ def look(number: int) -> dict[str, Any]:
     return dict(color=COLORS[number % 7], linestyle=["-", "--", ":", "-."][number % 4], marker="osD^v"[number % 5])
 
 
-def save(figure: Figure, title: str, small_print: Sequence[Any], path: Path) -> None:
+def save(figure: Figure, title: str, note: str, runs: dict[str, Source], path: Path) -> None:
     """Write the file whole or not at all. A PNG has a palette, and as many dots as fit into 200 kB."""
     figure.suptitle(title, x=0.01, ha="left")
-    figure.supxlabel("\n".join(map(str, small_print)), x=0.01, ha="left", fontsize=6, color="0.35")
+    small_print = [note] * bool(note) + [f"{label}: {source}" for label, source in runs.items() if source.options]
+    figure.supxlabel("\n".join(small_print), x=0.01, ha="left", fontsize=6, color="0.35")
     content = io.BytesIO()
     if path.suffix != ".png":
         figure.savefig(content, format=path.suffix[1:])
     else:
         from PIL import Image
 
-        for dpi, colors in ((160, 256), (130, 256), (110, 128), (90, 128), (70, 64)):
+        for dpi, colors in ((160, 256), (130, 256), (110, 256), (100, 128), (90, 128), (90, 64), (70, 64)):
             content.seek(0)
             figure.savefig(content, format="png", dpi=dpi)
             image = Image.open(content).convert("RGB").quantize(colors, dither=Image.Dither.NONE)
@@ -90,8 +93,12 @@ def save(figure: Figure, title: str, small_print: Sequence[Any], path: Path) -> 
             if content.tell() < 200_000:
                 break
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content.getvalue())
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content.getvalue())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     print(path)
 
 
@@ -217,7 +224,8 @@ def gallery(args: argparse.Namespace) -> None:
         return images, [data.classes[label][:9] for label in data.labels[rows].tolist()]
 
     chosen, strips = list[int](), list[Strip]()
-    for encoder, title in zip(encoders, legend(sources), strict=True):
+    runs = dict(zip(legend(sources), sources, strict=True))
+    for encoder, title in zip(encoders, runs, strict=True):
         queries, keys = extract(encoder, test, args, device), extract(encoder, train, args, device)
         index = common.neighbors(queries, keys, k)[1].cpu()
         right = train.labels[index] == test.labels[:, None]
@@ -229,7 +237,7 @@ def gallery(args: argparse.Namespace) -> None:
     note = (f"Left: test images of {test.name}, chosen by neighbours in the first network, seed {args.seed}. Right: "
             f"the {k} nearest of {len(train):,} training images, nearest first; green and ✓: the class is right.")
     figure = draw_gallery(*pictures(test, torch.tensor(chosen)), strips)
-    save(figure, f"Test images and their {k} nearest training images", [note, *sources], args.out)
+    save(figure, f"Test images and their {k} nearest training images", note, runs, args.out)
 
 
 # ---- curves ----------------------------------------------------------------------------------------------------------
@@ -317,11 +325,10 @@ def curves(args: argparse.Namespace) -> None:
         first, seeds = members[0][0], "/".join(str(source.options["seed"]) for source, _ in members)
         git, epochs = "/".join({source.git: "" for source, _ in members}), min(source.epochs for source, _ in members)
         sources.append(first._replace(options=first.options | dict(seed=seeds), git=git, epochs=epochs))
-    labels, runs = legend(sources), [[rows for _, rows in members] for members in groups.values()]
     same = len({(source.options["script"], source.options.get("loss")) for source in sources}) == 1
-    figure = draw_curves(dict(zip(labels, runs, strict=True)), chance, compare=same)
-    small_print = [f"{label}: {source}" for label, source in zip(labels, sources, strict=True)]
-    save(figure, "Learning curves", small_print, args.out)
+    labels, lines = legend(sources), [[rows for _, rows in members] for members in groups.values()]
+    figure = draw_curves(dict(zip(labels, lines, strict=True)), chance, compare=same)
+    save(figure, "Learning curves", "", dict(zip(labels, sources, strict=True)), args.out)
 
 
 # ---- density ---------------------------------------------------------------------------------------------------------
@@ -350,6 +357,7 @@ def draw_density(panels: dict[str, dict[str, Tensor]]) -> Figure:
     """A histogram over images for each network, in a panel for each kind of density."""
     figure = Figure((8.4, 3.4), layout="constrained")
     for axes, (title, lines) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        room = 1.05 + 0.1 * len(lines)  # the legend stands above the histograms
         every = torch.cat(list(lines.values()))
         bins = torch.linspace(every.min().item(), every.max().item() + 1e-6, 61, dtype=torch.float64).tolist()
         for number, (label, values) in enumerate(lines.items()):
@@ -357,9 +365,9 @@ def draw_density(panels: dict[str, dict[str, Tensor]]) -> Figure:
             share = [100 / len(values)] * len(values)
             for style in (dict(histtype="stepfilled", alpha=0.25), dict(histtype="step", linestyle=dashes)):
                 axes.hist(values.tolist(), bins, weights=share, color=color, **style)
-            axes.axvline(mean, color=color, linestyle=dashes, linewidth=1, label=f"{label}: mean {mean:.3f}")
+            axes.axvline(mean, 0, 1 / room, color=color, linestyle=dashes, label=f"{label}: mean {mean:.3f}")
         axes.set(title=title, xlabel="mean dot product", ylabel="% of images in a bin")
-        axes.set_ylim(top=axes.get_ylim()[1] * (1.05 + 0.1 * len(lines)))  # room for the legend
+        axes.set_ylim(top=axes.get_ylim()[1] * room)
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.legend(loc="upper left", fontsize=7)
     return figure
@@ -373,7 +381,8 @@ def density(args: argparse.Namespace) -> None:
     kind = args.features or ("bank" if banks else "clean")
     data = load_data(encoders[0], args, device)[0] if kind == "clean" else None
     near, far, ranks, counts = dict[str, Tensor](), dict[str, Tensor](), set[tuple[int, int, int]](), set[str]()
-    for encoder, source, label in zip(encoders, sources, legend(sources), strict=True):
+    runs = dict(zip(legend(sources), sources, strict=True))
+    for encoder, (label, source) in zip(encoders, runs.items(), strict=True):
         features = encoder.bank if data is None else extract(encoder, data, args, device)
         if features is None:
             raise common.Fault(f"{source.name} has no memory bank: use --features clean")
@@ -389,7 +398,7 @@ def density(args: argparse.Namespace) -> None:
     words = "of the memory bank, as training left them" if data is None else f"of {data.name}, without augmentation"
     note = f"Features {words}; {' or '.join(sorted(counts))} images, each against all others."
     figure = draw_density(dict(zip(titles, (near, far), strict=True)))
-    save(figure, "Density of the embedding", [note, *sources], args.out)
+    save(figure, "Density of the embedding", note, runs, args.out)
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
@@ -433,6 +442,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.out = args.out or (first if first.is_dir() else first.parent) / f"{args.name}.png"
     if args.out.suffix not in (".png", ".pdf", ".svg"):
         parser.error(f"--out {args.out}: the name must end in .png, .pdf or .svg")
+    if "out" in args.typed and not args.out.parent.is_dir():
+        parser.error(f"--out {args.out}: there is no directory {args.out.parent}")
     return args
 
 

@@ -246,10 +246,14 @@ def test_legend_and_small_print(run: Path) -> None:
     source = figures.read_log(str(run))[0]
     assert figures.legend([source]) == ["npid smoke"]
     faster = source._replace(options=source.options | dict(lr=0.1, output="x"))
-    assert figures.legend([source, faster]) == ["lr 0.03", "lr 0.1"]
-    assert figures.legend([source, source._replace(name="second")]) == ["first (1)", "second (2)"]
+    untrained = figures.Source("untrained", {}, {}, "", 0)
+    assert figures.legend([source, faster, untrained]) == ["lr 0.03", "lr 0.1", "untrained"]
+    seed = source._replace(options=source.options | dict(seed=1))
+    assert figures.legend([source, seed]) == ["seed 0", "seed 1"]
+    assert figures.legend([source, source._replace(name="second")]) == ["first", "second"]
+    assert figures.legend([source, source]) == ["first (1)", "first (2)"]
     words = str(source)
-    for part in ("npid.py", "preset smoke", "256 images of shapes", "2 epochs", "seed 0", f"commit {source.git}"):
+    for part in ("npid.py", "preset smoke", "256 images of shapes", "epoch 2 of 2", "seed 0", f"commit {source.git}"):
         assert part in words
 
 
@@ -282,7 +286,7 @@ BAD = [
     ("curves list", "no log"),
     ("curves started", "no epoch yet"),
     ("curves RUN --out picture.txt", "must end in .png"),
-    ("curves RUN --out nowhere/picture.png", "No such file"),
+    ("curves RUN --out nowhere/picture.png", "no directory nowhere"),
     ("curves", "RUN"),
     ("portrait RUN", "invalid choice"),
     ("gallery nothing", "cannot read nothing/checkpoint.pth"),
