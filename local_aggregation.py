@@ -32,7 +32,7 @@ log.jsonl has, beside NPID's keys: la_loss; close_size, mean |C_i|; skewness, me
 (section 5.2); intersection, mean |B_i and C_i|, and alone, the share of images with nothing but themselves in it;
 forced, the share that had to be put into their own B_i; objective, empty and splits of the k-means; nmi with the clustering
 before; cluster_seconds; local_density and background_density (Fig. 2: mean similarity to the 30 nearest, and to ranks 1000
-to 4096, or the same shares of a smaller set).
+to 4096, or the same shares of fewer images).
 """
 
 import argparse
@@ -350,11 +350,10 @@ def health(clusters: Clusters, before: Tensor, bank: Tensor, rows: Tensor) -> di
 @torch.no_grad()
 def density(bank: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Local and background density (Fig. 2) of the images `rows` (R,), each (R,): the mean similarity to the 30 nearest of
-    the bank (N, D), and to the ranks 1000 to 4096, or the same part of the nearest tenth where N is below 40,960."""
-    last = max(40, min(4096, len(bank) // 10))
-    first = round(last * 1000 / 4096)
+    the bank (N, D), and to ranks 1000 to 4096; of fewer than 4,097 images the same shares."""
+    first, last = (max(2, round(rank * min(1, (len(bank) - 1) / 4096))) for rank in (1000, 4096))
     similarity = common.neighbors(bank[rows].float(), bank.float(), last, exclude=rows)[0]
-    return similarity[:, :30].mean(1), similarity[:, first - 1 :].mean(1)
+    return similarity[:, : min(30, first - 1)].mean(1), similarity[:, first - 1 :].mean(1)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

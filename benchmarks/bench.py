@@ -9,17 +9,24 @@ import os
 import platform
 import re
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import common
+import local_aggregation
+import npid
 
 Record = dict[str, Any]
 
@@ -82,7 +89,7 @@ def softmax_logits(z: Tensor, index: Tensor, bank: Tensor) -> Tensor:
 
 
 def nce(z: Tensor, index: Tensor, bank: Tensor, num_negatives: int = 4096) -> Tensor:
-    """Gradient for z of eq. (7) with uniform noise, in the log domain; Z = 2.2 N, as at the first batch."""
+    """Gradient for z of eq. (7) as the authors compute it: rows of the bank gathered for each image; Z = 2.2 N."""
     z = z.clone().requires_grad_()
     noise = torch.randint(len(bank), (len(z), num_negatives), device=z.device)
     rows = bank[torch.cat([index[:, None], noise], 1)]  # (B, m + 1, D)
@@ -200,11 +207,86 @@ def bench_knn(args: argparse.Namespace) -> list[Record]:
     return [record | {"target": 1.3}]
 
 
+# ---- a whole training step ---------------------------------------------------------------------------------
+
+
+def training_step(script: ModuleType, options: list[str], args: argparse.Namespace) -> list[Record]:
+    """A step as the script's loop does it (crop, augmentation, loss, bank) against the bare network's, N = 50,000.
+
+    The bare step is forward, backward and SGD of the same network in the same precision and memory layout on ready
+    images; the plain one is the same in PyTorch's own layout and float32.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        run_args = script.parse_args(["--preset", "shapes", "--output", folder, "--device", args.device, *options])
+        run = common.Run(run_args)
+        data = common.load(run_args, "pretrain", run.device)
+        encoder = run.place(script.Encoder(run_args.arch, run_args.width, data.small, run_args.feature_dim)).train()
+        plain = script.Encoder(run_args.arch, run_args.width, data.small, run_args.feature_dim).to(run.device).train()
+        bank = common.MemoryBank(len(data), run_args.feature_dim, run.generator("bank")).to(run.device)
+        batches = data.batches(run, run.permutation(0, len(data)), common.Crop(data.size, script.SCALE), 0)
+        ready = torch.randn(run_args.batch_size, 3, data.size, data.size, device=run.device)
+        optimizers = {model: torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9) for model in (encoder, plain)}
+        if script is local_aggregation:
+            clusters = local_aggregation.Clusters(run_args.H, len(data)).to(run.device)
+            clusters.labels = torch.randint(run_args.m, clusters.labels.shape, dtype=torch.int32, device=run.device)
+
+        def bare(model: Any, amp: bool) -> None:
+            optimizers[model].zero_grad()
+            with torch.autocast(run.device.type, torch.bfloat16, enabled=amp):
+                feature = model(ready)
+            F.normalize(feature).sum().backward()
+            optimizers[model].step()
+
+        def whole() -> None:
+            step, index, (images,) = next(batches)
+            images = data.normalize(script.augment(images, run.draw(0, step), False, True))
+            optimizers[encoder].zero_grad()
+            with run.autocast():
+                z = F.normalize(encoder(images))
+            if script is npid:
+                losses = common.bank_softmax(z, index, bank.features, run_args.temperature)
+            else:
+                slots, similarity, _ = local_aggregation.nearest(z.detach(), index, bank.features, run_args.k)
+                close = clusters.same(index, slots)
+                losses = local_aggregation.local_aggregation(z, slots, similarity, close, bank.features, run_args.temperature)
+            losses.mean().backward()
+            optimizers[encoder].step()
+            bank.update(z.detach(), index, run_args.bank_momentum)
+
+        rounds = argparse.Namespace(**{**vars(args), "repeats": min(args.repeats, 7)})
+        name = f"{script.__name__}, ResNet-18 width {run_args.width}, B = {run_args.batch_size}"
+        records = [race(f"{name}: bare step / whole step", lambda: bare(encoder, run.amp), whole, rounds),
+                   race(f"{name}: plain bare step / whole step", lambda: bare(plain, False), whole, rounds)]
+        for record in records:
+            record["amp"] = run.amp
+        return records
+
+
+def bench_step(args: argparse.Namespace) -> list[Record]:
+    """NPID's step, bound: 1 / 1.05 = 0.952 of the bare one."""
+    return training_step(npid, [], args)
+
+
+def bench_la_step(args: argparse.Namespace) -> list[Record]:
+    """Local Aggregation's step with k = 4096 and H = 10, bound: 1 / 1.10 = 0.909 of the bare one."""
+    return training_step(local_aggregation, ["--k", "4096", "--H", "10", "--m", "1000"], args)
+
+
+def bench_la_clustering(args: argparse.Namespace) -> list[Record]:
+    """One clustering of Local Aggregation's H = 10, N = 50,000, m = 1,000, 20 iterations, Faiss over torch."""
+    x = unit_rows(50_000, 128, args.device, 0)
+    rounds = argparse.Namespace(**{**vars(args), "repeats": min(args.repeats, 5)})
+    return [race("Faiss / torch", lambda: common.kmeans(x, 1000, backend="faiss"), lambda: common.kmeans(x, 1000), rounds)]
+
+
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Record]]] = {
     "softmax": bench_softmax,
     "nce": bench_nce,
     "kmeans": bench_kmeans,
     "knn": bench_knn,
+    "step": bench_step,
+    "la-step": bench_la_step,
+    "la-clustering": bench_la_clustering,
 }
 
 
