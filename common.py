@@ -2264,9 +2264,10 @@ def load_encoder(
 ) -> Encoder:
     """The encoder in a checkpoint of ours, a backbone.pth, or any file with torchvision's or timm's names.
 
-    arch, width and small (3x3 stem) are read from checkpoints of ours. `layer`: "head", "backbone", or "auto": the head
-    of checkpoints of ours, the backbone of foreign files, whose last layer may be a classifier. Under 95 % of the
-    backbone's weights found, or any of another shape, is a Fault: numbers of a half-loaded network look like results.
+    Checkpoints of ours say arch and width themselves; small: whether a foreign file has the 3x3 stem (None: as its
+    weights fit). `layer`: "head", "backbone", or "auto": the head of checkpoints of ours, the backbone of foreign
+    files, whose last layer may be a classifier. Under 95 % of the backbone's weights found, or any of another shape,
+    is a Fault: numbers of a half-loaded network look like results.
     """
     try:
         content = path.read_bytes()
@@ -2280,9 +2281,12 @@ def load_encoder(
     if arch is None:
         raise Fault(f"{path} does not say its architecture: name it with --arch")
     width = width or options.get("width", 64)
-    network = backbone(arch, width, data.get("small", False) if small is None else small)
-    target = network.state_dict()
-    weights, prefix = _strip(weights, target)
+    for stem in [data["small"]] if ours else [False, True] if small is None else [small]:
+        network = backbone(arch, width, stem)
+        target = network.state_dict()
+        weights, prefix = _strip(weights, target)
+        if all(weights[name].shape == value.shape for name, value in target.items() if name in weights):
+            break
     matched = {name: weights[name] for name in target if name in weights and weights[name].shape == target[name].shape}
     wanted = {name for name in target if not name.endswith("num_batches_tracked")}
     missing = sorted(wanted - matched.keys())
@@ -2299,9 +2303,9 @@ def load_encoder(
     unexpected = sorted(weights.keys() - matched.keys())
     other = [name for name in missing if name in weights] + [name for name in unexpected if name.startswith("layer")]
     if share < 0.95 or other:  # of another shape, or of a deeper ResNet
-        raise Fault(f"{path} has {100 * share:.0f} % of the weights of {arch}, width {width}: wrong --arch, --width or "
-                    f"--image-size? Missing {', '.join(missing[:3]) or 'none'} ...; left over "
-                    f"{', '.join((other + unexpected)[:3])} ...")  # fmt: skip
+        raise Fault(f"{path} has {100 * share:.0f} % of the weights of {arch}, width {width}: wrong --arch or --width? "
+                    f"Missing {', '.join(missing[:3]) or 'none'} ...; left over "
+                    f"{', '.join(list(dict.fromkeys(other + unexpected))[:3])} ...")  # fmt: skip
     if head is None and layer == "head":
         raise Fault(f"{path} has no linear layer on the {network.dim} features of {arch}: use --layer backbone")
     network.load_state_dict(matched, strict=False)

@@ -71,8 +71,7 @@ def main(args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         encoder = common.untrained_encoder(args.arch or "resnet18", args.width or 64, train.small, device)
     else:
-        small = args.image_size < common.SMALL if args.image_size else None
-        encoder = common.load_encoder(path, args.arch, args.width, small, device, args.layer)
+        encoder = common.load_encoder(path, args.arch, args.width, None, device, args.layer)
         print(f"{path}: {encoder.describe()}", flush=True)
         if args.train_features == "bank" and encoder.bank is None:
             raise common.Fault(f"{path} has no memory bank: use --train-features clean")

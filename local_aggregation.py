@@ -471,7 +471,8 @@ def main(args: argparse.Namespace) -> None:
             local, around = density(bank.features, sample)
             row |= dict(local_density=local.mean().item(), background_density=around.mean().item())
         run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=optimizer.param_groups[0]["lr"], **row,
-                images_per_second=round(images_per_second), seconds=round(time.perf_counter() - began, 1), memory_gb=common.memory_gb(run.device))
+                images_per_second=round(images_per_second), seconds=round(time.perf_counter() - began, 1),
+                memory_gb=common.memory_gb(run.device))
         run.save(state, epoch + 1, 0)
     run.finish(encoder.backbone)
 

@@ -127,7 +127,8 @@ def test_half_loaded_is_refused(resnet: dict[str, Tensor], trained: Path, tmp_pa
     one_line(run("eval_knn", [tmp_path / "deeper.pth", *command]), "wrong --arch", "left over layer1.2.bn1.bias")
     one_line(run("eval_knn", [tmp_path / "nowhere.pth", "--arch", "resnet18"]), "cannot read", "nowhere.pth")
     one_line(run("eval_knn", [tmp_path / "whole.pth", "--arch", "resnet34", *SMALL_SET]), "of the weights of resnet34")
-    one_line(run("eval_knn", [tmp_path / "whole.pth", "--arch", "resnet18", *SMALL_SET]), "Missing conv1.weight")
+    torch.save(resnet | {"conv1.weight": torch.zeros(64, 3, 5, 5)}, tmp_path / "stem.pth")
+    one_line(run("eval_knn", [tmp_path / "stem.pth", "--arch", "resnet18", *SMALL_SET]), "Missing conv1.weight")
     torch.save({"weights": 3}, tmp_path / "none.pth")
     one_line(run("eval_knn", [tmp_path / "none.pth", "--arch", "resnet18"]), "holds no weights")
     no_head = {name: value for name, value in resnet.items() if not name.startswith("fc.")}
@@ -159,7 +160,7 @@ def test_our_checkpoint(trained: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_backbone_file(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """backbone.pth gives the features of the checkpoint's backbone."""
-    options = ["--arch", "resnet18", "--width", "4", "--k", "5", *SMALL_SET]
+    options = ["--arch", "resnet18", "--width", "4", "--k", "5", *SMALL_SET]  # nothing says that its stem is 3x3
     alone = evaluate(capsys, trained / "backbone.pth", *options)
     inside = evaluate(capsys, trained / "checkpoint.pth", *options, "--layer", "backbone")
     assert alone["knn"] == inside["knn"] and alone["feature_dim"] == inside["feature_dim"] == 32
