@@ -1,13 +1,13 @@
 """Cross-Level Instance-Group Discrimination (Wang, Liu and Yu, CVPR 2021, arXiv:2008.03813).
 
-Telling instances apart pushes similar images apart as well. CLD adds to a host method a second branch on the same trunk:
-the batch is grouped by k-means in each of two views, and an image of one view has to find, among the other view's group
-centroids M', the one g' of its other view, which pulls an image to its kin and pushes away groups instead of images:
+Telling instances apart also pushes similar images apart. CLD adds to a host method a second branch on the same trunk: the
+batch is grouped by k-means in each of two views, x and x', and an image of one view has to find, among the other view's
+group centroids M', the group g' of its other view. That draws an image to its kin, and it is groups that push it away:
 
     L = L_instance(f_I) + lambda * mean of CE(f_G(x) . M' / T_G, g') and CE(f_G(x') . M / T_G, g)
 
-The host is `--host`: npid (softmax over a bank of all images), moco and mocov2 (a queue of keys), byol, infomin. Each is a
-small class with `instance_loss` and `after_step` below; `--lambda 0` is the host alone, bit for bit.
+`--host` is npid (softmax over a bank of all images), moco or mocov2 (a queue of keys), byol, or infomin. Each is a small
+class below with `instance_loss` and `after_step`; the loop is the same for all. `--lambda 0` is the host alone, bit for bit.
 
     python cld.py                                  # NPID+CLD on rendered shapes, for a first try
     python cld.py --data cifar10                   # Table A.2: 86.5 kNN in the paper, 80.8 without CLD
@@ -16,121 +16,117 @@ small class with `instance_loss` and `after_step` below; `--lambda 0` is the hos
     python cld.py --preset cifar10 --help          # every value of that preset
 
 Differences from the paper and from the authors' code:
-  * k-means is spherical, as eq. (1) writes it; `--clustering euclidean` is the code's, with means that are not normalised.
-    As in the code it starts at the first rows, and the gradient reaches the centroids but not the assignments. Spectral
-    clustering takes the k smallest eigenvectors of the Laplacian (the largest, as printed, do not separate two blobs) of
-    |cosine| with an empty diagonal.
+  * k-means is spherical, as eq. (1) writes it; `--clustering euclidean` is the code's, with plain means as centroids. As
+    in the code it starts from the first rows, and the gradient reaches the centroids but not the assignments.
+  * Spectral clustering takes the k smallest eigenvectors of the Laplacian; the largest, as the text has it, do not separate
+    two blobs. The affinity is |cosine| with an empty diagonal.
   * An empty group keeps its centroid while k-means runs and is no class in the loss; the code has a class of logit 0.
-  * Groups are of the whole batch on any number of GPUs. `--groups-over local` is the code's: with 64 images on a GPU its
-    120 groups are single images and empty classes; here they clamp to the rows, with a warning.
+  * Groups are those of the whole batch on any number of GPUs. `--groups-over local` is the code's: its 120 groups of 64
+    images are single images and empty classes. Here groups clamp to the rows, with a warning.
   * The bank is written once a step, after the optimiser's step, with the mean of both views; the code writes it twice.
-  * The key encoder follows by its parameters alone. It stays in training mode with batch statistics of its own, which
-    nothing reads in evaluation. Against leaks through them: --sync-bn, for both encoders, in place of MoCo's shuffling.
-  * InfoMin cuts its 9 patches from a crop of the usual scale, not of (0.6, 1). BYOL has SGD, not LARS.
-  * Temperatures, rates and weights of `cifar10`, `cifar100` are the released scripts'; `-supplement` are the text's.
+  * The key encoder follows by its parameters alone. It stays in training mode and has batch statistics of its own, which
+    no evaluation reads. Against leaks through them there is --sync-bn for both encoders, in place of MoCo's shuffling.
+  * InfoMin cuts its nine patches from a crop of the usual scale, not of (0.6, 1). BYOL has SGD, not LARS.
+  * `cifar10` and `cifar100` are the released scripts' settings, `cifar10-supplement` and `cifar100-supplement` the text's.
 
-log.jsonl has, for each epoch: instance_loss and instance_accuracy (nearest to its own slot or key; 32 rows of a bank's);
-group_loss, group_accuracy, groups_alive (of a view), intra and inter (mean cosine of f_G with its own centroid; of two
-centroids); feature_std of f_I (1: spread over the sphere, 0: collapsed); knn_top1 (K = 200, temperature T_I).
+log.jsonl has, for each epoch: loss, instance_loss, group_loss; instance_accuracy (whether its own slot or key is nearest;
+npid: of 32 rows); group_accuracy; groups_alive in a view; intra and inter, mean cosine of f_G with its centroid and of two
+centroids; feature_std of f_I (1: spread over the sphere, 0: collapsed); knn_top1 (K = 200, temperature T_I, no bank).
 """
 
 import argparse
 import copy
+import dataclasses
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.nn.functional as differentiable
 import torch.nn.functional as F
-import torchvision.transforms.v2.functional as vision
 from torch import Tensor, nn
+from torchvision.transforms.v2 import RandAugment
 
 import common
 
 # ---- presets ---------------------------------------------------------------------------------------------------------
-# "imagenet" is the base of all and serves any directory; a preset lists what differs. Figures stand in the README.
+# "imagenet" is the base of all, the supplement's settings, and serves any directory; a preset lists what differs.
 
-WARM = dict(schedule="cosine", warmup_epochs=5)
-RELEASED = dict(WARM, temperature=0.1, lr=0.06, weight_decay=7e-4, group_weight=1.0)  # the code turns 0.03 into 0.06
-CIFAR10 = dict(RELEASED, data="cifar10", num_groups=128)
-CIFAR100 = dict(RELEASED, data="cifar100", num_groups=200)
-MOCO10 = dict(CIFAR10, host="moco", head="norm-linear", augment="mocov2", erase=1.0, temperature=0.07, weight_decay=8e-4,
-              group_weight=0.8, num_groups=200, queue_size=12288)
-MOCO100 = dict(CIFAR100, host="moco", head="norm-linear", temperature=0.07, lr=0.03, batch_size=128, group_weight=0.25,
-               num_groups=100, queue_size=4096)
-IMAGENET = dict(arch="resnet50", batch_size=512, lr=0.2, schedule="cosine", groups_over="local")
-MOCOV2 = dict(IMAGENET, data="imagenet", host="mocov2", group_temperature=0.4)
-INFOMIN = dict(IMAGENET, warmup_epochs=5, data="imagenet", host="infomin", temperature=0.15, group_temperature=0.8, epochs=100)
-IMAGENET100 = dict(data="imagenet100", arch="resnet50", batch_size=512, lr=0.8)
-MOCO_100 = dict(IMAGENET100, host="moco")
-SHAPES = dict(WARM, data="shapes", temperature=0.1, num_groups=64, queue_size=4096)
-THIN = dict(RELEASED, subset=5000, width=16, epochs=20, lr=0.03, batch_size=128, num_groups=64, warmup_epochs=1, knn_every=5)
-KITCHEN = dict(data="kitchen-hc", image_size=32, epochs=80)  # crops of tools/crop_boxes.py
-
+THIN: dict[str, Any] = dict(subset=5000, width=16, epochs=20, batch_size=128, schedule="cosine", warmup_epochs=1,
+                            temperature=0.1, weight_decay=7e-4, group_weight=1.0, num_groups=64, knn_every=5)
 PRESETS: dict[str, dict[str, Any]] = {
-    "imagenet": dict(host="npid", group_weight=0.25, temperature=0.2, group_temperature=0.2, num_groups=120, batch_size=256,
-                     lr=0.03, schedule="step", lr_drops=[120, 160], epochs=200, weight_decay=1e-4),
-    "stl10": dict(data="stl10"),
-    "imagenet100": dict(IMAGENET100),
+    "imagenet": dict(host="npid", group_weight=0.25, temperature=0.2, group_temperature=0.2, num_groups=120, lr=0.03,
+                     batch_size=256, schedule="step", lr_drops=[120, 160], epochs=200, weight_decay=1e-4),
+    "imagenet100": dict(data="imagenet100", arch="resnet50", batch_size=512, lr=0.8),
     "imagenet-lt": dict(data="imagenet", arch="resnet50"),  # with --file-list ImageNet_LT_train.txt
-    "imagenet-mocov2": dict(MOCOV2, group_weight=0.0),
-    "imagenet-mocov2-cld-mlp": dict(MOCOV2),
-    "imagenet-mocov2-cld": dict(MOCOV2, head="norm-mlp"),
-    "imagenet-infomin": dict(INFOMIN, group_weight=0.0),
-    "imagenet-infomin-cld-mlp": dict(INFOMIN),
-    "imagenet-infomin-cld": dict(INFOMIN, head="norm-mlp"),
-    "imagenet-infomin-cld-mlp-200": dict(INFOMIN, epochs=200),
-    "imagenet-infomin-cld-200": dict(INFOMIN, head="norm-mlp", epochs=200),
-    "shapes": dict(SHAPES),
-    "instances": dict(SHAPES, instances=500, subset=10000, num_groups=32),  # many views of few: in place of Kitchen-HC
+    "stl10": dict(data="stl10"),
+    "shapes": dict(data="shapes", schedule="cosine", warmup_epochs=5, temperature=0.1, num_groups=64, queue_size=4096),
+    "instances": dict(THIN, data="shapes", instances=500, num_groups=32),  # correlated, in place of Kitchen-HC
     "demo": dict(THIN, data="shapes", knn_every=2),
     "smoke": dict(THIN, data="shapes", subset=256, test_subset=100, width=4, epochs=2, batch_size=32, feature_dim=32,
                   num_groups=8, queue_size=64, knn_every=1),
 }  # fmt: skip
-LINEAR = dict(group_weight=0.0, head="linear")
-for name, npid, moco in (("cifar10", CIFAR10, MOCO10), ("cifar100", CIFAR100, MOCO100)):
-    PRESETS |= {
-        name: dict(npid),  # Table A.2
-        f"{name}-no-cld": dict(npid, group_weight=0.0),
-        f"{name}-shared": dict(npid, branches="shared", cross_view=False),
-        f"{name}-separate": dict(npid, cross_view=False),
-        f"{name}-supplement": dict(data=name),
-        f"{name}-lt": dict(npid, imbalance=100.0),  # the paper does not print its ratio
-        f"{name}-moco": dict(moco, **LINEAR),  # README
-        f"{name}-moco-cld": dict(moco),
-        f"{name}-moco-cld-linear": dict(moco, head="linear"),
-    }
-for k in (10, 64, 128, 256):  # Table A.1
-    PRESETS[f"kitchen-kmeans{k}"] = dict(KITCHEN, num_groups=k)
-    PRESETS[f"kitchen-spectral{k}"] = dict(KITCHEN, num_groups=k, clustering="spectral")
-for w in (0.0, 0.1, 0.25, 0.5, 1.0, 3.0):  # Table A.3
-    PRESETS[f"imagenet100-npid-lambda{w:g}"] = dict(IMAGENET100, group_weight=w)
-    PRESETS[f"imagenet100-moco-lambda{w:g}"] = dict(MOCO_100, group_weight=w)
-for t in (0.07, 0.1, 0.2, 0.3, 0.4, 0.5):  # Table A.4
-    PRESETS[f"cifar100-temperature{t:g}"] = dict(MOCO100, temperature=t, group_temperature=t)
-    PRESETS[f"imagenet100-temperature{t:g}"] = dict(MOCO_100, temperature=t, group_temperature=t)
-for size in (1024, 4096, 16384, 65536):  # Fig. A.2, which prints no sizes: these are ours, up to MoCo's own
-    PRESETS[f"imagenet100-moco-queue{size}"] = dict(MOCO_100, group_weight=0.0, queue_size=size)
-    if size < 50000:
-        PRESETS[f"cifar10-moco-queue{size}"] = dict(MOCO10, **LINEAR, queue_size=size)
-for name, row in dict(no_cld=dict(group_weight=0.0), shared=dict(branches="shared", cross_view=False),
-                      separate=dict(cross_view=False), cld=dict[str, Any]()).items():  # fmt: skip
-    for data in ("cifar10", "shapes"):  # Table A.2 in miniature
-        PRESETS[f"thin-{data}-{name.replace('_', '-')}"] = dict(THIN, data=data, **row)
+
+# What the rows of Table A.2 leave out of the method; first in miniature.
+NO_CLD = dict(group_weight=0.0)
+ABLATION: dict[str, dict[str, Any]] = {
+    "": {}, "-no-cld": NO_CLD, "-shared": dict(branches="shared", cross_view=False), "-separate": dict(cross_view=False),
+}  # fmt: skip
+PRESETS |= {f"thin-{data}{part}": dict(THIN, data=data, **row) for data in ("cifar10", "shapes")
+            for part, row in ABLATION.items()}  # fmt: skip
+
+# Released scripts, which multiply their rate of 0.03 by B / 128.
+NPID = dict(schedule="cosine", warmup_epochs=5, temperature=0.1, lr=0.06, weight_decay=7e-4, group_weight=1.0)
+MOCO = dict(NPID, host="moco", head="norm-linear", temperature=0.07)
+CIFAR: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "cifar10": (dict(NPID, num_groups=128), dict(MOCO, augment="mocov2", erase=1.0, weight_decay=8e-4, group_weight=0.8,
+                                                 num_groups=200, queue_size=12288)),
+    "cifar100": (dict(NPID, num_groups=200), dict(MOCO, lr=0.03, batch_size=128, group_weight=0.25, num_groups=100,
+                                                  queue_size=4096)),
+}  # fmt: skip
+for name, (npid, moco) in CIFAR.items():
+    PRESETS |= {f"{name}{part}": dict(npid, data=name, **row) for part, row in ABLATION.items()}
+    PRESETS[f"{name}-supplement"] = dict(data=name)
+    PRESETS[f"{name}-lt"] = dict(npid, data=name, imbalance=100.0)  # the paper does not print its ratio
+    PRESETS[f"{name}-moco"] = dict(moco, data=name, head="linear", **NO_CLD)
+    PRESETS[f"{name}-moco-cld"] = dict(moco, data=name)
+    PRESETS[f"{name}-moco-cld-linear"] = dict(moco, data=name, head="linear")
+
+IMAGENET = dict(data="imagenet", arch="resnet50", batch_size=512, lr=0.2, schedule="cosine", groups_over="local",
+                sync_bn=True)  # fmt: skip
+MOCOV2 = dict(IMAGENET, host="mocov2", group_temperature=0.4)
+INFOMIN = dict(IMAGENET, host="infomin", group_temperature=0.8, temperature=0.15, warmup_epochs=5)
+for name, row in (("mocov2", MOCOV2), ("infomin", dict(INFOMIN, epochs=100)), ("infomin-200", INFOMIN)):
+    PRESETS[f"imagenet-{name}"] = dict(row, **NO_CLD)
+    PRESETS[f"imagenet-{name}-cld-mlp"] = dict(row)
+    PRESETS[f"imagenet-{name}-cld"] = dict(row, head="norm-mlp")
+
+NPID_100, MOCO_100 = PRESETS["imagenet100"], dict(PRESETS["imagenet100"], host="moco", sync_bn=True)
+KITCHEN = dict(data="kitchen-hc", image_size=32, epochs=80)  # crops, see tools/crop_boxes.py
+PRESETS |= {f"kitchen-kmeans{k}": dict(KITCHEN, num_groups=k) for k in (10, 64, 128, 256)}  # Table A.1
+PRESETS |= {f"kitchen-spectral{k}": dict(KITCHEN, num_groups=k, clustering="spectral") for k in (10, 64, 128, 256)}
+PRESETS |= {f"imagenet100-{host}-lambda{w:g}": dict(row, group_weight=w)
+            for host, row in (("npid", NPID_100), ("moco", MOCO_100))
+            for w in (0.0, 0.1, 0.25, 0.5, 1.0, 3.0)}  # Table A.3
+PRESETS |= {f"{name}-temperature{t:g}": dict(row, temperature=t, group_temperature=t)
+            for name, row in (("cifar100", PRESETS["cifar100-moco-cld"]), ("imagenet100", MOCO_100))
+            for t in (0.07, 0.1, 0.2, 0.3, 0.4, 0.5)}  # Table A.4
+PRESETS |= {f"{name}-queue{size}": dict(row, queue_size=size, **NO_CLD)  # Fig. A.2; it prints no sizes, these are ours
+            for name, row in (("cifar10-moco", PRESETS["cifar10-moco"]), ("imagenet100-moco", MOCO_100))
+            for size in (1024, 4096, 16384, 65536) if size < 50_000 or name != "cifar10-moco"}
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
 class HostDefaults(NamedTuple):
-    """What belongs to a host: the crops it takes, and the values of options that are not given."""
+    """The crops a host takes (two views, a third for the keys, a fourth for the patches), and its options' defaults."""
 
-    crops: int  # two views; a third for the keys; a fourth for the patches
+    crops: int
     head: str
     augment: str
     key_momentum: float
@@ -171,16 +167,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--bank-momentum", type=common.SHARE, default=0.5, metavar="SHARE",
                         help="npid: share of the old feature in v_i <- normalize(share * v_i + (1 - share) * f_i)")
     method.add_argument("--queue-size", type=common.COUNT, default=65536, metavar="N", help="moco, infomin: keys kept")
-    method.add_argument("--key-momentum", type=common.SHARE, metavar="M", help="of the key encoder that follows; byol: at "
-                        "the start, it grows to 1; default: 0.999, byol 0.996")
+    method.add_argument("--key-momentum", type=common.SHARE, metavar="M", help="of the key encoder that follows; byol's "
+                        "grows to 1; default: 0.999, byol 0.996")
     method.add_argument("--augment", choices=list(RECIPES), help="default: the host's")
-    method.add_argument("--erase", type=common.SHARE, default=0.0, metavar="P", help="share of images with an erased box")
-    method.add_argument("--warmup-epochs", type=common.COUNT_OR_ZERO, default=0, metavar="N", help="from lr / 100 to lr")
+    method.add_argument("--erase", type=common.SHARE, default=0.0, metavar="P", help="share of views with an erased box")
+    method.add_argument("--warmup-epochs", type=common.COUNT_OR_ZERO, default=0, metavar="N", help="lr / 100 to lr")
     made = parser.add_argument_group("training set; labels, if used, only choose which images are trained on")
-    made.add_argument("--imbalance", type=common.number(float, 1), metavar="R", help="long tail: the classes' numbers of "
-                      "images fall exponentially, the last class has 1/R of the first")
-    made.add_argument("--file-list", type=Path, metavar="FILE", help="train only on these images of --data; lines: an image "
-                      "or a class folder, relative to it, and optionally the class where folders do not tell it")
+    made.add_argument("--imbalance", type=common.number(float, 1), metavar="R", help="long tail: the sizes of the "
+                      "classes fall exponentially, that of the last is 1/R of the first's")
+    made.add_argument("--file-list", type=Path, metavar="FILE", help="train only on these images of --data; "
+                      "lines: an image or a class folder, and the class if no folder tells it")
     made.add_argument("--val-list", type=Path, metavar="FILE", help="the same for the images of the kNN monitor")
     made.add_argument("--instances", type=common.COUNT, metavar="N", help="shapes only: crops of N rendered images")
     common.add_training_options(parser)
@@ -208,15 +204,14 @@ def long_tailed(data: common.ImageSet, ratio: float, seed: int) -> common.ImageS
 
 def listed(data: common.ImageSet, path: Path) -> common.ImageSet:
     """The images of a folder that a list names, such as ImageNet-100's or ImageNet-LT's; lines: path [class]."""
-    wanted = dict(((*line.rsplit(maxsplit=1), "")[:2] if line.rsplit(maxsplit=1)[-1].isdigit() else (line.strip(), ""))
-                  for line in path.read_text().splitlines() if line.strip())  # fmt: skip
+    lines = [re.fullmatch(r"(.+?)(?:\s+(\d+))?", line.strip()) for line in path.read_text().splitlines()]
+    wanted = {line[1]: int(line[2] or -1) for line in lines if line}
     rows, given, found = list[int](), list[int](), set[str]()
     for row, file in enumerate(data.files):
         names = [file.parent.name, *("/".join(file.parts[-n:]) for n in range(1, 5))]
-        name = next((name for name in names if name in wanted), None)
-        if name is not None:
+        for name in [name for name in names if name in wanted][:1]:
             rows.append(row)
-            given.append(int(wanted[name] or -1))
+            given.append(wanted[name])
             found.add(name)
     for name in wanted.keys() - found:
         raise common.Fault(f"{path}: {name} is not among the {len(data.files):,} images of {data.name}")
@@ -232,34 +227,33 @@ def views_of_instances(data: common.ImageSet, count: int, seed: int) -> common.I
         raise common.Fault(f"--instances renders shapes, not {data.name}")
     pixels, labels = common.shapes(count, seed, size=2 * data.size)
     instance = torch.arange(len(data)) % count
-    source, views = common.generator(seed, "instances"), []
-    for part in instance.split(1000):
+    source, views = common.generator(seed, "instances"), list[Tensor]()
+    for part in torch.split(instance, 1000):
         draw = common.Draw(source, len(part), slice(None), common.CPU)
         images = common.random_resized_crop(pixels[part], draw, data.size, scale=(0.3, 1.0), flip=0.5)
         views.append(common.to_bytes(common.random_color_jitter(images, draw, 0.2, 0.2, 0.2, 0.05)))
-    return common.dataclasses.replace(data, pixels=torch.cat(views), labels=labels[instance])
+    return dataclasses.replace(data, pixels=torch.cat(views), labels=labels[instance])
 
 
 # ---- augmentation ----------------------------------------------------------------------------------------------------
 
 
 class Recipe(NamedTuple):
-    """Colour jitter (strengths, share of the images), and shares of blurred and solarised ones in views 1 and 2."""
+    """Colour jitter (strengths, share of the images); shares of blurred and solarised images in views 1 and 2."""
 
     jitter: tuple[float, float, float, float]
     jittered: float
     blurred: tuple[float, float] = (0.0, 0.0)
     solarized: tuple[float, float] = (0.0, 0.0)
+    scale: tuple[float, float] = (0.2, 1.0)  # of RandomResizedCrop
 
 
 RECIPES = {
     "plain": Recipe((0.4, 0.4, 0.4, 0.4), 1.0),
     "mocov2": Recipe((0.4, 0.4, 0.4, 0.1), 0.8, (0.5, 0.5)),
-    "byol": Recipe((0.4, 0.4, 0.2, 0.1), 0.8, (1.0, 0.1), (0.0, 0.2)),
+    "byol": Recipe((0.4, 0.4, 0.2, 0.1), 0.8, (1.0, 0.1), (0.0, 0.2), (0.08, 1.0)),
     "infomin": Recipe((0.8, 0.8, 0.8, 0.2), 0.8, (0.5, 0.5)),
 }
-SCALE = (0.2, 1.0)  # of RandomResizedCrop
-BYOL_SCALE = (0.08, 1.0)
 
 
 def augment(images: Tensor, draw: common.Draw, name: str, view: int, photographs: bool) -> Tensor:
@@ -283,42 +277,30 @@ def augment(images: Tensor, draw: common.Draw, name: str, view: int, photographs
 @torch.no_grad()
 def random_erase(images: Tensor, draw: common.Draw, probability: float) -> Tensor:
     """Each normalised image (B, 3, S, S) loses, with this probability, a box of 2 to 33 % of its area to zeros."""
-    top, left, height, width = common.crop_boxes(draw(22), *images.shape[2:], (0.02, 0.33), (0.3, 3.3)).T[..., None]
+    boxes = common.crop_boxes(draw(22), images.shape[2], images.shape[3], (0.02, 0.33), (0.3, 3.3))
+    top, left, height, width = boxes.T[..., None]
     side = torch.arange(images.shape[2], device=images.device)
-    box = ((side >= top) & (side < top + height))[:, None, :, None] & ((side >= left) & (side < left + width))[:, None, None]
-    return images * ~(box & common.per_image(draw() < probability))
+    down, across = (side >= top) & (side < top + height), (side >= left) & (side < left + width)
+    box = down[:, None, :, None] & across[:, None, None, :] & common.per_image(draw() < probability)
+    return images.masked_fill(box, 0)
 
 
 @torch.no_grad()
 def rand_augment(images: Tensor, draw: common.Draw) -> Tensor:
-    """RandAugment of InfoMin: two of 14 operations at full strength, each done with probability 1/2. images: in [0, 1]."""
-
-    def warp(images: Tensor, angle: float = 0, x: float = 0, y: float = 0, shear_x: float = 0, shear_y: float = 0) -> Tensor:
-        shift, shear = [x * images.shape[3], y * images.shape[2]], [shear_x, shear_y]
-        return vision.affine(images, angle, shift, 1.0, shear, vision.InterpolationMode.BILINEAR, fill=[0.5])
-
-    tones: list[Callable[[Tensor], Tensor]] = [
-        vision.autocontrast, vision.equalize, vision.invert, partial(vision.posterize, bits=4),
-        lambda x: torch.where(x < 0.5, (x + 110 / 255).clamp(max=1), x),
-        partial(vision.adjust_saturation, saturation_factor=1.9), partial(vision.adjust_contrast, contrast_factor=1.9),
-        partial(vision.adjust_brightness, brightness_factor=1.9), partial(vision.adjust_sharpness, sharpness_factor=1.9),
-    ]  # fmt: skip
-    warps = [partial(warp, **{key: sign * size}) for sign in (-1, 1) for key, size in
-             dict(angle=30, x=0.45, y=0.45, shear_x=16.7, shear_y=16.7).items()]  # fmt: skip
-    operations = tones + tones + warps  # a warp goes either way
+    """RandAugment of InfoMin: two operations at full strength, each with probability 1/2. images: in [0, 1]."""
+    operation = RandAugment(num_ops=1, magnitude=30, fill=0.5)
     images = images.clone()
-    for _ in range(2):
-        choice, done = draw(2).unbind(1)
-        choice = torch.where(done < 0.5, (choice * len(operations)).long(), -1)
-        for number, operation in enumerate(operations):
-            rows = (choice == number).nonzero()[:, 0]
-            if len(rows):
-                images[rows] = operation(images[rows])
+    with torch.random.fork_rng([]):  # torchvision draws from the global stream, here from a seed for each image
+        for image, numbers in zip(images, draw(2, 2).tolist(), strict=True):
+            for seed, done in numbers:
+                if done < 0.5:
+                    torch.default_generator.manual_seed(int(seed * 2**24))
+                    image.copy_(operation(image))
     return images
 
 
 def patches(images: Tensor, draw: common.Draw) -> Tensor:
-    """Jigsaw of InfoMin: a patch of each of the 3 x 3 cells of a crop (B, 3, S, S), in random order: (B, 9, 3, P, P)."""
+    """Jigsaw of InfoMin: a patch of each cell, 3 x 3, of crops (B, 3, S, S), in random order: (B, 9, 3, P, P)."""
     cell = images.shape[3] // 3
     size = max(1, 3 * cell // 4)  # 64 of 85 pixels
     offset = (draw(9, 2) * (cell - size + 1)).long()
@@ -339,6 +321,7 @@ class NormLinear(nn.Module):
         self.direction = nn.Parameter(F.normalize(torch.empty(outputs, inputs).uniform_(-1, 1)))
 
     def forward(self, h: Tensor) -> Tensor:
+        """(..., I) -> (..., O)."""
         return F.linear(F.normalize(h, dim=-1), F.normalize(self.direction, dim=1))
 
 
@@ -361,7 +344,9 @@ class Encoder(nn.Module):
     The group head comes last and from a random stream of its own, so that the host's weights do not depend on it.
     """
 
-    def __init__(self, arch: str, width: int, small: bool, feature_dim: int, head: str, groups: bool, host: str = "npid") -> None:
+    def __init__(
+        self, arch: str, width: int, small: bool, feature_dim: int, head: str, groups: bool, host: str = "npid"
+    ) -> None:
         super().__init__()
         self.backbone = common.backbone(arch, width, small)
         hidden, layer = self.backbone.dim, NormLinear if head.startswith("norm") else nn.Linear
@@ -374,8 +359,8 @@ class Encoder(nn.Module):
         self.head = layer(hidden, feature_dim)
         self.predictor = self.jigsaw = self.group_head = None
         if host == "byol":
-            self.predictor = nn.Sequential(nn.Linear(feature_dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
-                                           nn.Linear(hidden, feature_dim))  # fmt: skip
+            self.predictor = nn.Sequential(nn.Linear(feature_dim, hidden), nn.BatchNorm1d(hidden),
+                                           nn.ReLU(inplace=True), nn.Linear(hidden, feature_dim))  # fmt: skip
         elif host == "infomin":
             self.jigsaw = Jigsaw(self.backbone.dim, feature_dim)
         if groups:
@@ -391,15 +376,15 @@ class Encoder(nn.Module):
     def forward(self, views: Tensor, cut: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Views (V, B, 3, S, S) and patches (B, 9, 3, P, P) -> unit f_I, f_G (V, B, D) and jigsaw feature (B, D).
 
-        A pass for each view, so that batch statistics are those of one view. f_I is BYOL's prediction.
+        Each view passes alone: batch statistics are those of one view. BYOL's f_I is its prediction.
         """
-        features = [self.embed(images) for images in views]
-        instance = [i if self.predictor is None else self.predictor(i) for i, _ in features]
+        instance, grouping = (torch.stack(part) for part in zip(*map(self.embed, views), strict=True))
+        if self.predictor is not None:
+            instance = torch.stack([self.predictor(part) for part in instance])
         jigsaw = None
         if self.jigsaw is not None and cut is not None:
             jigsaw = F.normalize(self.jigsaw(self.backbone(cut.flatten(0, 1))).float(), dim=1)
-        f_i, f_g = (F.normalize(torch.stack(part).float(), dim=2) for part in (instance, [g for _, g in features]))
-        return f_i, f_g, jigsaw
+        return F.normalize(instance.float(), dim=2), F.normalize(grouping.float(), dim=2), jigsaw
 
 
 def key_copy(encoder: Encoder) -> Encoder:
@@ -436,22 +421,21 @@ def group_means(z: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return member.mT @ z / counts.clamp(min=1)[..., None], counts > 0
 
 
+def nearest(z: Tensor, centroids: Tensor, spherical: bool) -> Tensor:
+    """The centroid of largest cosine, eq. (1), or of least Euclidean distance, for each row: (V, B)."""
+    scores = z @ centroids.mT
+    return (scores if spherical else scores - 0.5 * centroids.square().sum(2)[:, None]).max(2).indices
+
+
 @torch.no_grad()
 def em_labels(z: Tensor, k: int, iterations: int, spherical: bool = True, start: Tensor | None = None) -> Tensor:
-    """Labels (V, B) of k-means from `start` (V, k, D) or the first k rows; each iteration assigns, then averages.
-
-    spherical: eq. (1), unit centroids and the largest cosine; else the least Euclidean distance from plain means.
-    """
+    """Labels (V, B) after so many assignments of k-means, from `start` (V, k, D) or the first k rows."""
     centroids = z[:, :k] if start is None else start
-    for i in range(iterations):
-        if i:
-            means, alive = group_means(z, labels, k)
-            means = F.normalize(means, dim=2) if spherical else means
-            centroids = torch.where(alive[..., None], means, centroids)
-        scores = z @ centroids.mT
-        if not spherical:
-            scores = scores - 0.5 * centroids.square().sum(2)[:, None]
-        labels = scores.max(2).indices
+    labels = nearest(z, centroids, spherical)
+    for _ in range(iterations - 1):
+        means, alive = group_means(z, labels, k)
+        centroids = torch.where(alive[..., None], F.normalize(means, dim=2) if spherical else means, centroids)
+        labels = nearest(z, centroids, spherical)
     return labels
 
 
@@ -496,8 +480,11 @@ def group_figures(z: Tensor, groups: Groups) -> dict[str, Tensor]:
 
 
 def gathered(z: Tensor, world: int) -> Tensor:
-    """f_G of all ranks, (V, B, D), for groups of the whole batch; gradients come back to this rank from each of them."""
-    return z if world == 1 else torch.cat(differentiable.all_gather(z.contiguous()), 1)
+    """f_G of all ranks, (V, B, D), for groups of the whole batch; each of them sends this rank its gradient."""
+    if world == 1:
+        return z
+    parts = differentiable.all_gather(z.contiguous())  # type: ignore[no-untyped-call]
+    return torch.cat(parts, 1)
 
 
 # ---- hosts -----------------------------------------------------------------------------------------------------------
@@ -505,6 +492,9 @@ def gathered(z: Tensor, world: int) -> Tensor:
 #   instance_loss(z, jigsaw, views, index)  unit f_I (2, B, D), jigsaw feature, crops, slots -> losses (B,), accuracy ()
 #   after_step(encoder, gather, progress)   after the optimiser's step: what outlives a step is written, once
 #   state()                                 parts of the checkpoint
+
+
+Gather = Callable[..., tuple[Tensor, ...]]
 
 
 class Npid:
@@ -517,10 +507,10 @@ class Npid:
     def instance_loss(self, z: Tensor, jigsaw: Tensor | None, views: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         losses = [common.bank_softmax(f, index, self.bank.features, self.temperature) for f in z]
         self.pending.append((F.normalize(z.detach().mean(0), dim=1), index))
-        nearest = (z[0, :32].detach() @ self.bank.features.T).argmax(1)
-        return torch.stack(losses).mean(0), (nearest == index[:32]).float().mean()
+        found = (z[0, :32].detach() @ self.bank.features.T).argmax(1)
+        return torch.stack(losses).mean(0), (found == index[:32]).float().mean()
 
-    def after_step(self, encoder: Encoder, gather: Callable[..., tuple[Tensor, ...]], progress: float) -> None:
+    def after_step(self, encoder: Encoder, gather: Gather, progress: float) -> None:
         z, index = gather(*map(torch.cat, zip(*self.pending, strict=True)))
         self.bank.update(z, index, self.momentum)
         self.pending.clear()
@@ -546,14 +536,17 @@ class Queue(common.MemoryBank):
 
 
 def info_nce(z: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (V, B) of each row's own key against the queue's; whether it comes first. z: (V, B, D); keys: (B, D)."""
+    """-log of the share of a row's own key among it and the queue, (V, B); how often it is nearest, ().
+
+    z: (V, B, D); keys: (B, D); queue: (K, D); unit rows.
+    """
     positive, negative = (z * keys).sum(2) / temperature, z @ queue.T / temperature
     losses = torch.logaddexp(positive, negative.logsumexp(2)) - positive
     return losses, (positive > negative.amax(2)).float().mean()
 
 
 class Moco:
-    """A queue of keys, which an encoder makes that follows slowly. InfoMin: the patches have to find the key as well."""
+    """A queue of keys, made by an encoder that follows slowly. InfoMin: the patches have to find the key as well."""
 
     def __init__(self, keys: Encoder, queue: Queue, temperature: float, momentum: float) -> None:
         self.keys, self.queue, self.temperature, self.momentum = keys, queue, temperature, momentum
@@ -563,13 +556,12 @@ class Moco:
         with torch.no_grad():
             key = self.keys(views[2:3])[0][0]
         self.pending.append(key)
-        queue = self.queue.features.clone()  # autograd keeps it, and it changes after the step
-        losses, accuracy = info_nce(z, key, queue, self.temperature)
+        losses, accuracy = info_nce(z, key, self.queue.features, self.temperature)
         if jigsaw is None:
             return losses.mean(0), accuracy
-        return (losses.mean(0) + info_nce(jigsaw[None], key, queue, self.temperature)[0][0]) / 2, accuracy
+        return (losses.mean(0) + info_nce(jigsaw[None], key, self.queue.features, self.temperature)[0][0]) / 2, accuracy
 
-    def after_step(self, encoder: Encoder, gather: Callable[..., tuple[Tensor, ...]], progress: float) -> None:
+    def after_step(self, encoder: Encoder, gather: Gather, progress: float) -> None:
         follow(self.keys, encoder, self.momentum)
         self.queue.push(*gather(torch.cat(self.pending)))
         self.pending.clear()
@@ -591,7 +583,7 @@ class Byol:
             accuracy = ((z @ targets.mT).argmax(2) == own).float().mean()
         return (2 - 2 * (z * targets).sum(2)).sum(0), accuracy
 
-    def after_step(self, encoder: Encoder, gather: Callable[..., tuple[Tensor, ...]], progress: float) -> None:
+    def after_step(self, encoder: Encoder, gather: Gather, progress: float) -> None:
         follow(self.keys, encoder, 1 - (1 - self.momentum) * (1 + math.cos(math.pi * min(progress, 1))) / 2)
 
     def state(self) -> dict[str, Any]:
@@ -626,7 +618,7 @@ def main(args: argparse.Namespace) -> None:
     rows = args.batch_size // args.accumulate // (1 if args.groups_over == "all" else run.world)
     num_groups, queue_size = min(args.num_groups, rows), min(args.queue_size, len(data))
     if args.group_weight and num_groups < args.num_groups and run.rank == 0:
-        print(f"warning: only {rows} rows are grouped at once: {num_groups} groups, not {args.num_groups}, each row its own",
+        print(f"warning: {rows} rows are grouped at once: {num_groups} groups, not {args.num_groups}, each row its own",
               file=sys.stderr)  # fmt: skip
     if HOSTS[args.host].crops > 2:
         if "queue_size" in args.typed and queue_size < args.queue_size:
@@ -655,7 +647,7 @@ def main(args: argparse.Namespace) -> None:
     totals = common.Totals(run.device)
     state = dict(encoder=encoder, optimizer=optimizer, **host.state(), totals=totals)
     first_epoch, first_step = run.resume(state, steps)
-    crop = common.Crop(data.size, BYOL_SCALE if args.augment == "byol" else SCALE)
+    crop = common.Crop(data.size, RECIPES[args.augment].scale)
 
     def embed(images: Tensor) -> Tensor:
         with run.autocast():
@@ -671,7 +663,7 @@ def main(args: argparse.Namespace) -> None:
             for param_group in optimizer.param_groups:
                 param_group["lr"] = lr
             draw = run.draw(epoch, step)
-            cut = data.normalize(patches(crops[3], draw)) if len(crops) == 4 else torch.empty(len(index))
+            cut = data.normalize(patches(crops[3], draw)) if len(crops) == 4 else crops.new_empty(len(index), 0)
             views = torch.stack([data.normalize(augment(images, draw, args.augment, view, not data.small))
                                  for view, images in enumerate(crops[:3])])  # fmt: skip
             if args.erase:
@@ -679,10 +671,10 @@ def main(args: argparse.Namespace) -> None:
 
             optimizer.zero_grad()
             loss = torch.zeros((), device=run.device)
-            parts = zip(views.chunk(args.accumulate, 1), cut.chunk(args.accumulate), index.chunk(args.accumulate), strict=True)
-            for images, pieces, i in parts:
+            parts = views.chunk(args.accumulate, 1), cut.chunk(args.accumulate), index.chunk(args.accumulate)
+            for images, pieces, i in zip(*parts, strict=True):
                 with run.autocast():
-                    z, g, jigsaw = model(images[:2], pieces if len(crops) == 4 else None)
+                    z, g, jigsaw = model(images[:2], pieces)
                 losses, accuracy = host.instance_loss(z, jigsaw, images, i)
                 part_loss = losses.mean()
                 figures = dict(instance_loss=part_loss, instance_accuracy=accuracy,

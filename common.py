@@ -2055,10 +2055,10 @@ class _InertPickle:
 
 @dataclasses.dataclass
 class Encoder:
-    """A backbone with the weights of a file, and its linear head if the file has one of ours."""
+    """A backbone with the weights of a file, and its head if the file has one of ours."""
 
     backbone: nn.Module
-    head: nn.Linear | None
+    head: nn.Module | None
     options: dict[str, Any]  # of the run that wrote it; empty for foreign files
     data: dict[str, Any]
     bank: Tensor | None
@@ -2134,20 +2134,36 @@ def load_encoder(path: Path, arch: str | None, width: int | None, small: bool | 
         raise Fault(f"{path} has {100 * share:.0f} % of the weights of {arch}, width {width or options.get('width', 64)}: "
                     f"wrong --arch, --width or --image-size?{example}")  # fmt: skip
     network.load_state_dict(matched, strict=False)
-    head = None
+    head: nn.Module | None = None
     names = ("head", "fc", "linear") if layer == "head" else ("head",) * (layer == "auto")
+    neck = _neck(weights)
+    inputs = network.dim if neck is None else len(weights["neck.0.weight"])
     for name in names:
-        if f"{name}.weight" in weights and weights[f"{name}.weight"].shape[-1] == network.dim:
-            head = nn.Linear(network.dim, len(weights[f"{name}.weight"]), bias=f"{name}.bias" in weights)
-            head.load_state_dict({key: weights[f"{name}.{key}"] for key in head.state_dict()})
+        if f"{name}.direction" in weights:  # CLD's normalised head; its length does not survive that of the feature
+            weights[f"{name}.weight"] = F.normalize(weights[f"{name}.direction"])
+        if f"{name}.weight" in weights and weights[f"{name}.weight"].shape[-1] == inputs:
+            linear = nn.Linear(inputs, len(weights[f"{name}.weight"]), bias=f"{name}.bias" in weights)
+            linear.load_state_dict({key: weights[f"{name}.{key}"] for key in linear.state_dict()})
+            head = linear if neck is None else nn.Sequential(neck, linear)
             break
     if head is None and layer == "head":
         raise Fault(f"{path} has no linear layer on the {network.dim} features of {arch}: use --layer backbone")
     bank = saved["state"]["bank"]["features"] if ours and "bank" in saved["state"] else None
     network.eval().requires_grad_(False).to(device)
     if head is not None:
-        head.requires_grad_(False).to(device)
+        head.eval().requires_grad_(False).to(device)
     return Encoder(network, head, options, data, bank, hashlib.sha256(content).hexdigest(), report)
+
+
+def _neck(weights: dict[str, Tensor]) -> nn.Sequential | None:
+    """The hidden layer of an MLP head of ours, "neck.0", with "neck.1" if it has batch normalisation."""
+    if "neck.0.weight" not in weights:
+        return None
+    outputs, inputs = weights["neck.0.weight"].shape
+    norm = [nn.BatchNorm1d(outputs)] if "neck.1.weight" in weights else []
+    neck = nn.Sequential(nn.Linear(inputs, outputs), *norm, nn.ReLU())
+    neck.load_state_dict({key: weights[f"neck.{key}"] for key in neck.state_dict()})
+    return neck
 
 
 def _load_foreign(content: bytes, path: Path) -> Any:
