@@ -223,7 +223,7 @@ def listed(data: common.ImageSet, path: Path) -> common.ImageSet:
 
 def views_of_instances(data: common.ImageSet, count: int, seed: int) -> common.ImageSet:
     """As many images, but crops of only `count` rendered ones: a stand-in for sets such as Kitchen-HC."""
-    if data.name != "shapes":
+    if data.name != "shapes" or data.pixels is None:
         raise common.Fault(f"--instances renders shapes, not {data.name}")
     pixels, labels = common.shapes(count, seed, size=2 * data.size)
     instance = torch.arange(len(data)) % count
@@ -232,7 +232,7 @@ def views_of_instances(data: common.ImageSet, count: int, seed: int) -> common.I
         draw = common.Draw(source, len(part), slice(None), common.CPU)
         images = common.random_resized_crop(pixels[part], draw, data.size, scale=(0.3, 1.0), flip=0.5)
         views.append(common.to_bytes(common.random_color_jitter(images, draw, 0.2, 0.2, 0.2, 0.05)))
-    return dataclasses.replace(data, pixels=torch.cat(views), labels=labels[instance])
+    return dataclasses.replace(data, pixels=torch.cat(views).to(data.pixels.device), labels=labels[instance])
 
 
 # ---- augmentation ----------------------------------------------------------------------------------------------------
@@ -454,6 +454,7 @@ def spectral_embedding(z: Tensor, k: int) -> Tensor:
 
 def group(z: Tensor, k: int, iterations: int, clustering: str = "spherical", start: Tensor | None = None) -> Groups:
     """Local clustering. Centroids are means of f_G and pass gradients on to it; assignments do not."""
+    k = min(k, z.shape[1])
     space = spectral_embedding(z, k) if clustering == "spectral" else z
     labels = em_labels(space, k, iterations, clustering != "euclidean", start)
     means, alive = group_means(z, labels, k)
@@ -489,10 +490,10 @@ def gathered(z: Tensor, world: int) -> Tensor:
 
 # ---- hosts -----------------------------------------------------------------------------------------------------------
 # Each has
-#   instance_loss(z, jigsaw, views, index)  unit f_I (2, B, D), jigsaw feature, crops, slots -> losses (B,), accuracy ()
-#   after_step(encoder, gather, progress)   after the optimiser's step: what outlives a step is written, once
-#   state()                                 parts of the checkpoint
-
+#   state                                     parts of the checkpoint
+#   targets(views)                            features of the encoder that follows, unit rows, without gradient
+#   instance_loss(z, jigsaw, targets, index)  unit f_I (2, B, D), jigsaw feature, slots -> losses (B,), accuracy ()
+#   after_step(encoder, gather, progress)     after the optimiser's step: what outlives a step is written, once
 
 Gather = Callable[..., tuple[Tensor, ...]]
 
@@ -502,9 +503,13 @@ class Npid:
 
     def __init__(self, bank: common.MemoryBank, temperature: float, momentum: float) -> None:
         self.bank, self.temperature, self.momentum = bank, temperature, momentum
+        self.state: dict[str, Any] = dict(bank=bank)
         self.pending: list[tuple[Tensor, Tensor]] = []
 
-    def instance_loss(self, z: Tensor, jigsaw: Tensor | None, views: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    def targets(self, views: Tensor) -> Tensor:
+        return views.new_empty(0)  # the bank is all
+
+    def instance_loss(self, z: Tensor, jigsaw: Tensor | None, targets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         losses = [common.bank_softmax(f, index, self.bank.features, self.temperature) for f in z]
         self.pending.append((F.normalize(z.detach().mean(0), dim=1), index))
         found = (z[0, :32].detach() @ self.bank.features.T).argmax(1)
@@ -514,9 +519,6 @@ class Npid:
         z, index = gather(*map(torch.cat, zip(*self.pending, strict=True)))
         self.bank.update(z, index, self.momentum)
         self.pending.clear()
-
-    def state(self) -> dict[str, Any]:
-        return dict(bank=self.bank)
 
 
 class Queue(common.MemoryBank):
@@ -550,44 +552,47 @@ class Moco:
 
     def __init__(self, keys: Encoder, queue: Queue, temperature: float, momentum: float) -> None:
         self.keys, self.queue, self.temperature, self.momentum = keys, queue, temperature, momentum
+        self.state: dict[str, Any] = dict(key_encoder=keys, queue=queue)
         self.pending: list[Tensor] = []
 
-    def instance_loss(self, z: Tensor, jigsaw: Tensor | None, views: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            key = self.keys(views[2:3])[0][0]
-        self.pending.append(key)
-        losses, accuracy = info_nce(z, key, self.queue.features, self.temperature)
+    @torch.no_grad()
+    def targets(self, views: Tensor) -> Tensor:
+        features: Tensor = self.keys(views[2:])[0][0]
+        return features
+
+    def instance_loss(self, z: Tensor, jigsaw: Tensor | None, targets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        self.pending.append(targets)
+        losses, accuracy = info_nce(z, targets, self.queue.features, self.temperature)
         if jigsaw is None:
             return losses.mean(0), accuracy
-        return (losses.mean(0) + info_nce(jigsaw[None], key, self.queue.features, self.temperature)[0][0]) / 2, accuracy
+        patched, _ = info_nce(jigsaw[None], targets, self.queue.features, self.temperature)
+        return (losses.mean(0) + patched[0]) / 2, accuracy
 
     def after_step(self, encoder: Encoder, gather: Gather, progress: float) -> None:
         follow(self.keys, encoder, self.momentum)
         self.queue.push(*gather(torch.cat(self.pending)))
         self.pending.clear()
 
-    def state(self) -> dict[str, Any]:
-        return dict(key_encoder=self.keys, queue=self.queue)
-
 
 class Byol:
-    """No negatives: the prediction from a view is to match the other view's feature by an encoder that follows."""
+    """No negatives: the prediction from a view has to match the other view's feature by an encoder that follows."""
 
     def __init__(self, keys: Encoder, momentum: float) -> None:
         self.keys, self.momentum = keys, momentum
+        self.state: dict[str, Any] = dict(key_encoder=keys)
 
-    def instance_loss(self, z: Tensor, jigsaw: Tensor | None, views: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            targets = self.keys(views[:2])[0].flip(0)
-            own = torch.arange(z.shape[1], device=z.device)
-            accuracy = ((z @ targets.mT).argmax(2) == own).float().mean()
+    @torch.no_grad()
+    def targets(self, views: Tensor) -> Tensor:
+        features: Tensor = self.keys(views)[0]
+        return features.flip(0)
+
+    def instance_loss(self, z: Tensor, jigsaw: Tensor | None, targets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        found = (z.detach() @ targets.mT).argmax(2)  # among the batch, to have a figure
+        accuracy = (found == torch.arange(z.shape[1], device=z.device)).float().mean()
         return (2 - 2 * (z * targets).sum(2)).sum(0), accuracy
 
     def after_step(self, encoder: Encoder, gather: Gather, progress: float) -> None:
         follow(self.keys, encoder, 1 - (1 - self.momentum) * (1 + math.cos(math.pi * min(progress, 1))) / 2)
-
-    def state(self) -> dict[str, Any]:
-        return dict(key_encoder=self.keys)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -607,7 +612,6 @@ def load(args: argparse.Namespace, split: str, device: torch.device) -> common.I
         data = long_tailed(data, args.imbalance, args.seed)
     if args.instances:
         data = views_of_instances(data, args.instances, seed=int(split == "test"))
-        data.pixels = data.pixels.to(device) if data.pixels is not None and args.cache != "host" else data.pixels
     return data
 
 
@@ -617,14 +621,13 @@ def main(args: argparse.Namespace) -> None:
     test = load(args, "test", run.device) if args.knn_every else None
     rows = args.batch_size // args.accumulate // (1 if args.groups_over == "all" else run.world)
     num_groups, queue_size = min(args.num_groups, rows), min(args.queue_size, len(data))
-    if args.group_weight and num_groups < args.num_groups and run.rank == 0:
-        print(f"warning: {rows} rows are grouped at once: {num_groups} groups, not {args.num_groups}, each row its own",
-              file=sys.stderr)  # fmt: skip
-    if HOSTS[args.host].crops > 2:
-        if "queue_size" in args.typed and queue_size < args.queue_size:
-            raise common.Fault(f"--queue-size {args.queue_size} is more than the {len(data):,} images: lower it")
-        if queue_size < args.batch_size:
-            raise common.Fault(f"--queue-size {queue_size} is less than the batch of {args.batch_size}: raise it")
+    if args.group_weight and num_groups == rows and run.rank == 0:
+        print(f"warning: {rows} rows are grouped at once, so that --num-groups {args.num_groups} means {rows} groups of "
+              "one row each: lower it, or see --groups-over", file=sys.stderr)  # fmt: skip
+    if HOSTS[args.host].crops > 2 and not args.batch_size <= args.queue_size:
+        raise common.Fault(f"--queue-size {args.queue_size} is less than a batch of {args.batch_size}: raise it")
+    if HOSTS[args.host].crops > 2 and queue_size < args.queue_size and "queue_size" in args.typed:
+        raise common.Fault(f"--queue-size {args.queue_size} is more than the {len(data):,} images: lower it")
     run.describe(data, num_groups=num_groups, queue_size=queue_size)
     steps = run.steps_per_epoch(len(data))
 
@@ -645,7 +648,7 @@ def main(args: argparse.Namespace) -> None:
         host = Moco(run.place(keys), queue, args.temperature, args.key_momentum)
     optimizer = torch.optim.SGD(encoder.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
     totals = common.Totals(run.device)
-    state = dict(encoder=encoder, optimizer=optimizer, **host.state(), totals=totals)
+    state = dict(encoder=encoder, optimizer=optimizer, **host.state, totals=totals)
     first_epoch, first_step = run.resume(state, steps)
     crop = common.Crop(data.size, RECIPES[args.augment].scale)
 
@@ -675,7 +678,8 @@ def main(args: argparse.Namespace) -> None:
             for images, pieces, i in zip(*parts, strict=True):
                 with run.autocast():
                     z, g, jigsaw = model(images[:2], pieces)
-                losses, accuracy = host.instance_loss(z, jigsaw, images, i)
+                    targets = host.targets(images)
+                losses, accuracy = host.instance_loss(z, jigsaw, targets, i)
                 part_loss = losses.mean()
                 figures = dict(instance_loss=part_loss, instance_accuracy=accuracy,
                                feature_std=z[0].detach().std(0).mean() * z.shape[2] ** 0.5)  # fmt: skip
