@@ -1,13 +1,15 @@
 """Cross-Level Instance-Group Discrimination (Wang, Liu and Yu, CVPR 2021, arXiv:2008.03813).
 
-Telling instances apart also pushes similar images apart. CLD adds to a host method a second branch on the same trunk: the
-batch is grouped by k-means in each of two views, x and x', and an image of one view has to find, among the other view's
-group centroids M', the group g' of its other view. That draws an image to its kin, and it is groups that push it away:
+Telling instances apart also pushes similar images apart. CLD adds to a host method a second branch on the same trunk:
+the batch is grouped by k-means in each of two views, x and x', and an image of one view has to find, among the other
+view's group centroids M', the group g' of its other view. That draws an image to its kin, and it is groups that push
+it away:
 
     L = L_instance(f_I) + lambda * mean of CE(f_G(x) . M' / T_G, g') and CE(f_G(x') . M / T_G, g)
 
-`--host` is npid (softmax over a bank of all images), moco or mocov2 (a queue of keys), byol, or infomin. Each is a small
-class below with `instance_loss` and `after_step`; the loop is the same for all. `--lambda 0` is the host alone, bit for bit.
+`--host` is npid (softmax over a bank of all images), moco or mocov2 (a queue of keys), byol, or infomin. Each is a
+small class below with `instance_loss` and `after_step`; the loop is the same for all. `--lambda 0` is the host alone,
+bit for bit.
 
     python cld.py                                  # NPID+CLD on rendered shapes, for a first try
     python cld.py --data cifar10                   # Table A.2: 86.5 kNN in the paper, 80.8 without CLD
@@ -16,22 +18,26 @@ class below with `instance_loss` and `after_step`; the loop is the same for all.
     python cld.py --preset cifar10 --help          # every value of that preset
 
 Differences from the paper and from the authors' code:
-  * k-means is spherical, as eq. (1) writes it; `--clustering euclidean` is the code's, with plain means as centroids. As
-    in the code it starts from the first rows, and the gradient reaches the centroids but not the assignments.
-  * Spectral clustering takes the k smallest eigenvectors of the Laplacian; the largest, as the text has it, do not separate
-    two blobs. The affinity is |cosine| with an empty diagonal.
+  * k-means is spherical, as eq. (1) writes it; `--clustering euclidean` is the code's, with plain means as centroids.
+    As in the code it starts from the first rows, and the gradient reaches the centroids but not the assignments.
+  * Spectral clustering takes the k smallest eigenvectors of the Laplacian; the largest, as the text has it, do not
+    separate two blobs. The affinity is |cosine|, with an empty diagonal.
   * An empty group keeps its centroid while k-means runs and is no class in the loss; the code has a class of logit 0.
-  * Groups are those of the whole batch on any number of GPUs. `--groups-over local` is the code's: its 120 groups of 64
-    images are single images and empty classes. Here groups clamp to the rows, with a warning.
-  * The bank is written once a step, after the optimiser's step, with the mean of both views; the code writes it twice.
-  * The key encoder follows by its parameters alone. It stays in training mode and has batch statistics of its own, which
-    no evaluation reads. Against leaks through them there is --sync-bn for both encoders, in place of MoCo's shuffling.
+  * Groups are those of the whole batch on any number of GPUs. `--groups-over local` is the code's: its 120 groups of
+    64 images are single images and empty classes. Here groups clamp to the rows, with a warning.
+  * The bank is written once a step, after the optimiser's step, with the mean of both views; the code writes it
+    twice.
+  * The key encoder follows by its parameters alone. It stays in training mode and has batch statistics of its own,
+    which no evaluation reads. Against leaks through them there is --sync-bn for both encoders, in place of MoCo's
+    shuffling.
   * InfoMin cuts its nine patches from a crop of the usual scale, not of (0.6, 1). BYOL has SGD, not LARS.
-  * `cifar10` and `cifar100` are the released scripts' settings, `cifar10-supplement` and `cifar100-supplement` the text's.
+  * `cifar10` and `cifar100` are the released scripts' settings, `cifar10-supplement` and `cifar100-supplement` the
+    text's.
 
-log.jsonl has, for each epoch: loss, instance_loss, group_loss; instance_accuracy (whether its own slot or key is nearest;
-npid: of 32 rows); group_accuracy; groups_alive in a view; intra and inter, mean cosine of f_G with its centroid and of two
-centroids; feature_std of f_I (1: spread over the sphere, 0: collapsed); knn_top1 (K = 200, temperature T_I, no bank).
+log.jsonl has, for each epoch: loss, instance_loss, group_loss; instance_accuracy (whether its own slot or key is
+nearest; npid: of 32 rows); group_accuracy; groups_alive in a view; intra and inter, mean cosine of f_G with its
+centroid and of two centroids; feature_std of f_I (1: spread over the sphere, 0: collapsed); knn_top1 (K = 200,
+temperature T_I, no bank).
 """
 
 import argparse
@@ -62,7 +68,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "imagenet": dict(host="npid", group_weight=0.25, temperature=0.2, group_temperature=0.2, num_groups=120, lr=0.03,
                      batch_size=256, schedule="step", lr_drops=[120, 160], epochs=200, weight_decay=1e-4),
     "imagenet100": dict(data="imagenet100", arch="resnet50", batch_size=512, lr=0.8),
-    "imagenet-lt": dict(data="imagenet", arch="resnet50"),  # with --file-list ImageNet_LT_train.txt
+    "imagenet-lt": dict(data="imagenet", arch="resnet50", file_list="ImageNet_LT_train.txt"),
     "stl10": dict(data="stl10"),
     "shapes": dict(data="shapes", schedule="cosine", warmup_epochs=5, temperature=0.1, num_groups=64, queue_size=4096),
     "instances": dict(THIN, data="shapes", instances=500, num_groups=32),  # correlated, in place of Kitchen-HC
@@ -74,7 +80,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 # What the rows of Table A.2 leave out of the method; first in miniature.
 NO_CLD = dict(group_weight=0.0)
 ABLATION: dict[str, dict[str, Any]] = {
-    "": {}, "-no-cld": NO_CLD, "-shared": dict(branches="shared", cross_view=False), "-separate": dict(cross_view=False),
+    "": {}, "-no-cld": NO_CLD, "-separate": dict(cross_view=False),
+    "-shared": dict(branches="shared", cross_view=False),
 }  # fmt: skip
 PRESETS |= {f"thin-{data}{part}": dict(THIN, data=data, **row) for data in ("cifar10", "shapes")
             for part, row in ABLATION.items()}  # fmt: skip
@@ -167,10 +174,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--bank-momentum", type=common.SHARE, default=0.5, metavar="SHARE",
                         help="npid: share of the old feature in v_i <- normalize(share * v_i + (1 - share) * f_i)")
     method.add_argument("--queue-size", type=common.COUNT, default=65536, metavar="N", help="moco, infomin: keys kept")
-    method.add_argument("--key-momentum", type=common.SHARE, metavar="M", help="of the key encoder that follows; byol's "
+    method.add_argument("--key-momentum", type=common.SHARE, metavar="M", help="of the encoder that follows; byol's "
                         "grows to 1; default: 0.999, byol 0.996")
     method.add_argument("--augment", choices=list(RECIPES), help="default: the host's")
-    method.add_argument("--erase", type=common.SHARE, default=0.0, metavar="P", help="share of views with an erased box")
+    method.add_argument("--erase", type=common.SHARE, default=0.0, metavar="P", help="share of views that lose a box")
     method.add_argument("--warmup-epochs", type=common.COUNT_OR_ZERO, default=0, metavar="N", help="lr / 100 to lr")
     made = parser.add_argument_group("training set; labels, if used, only choose which images are trained on")
     made.add_argument("--imbalance", type=common.number(float, 1), metavar="R", help="long tail: the sizes of the "
@@ -198,7 +205,6 @@ def long_tailed(data: common.ImageSet, ratio: float, seed: int) -> common.ImageS
     members = [order[data.labels[order] == c] for c in range(len(data.classes))]
     most, last = min(len(rows) for rows in members), len(members) - 1
     kept = [rows[: max(1, round(most * ratio ** (-c / last)))] for c, rows in enumerate(members)]
-    print(f"--imbalance {ratio:g}: images of each class {' '.join(str(len(rows)) for rows in kept)}", flush=True)
     return data.select(torch.cat(kept).sort().values)
 
 
@@ -287,7 +293,7 @@ def random_erase(images: Tensor, draw: common.Draw, probability: float) -> Tenso
 
 @torch.no_grad()
 def rand_augment(images: Tensor, draw: common.Draw) -> Tensor:
-    """RandAugment of InfoMin: two operations at full strength, each with probability 1/2. images: in [0, 1]."""
+    """RandAugment of InfoMin by torchvision's operations: two at full strength, each with probability 1/2."""
     operation = RandAugment(num_ops=1, magnitude=30, fill=0.5)
     images = images.clone()
     with torch.random.fork_rng([]):  # torchvision draws from the global stream, here from a seed for each image
@@ -603,13 +609,15 @@ def warm_up(progress: float, epochs: int) -> float:
     return min(1.0, 0.01 + 0.99 * progress / epochs) if epochs else 1.0
 
 
-def load(args: argparse.Namespace, split: str, device: torch.device) -> common.ImageSet:
+def load(args: argparse.Namespace, split: str, run: common.Run) -> common.ImageSet:
     """common.load, then what --file-list, --imbalance and --instances make of it."""
-    data, chosen = common.load(args, split, device), args.val_list if split == "test" else args.file_list
+    data, chosen = common.load(args, split, run.device), args.val_list if split == "test" else args.file_list
     if chosen:
         data = listed(data, chosen)
     if args.imbalance and split != "test":
         data = long_tailed(data, args.imbalance, args.seed)
+        if run.rank == 0:
+            print("images of each class:", *torch.bincount(data.labels).tolist(), flush=True)
     if args.instances:
         data = views_of_instances(data, args.instances, seed=int(split == "test"))
     return data
@@ -617,13 +625,13 @@ def load(args: argparse.Namespace, split: str, device: torch.device) -> common.I
 
 def main(args: argparse.Namespace) -> None:
     run = common.Run(args)
-    data = load(args, "pretrain", run.device)
-    test = load(args, "test", run.device) if args.knn_every else None
+    data = load(args, "pretrain", run)
+    test = load(args, "test", run) if args.knn_every else None
     rows = args.batch_size // args.accumulate // (1 if args.groups_over == "all" else run.world)
     num_groups, queue_size = min(args.num_groups, rows), min(args.queue_size, len(data))
     if args.group_weight and num_groups == rows and run.rank == 0:
-        print(f"warning: {rows} rows are grouped at once, so that --num-groups {args.num_groups} means {rows} groups of "
-              "one row each: lower it, or see --groups-over", file=sys.stderr)  # fmt: skip
+        print(f"warning: {rows} rows are grouped at once: --num-groups {args.num_groups} makes {rows} groups of one row "
+              "each; lower it, or see --groups-over", file=sys.stderr)  # fmt: skip
     if HOSTS[args.host].crops > 2 and not args.batch_size <= args.queue_size:
         raise common.Fault(f"--queue-size {args.queue_size} is less than a batch of {args.batch_size}: raise it")
     if HOSTS[args.host].crops > 2 and queue_size < args.queue_size and "queue_size" in args.typed:
