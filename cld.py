@@ -422,9 +422,9 @@ class Groups(NamedTuple):
 
 def group_means(z: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Mean (V, k, D) of each group's rows, 0 if it has none, and whether it has one (V, k)."""
-    member = F.one_hot(labels, k).to(z.dtype)  # a product, not a scatter: the same in every run on GPUs too
-    counts = member.sum(1)
-    return member.mT @ z / counts.clamp(min=1)[..., None], counts > 0
+    member = z.new_zeros(len(z), k, z.shape[1]).scatter_(1, labels[:, None], 1.0)
+    counts = member.sum(2)
+    return member @ z / counts.clamp(min=1)[..., None], counts > 0  # not index_add: GPUs add in any order
 
 
 def nearest(z: Tensor, centroids: Tensor, spherical: bool) -> Tensor:
