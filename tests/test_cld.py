@@ -20,7 +20,7 @@ import cld
 import common
 from tools import crop_boxes
 
-SMALL = ["--preset", "smoke", "--device", "cpu", "--subset", "64", "--batch-size", "16", "--knn-every", "0"]
+SMALL = ["--preset", "smoke", "--device", "cpu", "--subset", "64", "--batch-size", "16", "--knn-every", "0", "--no-amp"]
 
 
 def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -399,7 +399,7 @@ def host_alone(args: Any) -> dict[str, Any]:
     steps = run.steps_per_epoch(len(data))
     torch.manual_seed(args.seed)
     backbone = common.backbone(args.arch, args.width, data.small)
-    model = nn.Sequential(backbone, nn.Linear(backbone.dim, args.feature_dim))
+    model = run.place(nn.Sequential(backbone, nn.Linear(backbone.dim, args.feature_dim)))
     bank = common.MemoryBank(len(data), args.feature_dim, run.generator("bank"))
     sgd = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
     for epoch in range(args.epochs):
