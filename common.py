@@ -2208,10 +2208,10 @@ class _InertPickle:
 
 @dataclasses.dataclass
 class Encoder:
-    """A backbone with the weights of a file, and its linear head if the file has one of ours."""
+    """A backbone with the weights of a file, and its head if the file has one of ours."""
 
     backbone: nn.Module
-    head: nn.Linear | None
+    head: nn.Module | None
     options: dict[str, Any]  # of the run that wrote it; empty for foreign files
     data: dict[str, Any]
     bank: Tensor | None
@@ -2292,13 +2292,18 @@ def load_encoder(
     missing = sorted(wanted - matched.keys())
     share = min(1 - len(missing) / len(wanted),
                 1 - sum(target[n].numel() for n in missing) / sum(target[n].numel() for n in wanted))  # fmt: skip
-    head = None
+    head: nn.Module | None = None
+    neck = _neck(weights)
+    inputs = network.dim if neck is None else len(weights["neck.0.weight"])
     for name in ("head", "fc", "linear") if layer == "head" else ("head",) * (layer == "auto"):
         found = {key: weights[f"{name}.{key}"] for key in ("weight", "bias") if f"{name}.{key}" in weights}
-        if "weight" in found and found["weight"].shape[1:] == (network.dim,):
-            head = nn.Linear(network.dim, len(found["weight"]), bias="bias" in found)
-            head.load_state_dict(found)
-            weights = {key: value for key, value in weights.items() if key not in {f"{name}.weight", f"{name}.bias"}}
+        if f"{name}.direction" in weights:  # CLD's normalised head; its length does not survive that of the feature
+            found = dict(weight=F.normalize(weights[f"{name}.direction"]))
+        if "weight" in found and found["weight"].shape[1:] == (inputs,):
+            linear = nn.Linear(inputs, len(found["weight"]), bias="bias" in found)
+            linear.load_state_dict(found)
+            head = linear if neck is None else nn.Sequential(neck, linear)
+            weights = {key: value for key, value in weights.items() if not key.startswith((f"{name}.", "neck."))}
             break
     unexpected = sorted(weights.keys() - matched.keys())
     other = [name for name in missing if name in weights] + [name for name in unexpected if name.startswith("layer")]
@@ -2315,6 +2320,17 @@ def load_encoder(
     bank = saved["state"]["bank"]["features"] if ours and "bank" in saved["state"] else None
     report = dict(prefix=prefix, matched=len(matched), missing=missing, unexpected=unexpected)
     return Encoder(network, head, options, data, bank, hashlib.sha256(content).hexdigest(), report)
+
+
+def _neck(weights: dict[str, Tensor]) -> nn.Sequential | None:
+    """The hidden layer of an MLP head of ours, "neck.0", with "neck.1" if it has batch normalisation."""
+    if "neck.0.weight" not in weights:
+        return None
+    outputs, inputs = weights["neck.0.weight"].shape
+    norm = [nn.BatchNorm1d(outputs)] if "neck.1.weight" in weights else []
+    neck = nn.Sequential(nn.Linear(inputs, outputs), *norm, nn.ReLU())
+    neck.load_state_dict({key: weights[f"neck.{key}"] for key in neck.state_dict()})
+    return neck
 
 
 def _load_inert(content: bytes, path: Path) -> Any:

@@ -1,0 +1,672 @@
+"""CLD: groups and the cross-level loss against slow float64 references, hosts, resume, and data sets made for it."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+import cld
+import common
+from tools import crop_boxes
+
+SMALL = ["--preset", "smoke", "--device", "cpu", "--subset", "64", "--batch-size", "16", "--knn-every", "0"]
+
+
+def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random unit rows."""
+    rows = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return F.normalize(rows, dim=-1).to(dtype)
+
+
+def blobs(groups: int, rows: int, spread: float = 0.1, dim: int = 16) -> tuple[Tensor, Tensor]:
+    """Unit rows (1, groups * rows, dim) around so many random directions, mixed, and their groups."""
+    truth = torch.arange(groups).repeat(rows)
+    return F.normalize(unit(groups, dim)[truth] + spread * unit(groups * rows, dim, seed=1), dim=1)[None], truth
+
+
+def half_sphere(rows: int, seed: int = 0) -> Tensor:
+    """Random unit rows (2, rows, 8) on one side."""
+    return F.normalize(unit(2, rows, 8, seed=seed) + torch.eye(8, dtype=torch.float64)[0], dim=2)
+
+
+def agreement(labels: Tensor, truth: Tensor) -> float:
+    """Share of rows in the majority class of their group."""
+    right = [torch.bincount(truth[labels == group]).max() for group in labels.unique()]
+    return float(sum(right)) / len(truth)
+
+
+def slow_kmeans(z: Tensor, k: int, iterations: int, spherical: bool) -> tuple[list[int], list[Tensor | None]]:
+    """Row by row as eq. (1) reads: assign, then average, so many times, from the first k rows of z (B, D)."""
+    centroids: list[Tensor] = list(z[:k])
+    members: list[list[int]] = []
+    labels: list[int] = []
+    for _ in range(iterations):
+        labels = []
+        for row in z:
+            if spherical:
+                costs = [float(1 - row @ u / (row.norm() * u.norm())) for u in centroids]
+            else:
+                costs = [float((row - u).square().sum()) for u in centroids]
+            labels.append(costs.index(min(costs)))
+        members = [[i for i, label in enumerate(labels) if label == j] for j in range(k)]
+        centroids = [z[rows].mean(0) if rows else centroids[j] for j, rows in enumerate(members)]
+    return labels, [centroids[j] if rows else None for j, rows in enumerate(members)]
+
+
+def slow_loss(z: Tensor, groups: cld.Groups, temperature: float, cross_view: bool) -> float:
+    """The definition, one image at a time: classes are the groups that have a row."""
+    total = 0.0
+    for view in (0, 1):
+        other = 1 - view if cross_view else view
+        for i, row in enumerate(z[view]):
+            scores = [float(row @ u) / temperature for u in groups.centroids[other]]
+            some = [s for s, alive in zip(scores, groups.alive[other], strict=True) if alive]
+            total += math.log(sum(math.exp(s) for s in some)) - scores[int(groups.labels[other, i])]
+    return total / (2 * z.shape[1])
+
+
+# ---- the eight properties --------------------------------------------------------------------------------------------
+
+
+def test_as_many_groups_as_rows_is_contrast_across_views() -> None:
+    """k = B: every row is its own group, and the loss InfoNCE between the views without negatives of the same view."""
+    z = unit(2, 24, 16)
+    for clustering in ("spherical", "euclidean"):
+        groups = cld.group(z, 24, 5, clustering)
+        assert torch.equal(groups.labels, torch.arange(24).expand(2, 24))
+        loss, accuracy = cld.group_loss(z, groups, 0.2)
+        logits, own = z[0] @ z[1].T / 0.2, torch.arange(24)
+        expected = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        assert float(loss.mean()) == pytest.approx(float(expected), rel=1e-12)
+        assert 0 <= float(accuracy) <= 1
+
+
+def test_more_groups_than_rows_are_as_many_as_rows() -> None:
+    """k = 120 of 64 rows, as in the authors' ImageNet runs, leaves no empty class."""
+    groups = cld.group(unit(2, 64, 16), 120, 5)
+    assert groups.alive.shape == (2, 64) and bool(groups.alive.all())
+
+
+def test_one_group_costs_nothing() -> None:
+    """k = 1: a single class, so the loss is 0."""
+    z = unit(2, 24, 16)
+    loss, accuracy = cld.group_loss(z, cld.group(z, 1, 5), 0.2)
+    assert loss.abs().max() == 0 and float(accuracy) == 1
+
+
+@pytest.mark.parametrize("cross_view", [True, False])
+def test_views_are_alike(cross_view: bool) -> None:
+    """Swapping the views leaves the loss unchanged."""
+    z = unit(2, 32, 16)
+    one = cld.group_loss(z, cld.group(z, 6, 5), 0.2, cross_view)[0]
+    other = cld.group_loss(z.flip(0), cld.group(z.flip(0), 6, 5), 0.2, cross_view)[0]
+    torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("clustering", ["spherical", "euclidean"])
+def test_order_of_the_batch_is_indifferent(clustering: str) -> None:
+    """With given first centroids, permuting the batch in both views alike permutes the losses."""
+    z, start = unit(2, 32, 16), unit(2, 6, 16, seed=1)
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(2))
+    one = cld.group_loss(z, cld.group(z, 6, 5, clustering, start), 0.2)[0]
+    other = cld.group_loss(z[:, order], cld.group(z[:, order], 6, 5, clustering, start), 0.2)[0]
+    torch.testing.assert_close(one[order], other, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("clustering", ["spherical", "euclidean", "spectral"])
+def test_empty_groups_are_neither_targets_nor_classes(clustering: str) -> None:
+    """Eight copies of four rows, k = 8: labels name groups with rows only, and the others add nothing to the loss."""
+    z = unit(2, 4, 16).repeat(1, 8, 1)
+    groups = cld.group(z, 8, 5, clustering)
+    assert bool(groups.alive.gather(1, groups.labels).all())
+    assert bool((groups.alive.sum(1) <= 4).all()) or clustering == "spectral"
+    loss, _ = cld.group_loss(z, groups, 0.2)
+    assert bool(loss.isfinite().all())
+    assert float(loss.mean()) == pytest.approx(slow_loss(z, groups, 0.2, True), rel=1e-12)
+
+
+def test_normalised_head_is_a_cosine() -> None:
+    """NormLinear: outputs lie in [-1, 1] and do not change when the input or the weights are scaled."""
+    layer, h = cld.NormLinear(32, 8), 5 * torch.randn(16, 32)
+    with torch.no_grad():
+        out, scaled = layer(h), layer(7 * h)
+        layer.direction *= 3
+        assert float(out.abs().max()) <= 1 + 1e-6
+        torch.testing.assert_close(out, scaled)
+        torch.testing.assert_close(out, layer(h))
+
+
+@pytest.mark.parametrize("head", ["linear", "norm-linear", "mlp", "norm-mlp", "bn-mlp"])
+def test_where_the_cross_level_gradient_goes(head: str) -> None:
+    """It reaches f_G of both views, the group head and the trunk, and not the instance head."""
+    encoder = cld.Encoder("resnet18", 4, True, 16, head, groups=True)
+    _, g, _ = encoder(torch.rand(2, 8, 3, 16, 16))
+    g.retain_grad()
+    cld.group_loss(g, cld.group(g, 3, 5), 0.2)[0].mean().backward()
+    assert g.grad is not None and bool((g.grad.abs().sum((1, 2)) > 0).all())
+    assert encoder.group_head is not None
+    assert all(p.grad is not None and bool(p.grad.any()) for p in encoder.group_head.parameters() if p.ndim > 1)
+    assert encoder.backbone.conv1.weight.grad is not None and bool(encoder.backbone.conv1.weight.grad.any())
+    assert all(p.grad is None for p in encoder.head.parameters())
+
+
+# ---- clustering and loss against references --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k, iterations", [(1, 5), (6, 1), (6, 5), (20, 10)])
+@pytest.mark.parametrize("spherical", [True, False])
+def test_kmeans_equals_a_slow_one(k: int, iterations: int, spherical: bool) -> None:
+    """Labels and centroids of both views, grouped at once, are those of k-means row by row."""
+    z = F.normalize(unit(2, 40, 8) + 0.5 * unit(2, 1, 8, seed=1), dim=2)
+    groups = cld.group(z, k, iterations, "spherical" if spherical else "euclidean")
+    for view in (0, 1):
+        labels, centroids = slow_kmeans(z[view], k, iterations, spherical)
+        assert groups.labels[view].tolist() == labels
+        for j, centroid in enumerate(centroids):
+            assert bool(groups.alive[view, j]) == (centroid is not None)
+            if centroid is not None:
+                expected = F.normalize(centroid, dim=0) if spherical else centroid
+                torch.testing.assert_close(groups.centroids[view, j], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_kmeans_lowers_its_objective() -> None:
+    """The sum of 1 - cosine, eq. (1), falls with every iteration."""
+    z, costs = unit(1, 100, 8), []
+    for iterations in range(1, 8):
+        groups = cld.group(z, 10, iterations)
+        own = groups.centroids.gather(1, groups.labels[..., None].expand_as(z))
+        costs.append(float((1 - (z * own).sum(2)).sum()))
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(costs))
+    assert costs[-1] < costs[0]
+
+
+def test_an_emptied_group_keeps_its_centroid() -> None:
+    """A group that loses all its rows does not turn into the zero vector, which would attract rows later."""
+    z = torch.tensor([[[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]])
+    start = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]])
+    assert cld.em_labels(z, 3, 5, start=start).tolist() == [[0, 0, 1]]
+    assert cld.group(z, 3, 5, start=start).alive.tolist() == [[True, True, False]]
+
+
+@pytest.mark.parametrize("groups", [2, 5])
+def test_spectral_clustering_finds_blobs(groups: int) -> None:
+    """Blobs on the sphere are told apart, also by spectral clustering; the k largest eigenvectors do not."""
+    z, truth = blobs(groups, 30)
+    assert agreement(cld.group(z, groups, 10, "spectral").labels[0], truth) == 1
+    affinity = (z[0] @ z[0].T).abs().fill_diagonal_(0)
+    scale = affinity.sum(1).rsqrt()
+    largest = F.normalize(torch.linalg.eigh(torch.eye(len(truth)) - scale[:, None] * affinity * scale)[1][:, -groups:])
+    assert agreement(cld.em_labels(largest[None], groups, 10)[0], truth) < 0.9
+
+
+def test_spectral_clustering_finds_rings_at_two_latitudes() -> None:
+    """Two rings around an axis of the sphere, one near the pole and one near the equator."""
+    angle = torch.arange(60, dtype=torch.float64) * 2.4
+    truth = torch.arange(60) % 2
+    height = torch.where(truth == 0, 0.9, 0.05)
+    ring = (1 - height.square()).sqrt()
+    z = torch.stack([ring * angle.cos(), ring * angle.sin(), height], 1)[None]
+    assert agreement(cld.group(z, 2, 20, "spectral").labels[0], truth) == 1
+
+
+def test_spectral_clustering_survives_random_and_equal_rows() -> None:
+    """No row is NaN, for random features, equal ones and orthogonal ones."""
+    for z in (unit(1, 64, 128), unit(1, 1, 8).expand(1, 16, 8), torch.eye(8, dtype=torch.float64)[None]):
+        assert bool(cld.spectral_embedding(z, 4).isfinite().all())
+
+
+@pytest.mark.parametrize("clustering", ["spherical", "euclidean"])
+@pytest.mark.parametrize("cross_view", [True, False])
+def test_loss_equals_its_definition(clustering: str, cross_view: bool) -> None:
+    """group_loss equals a loop over images in float64, also with an empty group."""
+    z, start = half_sphere(30), half_sphere(7, seed=1)
+    start[:, 3] *= -1
+    groups = cld.group(z, 7, 4, clustering, start)
+    assert not bool(groups.alive[:, 3].any())
+    loss, accuracy = cld.group_loss(z, groups, 0.2, cross_view)
+    assert loss.shape == (30,)
+    assert float(loss.mean()) == pytest.approx(slow_loss(z, groups, 0.2, cross_view), rel=1e-12)
+    assert 0 <= float(accuracy) <= 1
+
+
+@pytest.mark.parametrize("clustering", ["spherical", "euclidean"])
+def test_gradient_is_that_of_the_loss(clustering: str) -> None:
+    """Finite differences, through the rows and through the centroids, whose groups stay."""
+
+    def loss(z: Tensor) -> Tensor:
+        return cld.group_loss(z, cld.group(z, 3, 5, clustering), 0.5)[0]
+
+    assert torch.autograd.gradcheck(loss, blobs(3, 4, 0.3, 6)[0].repeat(2, 1, 1).requires_grad_())
+    z = unit(2, 12, 6).requires_grad_()
+    groups = cld.group(z, 3, 5, clustering)
+    cld.group_loss(z.detach(), groups, 0.5)[0].sum().backward()
+    assert z.grad is not None and bool(z.grad.any()), "centroids pass gradients on"
+
+
+def test_group_figures() -> None:
+    """Similarities in the log are means over rows and over pairs of groups that have rows."""
+    z, start = half_sphere(30), half_sphere(7, seed=1)
+    start[:, 3] *= -1
+    groups = cld.group(z, 7, 4, start=start)
+    figures = cld.group_figures(z, groups)
+    intra, inter = [], []
+    for view in (0, 1):
+        u = groups.centroids[view][groups.alive[view]]
+        intra += [float(z[view, i] @ groups.centroids[view, j]) for i, j in enumerate(groups.labels[view])]
+        pairs = [float(u[i] @ u[j]) for i in range(len(u)) for j in range(len(u)) if i != j]
+        inter.append(sum(pairs) / len(pairs))
+    assert float(figures["groups_alive"]) == float(groups.alive.sum()) / 2
+    assert float(figures["intra"]) == pytest.approx(sum(intra) / len(intra))
+    assert float(figures["inter"]) == pytest.approx(sum(inter) / 2)
+
+
+# ---- hosts -----------------------------------------------------------------------------------------------------------
+
+
+def test_info_nce_equals_its_definition() -> None:
+    """One positive against the queue, both views with the same key."""
+    z, keys, queue = unit(2, 6, 8), unit(6, 8, seed=1), unit(10, 8, seed=2)
+    losses, accuracy = cld.info_nce(z, keys, queue, 0.1)
+    right = 0
+    for view in (0, 1):
+        for i in range(6):
+            scores = torch.cat([(z[view, i] @ keys[i])[None], queue @ z[view, i]]) / 0.1
+            assert float(losses[view, i]) == pytest.approx(float(-scores.log_softmax(0)[0]), rel=1e-12)
+            right += int(scores.argmax() == 0)
+    assert float(accuracy) == pytest.approx(right / 12)
+
+
+def test_queue_forgets_the_oldest_first() -> None:
+    """Pushes wrap around; rows and pointer are buffers, so that a checkpoint has both."""
+    queue, keys = cld.Queue(10, 4, torch.Generator().manual_seed(0)), unit(16, 4, dtype=torch.float32)
+    first = queue.features.clone()
+    for part in keys.split(4):
+        queue.push(part)
+    assert int(queue.pointer) == 6 and set(queue.state_dict()) == {"features", "pointer"}
+    assert not bool((queue.features == first).all(1).any())
+    torch.testing.assert_close(queue.features[[6, 7, 8, 9, 0, 1, 2, 3, 4, 5]], keys[6:])
+
+
+def test_bank_is_written_once_with_the_mean_of_the_views() -> None:
+    """v <- normalize(0.5 v + 0.5 normalize(f + f')), after the step; the loss is that of the bank before it."""
+    bank = common.MemoryBank(8, 4, torch.Generator().manual_seed(0))
+    before, host = bank.features.clone(), cld.Npid(bank, 0.1, 0.5)
+    z, index = unit(2, 3, 4, dtype=torch.float32), torch.tensor([5, 0, 3])
+    losses, _ = host.instance_loss(z, None, host.targets(z), index)
+    assert torch.equal(bank.features, before)
+    scores = z @ before.T / 0.1
+    torch.testing.assert_close(losses, (scores.logsumexp(2) - scores[:, range(3), index]).mean(0))
+    host.after_step(cld.Encoder("resnet18", 4, True, 4, "linear", False), lambda *tensors: tensors, 0.5)
+    expected = before.clone()
+    expected[index] = F.normalize(0.5 * before[index] + 0.5 * F.normalize(z.sum(0)))
+    torch.testing.assert_close(bank.features, expected)
+
+
+@pytest.mark.parametrize("host_name", ["moco", "byol"])
+def test_key_encoder_follows_by_parameters_alone(host_name: str) -> None:
+    """theta_k <- m theta_k + (1 - m) theta; batch statistics are the keys' own; no gradient, only f_I."""
+    encoder = cld.Encoder("resnet18", 4, True, 16, "bn-mlp", groups=True, host=host_name)
+    keys = cld.key_copy(encoder)
+    assert keys.predictor is None and keys.group_head is None
+    assert not any(p.requires_grad for p in keys.parameters())
+    old = {name: p.clone() for name, p in keys.state_dict().items()}
+    with torch.no_grad():
+        for p in encoder.parameters():
+            p += 1
+    encoder(torch.rand(2, 4, 3, 16, 16))
+    cld.follow(keys, encoder, 0.9)
+    names = {name for name, _ in keys.named_parameters()}
+    for name, value in keys.state_dict().items():
+        torch.testing.assert_close(value, old[name] + 0.1 if name in names else old[name])
+
+
+def test_byol_momentum_and_loss() -> None:
+    """The target's momentum goes from its start to 1; equal prediction and target cost nothing, opposite ones 8."""
+    encoder = cld.Encoder("resnet18", 4, True, 16, "linear", False, "byol")
+    host = cld.Byol(cld.key_copy(encoder), 0.9)
+    with torch.no_grad():
+        encoder.head.bias += 1  # type: ignore[operator]
+    for progress, share in ((0.0, 0.1), (0.5, 0.05), (1.0, 0.0)):
+        old = host.keys.head.bias.clone()  # type: ignore[operator]
+        host.after_step(encoder, lambda *tensors: tensors, progress)
+        torch.testing.assert_close(host.keys.head.bias, old + share * (encoder.head.bias - old))
+    z = unit(2, 5, 8)
+    for sign, cost in ((1, 0.0), (-1, 8.0)):
+        losses, _ = host.instance_loss(z, None, sign * z, torch.arange(5))
+        torch.testing.assert_close(losses, torch.full((5,), cost, dtype=torch.float64))
+
+
+def test_host_starts_alike_with_and_without_groups() -> None:
+    """The group head draws from a stream of its own: weights of the rest and the global stream do not depend on it."""
+    states = []
+    for groups in (False, True):
+        torch.manual_seed(0)
+        weights = cld.Encoder("resnet18", 4, True, 16, "mlp", groups, "infomin").state_dict()
+        states.append(({k: v for k, v in weights.items() if "group" not in k}, torch.get_rng_state()))
+    assert states[0][0].keys() == states[1][0].keys()
+    assert all(torch.equal(states[0][0][name], states[1][0][name]) for name in states[0][0])
+    assert torch.equal(states[0][1], states[1][1])
+
+
+# ---- whole runs ------------------------------------------------------------------------------------------------------
+
+
+def train(output: Path, *options: str) -> dict[str, Any]:
+    """A small run in this process: what its checkpoint holds."""
+    cld.main(cld.parse_args([*SMALL, "--output", str(output), *options]))
+    return common.load_checkpoint(output / "checkpoint.pth")["state"]
+
+
+def flat(state: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries and lists as one, by path."""
+    if isinstance(state, (dict, list)):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        return {path: leaf for key, value in items for path, leaf in flat(value, f"{prefix}/{key}").items()}
+    return {prefix: state}
+
+
+def assert_same(one: Any, other: Any, ignore: str = "-") -> None:
+    """Equal to the bit, but for paths with `ignore` in them."""
+    one, other = flat(one), flat(other)
+    one, other = ({k: v for k, v in x.items() if ignore not in k} for x in (one, other))
+    assert one.keys() == other.keys()
+    for path, value in one.items():
+        same = torch.equal(value, other[path]) if isinstance(value, Tensor) else value == other[path]
+        assert same, path
+
+
+def rows_of_log(output: Path) -> list[dict[str, Any]]:
+    """log.jsonl from its second line, without times."""
+    rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()[1:]]
+    return [{k: v for k, v in row.items() if k not in ("images_per_second", "seconds", "memory_gb")} for row in rows]
+
+
+def host_alone(args: Any) -> dict[str, Any]:
+    """NPID with two views, written out: no word of groups."""
+    run = common.Run(args)
+    data = common.load(args, "pretrain", run.device)
+    steps = run.steps_per_epoch(len(data))
+    torch.manual_seed(args.seed)
+    backbone = common.backbone(args.arch, args.width, data.small)
+    model = nn.Sequential(backbone, nn.Linear(backbone.dim, args.feature_dim))
+    bank = common.MemoryBank(len(data), args.feature_dim, run.generator("bank"))
+    sgd = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    for epoch in range(args.epochs):
+        order = run.permutation(epoch, len(data))
+        for step, index, crops in data.batches(run, order, common.Crop(32, (0.2, 1.0)), epoch, 0, 2):
+            progress = epoch + step / steps
+            sgd.param_groups[0]["lr"] = common.learning_rate(args, progress) * cld.warm_up(progress, args.warmup_epochs)
+            draw = run.draw(epoch, step)
+            views = [data.normalize(cld.augment(crop, draw, "plain", 0, False)) for crop in crops]
+            z = F.normalize(torch.stack([model(view) for view in views]), dim=2)
+            losses = [common.bank_softmax(f, index, bank.features, args.temperature) for f in z]
+            loss = torch.stack(losses).mean(0).mean()
+            sgd.zero_grad()
+            loss.backward()
+            sgd.step()
+            bank.update(F.normalize(z.detach().mean(0), dim=1), index, args.bank_momentum)
+    named = {name.replace("1.", "head.", 1) if name.startswith("1.") else name.replace("0.", "backbone.", 1): value
+             for name, value in model.state_dict().items()}  # fmt: skip
+    return dict(encoder=named, bank=bank.state_dict(), rng=torch.get_rng_state())
+
+
+def test_lambda_zero_is_the_host(tmp_path: Path) -> None:
+    """lambda = 0: weights, bank and random stream are those of a loop that knows no groups, to the bit."""
+    options = ["--lambda", "0", "--seed", "3"]
+    state = train(tmp_path / "cld", *options)
+    rng = torch.get_rng_state()
+    alone = host_alone(cld.parse_args([*SMALL, "--output", str(tmp_path / "host"), *options]))
+    assert_same(dict(encoder=state["encoder"], bank=state["bank"], rng=rng), alone)
+
+
+@pytest.mark.parametrize("host", list(cld.HOSTS))
+def test_constant_group_loss_changes_nothing(host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a cross-level loss that is constant, every host ends as with lambda = 0, to the bit."""
+    alone = train(tmp_path / "alone", "--host", host, "--lambda", "0", "--epochs", "1")
+    real = cld.group_loss
+    monkeypatch.setattr(cld, "group_loss", lambda *args: (0 * real(*args)[0], real(*args)[1]))
+    state = train(tmp_path / "cld", "--host", host, "--lambda", "1", "--epochs", "1", "--weight-decay", "7e-4")
+    for part in ("encoder", "bank", "queue", "key_encoder"):
+        if part in alone:
+            assert_same(alone[part], state[part], ignore="group_head")
+
+
+@pytest.mark.parametrize("host", list(cld.HOSTS))
+def test_resume_is_exact(host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped by a signal within an epoch and started again: same weights, bank, queue, pointer, keys and log."""
+    options = ["--host", host, "--accumulate", "2"]
+    whole = train(tmp_path / "whole", *options)
+    real = common.Run.after_step
+
+    def stop(self: common.Run, state: dict[str, Any], epoch: int, step: int, loss: Tensor) -> None:
+        if (epoch, step) == (1, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(self, state, epoch, step, loss)
+
+    with monkeypatch.context() as patch, pytest.raises(common.Stop):
+        handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the run calls the one before its own
+        patch.setattr(common.Run, "after_step", stop)
+        try:
+            train(tmp_path / "parts", *options)
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+            for number in (signal.SIGINT, signal.SIGUSR2):
+                signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+    saved = common.load_checkpoint(tmp_path / "parts" / "checkpoint.pth")
+    assert (saved["epoch"], saved["step"]) == (1, 2)
+    parts = train(tmp_path / "parts", *options)
+    wanted = {"npid": {"bank"}, "byol": {"key_encoder"}}.get(host, {"queue", "key_encoder"})
+    assert wanted <= parts.keys()
+    assert_same(whole, parts)
+    assert rows_of_log(tmp_path / "whole") == rows_of_log(tmp_path / "parts")
+
+
+@pytest.mark.parametrize("head", ["linear", "norm-linear", "mlp", "norm-mlp", "bn-mlp"])
+def test_checkpoint_is_read_by_the_evaluations(head: str, tmp_path: Path) -> None:
+    """common.load_encoder embeds as the encoder that wrote the file: f_I, whatever the head."""
+    encoder = cld.Encoder("resnet18", 4, True, 16, head, groups=True)
+    encoder(torch.rand(2, 4, 3, 16, 16))
+    content = dict(options=dict(arch="resnet18", width=4), data=dict(small=True), git="", epoch=0, step=0, log_size=0,
+                   state=dict(encoder=encoder.state_dict()))  # fmt: skip
+    torch.save(content, tmp_path / "checkpoint.pth")
+    loaded = common.load_encoder(tmp_path / "checkpoint.pth", None, None, None, common.CPU, "auto")
+    images = torch.rand(4, 3, 16, 16)
+    with torch.no_grad():
+        expected = F.normalize(encoder.eval().embed(images)[0], dim=1)
+    torch.testing.assert_close(loaded.embed(images), expected)
+    assert loaded.head is not None
+
+
+WORKER = """
+import sys, torch
+torch.set_num_threads(1)
+import cld
+copy = cld.key_copy
+cld.key_copy = lambda encoder: copy(encoder).eval()  # batch statistics are a rank's own: do without them
+cld.Encoder.train = lambda self, mode=True: torch.nn.Module.train(self, False)
+cld.main(cld.parse_args(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("host", ["moco", pytest.param("npid", marks=pytest.mark.slow)])
+def test_two_ranks_equal_one(host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With groups of the whole batch, the weights, bank and queue of two ranks are those of one."""
+    worker, options = tmp_path / "worker.py", ["--host", host, "--epochs", "1", "--num-groups", "6"]
+    worker.write_text(WORKER)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker)]
+    paths = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(common.ROOT)}
+    ranks = subprocess.Popen([*launcher, *SMALL, *options, "--output", str(tmp_path / "2")], env=os.environ | paths,
+                             stderr=subprocess.PIPE, text=True)  # fmt: skip
+    copy = cld.key_copy
+    monkeypatch.setattr(cld, "key_copy", lambda encoder: copy(encoder).eval())
+    monkeypatch.setattr(cld.Encoder, "train", lambda self, mode=True: nn.Module.train(self, False))
+    train(tmp_path / "1", *options)
+    _, errors = ranks.communicate(timeout=120)
+    assert ranks.returncode == 0, errors[-2000:]
+    one, two = (common.load_checkpoint(tmp_path / str(ranks) / "checkpoint.pth")["state"] for ranks in (1, 2))
+    for part in ("encoder", "bank", "queue", "key_encoder"):
+        for path, value in flat(one.get(part, {})).items():
+            torch.testing.assert_close(flat(two[part])[path], value, rtol=1e-3, atol=1e-5)
+    row_one, row_two = rows_of_log(tmp_path / "1")[-1], rows_of_log(tmp_path / "2")[-1]
+    for name in ("loss", "group_loss", "group_accuracy", "groups_alive", "intra", "inter"):
+        assert row_one[name] == pytest.approx(row_two[name], rel=1e-3), name
+
+
+def test_labels_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With noise in place of all labels, training ends the same."""
+    told = train(tmp_path / "told", "--epochs", "1")
+    real = common.load
+
+    def blind(*args: Any) -> common.ImageSet:
+        data = real(*args)
+        data.labels = torch.randint(10, (len(data),), generator=torch.Generator().manual_seed(0))
+        return data
+
+    monkeypatch.setattr(common, "load", blind)
+    assert_same(told, train(tmp_path / "blind", "--epochs", "1"))
+
+
+def test_too_many_groups_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """120 groups of 16 rows: clamped, said, and logged."""
+    train(tmp_path / "run", "--num-groups", "120", "--epochs", "1")
+    assert "16 groups of one row" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])["num_groups"] == 16
+
+
+@pytest.mark.parametrize("options", [["--queue-size", "8"], ["--queue-size", "65"]])
+def test_queue_must_fit(options: list[str], tmp_path: Path) -> None:
+    """A queue below the batch, or one that was asked for and is longer than the data, is an error."""
+    with pytest.raises(common.Fault, match="--queue-size"):
+        train(tmp_path / "run", "--host", "moco", *options)
+
+
+def test_presets() -> None:
+    """Every preset parses, and the released scripts' rates are those for their batch."""
+    for name in cld.PRESETS:
+        args = cld.parse_args(["--preset", name])
+        assert args.head and args.augment and args.key_momentum is not None
+    ten = cld.parse_args(["--data", "cifar10"])
+    assert (ten.lr, ten.group_weight, ten.num_groups) == (0.06, 1.0, 128)
+    assert (ten.temperature, ten.group_temperature) == (0.1, 0.2)
+    text = cld.parse_args(["--preset", "cifar10-supplement"])
+    assert (text.lr, text.weight_decay, text.group_weight, text.group_temperature) == (0.03, 1e-4, 0.25, 0.2)
+    assert cld.parse_args(["--preset", "imagenet-mocov2-cld"]).head == "norm-mlp"
+
+
+# ---- data sets and augmentation --------------------------------------------------------------------------------------
+
+
+def draws(count: int, seed: int = 0) -> common.Draw:
+    """Uniform numbers of `count` images."""
+    return common.Draw(torch.Generator().manual_seed(seed), count, slice(None), common.CPU)
+
+
+def images_of(labels: list[int], **more: Any) -> common.ImageSet:
+    """A set of black images with these labels."""
+    grey, classes = (0.5, 0.5, 0.5), [str(c) for c in range(max(labels) + 1)]
+    return common.ImageSet("set", 32, grey, grey, torch.tensor(labels), classes, torch.arange(len(labels)), **more)
+
+
+def test_long_tail_is_exponential_and_seeded() -> None:
+    """Ratio 100 over three classes of 200: 200, 20 and 2 images; the seed decides which."""
+    data = images_of([i % 3 for i in range(600)], pixels=torch.zeros(600, 3, 1, 1, dtype=torch.uint8))
+    one, same, other = (cld.long_tailed(data, 100, seed) for seed in (0, 0, 1))
+    assert torch.bincount(one.labels).tolist() == [200, 20, 2]
+    assert torch.equal(one.ids, same.ids) and not torch.equal(one.ids, other.ids)
+    assert torch.bincount(cld.long_tailed(data, 1, 0).labels).tolist() == [200, 200, 200]
+
+
+def test_class_counts_of_a_long_tail_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """640 shapes at ratio 8: 64 images of the first class, 8 of the last."""
+    train(tmp_path / "run", "--subset", "640", "--imbalance", "8", "--epochs", "1", "--batch-size", "128")
+    assert "images of each class: 64 51 40 32 25 20 16 13 10 8" in capsys.readouterr().out
+
+
+def test_file_list_chooses_files_and_folders(tmp_path: Path) -> None:
+    """Lines name an image, with or without the split's folder, or a class; a name that is not there is an error."""
+    files = [Path(f"/set/train/n{c}/n{c}_{i}.jpg") for c in (1, 2, 3) for i in range(3)]
+    data = images_of([0, 0, 0, 1, 1, 1, 2, 2, 2], files=files)
+    path = tmp_path / "list.txt"
+    path.write_text("train/n1/n1_0.jpg 0\nn1/n1_2.jpg 0\nn3\n")
+    chosen = cld.listed(data, path)
+    assert [file.name for file in chosen.files] == ["n1_0.jpg", "n1_2.jpg", "n3_0.jpg", "n3_1.jpg", "n3_2.jpg"]
+    assert chosen.labels.tolist() == [0, 0, 2, 2, 2]
+    flat_set = images_of([0] * 2, files=[Path("/set/a b.jpg"), Path("/set/c.jpg")])
+    flat_set.classes, flat_set.labels = [], torch.tensor([-1, -1])
+    path.write_text("a b.jpg 4\n")
+    assert cld.listed(flat_set, path).labels.tolist() == [4]
+    path.write_text("n9\n")
+    with pytest.raises(common.Fault, match="n9"):
+        cld.listed(data, path)
+
+
+def test_instances_give_many_correlated_views() -> None:
+    """Views of one instance are nearer to each other than to those of others, and share its class; all differ."""
+    data = images_of([0] * 60, pixels=torch.zeros(60, 3, 32, 32, dtype=torch.uint8))
+    data.name = "shapes"
+    views = cld.views_of_instances(data, 6, seed=0)
+    assert views.pixels is not None and views.pixels.shape == (60, 3, 32, 32) and len(views.pixels.unique(dim=0)) == 60
+    assert torch.equal(views.labels[:6], views.labels[6:12])
+    colours = views.pixels.float().mean((2, 3))
+    own = torch.arange(60) % 6
+    distance = torch.cdist(colours, colours)
+    same = own[:, None] == own
+    assert distance[same].mean() < 0.7 * distance[~same].mean()
+    with pytest.raises(common.Fault, match="instances"):
+        cld.views_of_instances(images_of([0]), 1, 0)
+
+
+@pytest.mark.parametrize("name", list(cld.RECIPES))
+def test_augmentation_depends_on_its_draws_alone(name: str) -> None:
+    """Same draws, same pixels, in [0, 1]; each image its own; the global random stream is untouched."""
+    images, before = torch.rand(1, 3, 24, 24).expand(8, -1, -1, -1), torch.get_rng_state()
+    one, same = (cld.augment(images, draws(8), name, 0, False) for _ in range(2))
+    assert torch.equal(one, same) and float(one.min()) >= 0 and float(one.max()) <= 1
+    assert len(one.unique(dim=0)) >= 7
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_erased_boxes() -> None:
+    """With p = 1 every image loses one box of 2 to 33 % of its area, with p = 0 none."""
+    images = torch.ones(64, 3, 32, 32)
+    lost = 1 - cld.random_erase(images, draws(64), 1.0).mean((1, 2, 3))
+    assert float(lost.min()) > 0.015 and float(lost.max()) < 0.35 and float(lost.std()) > 0.05
+    assert torch.equal(cld.random_erase(images, draws(64), 0.0), images)
+
+
+def test_patches_are_those_of_the_nine_cells() -> None:
+    """Nine unscaled patches, one of each cell, in an order of the image's own."""
+    cell = torch.arange(9.0).view(1, 1, 3, 3).repeat_interleave(10, 2).repeat_interleave(10, 3) / 10
+    found = cld.patches(cell.expand(6, 3, -1, -1).contiguous(), draws(6))
+    assert found.shape == (6, 9, 3, 7, 7)
+    torch.testing.assert_close(found.amin((2, 3, 4)), found.amax((2, 3, 4)))
+    orders = (found[:, :, 0, 0, 0] * 10).round()
+    assert torch.equal(orders.sort(1).values, torch.arange(9.0).expand(6, 9)) and len(orders.unique(dim=0)) > 1
+
+
+def test_crops_from_boxes(tmp_path: Path) -> None:
+    """A crop for each box that meets its image, in its class's folder, with the pixels of the box."""
+    scene = Image.new("RGB", (20, 10))
+    scene.paste((255, 0, 0), (5, 2, 9, 8))
+    scene.save(tmp_path / "scene.png")
+    table = tmp_path / "boxes.csv"
+    boxes = ["image,x1,y1,x2,y2,class", "scene.png,5,2,9,8,cup", "scene.png,15,5,40,30,bowl", "scene.png,30,0,40,9,cup"]
+    table.write_text("\n".join(boxes))
+    assert crop_boxes.crop_boxes(table, tmp_path, tmp_path / "out") == (2, 1)
+    (cup,) = (tmp_path / "out" / "cup").iterdir()
+    with Image.open(cup) as image:
+        assert image.size == (4, 6) and image.getextrema() == ((255, 255), (0, 0), (0, 0))
+    (bowl,) = (tmp_path / "out" / "bowl").iterdir()
+    with Image.open(bowl) as image:
+        assert image.size == (5, 5)

@@ -1,0 +1,80 @@
+"""The README says what is so: its commands parse, its links exist, its numbers are those of the committed logs."""
+
+import importlib
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+import common
+
+README = (common.ROOT / "README.md").read_text()
+COMMANDS = sorted({
+    line.split("  #")[0].strip()
+    for line in re.findall(r"^    ((?:python|torchrun) .*)$", README, re.M) + re.findall(r"`((?:python|torchrun) [^`]*)`", README)
+})  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command of the README is accepted by the script it names."""
+    words = shlex.split(command)
+    start = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    script, options = words[start], words[start + 1 :]
+    if script == "mine.py":
+        script = "npid.py"  # the README copies it
+    monkeypatch.setattr(sys, "argv", [script, *options])
+    try:
+        importlib.import_module(Path(script).stem).parse_args(options)
+    except SystemExit as stop:
+        assert stop.code == 0 and "--help" in options
+
+
+def test_there_are_commands() -> None:
+    """The test above has something to test, for each script that is there."""
+    for script in ("npid.py", "local_aggregation.py", "eval_knn.py", "figures.py"):
+        assert any(script in command for command in COMMANDS)
+
+
+def test_make_targets_exist() -> None:
+    """Every `make X` of the README is a target of the Makefile."""
+    makefile = (common.ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"(?:^    |`)make ([a-z][a-z-]*)", README, re.M))
+    assert targets and all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
+
+
+def test_links_exist() -> None:
+    """Every file that the README links or shows is in the repository."""
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
+    assert [link for link in links if not (common.ROOT / link).exists()] == []
+
+
+def rows() -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line.startswith("| ")]
+
+
+def test_every_published_row_has_a_preset_that_exists() -> None:
+    """The commands of the first table name presets of their scripts, and each row that was not run says so."""
+    table = [row for row in rows() if len(row) == 7 and "`" in row[5]]
+    assert len(table) > 8
+    for row in table:
+        ours, log = row[4], row[6]
+        assert (ours == "not run") == (log == "")
+
+
+@pytest.mark.parametrize("name", sorted({name for name in re.findall(r"results/([\w.-]+)/", README)}))
+def test_figures_equal_the_logs(name: str) -> None:
+    """Wherever the README gives a row of results/<name>/, its kNN figures are those in that folder's eval.jsonl."""
+    folder = common.ROOT / "results" / name
+    logged = set()
+    for line in (folder / "eval.jsonl").read_text().splitlines():
+        for entry in json.loads(line).get("knn", []):
+            logged.add(f"{entry['top1']:.1f}")
+    shown = [row for row in rows() if any(f"results/{name}/" in cell for cell in row)]
+    for row in shown:
+        for cell in row:
+            for figure in re.findall(r"^\d+\.\d$", cell):
+                assert figure in logged or "paper" in row[0], (name, figure, sorted(logged))

@@ -1,0 +1,42 @@
+"""Objects cut out of annotated scenes, such as Kitchen-HC (CLD, supplement, section 1): a folder for each class.
+
+    python tools/crop_boxes.py boxes.csv SCENES OUT/train     # then: python cld.py --preset kitchen-kmeans10 --data OUT
+
+boxes.csv has the header image,x1,y1,x2,y2,class and a line for each box: a path below SCENES, then its corners in
+pixels, the second ones outside the box. Crops are written as PNG, as wide as their boxes; training scales them. A box that is
+empty after it is cut to its image is left out, and counted.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+from PIL import Image
+
+
+def crop_boxes(table: Path, scenes: Path, out: Path) -> tuple[int, int]:
+    """Writes OUT/<class>/<line>-<image>.png for each line of `table`; returns (written, left out)."""
+    written = left_out = 0
+    with table.open(newline="") as file:
+        for line, row in enumerate(csv.DictReader(file)):
+            with Image.open(scenes / row["image"]) as scene:
+                x1, y1 = (max(0, round(float(row[key]))) for key in ("x1", "y1"))
+                x2, y2 = min(scene.width, round(float(row["x2"]))), min(scene.height, round(float(row["y2"])))
+                if x1 >= x2 or y1 >= y2:
+                    left_out += 1
+                    continue
+                folder = out / row["class"]
+                folder.mkdir(parents=True, exist_ok=True)
+                scene.convert("RGB").crop((x1, y1, x2, y2)).save(folder / f"{line:06}-{Path(row['image']).stem}.png")
+                written += 1
+    return written, left_out
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path, metavar="boxes.csv")
+    parser.add_argument("scenes", type=Path, metavar="SCENES")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    args = parser.parse_args()
+    written, left_out = crop_boxes(args.table, args.scenes, args.out)
+    print(f"{written} crops, {left_out} empty boxes left out")
