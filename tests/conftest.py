@@ -2,11 +2,23 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))  # for helpers
+
+
+@pytest.fixture(autouse=True)
+def _no_survivors() -> Iterator[None]:
+    """Scripts that a failed test left at work end with it."""
+    yield
+    import helpers
+
+    while helpers.started:
+        helpers.started.pop().kill()

@@ -25,6 +25,7 @@ TINY = [
     "--feature-dim", "16", "--device", "cpu", "--knn-every", "0",
 ]  # fmt: skip
 
+started: list[ForkServerProcess] = []
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["helpers", "eval_knn"])
 
@@ -61,7 +62,7 @@ class Process:
     def wait_for(self, text: str, seconds: float = 60) -> None:
         """Until `text` stands in the output."""
         end = time.monotonic() + seconds
-        while not (Path(self.folder.name) / "out").exists() or text not in self.out:
+        while text not in self.out:
             assert self.process.is_alive() and time.monotonic() < end, f"no {text} in time"
             time.sleep(0.005)
 
@@ -69,8 +70,11 @@ class Process:
 def start(script: str, argv: Sequence[str | Path], before: Callable[[], None] | None = None) -> Process:
     """Start `python <script>.py argv`; `before` runs in the new process first."""
     folder = tempfile.TemporaryDirectory()
+    for name in ("out", "err"):
+        (Path(folder.name) / name).touch()
     process = _context.Process(target=_child, args=(script, [str(word) for word in argv], folder.name, before))
     process.start()
+    started.append(process)
     return Process(process, folder)
 
 
@@ -82,7 +86,7 @@ def run(script: str, argv: Sequence[str | Path], before: Callable[[], None] | No
 def _child(script: str, argv: list[str], folder: str, before: Callable[[], None] | None) -> None:
     gc.freeze()  # a collection would copy every page
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_APPEND), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
     sys.argv = [f"{script}.py", *argv]
     torch.set_num_threads(1)
