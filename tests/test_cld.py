@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -595,14 +596,14 @@ def test_class_counts_of_a_long_tail_are_printed(tmp_path: Path, capsys: pytest.
 
 def test_file_list_chooses_files_and_folders(tmp_path: Path) -> None:
     """Lines name an image, with or without the split's folder, or a class; a name that is not there is an error."""
-    files = [Path(f"/set/train/n{c}/n{c}_{i}.jpg") for c in (1, 2, 3) for i in range(3)]
-    data = images_of([0, 0, 0, 1, 1, 1, 2, 2, 2], files=files)
+    files = np.array([f"n{c}/n{c}_{i}.jpg".encode() for c in (1, 2, 3) for i in range(3)])
+    data = images_of([0, 0, 0, 1, 1, 1, 2, 2, 2], files=files, root=Path("/set/train"))
     path = tmp_path / "list.txt"
     path.write_text("train/n1/n1_0.jpg 0\nn1/n1_2.jpg 0\nn3\n")
     chosen = cld.listed(data, path)
-    assert [file.name for file in chosen.files] == ["n1_0.jpg", "n1_2.jpg", "n3_0.jpg", "n3_1.jpg", "n3_2.jpg"]
+    assert [chosen.path(row).name for row in range(5)] == ["n1_0.jpg", "n1_2.jpg", "n3_0.jpg", "n3_1.jpg", "n3_2.jpg"]
     assert chosen.labels.tolist() == [0, 0, 2, 2, 2]
-    flat_set = images_of([0] * 2, files=[Path("/set/a b.jpg"), Path("/set/c.jpg")])
+    flat_set = images_of([0] * 2, files=np.array([b"a b.jpg", b"c.jpg"]), root=Path("/set"))
     flat_set.classes, flat_set.labels = [], torch.tensor([-1, -1])
     path.write_text("a b.jpg 4\n")
     assert cld.listed(flat_set, path).labels.tolist() == [4]
