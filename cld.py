@@ -629,7 +629,7 @@ def load(args: argparse.Namespace, split: str, run: common.Run) -> common.ImageS
 def main(args: argparse.Namespace) -> None:
     run = common.Run(args)
     data = load(args, "pretrain", run)
-    test = load(args, "test", run) if args.knn_every else None
+    test = load(args, "test", run) if args.knn_every and data.classes else None
     rows = args.batch_size // args.accumulate // (1 if args.groups_over == "all" else run.world)
     num_groups, queue_size = min(args.num_groups, rows), min(args.queue_size, len(data))
     if args.group_weight and num_groups == rows and run.rank == 0:
@@ -714,8 +714,8 @@ def main(args: argparse.Namespace) -> None:
             run.broadcast(encoder)
             features = common.extract(run, data, embed)
             row |= common.knn_monitor(features, data, common.extract(run, test, embed), test, args.temperature)
-        run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=lr, **row, images_per_second=round(images_per_second),
-                seconds=round(time.perf_counter() - began, 1), memory_gb=common.memory_gb(run.device))
+        run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=optimizer.param_groups[0]["lr"], **row,
+                images_per_second=round(images_per_second), seconds=round(time.perf_counter() - began, 1), memory_gb=common.memory_gb(run.device))
         run.save(state, epoch + 1, 0)
     run.finish(encoder.backbone)
 

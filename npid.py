@@ -212,6 +212,11 @@ def main(args: argparse.Namespace) -> None:
     run = common.Run(args)
     data = common.load(args, "pretrain", run.device)
     test = common.load_monitor(args, data, run.device)
+    if args.loss in ("nce", "sampled") and args.num_negatives > len(data):
+        if "num_negatives" in args.typed:
+            raise common.Fault(f"--m {args.num_negatives} is more than the {len(data)} images")
+        print(f"--m {len(data)}, from {args.num_negatives}: there are no more images", flush=True)
+        args.num_negatives = len(data)
     run.describe(data, chance_loss=round(math.log(len(data)), 4))
     steps = run.steps_per_epoch(len(data))
 
