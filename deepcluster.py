@@ -1,11 +1,11 @@
-"""DeepCluster (Caron, master's thesis 2018; the ECCV 2018 paper of Caron, Bojanowski, Joulin and Douze, arXiv:1807.05520).
+"""DeepCluster (Mathilde Caron, master's thesis 2018; as a paper ECCV 2018, arXiv:1807.05520).
 
-A network with random weights already tells images apart a little. Each epoch (the thesis calls epoch what lies between
-two clusterings) uses that: cluster the descriptors of all images, and learn to predict the clusters.
+A network with random weights already tells images apart a little. Each epoch (in the thesis: what lies between two
+clusterings) builds on that: cluster the descriptors of all images, then learn to predict the clusters.
 
-    h_i = penultimate layer before its ReLU, central crop     x_i = normalise(whiten(PCA(h_i)))           sections 3.3, 4.2
-    y = k-means or power iteration clustering of x            last layer <- new                           sections 3.3, 4.6
-    one epoch of cross-entropy on y, mini-batches drawn uniformly over the clusters                       section 3.2
+    h = penultimate layer before its ReLU, of the central crop; x = normalise(whiten(PCA(h)))      (sections 3.3, 4.2)
+    y = k-means or power iteration clustering of x; the last layer starts anew                     (3.3, 4.6)
+    an epoch of cross-entropy on y, with mini-batches drawn uniformly over the clusters            (3.2)
 
     python deepcluster.py                                  # rendered shapes, for a first try
     python deepcluster.py --data cifar10                   # ResNet-18, RGB, many more clusters than classes
@@ -15,27 +15,25 @@ two clusterings) uses that: cluster the descriptors of all images, and learn to 
     python deepcluster.py --output runs/deepcluster-cifar10-seed0 --assign DIR  # clusters of new images, as CSV
 
 Differences from the thesis and from the authors' code:
-  * The code's sampler draws positions of one order of the images and applies them to another, which loses the uniformity
-    over clusters (2 % intended for a cluster with 95 % of the images, 95 % delivered). Here every cluster has N/K draws,
-    plus or minus one, its images in turn. `--sampling released` is the code's.
-  * Empty clusters take half of a random other one, in each iteration, as the thesis says (`--empties half`); `split`
-    perturbs centroids as Faiss does, with `--kmeans faiss` in Faiss itself.
-  * PIC runs in float64: in float32 its kernel vanishes beyond a squared distance of 0.39 (1.19 in float64). Where
-    neighbours are further away than that every image is a singleton; `--sigma median` takes sigma from the data.
-  * PCA drops directions whose variance is rounding noise; constant or rank-deficient descriptors give zeros, not NaN.
-  * The last layer has its own SGD without momentum (the code's; the thesis says only that the layer is new).
-  * Descriptors that exceed ONE_PASS bytes are never held: one forward pass over the images gives mean and covariance, a
-    second one projects, so they cost two passes instead of one. Those of more than 8,192 numbers are first multiplied by
-    a random matrix to that size, which is not exact.
-  * DeepCluster-v2 is not here: no part of its epoch is the same (centroids as classifier, features of the last epoch,
-    several heads, LARS), it would be a script of its own.
+  * The code's sampler takes positions in one order of the images for positions in another and so delivers what uniform
+    sampling over images would. Here each cluster has N/K draws, plus or minus one; `--sampling released` is the code's.
+  * Empty clusters take half of a random other one after each assignment, as the thesis says (`--empties half`);
+    `split` perturbs centroids while training, as Faiss does; `--kmeans faiss` is Faiss itself.
+  * PIC runs in float64. In float32 its kernel vanishes beyond a squared distance of 0.39, in float64 beyond 1.19; where
+    neighbours are further away every image is a singleton, and `--sigma median` takes sigma from the distances.
+  * PCA drops directions whose variance is rounding noise, so constant or rank-deficient descriptors give no NaN.
+  * The last layer has its own SGD without momentum: the code's; the thesis says only that the layer is new.
+  * Descriptors of more than ONE_PASS bytes are never held: a first pass over the images sums their covariance, a second
+    one projects them, which costs another forward pass. Those of more than WIDEST numbers are first shortened by a
+    random matrix, which is not exact.
+  * DeepCluster-v2 would be another script: classifier, descriptors, clustering and optimiser are all different.
 
-log.jsonl has, for each epoch: loss; chance_loss, which is ln of the number of clusters; clusters, empties (before they
-were filled), largest_share of the images, singletons (before they were redistributed); nmi_previous, the NMI (geometric
-mean) with the last clustering; pca_variance, the share of the variance that is kept; seconds of each part. Each
---knn-every epochs, from labels: ratio_edge, the ratio edge intra-class (section 4.1, %) of the clustered descriptors, and
-nmi_labels, both of the network that the epoch started from, in the first row the untrained one; knn_top1 of the
-descriptors after the epoch. assignments/epochNNNN.npz has `cluster`, one number for each line of assignments/images.txt.
+log.jsonl has, for each epoch: loss; chance_loss, ln of the number of clusters; clusters; empties before they were filled;
+singletons before they were redistributed; largest_share of the images; nmi_previous, NMI (geometric mean) with the last
+clustering; pca_variance, the share that is kept; seconds of each part. From labels, each --knn-every epochs: ratio_edge,
+the ratio edge intra-class of section 4.1 in percent, and nmi_labels, both of what was clustered, that is of the network
+before the epoch (in the first row: untrained); knn_top1 of descriptors after the epoch. assignments/epochNNNN.npz holds
+`cluster`, a number for each line of assignments/images.txt.
 """
 
 import argparse
@@ -43,7 +41,7 @@ import csv
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +57,8 @@ import common
 
 IMAGENET = dict(data="imagenet")
 PIC = dict(data="imagenet", clustering="pic", lr=0.05)
+FLICKR = dict(knn_every=0)  # YFCC100M has no labels
+PART = dict(images_per_epoch=1_200_000)
 LABELS = dict(data="imagenet", clustering="labels", sampling="images", epochs=90, knn_every=1)
 CIFAR = dict(arch="resnet18", sobel=False, feature_dim=128, batch_size=128, lr=0.05, weight_decay=5e-4, epochs=200,
              min_crop=0.2)  # fmt: skip
@@ -69,8 +69,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "pic-imagenet-sobel": PIC,
     "kmeans-imagenet-sobel": IMAGENET,
     "kmeans-imagenet-rgb": dict(IMAGENET, num_clusters=1000, sobel=False, weight_decay=1e-6),
-    "kmeans-flickr1m-sobel": dict(data="flickr1m", epochs=167, updates_per_epoch=3 * 3907),
-    "kmeans-flickr2m-sobel": dict(data="flickr2m", epochs=167, updates_per_epoch=3 * 5005, images_per_epoch=1_200_000),
+    "kmeans-flickr1m-sobel": dict(FLICKR, data="flickr1m", epochs=167, updates_per_epoch=3 * 5005),
+    "kmeans-flickr2m-sobel": dict(FLICKR, data="flickr2m", epochs=167, updates_per_epoch=3 * 5005, **PART),
     # Chapter 4
     "fig4.1-labels": dict(LABELS, sobel=False),
     **{f"fig4.2-{head}": dict(PIC, head=head, descriptors="after") for head in ("full", "2fc", "no-relu")},
@@ -82,14 +82,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     **{f"fig4.5-{n}": dict(PIC, reassign_every=n) for n in (1, 3, 10, 30)},
     **{f"fig4.6-{arch}-{'sobel' if sobel else 'rgb'}": dict(PIC, arch=arch, sobel=sobel, epochs=50)
        for arch in ("alexnet", "vgg16", "resnet101") for sobel in (True, False)},
-    **{f"fig4.7-{what}": dict(PIC, sobel=False, singletons=what, epochs=20) for what in ("redistribute", "keep", "drop")},
+    **{f"fig4.7-{how}": dict(PIC, sobel=False, singletons=how, epochs=20) for how in ("redistribute", "keep", "drop")},
     "table4.2": LABELS,
     **{f"table4.2-{n}": dict(LABELS, targets_per_step=n) for n in (256, 512)},
     **{f"table4.3-{n}": dict(PIC, targets_per_step=n) for n in (256, 512, 1024, 2048, 4096)},  # also Fig. 4.8 (b)
-    "fig4.9-flickr1m": dict(PIC, data="flickr1m", updates_per_epoch=5005),
-    "fig4.9-flickr2m": dict(PIC, data="flickr2m", updates_per_epoch=5005, images_per_epoch=1_200_000),
-    "fig4.9-flickr2m-pool": dict(PIC, data="flickr2m", updates_per_epoch=5005, images_per_epoch=1_200_000, cluster_pool=True),
-    **{f"fig4.10-{pool}-{n}": dict(PIC, data=f"flickr{pool}", images_per_epoch=n, updates_per_epoch=11_700)
+    "fig4.9-flickr1m": dict(PIC | FLICKR, data="flickr1m", updates_per_epoch=5005),
+    "fig4.9-flickr2m": dict(PIC | FLICKR | PART, data="flickr2m", updates_per_epoch=5005),
+    "fig4.9-flickr2m-pool": dict(PIC | FLICKR | PART, data="flickr2m", updates_per_epoch=5005, cluster_pool=True),
+    **{f"fig4.10-{pool}-{n}": dict(PIC | FLICKR, data=f"flickr{pool}", images_per_epoch=n, updates_per_epoch=11_700)
        for pool, n in (("100k", 100_000), ("1m", 100_000), ("1m", 1_000_000), ("10m", 100_000), ("10m", 1_000_000))},
     # Local Aggregation's DC-ResNets, on the unpooled map: -A without hidden layers, -B with two
     **{f"imagenet-{arch}-a": dict(IMAGENET, arch=arch, head="map", lr=0.05) for arch in ("resnet18", "resnet50")},
@@ -121,23 +121,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--sobel", action=argparse.BooleanOptionalAction, default=True,
                         help="the network sees the gradients of the grey image, not RGB")
     method.add_argument("--head", choices=["full", "2fc", "no-relu", "map", "pooled"],
-                        help="section 4.2: FC-ReLU-FC-ReLU-FC, FC-ReLU-FC, FC-ReLU-FC-FC; ResNets have these on the "
-                             "unpooled last map, or only the last layer on the map or on its mean; default: full, pooled")
+                        help="section 4.2: FC-ReLU-FC-ReLU-FC, FC-ReLU-FC, FC-ReLU-FC-FC; a ResNet has these "
+                             "on its unpooled last map, or one FC on the map or on its mean; default: full, pooled")
     method.add_argument("--descriptors", choices=["before", "after"], default="before", help="the last ReLU")
-    method.add_argument("--dropout", type=common.SHARE, default=0.5, help="before each hidden FC (AlexNet; VGG: the 2nd)")
+    method.add_argument("--dropout", type=common.SHARE, default=0.5, help="before hidden FCs")
     method = parser.add_argument_group("method: clustering")
     method.add_argument("--clustering", choices=["kmeans", "pic", "labels"], default="kmeans",
                         help="labels: the true ones, once (Table 4.2, Fig. 4.1); nothing else trains on labels")
     method.add_argument("--k", "--num-clusters", dest="num_clusters", type=common.COUNT, default=10_000, metavar="K",
                         help="k of k-means; many more than there are classes")
     method.add_argument("--kmeans", choices=["torch", "faiss"], default="torch", help="whose k-means")
-    method.add_argument("--empties", choices=["half", "split"], default="half", help="an empty cluster takes half of the "
-                        "images of a random other one (thesis), or half-way splits a centroid drawn by size (Faiss)")
+    method.add_argument("--empties", choices=["half", "split"], default="half", help="an empty cluster takes half of "
+                        "the images of a random other one (thesis), or splits a centroid drawn by size (Faiss)")
     method.add_argument("--num-neighbors", type=common.COUNT, default=5, metavar="N", help="of PIC's graph")
     method.add_argument("--sigma", type=bandwidth, default=0.2, help="of PIC's kernel exp(-d^2 / sigma^2), or median: "
                         "that of the distances to the neighbours")
     method.add_argument("--singletons", choices=["redistribute", "keep", "drop"], default="redistribute",
-                        help="PIC's clusters of one image: to the nearest neighbour's that is none, kept, not trained on")
+                        help="PIC's clusters of one image: into the nearest neighbour's, kept, or left out")
     method.add_argument("--reassign-every", type=common.COUNT, default=1, metavar="EPOCHS", help="section 4.4")
     method.add_argument("--images-per-epoch", type=common.COUNT, metavar="N", help="algorithm 2: cluster and train on "
                         "a new random part of the images each epoch; default: all")
@@ -149,10 +149,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         "thesis takes three times that on Flickr")
     method.add_argument("--targets-per-step", type=common.COUNT, metavar="N", help="stochastic gradient over targets, "
                         "section 4.7: the batch's clusters and random others, N in all; default: all clusters")
-    method.add_argument("--crop", choices=["random-sized", "random", "central"], default="random-sized", help="Fig. 4.4")
-    method.add_argument("--min-crop", type=common.SHARE, default=0.08, metavar="SHARE", help="least area of a "
-                        "random-sized crop")
-    method.add_argument("--flip", choices=["no", "horizontal", "vertical"], default="horizontal", help="Fig. 4.4")
+    method.add_argument("--crop", choices=["random-sized", "random", "central"], default="random-sized",
+                        help="section 4.3")
+    method.add_argument("--min-crop", type=common.SHARE, default=0.08, metavar="SHARE", help="least area, if random-sized")
+    method.add_argument("--flip", choices=["no", "horizontal", "vertical"], default="horizontal", help="section 4.3")
     parser.add_argument("--assign", metavar="NAME|DIR", help="train nothing: write the clusters of these images by the "
                         "centroids in --output to its assigned.csv")
     common.add_training_options(parser)
@@ -172,7 +172,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def crop(kind: str, size: int, least: float) -> common.Crop:
-    """Fig. 4.4's crops. random: as large as 224 px in a 4:3 photograph of 256 px, not resized; central: all that fits."""
+    """The crops of section 4.3. random: of one size, that of 224 px in a 4:3 photograph of 256; central: all that fits."""
     scale, ratio = {"random-sized": ((least, 1.0), (3 / 4, 4 / 3)), "random": ((0.574, 0.574), (1.0, 1.0)),
                     "central": ((1.0, 1.0), (1.0, 1.0))}[kind]  # fmt: skip
     return common.Crop(size, scale, ratio)
@@ -238,24 +238,27 @@ class TopLayer(nn.Module):
         self.weight = nn.Parameter(weight.to(self.device))
         self.bias = nn.Parameter(torch.zeros(num_clusters, device=self.device))
 
-    def forward(self, features: Tensor, rows: Tensor | slice) -> Tensor:
-        """Logits of the clusters `rows`."""
+    def forward(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Logits of all clusters, or of `rows`."""
+        if rows is None:
+            return F.linear(features, self.weight, self.bias)
         return F.linear(features, self.weight[rows], self.bias[rows])
 
     @torch.no_grad()
-    def step(self, rows: Tensor | slice, lr: float, weight_decay: float) -> None:
-        """Its own SGD, without momentum; only the clusters `rows` move, or decay."""
+    def step(self, lr: float, weight_decay: float, rows: Tensor | None = None) -> None:
+        """Its own SGD, without momentum: nothing to keep. Only the clusters `rows` move and decay."""
+        where = slice(None) if rows is None else rows
         for p in (self.weight, self.bias):
             assert p.grad is not None
-            p[rows] -= lr * (p.grad[rows] + weight_decay * p[rows])
+            p[where] -= lr * (p.grad[where] + weight_decay * p[where])
 
-    def load_state_dict(self, state: Any, *args: Any, **kwargs: Any) -> Any:
-        self.reset(len(state["weight"]), torch.Generator())
-        return super().load_state_dict(state, *args, **kwargs)
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        self.reset(len(state_dict["weight"]), torch.Generator())
+        return super().load_state_dict(state_dict, strict, assign)
 
 
 class Clusters:
-    """What an epoch's clustering leaves behind, part of the checkpoint: tensors on `device`, and figures for the log."""
+    """What a clustering leaves behind for the epoch, the log and --assign; part of the checkpoint."""
 
     def __init__(self, num_images: int, device: torch.device) -> None:
         self.device = device
@@ -277,38 +280,28 @@ ONE_PASS = 1 << 30  # bytes of descriptors (N, d) that may be held; larger ones 
 WIDEST = 8192  # numbers of a descriptor whose covariance (d, d) is still at hand
 
 
-class Moments(NamedTuple):
-    """Number of rows, their sum (d,) and second moment (d, d), in float64."""
-
-    count: int
-    total: Tensor
-    square: Tensor
-
-
-def moments(batches: Iterable[Tensor], dim: int, device: torch.device) -> Moments:
-    """Moments of rows (b, dim) as they stream by."""
+def moments(batches: Iterable[Tensor], dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Sum (dim,) and second moment (dim, dim), in float64, of rows (b, dim) as they stream by."""
     device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-    count, total = 0, torch.zeros(dim, dtype=torch.float64, device=device)
+    total = torch.zeros(dim, dtype=torch.float64, device=device)
     square = torch.zeros(dim, dim, dtype=torch.float64, device=device)
     for batch in batches:
         rows = batch.to(device).double()
-        count += len(rows)
         total += rows.sum(0)
         square.addmm_(rows.T, rows)
-    return Moments(count, total, square)
+    return total, square
 
 
-def pca_whiten(sums: Moments, dim: int) -> tuple[Tensor, Tensor, float]:
-    """Projection (d, q) and offset (q,) with h @ projection - offset white; q = min(dim, d, N - 1). Also the share of
-    the variance it keeps.
+def pca_whiten(count: int, total: Tensor, square: Tensor, dim: int) -> tuple[Tensor, Tensor, float]:
+    """Projection (d, q) and offset (q,): h @ projection - offset is white; and the share of the variance it keeps.
 
-    Directions without variance, but for the rounding of float32 descriptors, are projected to zero.
+    total: (d,) and square: (d, d) of `count` rows; q = min(dim, d, count - 1). Directions whose variance is nothing but
+    the rounding of float32 descriptors are projected to zero.
     """
-    mean = sums.total / sums.count
-    covariance = sums.square / sums.count - mean.outer(mean)
-    values, vectors = torch.linalg.eigh(covariance)
+    mean = total / count
+    values, vectors = torch.linalg.eigh(square / count - mean.outer(mean))
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    keep = max(1, min(dim, len(mean), sums.count - 1))
+    keep = max(1, min(dim, len(mean), count - 1))
     noise = torch.maximum(1e-10 * values[0], 1e-13 * mean.square().sum())
     scale = torch.where(values > noise, values, math.inf)[:keep].rsqrt()
     projection = vectors[:, :keep] * scale
@@ -343,17 +336,17 @@ def describe(
     if 4 * len(data) * width <= ONE_PASS:
         held = common.extract(run, data, short)
         described = time.perf_counter()
-        sums = moments(held.split(4096), width, run.device)
+        total, square = moments(torch.split(held, 4096), width, run.device)
     else:
-        mine = torch.arange(len(data))[run.rows(len(data))]
-        part = moments((short(data.normalize(images)) for images in data.centers(mine, 256, run.device)), width, run.device)
-        sums = Moments(len(data), run.mean(part.total) * run.world, run.mean(part.square) * run.world)
+        centers = data.centers(torch.arange(len(data))[run.rows(len(data))], 256, run.device)
+        total, square = moments((short(data.normalize(images)) for images in centers), width, run.device)
+        total, square = run.mean(total) * run.world, run.mean(square) * run.world
         described = time.perf_counter()
-    projection, offset, variance = pca_whiten(sums, dim)
+    projection, offset, variance = pca_whiten(len(data), total, square, dim)
     projection, offset = rank0(run, projection), rank0(run, offset)
     pca = time.perf_counter() - described
     if held is not None:
-        x = torch.cat([whiten(rows, projection, offset) for rows in held.split(4096)])
+        x = torch.cat([whiten(rows, projection, offset) for rows in torch.split(held, 4096)])
     else:
         x = common.extract(run, data, lambda images: whiten(short(images), projection, offset))
     seconds = dict(seconds_descriptors=round(time.perf_counter() - began - pca, 2), seconds_pca=round(pca, 2))
@@ -380,7 +373,7 @@ def fill_empty(labels: Tensor, k: int, random: np.random.Generator) -> tuple[Ten
     if len(empty) == 0:
         return labels, 0
     shuffle = torch.from_numpy(random.permutation(len(labels))).to(labels.device)
-    order = shuffle[labels[shuffle].argsort(stable=True)]  # cluster c holds order[start : start + count], in random order
+    order = shuffle[labels[shuffle].argsort(stable=True)]  # a cluster holds order[start : start + count], shuffled
     starts = counts.cumsum() - counts
     filled = []
     for cluster in empty.tolist():
@@ -435,12 +428,12 @@ class Graph(NamedTuple):
 def affinity(x: Tensor, nearest: Tensor, sigma: float | str) -> Graph:
     """A_ij = exp(-|x_i - x_j|^2 / sigma^2) if j is among the nearest (N, k) of i, else 0. x: (N, D)."""
     n, k = nearest.shape
-    parts = zip(x.split(4096), nearest.to(x.device).split(4096), strict=True)
+    parts = zip(torch.split(x, 4096), torch.split(nearest.to(x.device), 4096), strict=True)
     distances = torch.cat([(rows[:, None] - x[near]).double().square().sum(2) for rows, near in parts]).cpu()
     squared = distances.flatten().median() if sigma == "median" else torch.tensor(float(sigma) ** 2)
     weights = (-distances / squared.clamp(min=1e-30)).exp().flatten()
     i, j = torch.arange(n).repeat_interleave(k), nearest.cpu().flatten()
-    key, place = torch.cat([i * n + j, j * n + i]).unique(return_inverse=True)
+    key, place = torch.unique(torch.cat([i * n + j, j * n + i]), return_inverse=True)
     weights = weights.new_zeros(len(key)).index_add_(0, place, torch.cat([weights, weights]))
     return Graph(key // n, key % n, weights, nearest.cpu())
 
@@ -458,7 +451,7 @@ def power_iteration(graph: Graph, alpha: float = ALPHA, iterations: int = ITERAT
 
 
 def basins(graph: Graph, v: Tensor) -> Tensor:
-    """Each image points to the neighbour with the largest W_ij (v_j - v_i) > 0, a maximum to itself: where it ends, (N,)."""
+    """Basin (N,) of each image, where it ends by going to the neighbour with the largest W_ij (v_j - v_i) > 0."""
     n = len(v)
     gain = graph.weights * (v[graph.columns] - v[graph.rows])
     best = torch.zeros(n, dtype=torch.float64).scatter_reduce_(0, graph.rows, gain, "amax")
@@ -467,7 +460,8 @@ def basins(graph: Graph, v: Tensor) -> Tensor:
     pointer = torch.where(pointer == n, torch.arange(n), pointer)
     while not torch.equal(pointer, pointer[pointer]):
         pointer = pointer[pointer]
-    return pointer.unique(return_inverse=True)[1]
+    labels: Tensor = torch.unique(pointer, return_inverse=True)[1]
+    return labels
 
 
 def treat_singletons(labels: Tensor, nearest: Tensor, how: str) -> tuple[Tensor, int]:
@@ -482,7 +476,7 @@ def treat_singletons(labels: Tensor, nearest: Tensor, how: str) -> tuple[Tensor,
         labels = torch.where(single & host.any(1), labels[first], labels)
     if how == "drop":
         labels = torch.where(single, -1, labels)
-    used = labels.clamp(min=0).unique() if how != "drop" else labels[labels >= 0].unique()
+    used = torch.unique(labels[labels >= 0])
     return torch.where(labels >= 0, torch.searchsorted(used, labels), -1), int(single.sum())
 
 
@@ -508,7 +502,7 @@ def uniform_order(labels: Tensor, count: int, source: torch.Generator) -> Tensor
     shuffle = torch.randperm(len(labels), generator=source)
     shuffle = shuffle[labels[shuffle] >= 0]
     members = shuffle[labels[shuffle].argsort(stable=True)]
-    clusters, sizes = labels[members].unique_consecutive(return_counts=True)
+    clusters, sizes = torch.unique_consecutive(labels[members], return_counts=True)
     quota = torch.full((len(clusters),), count // len(clusters))
     quota[torch.randperm(len(clusters), generator=source)[: count % len(clusters)]] += 1
     turn = torch.arange(count) - (quota.cumsum(0) - quota).repeat_interleave(quota)
@@ -529,14 +523,13 @@ def training_order(labels: Tensor, count: int, sampling: str, source: torch.Gene
     return order
 
 
-def target_rows(targets: Tensor, num_clusters: int, count: int | None, source: torch.Generator) -> Tensor | slice:
-    """Clusters that a step takes part in, ascending: the targets' own and random others, `count` in all (section 4.7)."""
-    if count is None or count >= num_clusters:
-        return slice(None)
-    present = targets.unique().cpu()
+def target_rows(targets: Tensor, num_clusters: int, count: int, source: torch.Generator) -> Tensor:
+    """Clusters whose weights a step uses and moves, ascending: those of its targets and random others, `count` in all."""
+    present = torch.unique(targets).cpu()
     draw = torch.rand(num_clusters, generator=source)
     draw[present] = -1
-    return draw.topk(max(count, len(present)), largest=False).indices.sort().values.to(targets.device)
+    count = min(num_clusters, max(count, len(present)))
+    return draw.topk(count, largest=False).indices.sort().values.to(targets.device)
 
 
 # ---- figures of merit ------------------------------------------------------------------------------------------------
@@ -546,7 +539,7 @@ def nmi(a: Tensor, b: Tensor) -> float:
     """I(a; b) / sqrt(H(a) H(b)) of two labellings (N,). Two constant ones are equal: 1; one constant: 0."""
 
     def entropy(labels: Tensor) -> float:
-        share = labels.unique(return_counts=True)[1].double() / len(labels)
+        share = torch.unique(labels, return_counts=True)[1].double() / len(labels)
         return -float((share * share.log()).sum())
 
     a, b = a.long(), b.long()
@@ -565,7 +558,7 @@ def ratio_edge_intra_class(nearest: Tensor, labels: Tensor) -> Tensor:
 
 
 def ratio_edge(x: Tensor, labels: Tensor) -> float:
-    """Mean over classes of the ratio edge intra-class on the 10-NN graph of the labelled rows of x (N, D), in percent."""
+    """Mean over classes of the ratio edge intra-class in percent, on the 10-NN graph of the labelled rows of x (N, D)."""
     known = labels >= 0
     x, labels = x[known.to(x.device)], labels[known]
     k = min(10, len(x) - 1)
@@ -576,12 +569,21 @@ def ratio_edge(x: Tensor, labels: Tensor) -> float:
 
 
 def partition_figures(pseudo_labels: Tensor, previous: Tensor) -> dict[str, float]:
-    """Number of clusters, the largest one's share of the images, and the NMI with the last clustering, (N,), -1: none."""
-    sizes = pseudo_labels[pseudo_labels >= 0].unique(return_counts=True)[1]
+    """Number of clusters, share of the largest one, NMI with the last clustering. Both (N,), -1: in no cluster."""
+    sizes = torch.unique(pseudo_labels[pseudo_labels >= 0], return_counts=True)[1]
     figures = dict(clusters=len(sizes), largest_share=round(float(sizes.max() / sizes.sum()), 4),
                    chance_loss=round(math.log(len(sizes)), 4))  # fmt: skip
     both = (pseudo_labels >= 0) & (previous >= 0)
     return figures | (dict(nmi_previous=round(nmi(pseudo_labels[both], previous[both]), 4)) if both.any() else {})
+
+
+def knn(
+    run: common.Run, data: common.ImageSet, test: common.ImageSet, encode: Callable[[Tensor], Tensor], width: int, dim: int
+) -> dict[str, float]:
+    """Weighted kNN accuracy (K = 200, tau = 0.07) of the whitened descriptors, whose PCA is that of `data`."""
+    x, projection, offset, _ = describe(run, data, encode, width, dim)
+    queries = common.extract(run, test, lambda images: whiten(encode(images), projection, offset))
+    return common.knn_monitor(x, data, queries, test, temperature=0.07)
 
 
 def accuracy(run: common.Run, test: common.ImageSet, classify: Callable[[Tensor], Tensor]) -> float:
@@ -636,7 +638,7 @@ def assign_images(args: argparse.Namespace) -> None:
     with path.with_suffix(".tmp").open("w", newline="", errors="surrogateescape") as file:
         csv.writer(file).writerows([("path", "cluster"), *zip(image_names(data), labels.tolist(), strict=True)])
     path.with_suffix(".tmp").replace(path)
-    print(json.dumps(dict(assigned=str(path), images=len(data), clusters=len(labels.unique()))))
+    print(json.dumps(dict(assigned=str(path), images=len(data), clusters=len(torch.unique(labels)))))
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -719,15 +721,16 @@ def main(args: argparse.Namespace) -> None:
                         figures["nmi_labels"] = nmi(labels, data.labels[pool])
                 labels = rank0(run, labels.to(run.device)).cpu()
                 if not (labels >= 0).any():
-                    raise common.Fault("every image is a singleton, none is left to train on: --sigma median fits sigma")
+                    raise common.Fault("every image is a singleton, none is left to train on: try --sigma median")
             previous, clusters.pseudo_labels = clusters.pseudo_labels, torch.full_like(clusters.pseudo_labels, -1)
             clusters.pseudo_labels[pool] = labels.int().to(run.device)
             clusters.figures = figures | partition_figures(clusters.pseudo_labels, previous)
-            top.reset(args.num_clusters if args.clustering == "kmeans" else int(labels.max()) + 1, run.generator("top", epoch))
+            count = args.num_clusters if args.clustering == "kmeans" else int(labels.max()) + 1
+            top.reset(count, run.generator("top", epoch))
             if run.rank == 0:
                 save_assignments(run.output / "assignments", epoch + 1, clusters.pseudo_labels, names)
 
-        pseudo_labels, num_clusters = clusters.pseudo_labels.long(), len(top.weight)
+        pseudo_labels = clusters.pseudo_labels.long()
         source = run.generator("order", epoch)
         order = training_order(pseudo_labels.cpu(), steps * args.batch_size, args.sampling, source)
         head = run.parallel(top)
@@ -741,11 +744,10 @@ def main(args: argparse.Namespace) -> None:
                 group["lr"] = lr
             images = data.normalize(augment(images, run.draw(epoch, step), args.flip))
             targets = pseudo_labels[index]
-            rows: Tensor | slice = slice(None)
+            rows = None
             if args.targets_per_step:
-                (present,) = run.gather(targets)
                 source = run.generator("targets", epoch, step)
-                rows = target_rows(present, num_clusters, args.targets_per_step, source)
+                rows = target_rows(run.gather(targets)[0], len(top.weight), args.targets_per_step, source)
                 targets = torch.searchsorted(rows, targets)
 
             torch.manual_seed(run.generator("dropout", epoch, step, run.rank).initial_seed())
@@ -759,7 +761,7 @@ def main(args: argparse.Namespace) -> None:
                 part_loss.backward()
                 loss += part_loss.detach()
             optimizer.step()
-            top.step(rows, lr, args.weight_decay)
+            top.step(lr, args.weight_decay, rows)
             totals.add(loss=loss)
             run.after_step(state, epoch, step, loss)
 
@@ -768,11 +770,9 @@ def main(args: argparse.Namespace) -> None:
         if monitor and test is not None:
             encoder.eval()
             run.broadcast(encoder)
-            x, projection, offset, _ = describe(run, data, encode, encoder.dim, args.feature_dim)
-            queries = common.extract(run, test, lambda images: whiten(encode(images), projection, offset))
-            row |= common.knn_monitor(x, data, queries, test, temperature=0.07)
+            row |= knn(run, data, test, encode, encoder.dim, args.feature_dim)
             if args.clustering == "labels":
-                row["test_top1"] = accuracy(run, test, lambda images: top(encoder.activate(encoder(images)), slice(None)))
+                row["test_top1"] = accuracy(run, test, lambda images: top(encoder.activate(encoder(images))))
         run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=lr, **row,
                 images_per_second=round((steps - start) * args.batch_size / seconds_training),
                 seconds_training=round(seconds_training, 1), seconds=round(time.perf_counter() - began, 1),
