@@ -28,12 +28,12 @@ Differences from the thesis and from the authors' code:
     random matrix, which is not exact.
   * DeepCluster-v2 would be another script: classifier, descriptors, clustering and optimiser are all different.
 
-log.jsonl has, for each epoch: loss; chance_loss, ln of the number of clusters; clusters; empties before they were filled;
-singletons before they were redistributed; largest_share of the images; nmi_previous, NMI (geometric mean) with the last
-clustering; pca_variance, the share that is kept; seconds of each part. From labels, each --knn-every epochs: ratio_edge,
-the ratio edge intra-class of section 4.1 in percent, and nmi_labels, both of what was clustered, that is of the network
-before the epoch (in the first row: untrained); knn_top1 of descriptors after the epoch. assignments/epochNNNN.npz holds
-`cluster`, a number for each line of assignments/images.txt.
+log.jsonl has, for each epoch: loss; chance_loss, ln of the number of clusters; clusters; empties before they were
+filled; singletons before they were redistributed; largest_share of the images; nmi_previous, NMI with the last
+clustering; pca_variance, the share that is kept; seconds of each part, 0 where a resumed epoch did not repeat it. From
+labels, each --knn-every epochs: ratio_edge, the ratio edge intra-class of section 4.1 in percent, and nmi_labels, both
+of what was clustered, that is of the network before the epoch (in the first row: untrained); knn_top1 of descriptors
+after the epoch. assignments/epochNNNN.npz holds `cluster`, a number for each line of assignments/images.txt.
 """
 
 import argparse
@@ -48,9 +48,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor, nn
 
 import common
+
+Encode = Callable[[Tensor], Tensor]  # normalised images (b, 3, S, S) -> descriptors or logits (b, d)
 
 # ---- presets ---------------------------------------------------------------------------------------------------------
 # "imagenet" is the base of all and serves any directory; a preset lists what differs. flickr*: directories of YFCC100M.
@@ -151,7 +154,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         "section 4.7: the batch's clusters and random others, N in all; default: all clusters")
     method.add_argument("--crop", choices=["random-sized", "random", "central"], default="random-sized",
                         help="section 4.3")
-    method.add_argument("--min-crop", type=common.SHARE, default=0.08, metavar="SHARE", help="least area, if random-sized")
+    method.add_argument("--min-crop", type=common.SHARE, default=0.08, metavar="SHARE", help="if random-sized")
     method.add_argument("--flip", choices=["no", "horizontal", "vertical"], default="horizontal", help="section 4.3")
     parser.add_argument("--assign", metavar="NAME|DIR", help="train nothing: write the clusters of these images by the "
                         "centroids in --output to its assigned.csv")
@@ -171,11 +174,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 # ---- augmentation ----------------------------------------------------------------------------------------------------
 
 
-def crop(kind: str, size: int, least: float) -> common.Crop:
-    """The crops of section 4.3. random: of one size, that of 224 px in a 4:3 photograph of 256; central: all that fits."""
-    scale, ratio = {"random-sized": ((least, 1.0), (3 / 4, 4 / 3)), "random": ((0.574, 0.574), (1.0, 1.0)),
-                    "central": ((1.0, 1.0), (1.0, 1.0))}[kind]  # fmt: skip
-    return common.Crop(size, scale, ratio)
+CROPS = {  # of section 4.3: range of the area, of the ratio
+    "random-sized": ((0.08, 1.0), (3 / 4, 4 / 3)),  # from --min-crop on
+    "random": ((0.574, 0.574), (1.0, 1.0)),  # one size, that of 224 px in a 4:3 photograph of 256 px
+    "central": ((1.0, 1.0), (1.0, 1.0)),  # does not fit anywhere else
+}
 
 
 def augment(images: Tensor, draw: common.Draw, flip: str) -> Tensor:
@@ -320,9 +323,9 @@ def rank0(run: common.Run, tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def describe(
-    run: common.Run, data: common.ImageSet, encode: Callable[[Tensor], Tensor], width: int, dim: int
-) -> tuple[Tensor, Tensor, Tensor, dict[str, float]]:
-    """x (N, q), projection (width, q), offset (q,) and figures, for encode: images -> h (b, width)."""
+    run: common.Run, data: common.ImageSet, encode: Encode, width: int, dim: int
+) -> tuple[Tensor, Tensor, Tensor, float, dict[str, float]]:
+    """x (N, q), projection (width, q), offset (q,), the variance kept, seconds. encode: images -> h (b, width)."""
     began = time.perf_counter()
     sketch = None
     if width > WIDEST:
@@ -349,10 +352,10 @@ def describe(
         x = torch.cat([whiten(rows, projection, offset) for rows in torch.split(held, 4096)])
     else:
         x = common.extract(run, data, lambda images: whiten(short(images), projection, offset))
-    seconds = dict(seconds_descriptors=round(time.perf_counter() - began - pca, 2), seconds_pca=round(pca, 2))
+    seconds = dict(descriptor_seconds=round(time.perf_counter() - began - pca, 2), pca_seconds=round(pca, 2))
     if sketch is not None:
         projection = sketch.to(projection) @ projection
-    return x, projection, offset, dict(pca_variance=round(variance, 4), **seconds)
+    return x, projection, offset, round(variance, 4), seconds
 
 
 # ---- k-means ---------------------------------------------------------------------------------------------------------
@@ -524,7 +527,7 @@ def training_order(labels: Tensor, count: int, sampling: str, source: torch.Gene
 
 
 def target_rows(targets: Tensor, num_clusters: int, count: int, source: torch.Generator) -> Tensor:
-    """Clusters whose weights a step uses and moves, ascending: those of its targets and random others, `count` in all."""
+    """Clusters whose weights a step uses and moves, ascending: its targets' and random others, `count` in all."""
     present = torch.unique(targets).cpu()
     draw = torch.rand(num_clusters, generator=source)
     draw[present] = -1
@@ -536,17 +539,8 @@ def target_rows(targets: Tensor, num_clusters: int, count: int, source: torch.Ge
 
 
 def nmi(a: Tensor, b: Tensor) -> float:
-    """I(a; b) / sqrt(H(a) H(b)) of two labellings (N,). Two constant ones are equal: 1; one constant: 0."""
-
-    def entropy(labels: Tensor) -> float:
-        share = torch.unique(labels, return_counts=True)[1].double() / len(labels)
-        return -float((share * share.log()).sum())
-
-    a, b = a.long(), b.long()
-    h_a, h_b, h_ab = entropy(a), entropy(b), entropy(a * (b.max() + 1) + b)
-    if h_a == 0 or h_b == 0:
-        return float(h_a == h_b)
-    return min(1.0, max(0.0, (h_a + h_b - h_ab) / math.sqrt(h_a * h_b)))
+    """I(a; b) / sqrt(H(a) H(b)) of two labellings (N,), as in the ECCV paper."""
+    return round(float(normalized_mutual_info_score(a.cpu().numpy(), b.cpu().numpy(), average_method="geometric")), 4)
 
 
 def ratio_edge_intra_class(nearest: Tensor, labels: Tensor) -> Tensor:
@@ -557,15 +551,16 @@ def ratio_edge_intra_class(nearest: Tensor, labels: Tensor) -> Tensor:
     return sums / (nearest.shape[1] * torch.bincount(labels))
 
 
-def ratio_edge(x: Tensor, labels: Tensor) -> float:
-    """Mean over classes of the ratio edge intra-class in percent, on the 10-NN graph of the labelled rows of x (N, D)."""
+def label_figures(x: Tensor, pseudo_labels: Tensor, labels: Tensor) -> dict[str, float]:
+    """Mean ratio edge intra-class (%) of the 10-NN graph of x (N, D), NMI of clusters with labels (N,), -1: unknown."""
     known = labels >= 0
-    x, labels = x[known.to(x.device)], labels[known]
-    k = min(10, len(x) - 1)
-    if k < 1:
-        return math.nan
-    nearest = common.neighbors(x, x, k, exclude=torch.arange(len(x), device=x.device))[1].cpu()
-    return round(100 * float(ratio_edge_intra_class(nearest, labels).nanmean()), 2)
+    if known.sum() < 2:
+        return {}
+    x, pseudo_labels, labels = x[known.to(x.device)], pseudo_labels[known], labels[known]
+    itself = torch.arange(len(x), device=x.device)
+    nearest = common.neighbors(x, x, min(10, len(x) - 1), exclude=itself)[1].cpu()
+    ratio = 100 * float(ratio_edge_intra_class(nearest, labels).nanmean())
+    return dict(ratio_edge=round(ratio, 2), nmi_labels=nmi(pseudo_labels, labels))
 
 
 def partition_figures(pseudo_labels: Tensor, previous: Tensor) -> dict[str, float]:
@@ -574,19 +569,19 @@ def partition_figures(pseudo_labels: Tensor, previous: Tensor) -> dict[str, floa
     figures = dict(clusters=len(sizes), largest_share=round(float(sizes.max() / sizes.sum()), 4),
                    chance_loss=round(math.log(len(sizes)), 4))  # fmt: skip
     both = (pseudo_labels >= 0) & (previous >= 0)
-    return figures | (dict(nmi_previous=round(nmi(pseudo_labels[both], previous[both]), 4)) if both.any() else {})
+    return figures | (dict(nmi_previous=nmi(pseudo_labels[both], previous[both])) if both.any() else {})
 
 
 def knn(
-    run: common.Run, data: common.ImageSet, test: common.ImageSet, encode: Callable[[Tensor], Tensor], width: int, dim: int
+    run: common.Run, data: common.ImageSet, test: common.ImageSet, encode: Encode, width: int, dim: int
 ) -> dict[str, float]:
     """Weighted kNN accuracy (K = 200, tau = 0.07) of the whitened descriptors, whose PCA is that of `data`."""
-    x, projection, offset, _ = describe(run, data, encode, width, dim)
+    x, projection, offset, *_ = describe(run, data, encode, width, dim)
     queries = common.extract(run, test, lambda images: whiten(encode(images), projection, offset))
     return common.knn_monitor(x, data, queries, test, temperature=0.07)
 
 
-def accuracy(run: common.Run, test: common.ImageSet, classify: Callable[[Tensor], Tensor]) -> float:
+def accuracy(run: common.Run, test: common.ImageSet, classify: Encode) -> float:
     """Share of the test images whose largest logit is their class, in percent (Table 4.2)."""
     found = common.extract(run, test, lambda images: classify(images).argmax(1)).cpu().long()
     return round(100 * float((found == test.labels).double().mean()), 2)
@@ -690,9 +685,11 @@ def main(args: argparse.Namespace) -> None:
         h: Tensor = encoder(images)
         return encoder.activate(h) if args.descriptors == "after" else h
 
+    scale, ratio = CROPS[args.crop]
+    crop = common.Crop(data.size, (args.min_crop, 1.0) if args.crop == "random-sized" else scale, ratio)
     for epoch in range(first_epoch, args.epochs):
         start = first_step if epoch == first_epoch else 0
-        began = time.perf_counter()
+        began, seconds = time.perf_counter(), dict(descriptor_seconds=0.0, pca_seconds=0.0, cluster_seconds=0.0)
         monitor = test is not None and (epoch + 1 == args.epochs or (epoch + 1) % args.knn_every == 0)
 
         if start == 0 and (epoch == 0 or (args.clustering != "labels" and epoch % args.reassign_every == 0)):
@@ -703,9 +700,10 @@ def main(args: argparse.Namespace) -> None:
             if args.clustering != "labels":
                 encoder.eval()
                 run.broadcast(encoder)
-                x, clusters.projection, clusters.offset, figures = describe(
+                x, clusters.projection, clusters.offset, variance, took = describe(
                     run, data.select(pool), encode, encoder.dim, args.feature_dim
                 )
+                seconds |= took
                 labels = torch.zeros(pool_size, dtype=torch.long)
                 if run.rank == 0:
                     clock, seed = time.perf_counter(), run.generator("clustering", epoch).initial_seed()
@@ -715,10 +713,10 @@ def main(args: argparse.Namespace) -> None:
                         labels, clusters.centroids, found = kmeans_half(x, args.num_clusters, seed)
                     else:
                         labels, clusters.centroids, found = kmeans_split(x, args.num_clusters, seed, args.kmeans)
-                    figures |= found | dict(seconds_clustering=round(time.perf_counter() - clock, 2))
+                    seconds["cluster_seconds"] = round(time.perf_counter() - clock, 2)
+                    figures = dict(pca_variance=variance) | found
                     if monitor or (test is not None and epoch == 0):
-                        figures["ratio_edge"] = ratio_edge(x, data.labels[pool])
-                        figures["nmi_labels"] = nmi(labels, data.labels[pool])
+                        figures |= label_figures(x, labels, data.labels[pool])
                 labels = rank0(run, labels.to(run.device)).cpu()
                 if not (labels >= 0).any():
                     raise common.Fault("every image is a singleton, none is left to train on: try --sigma median")
@@ -736,9 +734,7 @@ def main(args: argparse.Namespace) -> None:
         head = run.parallel(top)
         encoder.train()
         began_training = time.perf_counter()
-        for step, index, (images,) in data.batches(
-            run, order, crop(args.crop, data.size, args.min_crop), epoch, start
-        ):
+        for step, index, (images,) in data.batches(run, order, crop, epoch, start):
             lr = common.learning_rate(args, epoch + step / steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -765,7 +761,7 @@ def main(args: argparse.Namespace) -> None:
             totals.add(loss=loss)
             run.after_step(state, epoch, step, loss)
 
-        seconds_training = time.perf_counter() - began_training
+        train_seconds = time.perf_counter() - began_training
         row: dict[str, float] = totals.means(run) | clusters.figures
         if monitor and test is not None:
             encoder.eval()
@@ -773,10 +769,9 @@ def main(args: argparse.Namespace) -> None:
             row |= knn(run, data, test, encode, encoder.dim, args.feature_dim)
             if args.clustering == "labels":
                 row["test_top1"] = accuracy(run, test, lambda images: top(encoder.activate(encoder(images))))
-        run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=lr, **row,
-                images_per_second=round((steps - start) * args.batch_size / seconds_training),
-                seconds_training=round(seconds_training, 1), seconds=round(time.perf_counter() - began, 1),
-                memory_gb=common.memory_gb(run.device))
+        run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=lr, **row, **seconds,
+                train_seconds=round(train_seconds, 1), images_per_second=round((steps - start) * args.batch_size / train_seconds),
+                seconds=round(time.perf_counter() - began, 1), memory_gb=common.memory_gb(run.device))
         run.save(state, epoch + 1, 0)
     run.finish(encoder.backbone)
 
