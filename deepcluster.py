@@ -63,8 +63,7 @@ PIC = dict(data="imagenet", clustering="pic", lr=0.05)
 FLICKR = dict(knn_every=0)  # YFCC100M has no labels
 PART = dict(images_per_epoch=1_200_000)
 LABELS = dict(data="imagenet", clustering="labels", sampling="images", epochs=90, knn_every=1)
-CIFAR = dict(arch="resnet18", sobel=False, feature_dim=128, batch_size=128, lr=0.05, weight_decay=5e-4, epochs=200,
-             min_crop=0.2)  # fmt: skip
+CIFAR = dict(arch="resnet18", sobel=False, batch_size=128, lr=0.05, weight_decay=5e-4, epochs=200, min_crop=0.2)
 PRESETS: dict[str, dict[str, Any]] = {
     "imagenet": dict(arch="alexnet", clustering="kmeans", num_clusters=10_000, sobel=True, feature_dim=256, dropout=0.5,
                      batch_size=256, lr=0.02, schedule="constant", weight_decay=1e-5, epochs=500, min_crop=0.08),
@@ -261,20 +260,17 @@ class TopLayer(nn.Module):
 
 
 class Clusters:
-    """What a clustering leaves behind for the epoch, the log and --assign; part of the checkpoint."""
+    """What a clustering leaves behind for the epoch and its line of the log; part of the checkpoint."""
 
-    def __init__(self, num_images: int, device: torch.device) -> None:
-        self.device = device
-        self.pseudo_labels = torch.full((num_images,), -1, dtype=torch.int32, device=device)  # -1: not trained on
-        self.projection = self.offset = self.centroids = torch.empty(0, device=device)
+    def __init__(self, num_images: int) -> None:
+        self.pseudo_labels = torch.full((num_images,), -1, dtype=torch.int32)  # -1: in no cluster, not trained on
         self.figures: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "device"}
+        return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value.to(self.device) if isinstance(value, Tensor) else value)
+        vars(self).update(state)
 
 
 # ---- descriptors -----------------------------------------------------------------------------------------------------
@@ -361,13 +357,6 @@ def describe(
 # ---- k-means ---------------------------------------------------------------------------------------------------------
 
 
-class Partition(NamedTuple):
-    """Cluster of each row, (N,) on the CPU, -1: none; centroids (K, D); figures for the log."""
-
-    labels: Tensor
-    centroids: Tensor
-    figures: dict[str, float]
-
 
 def fill_empty(labels: Tensor, k: int, random: np.random.Generator) -> tuple[Tensor, int]:
     """Each empty cluster takes half of the images of a random other one (section 3.2). labels: (N,); also how many."""
@@ -395,8 +384,8 @@ def fill_empty(labels: Tensor, k: int, random: np.random.Generator) -> tuple[Ten
 
 
 @torch.no_grad()
-def kmeans_half(x: Tensor, k: int, seed: int, iterations: int = 20) -> Partition:
-    """Lloyd's k-means that leaves no cluster empty, from k random rows of x (N, D)."""
+def kmeans_half(x: Tensor, k: int, seed: int, iterations: int = 20) -> tuple[Tensor, int]:
+    """Lloyd's k-means from k random rows of x (N, D), no cluster left empty: labels (N,), empties of the last step."""
     random = np.random.default_rng(seed)
     centroids = x[torch.from_numpy(random.permutation(len(x))[:k]).to(x.device)]
     for iteration in range(iterations + 1):
@@ -404,13 +393,7 @@ def kmeans_half(x: Tensor, k: int, seed: int, iterations: int = 20) -> Partition
         if iteration < iterations:
             sums, counts = common.cluster_sums(x, labels, k)
             centroids = sums / counts[:, None]
-    return Partition(labels.cpu(), centroids, dict(empties=empties))
-
-
-def kmeans_split(x: Tensor, k: int, seed: int, backend: str) -> Partition:
-    """Lloyd's k-means that perturbs centroids into empty clusters, as Faiss does; the last assignment may have some."""
-    found = common.kmeans(x, k, iterations=20, seed=seed, backend=backend)
-    return Partition(found.labels.long().cpu(), found.centroids, dict(empties=found.empty))
+    return labels, empties
 
 
 # ---- power iteration clustering --------------------------------------------------------------------------------------
@@ -432,7 +415,7 @@ def affinity(x: Tensor, nearest: Tensor, sigma: float | str) -> Graph:
     """A_ij = exp(-|x_i - x_j|^2 / sigma^2) if j is among the nearest (N, k) of i, else 0. x: (N, D)."""
     n, k = nearest.shape
     parts = zip(torch.split(x, 4096), torch.split(nearest.to(x.device), 4096), strict=True)
-    distances = torch.cat([(rows[:, None] - x[near]).double().square().sum(2) for rows, near in parts]).cpu()
+    distances = torch.cat([(rows[:, None].double() - x[near]).square().sum(2) for rows, near in parts]).cpu()
     squared = distances.flatten().median() if sigma == "median" else torch.tensor(float(sigma) ** 2)
     weights = (-distances / squared.clamp(min=1e-30)).exp().flatten()
     i, j = torch.arange(n).repeat_interleave(k), nearest.cpu().flatten()
@@ -483,15 +466,19 @@ def treat_singletons(labels: Tensor, nearest: Tensor, how: str) -> tuple[Tensor,
     return torch.where(labels >= 0, torch.searchsorted(used, labels), -1), int(single.sum())
 
 
-def pic(x: Tensor, num_neighbors: int, sigma: float | str, singletons: str) -> Partition:
-    """Clusters of unit rows x (N, D), as many as there are basins; the centroids are their means."""
+def pic(x: Tensor, num_neighbors: int, sigma: float | str, singletons: str) -> tuple[Tensor, int]:
+    """Clusters (N,) of unit rows x (N, D), -1: dropped; and the number of singletons among the basins."""
     k = min(num_neighbors, len(x) - 1)
     nearest = common.neighbors(x, x, k, exclude=torch.arange(len(x), device=x.device))[1]
     graph = affinity(x, nearest, sigma)
-    labels, single = treat_singletons(basins(graph, power_iteration(graph)), graph.nearest, singletons)
+    return treat_singletons(basins(graph, power_iteration(graph)), graph.nearest, singletons)
+
+
+def cluster_means(x: Tensor, labels: Tensor) -> Tensor:
+    """Centroids (K, D) of unit rows x (N, D); labels: (N,), -1: none. That of an empty cluster is out of reach."""
     kept = (labels >= 0).to(x.device)
-    sums, counts = common.cluster_sums(x[kept], labels.to(x.device)[kept], int(labels.max()) + 1)
-    return Partition(labels, sums / counts[:, None], dict(singletons=single))
+    sums, counts = common.cluster_sums(x[kept], labels.to(x.device).long()[kept], int(labels.max()) + 1)
+    return torch.where(counts[:, None] > 0, sums / counts[:, None], 1e3)
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------
@@ -607,32 +594,33 @@ def save_assignments(folder: Path, epoch: int, labels: Tensor, names: list[str])
     part.replace(folder / f"epoch{epoch:04d}.npz")
 
 
+CLUSTERS = "clusters.pth"
+
+
 def assign_images(args: argparse.Namespace) -> None:
-    """Write path, cluster of each image of --assign, by the network and centroids in --output."""
-    saved = common.load_checkpoint(args.output / "checkpoint.pth")
-    options, known, device = argparse.Namespace(**saved["options"]), saved["data"], common.pick_device(args.device)
-    if options.script != args.script:
-        raise common.Fault(f"{args.output}/checkpoint.pth was written by {options.script}, not {args.script}")
+    """Write path, cluster of each image of --assign: the nearest centroid, by the network in --output."""
+    saved, device = common.load_checkpoint(args.output / "checkpoint.pth"), common.pick_device(args.device)
+    options, known = argparse.Namespace(**saved["options"]), saved["data"]
+    if options.script != args.script or not (args.output / CLUSTERS).exists():
+        raise common.Fault(f"{args.output} holds no run of {args.script} that has ended: no {CLUSTERS} there")
+    clusters = torch.load(args.output / CLUSTERS, map_location=device, weights_only=True)
     args.data, args.subset, args.image_size = args.assign, None, known["size"]
     data = common.load(args, "pretrain", device)
     data.mean, data.std = tuple(known["mean"]), tuple(known["std"])
     encoder = Encoder(options.arch, options.width, known["small"], known["size"], options.head, options.sobel, 0.0)
     encoder.load_state_dict(saved["state"]["encoder"])
     encoder.eval().to(device)
-    clusters = saved["state"]["clusters"]
-    if not len(clusters["centroids"]):
-        raise common.Fault(f"{args.output} has no centroids: it was trained on labels")
-    projection, offset = clusters["projection"].to(device), clusters["offset"].to(device)
 
     def embed(images: Tensor) -> Tensor:
         h = encoder(images)
-        return whiten(encoder.activate(h) if options.descriptors == "after" else h, projection, offset)
+        h = encoder.activate(h) if options.descriptors == "after" else h
+        return whiten(h, clusters["projection"], clusters["offset"])
 
-    labels, _ = common.assign(common.extract(device, data, embed), clusters["centroids"].to(device))
-    path = args.output / "assigned.csv"
-    with path.with_suffix(".tmp").open("w", newline="", errors="surrogateescape") as file:
+    labels, _ = common.assign(common.extract(device, data, embed), clusters["centroids"])
+    path, part = args.output / "assigned.csv", args.output / "assigned.tmp"
+    with part.open("w", newline="", errors="surrogateescape") as file:
         csv.writer(file).writerows([("path", "cluster"), *zip(image_names(data), labels.tolist(), strict=True)])
-    path.with_suffix(".tmp").replace(path)
+    part.replace(path)
     print(json.dumps(dict(assigned=str(path), images=len(data), clusters=len(torch.unique(labels)))))
 
 
@@ -675,7 +663,7 @@ def main(args: argparse.Namespace) -> None:
     model = run.parallel(encoder)
     top = TopLayer(encoder.dim, run.device)
     optimizer = torch.optim.SGD(encoder.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
-    clusters = Clusters(len(data), run.device)
+    clusters = Clusters(len(data))
     totals = common.Totals(run.device)
     state = dict(encoder=encoder, optimizer=optimizer, top=top, clusters=clusters, totals=totals)
     first_epoch, first_step = run.resume(state, steps)
@@ -700,37 +688,35 @@ def main(args: argparse.Namespace) -> None:
             if args.clustering != "labels":
                 encoder.eval()
                 run.broadcast(encoder)
-                x, clusters.projection, clusters.offset, variance, took = describe(
-                    run, data.select(pool), encode, encoder.dim, args.feature_dim
-                )
-                seconds |= took
-                labels = torch.zeros(pool_size, dtype=torch.long)
+                x, _, _, variance, took = describe(run, data.select(pool), encode, encoder.dim, args.feature_dim)
+                seconds, clock = seconds | took, time.perf_counter()
+                labels, seed = torch.zeros(pool_size), run.generator("clustering", epoch).initial_seed()
                 if run.rank == 0:
-                    clock, seed = time.perf_counter(), run.generator("clustering", epoch).initial_seed()
                     if args.clustering == "pic":
-                        labels, clusters.centroids, found = pic(x, args.num_neighbors, args.sigma, args.singletons)
+                        labels, figures["singletons"] = pic(x, args.num_neighbors, args.sigma, args.singletons)
                     elif args.empties == "half":
-                        labels, clusters.centroids, found = kmeans_half(x, args.num_clusters, seed)
+                        labels, figures["empties"] = kmeans_half(x, args.num_clusters, seed)
                     else:
-                        labels, clusters.centroids, found = kmeans_split(x, args.num_clusters, seed, args.kmeans)
+                        found = common.kmeans(x, args.num_clusters, seed=seed, backend=args.kmeans)
+                        labels, figures["empties"] = found.labels, found.empty
                     seconds["cluster_seconds"] = round(time.perf_counter() - clock, 2)
-                    figures = dict(pca_variance=variance) | found
+                    figures["pca_variance"] = variance
                     if monitor or (test is not None and epoch == 0):
-                        figures |= label_figures(x, labels, data.labels[pool])
-                labels = rank0(run, labels.to(run.device)).cpu()
+                        figures |= label_figures(x, labels.cpu(), data.labels[pool])
+                labels = rank0(run, labels.long().to(run.device)).cpu()
                 if not (labels >= 0).any():
                     raise common.Fault("every image is a singleton, none is left to train on: try --sigma median")
             previous, clusters.pseudo_labels = clusters.pseudo_labels, torch.full_like(clusters.pseudo_labels, -1)
-            clusters.pseudo_labels[pool] = labels.int().to(run.device)
+            clusters.pseudo_labels[pool] = labels.int()
             clusters.figures = figures | partition_figures(clusters.pseudo_labels, previous)
             count = args.num_clusters if args.clustering == "kmeans" else int(labels.max()) + 1
             top.reset(count, run.generator("top", epoch))
             if run.rank == 0:
                 save_assignments(run.output / "assignments", epoch + 1, clusters.pseudo_labels, names)
 
-        pseudo_labels = clusters.pseudo_labels.long()
-        source = run.generator("order", epoch)
-        order = training_order(pseudo_labels.cpu(), steps * args.batch_size, args.sampling, source)
+        source, count = run.generator("order", epoch), steps * args.batch_size
+        order = training_order(clusters.pseudo_labels.long(), count, args.sampling, source)
+        pseudo_labels = clusters.pseudo_labels.long().to(run.device)
         head = run.parallel(top)
         encoder.train()
         began_training = time.perf_counter()
@@ -769,10 +755,20 @@ def main(args: argparse.Namespace) -> None:
             row |= knn(run, data, test, encode, encoder.dim, args.feature_dim)
             if args.clustering == "labels":
                 row["test_top1"] = accuracy(run, test, lambda images: top(encoder.activate(encoder(images))))
+        lr = common.learning_rate(args, epoch + 1 - 1 / steps)  # a resume after the last step has no other
         run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=lr, **row, **seconds,
-                train_seconds=round(train_seconds, 1), images_per_second=round((steps - start) * args.batch_size / train_seconds),
-                seconds=round(time.perf_counter() - began, 1), memory_gb=common.memory_gb(run.device))
+                images_per_second=round((steps - start) * args.batch_size / train_seconds),
+                train_seconds=round(train_seconds, 1), seconds=round(time.perf_counter() - began, 1),
+                memory_gb=common.memory_gb(run.device))
         run.save(state, epoch + 1, 0)
+
+    # For --assign: the means of the last clusters among the descriptors of the final network.
+    encoder.eval()
+    run.broadcast(encoder)
+    x, projection, offset, *_ = describe(run, data, encode, encoder.dim, args.feature_dim)
+    centroids = cluster_means(x, clusters.pseudo_labels)
+    if run.rank == 0:
+        common.write_checkpoint(run.output / CLUSTERS, dict(centroids=centroids, projection=projection, offset=offset))
     run.finish(encoder.backbone)
 
 
