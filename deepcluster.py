@@ -685,13 +685,14 @@ def main(args: argparse.Namespace) -> None:
             if pool_size < len(data):
                 pool = torch.randperm(len(data), generator=run.generator("pool", epoch))[:pool_size].sort().values
                 images_of_pool = data.select(pool)
-            labels, figures = data.labels, dict[str, float]()
+            labels, figures = data.labels[pool], dict[str, float]()
             if args.clustering != "labels":
                 encoder.eval()
                 run.broadcast(encoder)
                 x, _, _, variance, took = describe(run, images_of_pool, encode, encoder.dim, args.feature_dim)
                 seconds, clock = seconds | took, time.perf_counter()
-                labels, seed = torch.zeros(pool_size), run.generator("clustering", epoch).initial_seed()
+                seed = run.generator("clustering", epoch).initial_seed() % 2**31  # Faiss takes no longer one
+                labels = torch.zeros(pool_size)
                 if run.rank == 0:
                     if args.clustering == "pic":
                         labels, figures["singletons"] = pic(x, args.num_neighbors, args.sigma, args.singletons)

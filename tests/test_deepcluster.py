@@ -666,9 +666,10 @@ def streaming() -> None:
 
 
 @pytest.mark.parametrize("before", [batch_statistics_fixed, streaming])
-def test_two_ranks_equal_one(before: Callable[[], None], tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["", "--targets-per-step 6 --clustering pic --sigma median"], ids=["kmeans", "pic"])
+def test_two_ranks_equal_one(before: Callable[[], None], method: str, tmp_path: Path) -> None:
     """Two gloo ranks cluster all descriptors once, in the order of the images, and train as one: the same clusters."""
-    options = ["--epochs", "2", "--lr", "0.01"]
+    options = ["--epochs", "2", "--lr", "0.01", *method.split()]
     assert train(tmp_path / "one", *options, before=before) == 0
     assert train(tmp_path / "two", *options, before=before, world=2) == 0
     one, two = state_of(tmp_path / "one"), state_of(tmp_path / "two")
@@ -690,6 +691,17 @@ def test_reassignment_and_parts(tmp_path: Path) -> None:
     assert train(tmp_path / "c", "--epochs", "1", "--updates-per-epoch", "9") == 0
     assert rows_of(tmp_path / "c")[0]["step"] == 9
     assert train(tmp_path / "d", "--images-per-epoch", "65") == 2
+
+
+def test_other_clusterings(tmp_path: Path) -> None:
+    """Faiss, and centroids that are split as Faiss does it; all figures of an epoch are there."""
+    pytest.importorskip("faiss")
+    for name, options in {"faiss": ["--kmeans", "faiss"], "split": ["--empties", "split"]}.items():
+        assert train(tmp_path / name, "--epochs", "1", *options) == 0
+        row = rows_of(tmp_path / name)[0]
+        assert 2 <= row["clusters"] <= 8 and row["chance_loss"] == round(math.log(row["clusters"]), 4)
+        assert {"loss", "empties", "largest_share", "pca_variance", "lr"} <= row.keys()
+    assert train(tmp_path / "labels", "--epochs", "1", "--clustering", "labels", "--images-per-epoch", "32") == 0
 
 
 def shuffled_labels() -> None:
