@@ -748,7 +748,7 @@ class ImageSet:
                 boxes = [crop_boxes(u, pixels.shape[2], pixels.shape[3], crop.scale, crop.ratio) for u in numbers(step)]
                 yield step, index.to(run.device), torch.stack([resized_crop(pixels, box, crop.size) for box in boxes])
         else:
-            items = ([(i, crop, u) for i, *u in zip(index.tolist(), *numbers(step), strict=True)]
+            items = ([(i, crop, *u) for i, *u in zip(index.tolist(), *numbers(step), strict=True)]
                      for step, index in zip(steps, indices, strict=True))  # fmt: skip
             for step, (index, images, bad) in zip(steps, self._loader(items, run.device), strict=True):
                 self._report(index, bad)

@@ -627,18 +627,21 @@ def assign_images(args: argparse.Namespace) -> None:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def fitting_clusters(args: argparse.Namespace, num_images: int) -> int:
-    """--k, or if it is only the default and leaves fewer than 10 images a cluster, one cluster for each 20 images."""
-    if args.clustering != "kmeans" or 10 * args.num_clusters <= num_images:
-        return int(args.num_clusters)
-    if "num_clusters" in args.typed:
-        if args.num_clusters > num_images:
-            raise common.Fault(f"--k {args.num_clusters} is more than the {num_images} images that are clustered")
-        return int(args.num_clusters)
-    k = max(1, num_images // 20)
-    print(f"--k {args.num_clusters}, the preset's, is too many for {num_images:,} images: {k}", flush=True)
-    return k
+def fit_sizes(args: argparse.Namespace, num_images: int) -> None:
+    """Lower --k and --feature-dim where they are only defaults and leave fewer than 10 images to a cluster or number.
 
+    As many white directions as images make all images equally far from each other, and every clustering meaningless.
+    """
+    k, dim = args.num_clusters, args.feature_dim
+    if args.clustering == "kmeans" and "num_clusters" in args.typed and k > num_images:
+        raise common.Fault(f"--k {k} is more than the {num_images} images that are clustered")
+    if args.clustering == "kmeans" and "num_clusters" not in args.typed and 10 * k > num_images:
+        args.num_clusters = max(1, num_images // 20)
+    if "feature_dim" not in args.typed and 10 * dim > num_images:
+        args.feature_dim = max(1, num_images // 10)
+    if (args.num_clusters, args.feature_dim) != (k, dim):
+        print(f"--k {k} --feature-dim {dim}, the preset's, are too many for {num_images:,} images: now --k "
+              f"{args.num_clusters} --feature-dim {args.feature_dim}", flush=True)  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> None:
@@ -652,7 +655,7 @@ def main(args: argparse.Namespace) -> None:
     if "images_per_epoch" in args.typed and trained < args.images_per_epoch:
         raise common.Fault(f"--images-per-epoch {args.images_per_epoch} is more than the {len(data)} images")
     pool_size = len(data) if args.cluster_pool else trained
-    args.num_clusters = fitting_clusters(args, pool_size)
+    fit_sizes(args, pool_size)
     if args.clustering == "labels" and (data.labels < 0).any():
         raise common.Fault("--clustering labels: not every image has a class")
     run.describe(data)

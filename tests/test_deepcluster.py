@@ -68,14 +68,20 @@ def test_presets_parse(preset: str) -> None:
         assert args.num_clusters == (1000 if preset.endswith("rgb") else 10_000)
 
 
-def test_clusters_that_do_not_fit() -> None:
-    """A typed k above the number of images is an error; the preset's is lowered."""
-    typed = dc.parse_args(["--preset", "imagenet", "--k", "101"])
+def fitted(images: int, *options: str) -> tuple[int, int]:
+    args = dc.parse_args(["--preset", "imagenet", *options])
+    dc.fit_sizes(args, images)
+    return args.num_clusters, args.feature_dim
+
+
+def test_sizes_that_do_not_fit() -> None:
+    """A typed k above the number of images is an error; the preset's sizes are lowered, typed ones are not."""
     with pytest.raises(common.Fault, match="--k 101 is more than the 100 images"):
-        dc.fitting_clusters(typed, 100)
-    assert dc.fitting_clusters(typed, 101) == 101
-    assert dc.fitting_clusters(dc.parse_args(["--preset", "imagenet"]), 5000) == 250
-    assert dc.fitting_clusters(dc.parse_args(["--preset", "imagenet"]), 1_281_167) == 10_000
+        fitted(100, "--k", "101")
+    assert fitted(101, "--k", "101", "--feature-dim", "90") == (101, 90)
+    assert fitted(1000) == (50, 100)
+    assert fitted(5000) == (250, 256)
+    assert fitted(1_281_167) == (10_000, 256)
 
 
 @pytest.mark.parametrize("options", ["--arch alexnet --head map", "--kmeans faiss --empties half"])
