@@ -715,7 +715,8 @@ def main(args: argparse.Namespace) -> None:
             features = common.extract(run, data, embed)
             row |= common.knn_monitor(features, data, common.extract(run, test, embed), test, args.temperature)
         run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=optimizer.param_groups[0]["lr"], **row,
-                images_per_second=round(images_per_second), seconds=round(time.perf_counter() - began, 1), memory_gb=common.memory_gb(run.device))
+                images_per_second=round(images_per_second), seconds=round(time.perf_counter() - began, 1),
+                memory_gb=common.memory_gb(run.device))
         run.save(state, epoch + 1, 0)
     run.finish(encoder.backbone)
 

@@ -1611,6 +1611,7 @@ def random_blur(
 #   forward(images, relu_last)  (B, channels, H, W) -> (B, dim); relu_last=False: before the last ReLU, what
 #                               DeepCluster clusters (no difference for a ResNet: it ends with a mean)
 #   stages(images)              five maps for linear probes, each after BN and ReLU and before max-pooling
+#   front                       Sobel where input_channels is 2, else nothing: images come as RGB in any case
 
 # Stages of AlexNet and VGG16: filters, convolutions, kernel size, whether max-pooling follows. AlexNet is the
 # original's and DeepCluster's, without response normalisation. LA's code has 64 and 192 filters where this
@@ -1627,12 +1628,27 @@ RESNET_BLOCKS = {
 }
 
 
+class Sobel(nn.Module):
+    """(B, 3, H, W) -> x and y gradients (B, 2, H, W) of the mean of the channels, zeros beyond the border. Fixed."""
+
+    kernels: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        x = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
+        self.register_buffer("kernels", torch.stack([x, x.T])[:, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.conv2d(images.mean(1, keepdim=True), self.kernels, padding=1)
+
+
 class PlainNet(nn.Module):
     """AlexNet or VGG16 with batch normalisation after every convolution; the feature is fc7, (B, dim)."""
 
     def __init__(self, arch: str, width: int, small: bool, input_channels: int, dropout: float) -> None:
         super().__init__()
         alexnet, layers, channels = arch == "alexnet", list[nn.Module](), input_channels
+        self.front = Sobel() if input_channels == 2 else nn.Identity()
         self.stage_ends, self.dim = list[int](), 4096 * width // 64
         for filters, convolutions, kernel, pooled in PLAIN_STAGES[arch]:
             stride, padding = (4, 2) if kernel == 11 else (1, kernel // 2)
@@ -1656,12 +1672,12 @@ class PlainNet(nn.Module):
 
     def forward(self, images: Tensor, relu_last: bool = True) -> Tensor:
         """fc7, (B, dim), with or without its ReLU."""
-        feature: Tensor = self.classifier(self.avgpool(self.features(images)).flatten(1))
+        feature: Tensor = self.classifier(self.avgpool(self.features(self.front(images))).flatten(1))
         return F.relu(feature) if relu_last else feature
 
     def stages(self, images: Tensor) -> list[Tensor]:
         """conv1 to conv5 of AlexNet; the last convolution of each of VGG16's five blocks."""
-        maps = []
+        images, maps = self.front(images), []
         for position, layer in enumerate(self.features):
             images = layer(images)
             if position in self.stage_ends:
@@ -1675,6 +1691,7 @@ class ResNet(nn.Module):
     def __init__(self, arch: str, width: int, small: bool, input_channels: int) -> None:
         super().__init__()
         kernel, stride, padding = (3, 1, 1) if small else (7, 2, 3)
+        self.front = Sobel() if input_channels == 2 else nn.Identity()
         self.conv1 = nn.Conv2d(input_channels, width, kernel, stride, padding, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
@@ -1695,14 +1712,14 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor, relu_last: bool = True) -> Tensor:
         """Mean over the last map, (B, dim)."""
-        images = self.maxpool(F.relu(self.bn1(self.conv1(images))))
+        images = self.maxpool(F.relu(self.bn1(self.conv1(self.front(images)))))
         for group in (self.layer1, self.layer2, self.layer3, self.layer4):
             images = group(images)
         return images.mean((2, 3))
 
     def stages(self, images: Tensor) -> list[Tensor]:
         """The stem, and the ends of layer1 to layer4."""
-        stem = F.relu(self.bn1(self.conv1(images)))
+        stem = F.relu(self.bn1(self.conv1(self.front(images))))
         maps = [stem, self.layer1(self.maxpool(stem))]
         for group in (self.layer2, self.layer3, self.layer4):
             maps.append(group(maps[-1]))
@@ -1712,9 +1729,9 @@ class ResNet(nn.Module):
 def backbone(
     arch: str, width: int = 64, small: bool = False, input_channels: int = 3, dropout: float = 0.0
 ) -> PlainNet | ResNet:
-    """Network (B, input_channels, H, W) -> (B, dim), fresh weights. width: 64 is standard, others scale every
-    channel; small: 3x3 stem of stride 1, for images under 64 px; dropout: probability before fc6 (AlexNet)
-    and fc7 (AlexNet, VGG16), DeepCluster has 0.5. Raises ValueError for an unknown arch."""
+    """Network (B, 3, H, W) -> (B, dim), fresh weights. width: 64 is standard, others scale every channel; small:
+    3x3 stem of stride 1, for images under 64 px; input_channels: 3, or 2 for the images' Sobel gradients; dropout:
+    probability before fc6 (AlexNet) and fc7 (AlexNet, VGG16), DeepCluster has 0.5. ValueError for an unknown arch."""
     if arch not in (*PLAIN_STAGES, *RESNET_BLOCKS):
         raise ValueError(f"unknown architecture {arch}: choose {', '.join([*PLAIN_STAGES, *RESNET_BLOCKS])}")
     network: PlainNet | ResNet
@@ -2281,8 +2298,9 @@ def load_encoder(
     if arch is None:
         raise Fault(f"{path} does not say its architecture: name it with --arch")
     width = width or options.get("width", 64)
+    channels = 2 if any(w.ndim == 4 and w.shape[1] == 2 for w in weights.values()) else 3  # 2: behind DeepCluster's Sobel
     for stem in [data["small"]] if ours else [False, True] if small is None else [small]:
-        network = backbone(arch, width, stem)
+        network = backbone(arch, width, stem, channels)
         target = network.state_dict()
         weights, prefix = _strip(weights, target)
         if all(weights[name].shape == value.shape for name, value in target.items() if name in weights):

@@ -1,0 +1,783 @@
+"""DeepCluster (Mathilde Caron, master's thesis 2018; as a paper ECCV 2018, arXiv:1807.05520).
+
+A network with random weights already tells images apart a little. Each epoch (in the thesis: what lies between two
+clusterings) builds on that: cluster the descriptors of all images, then learn to predict the clusters.
+
+    h = penultimate layer before its ReLU, of the central crop; x = normalise(whiten(PCA(h)))      (sections 3.3, 4.2)
+    y = k-means or power iteration clustering of x; the last layer starts anew                     (3.3, 4.6)
+    an epoch of cross-entropy on y, with mini-batches drawn uniformly over the clusters            (3.2)
+
+    python deepcluster.py                                  # rendered shapes, for a first try
+    python deepcluster.py --data cifar10                   # ResNet-18, RGB, many more clusters than classes
+    python deepcluster.py --data cifar10 --clustering pic --sigma median
+    python deepcluster.py --data imagenet                  # AlexNet, Sobel, 10,000 clusters: 44.0 in Table 5.2
+    torchrun --nproc-per-node 8 deepcluster.py --preset pic-imagenet-sobel      # 45.9 in Table 5.2
+    python deepcluster.py --output runs/deepcluster-cifar10-seed0 --assign DIR  # clusters of new images, as CSV
+
+Differences from the thesis and from the authors' code:
+  * The code's sampler takes positions in one order of the images for positions in another and so delivers what uniform
+    sampling over images would. Here each cluster has N/K draws, plus or minus one; `--sampling released` is the code's.
+  * Empty clusters take half of a random other one after each assignment, as the thesis says (`--empties half`);
+    `split` perturbs centroids while training, as Faiss does; `--kmeans faiss` is Faiss itself.
+  * PIC runs in float64. In float32 its kernel vanishes beyond a squared distance of 0.39, in float64 beyond 1.19; where
+    neighbours are further away every image is a singleton, and `--sigma median` takes sigma from the distances.
+  * PCA drops directions whose variance is rounding noise, so constant or rank-deficient descriptors give no NaN.
+  * The last layer has its own SGD without momentum: the code's; the thesis says only that the layer is new.
+  * Descriptors of more than ONE_PASS bytes are never held: a first pass over the images sums their covariance, a second
+    one projects them, which costs another forward pass. Those of more than WIDEST numbers are first shortened by a
+    random matrix, which is not exact.
+  * DeepCluster-v2 would be another script: classifier, descriptors, clustering and optimiser are all different.
+
+log.jsonl has, for each epoch: loss; chance_loss, ln of the number of clusters; clusters; empties before they were
+filled; singletons before they were redistributed; largest_share of the images; nmi_previous, NMI with the last
+clustering; pca_variance, the share that is kept; seconds of each part, 0 where a resumed epoch did not repeat it. From
+labels, each --knn-every epochs: ratio_edge, the ratio edge intra-class of section 4.1 in percent, and nmi_labels, both
+of what was clustered, that is of the network before the epoch (in the first row: untrained); knn_top1 of descriptors
+after the epoch. assignments/epochNNNN.npz holds `cluster`, a number for each line of assignments/images.txt.
+"""
+
+import argparse
+import csv
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import normalized_mutual_info_score
+from torch import Tensor, nn
+
+import common
+
+Encode = Callable[[Tensor], Tensor]  # normalised images (b, 3, S, S) -> descriptors or logits (b, d)
+
+# ---- presets ---------------------------------------------------------------------------------------------------------
+# "imagenet" is the base of all and serves any directory; a preset lists what differs. flickr*: directories of YFCC100M.
+
+IMAGENET = dict(data="imagenet")
+PIC = dict(data="imagenet", clustering="pic", lr=0.05)
+FLICKR = dict(knn_every=0)  # YFCC100M has no labels
+PART = dict(images_per_epoch=1_200_000)
+LABELS = dict(data="imagenet", clustering="labels", sampling="images", epochs=90, knn_every=1)
+CIFAR = dict(arch="resnet18", sobel=False, batch_size=128, lr=0.05, weight_decay=5e-4, epochs=200, min_crop=0.2)
+PRESETS: dict[str, dict[str, Any]] = {
+    "imagenet": dict(arch="alexnet", clustering="kmeans", num_clusters=10_000, sobel=True, feature_dim=256, dropout=0.5,
+                     batch_size=256, lr=0.02, schedule="constant", weight_decay=1e-5, epochs=500, min_crop=0.08),
+    # Table 5.1. Flickr's epochs are as long as three of ImageNet's, so that all five models have as many updates.
+    "pic-imagenet-sobel": PIC,
+    "kmeans-imagenet-sobel": IMAGENET,
+    "kmeans-imagenet-rgb": dict(IMAGENET, num_clusters=1000, sobel=False, weight_decay=1e-6),
+    "kmeans-flickr1m-sobel": dict(FLICKR, data="flickr1m", epochs=167, updates_per_epoch=3 * 5005),
+    "kmeans-flickr2m-sobel": dict(FLICKR, data="flickr2m", epochs=167, updates_per_epoch=3 * 5005, **PART),
+    # Chapter 4
+    "fig4.1-labels": dict(LABELS, sobel=False),
+    **{f"fig4.2-{head}": dict(PIC, head=head, descriptors="after") for head in ("full", "2fc", "no-relu")},
+    **{f"table4.1-pic-{side}": dict(PIC, descriptors=side, epochs=85) for side in ("before", "after")},
+    **{f"table4.1-k{k}-{side}": dict(IMAGENET, num_clusters=k, descriptors=side, epochs=85)
+       for k in (100, 1000, 10_000) for side in ("before", "after")},
+    **{f"fig4.4-{flip}-flip": dict(PIC, flip=flip, epochs=50) for flip in ("no", "horizontal", "vertical")},
+    **{f"fig4.4-{crop}-crop": dict(PIC, crop=crop, epochs=50) for crop in ("random", "central")},
+    **{f"fig4.5-{n}": dict(PIC, reassign_every=n) for n in (1, 3, 10, 30)},
+    **{f"fig4.6-{arch}-{'sobel' if sobel else 'rgb'}": dict(PIC, arch=arch, sobel=sobel, epochs=50)
+       for arch in ("alexnet", "vgg16", "resnet101") for sobel in (True, False)},
+    **{f"fig4.7-{how}": dict(PIC, sobel=False, singletons=how, epochs=20) for how in ("redistribute", "keep", "drop")},
+    "table4.2": LABELS,
+    **{f"table4.2-{n}": dict(LABELS, targets_per_step=n) for n in (256, 512)},
+    **{f"table4.3-{n}": dict(PIC, targets_per_step=n) for n in (256, 512, 1024, 2048, 4096)},  # also Fig. 4.8 (b)
+    "fig4.9-flickr1m": dict(PIC | FLICKR, data="flickr1m", updates_per_epoch=5005),
+    "fig4.9-flickr2m": dict(PIC | FLICKR | PART, data="flickr2m", updates_per_epoch=5005),
+    "fig4.9-flickr2m-pool": dict(PIC | FLICKR | PART, data="flickr2m", updates_per_epoch=5005, cluster_pool=True),
+    **{f"fig4.10-{pool}-{n}": dict(PIC | FLICKR, data=f"flickr{pool}", images_per_epoch=n, updates_per_epoch=11_700)
+       for pool, n in (("100k", 100_000), ("1m", 100_000), ("1m", 1_000_000), ("10m", 100_000), ("10m", 1_000_000))},
+    # Local Aggregation's DC-ResNets, on the unpooled map: -A without hidden layers, -B with two
+    **{f"imagenet-{arch}-a": dict(IMAGENET, arch=arch, head="map", lr=0.05) for arch in ("resnet18", "resnet50")},
+    **{f"imagenet-{arch}-b": dict(IMAGENET, arch=arch, head="full", lr=0.05) for arch in ("resnet18", "resnet50")},
+    "imagenet-vgg16": dict(IMAGENET, arch="vgg16", lr=0.05),
+    # Small images
+    "cifar10": dict(CIFAR, data="cifar10", num_clusters=1000),
+    "cifar100": dict(CIFAR, data="cifar100", num_clusters=1000),
+    "stl10": dict(CIFAR, data="stl10", num_clusters=1000),
+    "shapes": dict(CIFAR, data="shapes", num_clusters=1000),
+    "cifar10-thin": dict(CIFAR, data="cifar10", num_clusters=250, subset=5000, width=16, epochs=30, knn_every=5),
+    "demo": dict(CIFAR, data="shapes", num_clusters=250, subset=5000, width=16, epochs=30, knn_every=5),
+    "smoke": dict(CIFAR, data="shapes", num_clusters=20, subset=256, test_subset=100, width=4, epochs=2, batch_size=32,
+                  knn_every=1),
+}  # fmt: skip
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def bandwidth(text: str) -> float | str:
+    """An argparse type: a positive number or "median"."""
+    return text if text == "median" else float(common.POSITIVE(text))
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = common.parser(__doc__)
+    method = parser.add_argument_group("method: descriptors (--feature-dim: numbers that PCA keeps)")
+    method.add_argument("--sobel", action=argparse.BooleanOptionalAction, default=True,
+                        help="the network sees the gradients of the grey image, not RGB")
+    method.add_argument("--head", choices=["full", "2fc", "no-relu", "map", "pooled"],
+                        help="section 4.2: FC-ReLU-FC-ReLU-FC, FC-ReLU-FC, FC-ReLU-FC-FC; a ResNet has these "
+                             "on its unpooled last map, or one FC on the map or on its mean; default: full, pooled")
+    method.add_argument("--descriptors", choices=["before", "after"], default="before", help="the last ReLU")
+    method.add_argument("--dropout", type=common.SHARE, default=0.5, help="before hidden FCs")
+    method = parser.add_argument_group("method: clustering")
+    method.add_argument("--clustering", choices=["kmeans", "pic", "labels"], default="kmeans",
+                        help="labels: the true ones, once (Table 4.2, Fig. 4.1); nothing else trains on labels")
+    method.add_argument("--k", "--num-clusters", dest="num_clusters", type=common.COUNT, default=10_000, metavar="K",
+                        help="k of k-means; many more than there are classes")
+    method.add_argument("--kmeans", choices=["torch", "faiss"], default="torch", help="whose k-means")
+    method.add_argument("--empties", choices=["half", "split"], default="half", help="an empty cluster takes half of "
+                        "the images of a random other one (thesis), or splits a centroid drawn by size (Faiss)")
+    method.add_argument("--num-neighbors", type=common.COUNT, default=5, metavar="N", help="of PIC's graph")
+    method.add_argument("--sigma", type=bandwidth, default=0.2, help="of PIC's kernel exp(-d^2 / sigma^2), or median: "
+                        "that of the distances to the neighbours")
+    method.add_argument("--singletons", choices=["redistribute", "keep", "drop"], default="redistribute",
+                        help="PIC's clusters of one image: into the nearest neighbour's, kept, or left out")
+    method.add_argument("--reassign-every", type=common.COUNT, default=1, metavar="EPOCHS", help="section 4.4")
+    method.add_argument("--images-per-epoch", type=common.COUNT, metavar="N", help="algorithm 2: cluster and train on "
+                        "a new random part of the images each epoch; default: all")
+    method.add_argument("--cluster-pool", action="store_true", help="with it: cluster all images, train on a part")
+    method = parser.add_argument_group("method: training")
+    method.add_argument("--sampling", choices=["clusters", "images", "released"], default="clusters",
+                        help="mini-batches uniform over clusters, over images, or as the authors' code does it")
+    method.add_argument("--updates-per-epoch", type=common.COUNT, metavar="N", help="default: images / batch size; the "
+                        "thesis takes three times that on Flickr")
+    method.add_argument("--targets-per-step", type=common.COUNT, metavar="N", help="stochastic gradient over targets, "
+                        "section 4.7: the batch's clusters and random others, N in all; default: all clusters")
+    method.add_argument("--crop", choices=["random-sized", "random", "central"], default="random-sized",
+                        help="section 4.3")
+    method.add_argument("--min-crop", type=common.SHARE, default=0.08, metavar="SHARE", help="if random-sized")
+    method.add_argument("--flip", choices=["no", "horizontal", "vertical"], default="horizontal", help="section 4.3")
+    parser.add_argument("--assign", metavar="NAME|DIR", help="train nothing: write the clusters of these images by the "
+                        "centroids in --output to its assigned.csv")
+    common.add_training_options(parser)
+    args = common.parse(parser, PRESETS, argv)
+    plain = args.arch in common.PLAIN_STAGES
+    args.head = args.head or ("full" if plain else "pooled")
+    if plain and args.head in ("map", "pooled"):
+        raise common.Fault(f"--head {args.head} is for ResNets: {args.arch} has its own hidden layers")
+    if args.kmeans == "faiss" and args.empties == "half":
+        if "empties" in args.typed:
+            raise common.Fault("--kmeans faiss splits empty clusters itself: use --empties split")
+        args.empties = "split"
+    return args
+
+
+# ---- augmentation ----------------------------------------------------------------------------------------------------
+
+
+CROPS = {  # of section 4.3: range of the area, of the ratio
+    "random-sized": ((0.08, 1.0), (3 / 4, 4 / 3)),  # from --min-crop on
+    "random": ((0.574, 0.574), (1.0, 1.0)),  # one size, that of 224 px in a 4:3 photograph of 256 px
+    "central": ((1.0, 1.0), (1.0, 1.0)),  # does not fit anywhere else
+}
+
+
+def augment(images: Tensor, draw: common.Draw, flip: str) -> Tensor:
+    """Crops (B, 3, S, S) in [0, 1] -> the same, half of them mirrored."""
+    if flip == "no":
+        return images
+    if flip == "horizontal":
+        return common.random_flip(images, draw)
+    return common.random_flip(images.transpose(2, 3), draw).transpose(2, 3)
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """Image (B, 3, S, S) -> penultimate layer (B, dim), before its ReLU if the head has one there."""
+
+    def __init__(self, arch: str, width: int, small: bool, size: int, head: str, sobel: bool, dropout: float) -> None:
+        super().__init__()
+        self.backbone = common.backbone(arch, width, small, 2 if sobel else 3, dropout)
+        self.head, self.rectified, self.dim = head, head in ("full", "2fc"), self.backbone.dim
+        self.mlp, mlp = nn.Sequential(), nn.Sequential()
+        if isinstance(self.backbone, common.PlainNet):
+            mlp = self.backbone.classifier  # fc6 and fc7
+        elif head != "pooled":
+            self.dim *= (-(-size // (8 if small else 32))) ** 2
+            if head != "map":
+                hidden = 4096 * width // 64
+                mlp = self.mlp = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.dim, hidden), nn.ReLU(inplace=True),
+                                               nn.Dropout(dropout), nn.Linear(hidden, hidden))  # fmt: skip
+                self.dim = hidden
+        if head == "2fc":
+            del mlp[-3:]
+
+    def forward(self, images: Tensor) -> Tensor:
+        if isinstance(self.backbone, common.PlainNet):
+            h: Tensor = self.backbone(images, relu_last=False)
+        elif self.head == "pooled":
+            h = self.backbone(images)
+        else:
+            h = self.mlp(self.backbone.stages(images)[-1].flatten(1))
+        return h.float()
+
+    def activate(self, h: Tensor) -> Tensor:
+        """What the last layer sees."""
+        return F.relu(h) if self.rectified else h
+
+
+class TopLayer(nn.Module):
+    """The last fully connected layer, (B, dim) -> logits (B, K): anew after each clustering, K as it comes."""
+
+    def __init__(self, dim: int, device: torch.device) -> None:
+        super().__init__()
+        self.dim, self.device = dim, device
+        self.reset(1, torch.Generator())
+
+    def reset(self, num_clusters: int, generator: torch.Generator) -> None:
+        """Weights N(0, 0.01), biases 0."""
+        weight = 0.01 * torch.randn(num_clusters, self.dim, generator=generator)
+        self.weight = nn.Parameter(weight.to(self.device))
+        self.bias = nn.Parameter(torch.zeros(num_clusters, device=self.device))
+
+    def forward(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Logits of all clusters, or of `rows`."""
+        if rows is None:
+            return F.linear(features, self.weight, self.bias)
+        return F.linear(features, self.weight[rows], self.bias[rows])
+
+    @torch.no_grad()
+    def step(self, lr: float, weight_decay: float, rows: Tensor | None = None) -> None:
+        """Its own SGD, without momentum: nothing to keep. Only the clusters `rows` move and decay."""
+        where = slice(None) if rows is None else rows
+        for p in (self.weight, self.bias):
+            assert p.grad is not None
+            p[where] -= lr * (p.grad[where] + weight_decay * p[where])
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        self.reset(len(state_dict["weight"]), torch.Generator())
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+class Clusters:
+    """What a clustering leaves behind for the epoch and its line of the log; part of the checkpoint."""
+
+    def __init__(self, num_images: int) -> None:
+        self.pseudo_labels = torch.full((num_images,), -1, dtype=torch.int32)  # -1: in no cluster, not trained on
+        self.figures: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+# ---- descriptors -----------------------------------------------------------------------------------------------------
+
+ONE_PASS = 1 << 30  # bytes of descriptors (N, d) that may be held; larger ones are streamed twice
+WIDEST = 8192  # numbers of a descriptor whose covariance (d, d) is still at hand
+
+
+def moments(batches: Iterable[Tensor], dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Sum (dim,) and second moment (dim, dim), in float64, of rows (b, dim) as they stream by."""
+    device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+    total = torch.zeros(dim, dtype=torch.float64, device=device)
+    square = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+    for batch in batches:
+        rows = batch.to(device).double()
+        total += rows.sum(0)
+        square.addmm_(rows.T, rows)
+    return total, square
+
+
+def pca_whiten(count: int, total: Tensor, square: Tensor, dim: int) -> tuple[Tensor, Tensor, float]:
+    """Projection (d, q) and offset (q,): h @ projection - offset is white; and the share of the variance it keeps.
+
+    total: (d,) and square: (d, d) of `count` rows; q = min(dim, d, count - 1). Directions whose variance is nothing but
+    the rounding of float32 descriptors are projected to zero.
+    """
+    mean = total / count
+    values, vectors = torch.linalg.eigh(square / count - mean.outer(mean))
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    keep = max(1, min(dim, len(mean), count - 1))
+    noise = torch.maximum(1e-10 * values[0], 1e-13 * mean.square().sum())
+    scale = torch.where(values > noise, values, math.inf)[:keep].rsqrt()
+    projection = vectors[:, :keep] * scale
+    return projection, mean @ projection, float(values[:keep].sum() / values.sum().clamp(min=1e-300))
+
+
+def whiten(h: Tensor, projection: Tensor, offset: Tensor) -> Tensor:
+    """x (b, q) of h (b, d), unit rows; zero where h is the mean. In float64: small directions are scaled up."""
+    return F.normalize(h.to(projection.device).double() @ projection - offset).float().to(h.device)
+
+
+def rank0(run: common.Run, tensor: Tensor) -> Tensor:
+    """Rank 0's tensor on every rank: what it clustered."""
+    return run.gather(tensor)[0][: len(tensor)]
+
+
+@torch.no_grad()
+def describe(
+    run: common.Run, data: common.ImageSet, encode: Encode, width: int, dim: int
+) -> tuple[Tensor, Tensor, Tensor, float, dict[str, float]]:
+    """x (N, q), projection (width, q), offset (q,), the variance kept, seconds. encode: images -> h (b, width)."""
+    began = time.perf_counter()
+    sketch = None
+    if width > WIDEST:
+        sketch = torch.randn(width, WIDEST, generator=run.generator("sketch")).to(run.device) / WIDEST**0.5
+        width = WIDEST
+
+    def short(images: Tensor) -> Tensor:
+        return encode(images) if sketch is None else encode(images) @ sketch
+
+    held = None
+    if 4 * len(data) * width <= ONE_PASS:
+        held = common.extract(run, data, short)
+        described = time.perf_counter()
+        total, square = moments(torch.split(held, 4096), width, run.device)
+    else:
+        centers = data.centers(torch.arange(len(data))[run.rows(len(data))], 256, run.device)
+        total, square = moments((short(data.normalize(images)) for images in centers), width, run.device)
+        total, square = run.mean(total) * run.world, run.mean(square) * run.world
+        described = time.perf_counter()
+    projection, offset, variance = pca_whiten(len(data), total, square, dim)
+    projection, offset = rank0(run, projection), rank0(run, offset)
+    pca = time.perf_counter() - described
+    if held is not None:
+        x = torch.cat([whiten(rows, projection, offset) for rows in torch.split(held, 4096)])
+    else:
+        x = common.extract(run, data, lambda images: whiten(short(images), projection, offset))
+    seconds = dict(descriptor_seconds=round(time.perf_counter() - began - pca, 2), pca_seconds=round(pca, 2))
+    if sketch is not None:
+        projection = sketch.to(projection) @ projection
+    return x, projection, offset, round(variance, 4), seconds
+
+
+# ---- k-means ---------------------------------------------------------------------------------------------------------
+
+
+
+def fill_empty(labels: Tensor, k: int, random: np.random.Generator) -> tuple[Tensor, int]:
+    """Each empty cluster takes half of the images of a random other one (section 3.2). labels: (N,); also how many."""
+    counts = torch.bincount(labels, minlength=k).cpu().numpy()
+    empty = np.flatnonzero(counts == 0)
+    if len(empty) == 0:
+        return labels, 0
+    shuffle = torch.from_numpy(random.permutation(len(labels))).to(labels.device)
+    order = shuffle[labels[shuffle].argsort(stable=True)]  # a cluster holds order[start : start + count], shuffled
+    starts = counts.cumsum() - counts
+    filled = []
+    for cluster in empty.tolist():
+        donors = np.flatnonzero(counts > 1)
+        if len(donors) == 0:  # fewer images than clusters
+            break
+        donor = random.choice(donors)
+        half = counts[donor] // 2
+        counts[donor] -= half
+        starts[cluster], counts[cluster] = starts[donor] + counts[donor], half
+        filled.append(cluster)
+    labels = labels.clone()
+    for cluster in filled:
+        labels[order[starts[cluster] : starts[cluster] + counts[cluster]]] = cluster
+    return labels, len(empty)
+
+
+@torch.no_grad()
+def kmeans_half(x: Tensor, k: int, seed: int, iterations: int = 20) -> tuple[Tensor, int]:
+    """Lloyd's k-means from k random rows of x (N, D), no cluster left empty: labels (N,), empties of the last step."""
+    random = np.random.default_rng(seed)
+    centroids = x[torch.from_numpy(random.permutation(len(x))[:k]).to(x.device)]
+    for iteration in range(iterations + 1):
+        labels, empties = fill_empty(common.assign(x, centroids)[0], k, random)
+        if iteration < iterations:
+            sums, counts = common.cluster_sums(x, labels, k)
+            centroids = sums / counts[:, None]
+    return labels, empties
+
+
+# ---- power iteration clustering --------------------------------------------------------------------------------------
+# Section 4.6, in float64 on the CPU, where the order of sums is the same in every run.
+
+ALPHA, ITERATIONS = 0.001, 200
+
+
+class Graph(NamedTuple):
+    """W = A + A^T, sparse and symmetric: W[rows[e], columns[e]] = weights[e], rows ascending, each pair once."""
+
+    rows: Tensor
+    columns: Tensor
+    weights: Tensor
+    nearest: Tensor  # (N, k), nearest first
+
+
+def affinity(x: Tensor, nearest: Tensor, sigma: float | str) -> Graph:
+    """A_ij = exp(-|x_i - x_j|^2 / sigma^2) if j is among the nearest (N, k) of i, else 0. x: (N, D)."""
+    n, k = nearest.shape
+    parts = zip(torch.split(x, 4096), torch.split(nearest.to(x.device), 4096), strict=True)
+    distances = torch.cat([(rows[:, None].double() - x[near]).square().sum(2) for rows, near in parts]).cpu()
+    squared = distances.flatten().median() if sigma == "median" else torch.tensor(float(sigma) ** 2)
+    weights = (-distances / squared.clamp(min=1e-30)).exp().flatten()
+    i, j = torch.arange(n).repeat_interleave(k), nearest.cpu().flatten()
+    key, place = torch.unique(torch.cat([i * n + j, j * n + i]), return_inverse=True)
+    weights = weights.new_zeros(len(key)).index_add_(0, place, torch.cat([weights, weights]))
+    return Graph(key // n, key % n, weights, nearest.cpu())
+
+
+def power_iteration(graph: Graph, alpha: float = ALPHA, iterations: int = ITERATIONS) -> Tensor:
+    """v (N,) after 200 times v <- alpha W v + (1 - alpha) / N, v <- v / sum(v), from v = 1 / N."""
+    n = len(graph.nearest)
+    lengths = torch.bincount(graph.rows, minlength=n)
+    v = torch.full((n,), 1 / n, dtype=torch.float64)
+    for _ in range(iterations):
+        product = torch.segment_reduce(graph.weights * v[graph.columns], "sum", lengths=lengths, initial=0.0)
+        v = alpha * product + (1 - alpha) / n
+        v /= v.sum()
+    return v
+
+
+def basins(graph: Graph, v: Tensor) -> Tensor:
+    """Basin (N,) of each image, where it ends by going to the neighbour with the largest W_ij (v_j - v_i) > 0."""
+    n = len(v)
+    gain = graph.weights * (v[graph.columns] - v[graph.rows])
+    best = torch.zeros(n, dtype=torch.float64).scatter_reduce_(0, graph.rows, gain, "amax")
+    chosen = torch.where((gain > 0) & (gain == best[graph.rows]), graph.columns, n)  # of equal gains the first
+    pointer = torch.full((n,), n).scatter_reduce_(0, graph.rows, chosen, "amin")
+    pointer = torch.where(pointer == n, torch.arange(n), pointer)
+    while not torch.equal(pointer, pointer[pointer]):
+        pointer = pointer[pointer]
+    labels: Tensor = torch.unique(pointer, return_inverse=True)[1]
+    return labels
+
+
+def treat_singletons(labels: Tensor, nearest: Tensor, how: str) -> tuple[Tensor, int]:
+    """Clusters of one image redistributed, kept or dropped (-1). labels: (N,) -> (N,), and how many there were.
+
+    redistribute: to the cluster of the nearest of the 5 neighbours that is no singleton; if all are, it stays one.
+    """
+    single = torch.bincount(labels)[labels] == 1
+    if how == "redistribute":
+        host = ~single[nearest]
+        first = nearest.gather(1, host.byte().argmax(1, keepdim=True))[:, 0]
+        labels = torch.where(single & host.any(1), labels[first], labels)
+    if how == "drop":
+        labels = torch.where(single, -1, labels)
+    used = torch.unique(labels[labels >= 0])
+    return torch.where(labels >= 0, torch.searchsorted(used, labels), -1), int(single.sum())
+
+
+def pic(x: Tensor, num_neighbors: int, sigma: float | str, singletons: str) -> tuple[Tensor, int]:
+    """Clusters (N,) of unit rows x (N, D), -1: dropped; and the number of singletons among the basins."""
+    k = min(num_neighbors, len(x) - 1)
+    nearest = common.neighbors(x, x, k, exclude=torch.arange(len(x), device=x.device))[1]
+    graph = affinity(x, nearest, sigma)
+    return treat_singletons(basins(graph, power_iteration(graph)), graph.nearest, singletons)
+
+
+def cluster_means(x: Tensor, labels: Tensor) -> Tensor:
+    """Centroids (K, D) of unit rows x (N, D); labels: (N,), -1: none. That of an empty cluster is out of reach."""
+    kept = (labels >= 0).to(x.device)
+    sums, counts = common.cluster_sums(x[kept], labels.to(x.device).long()[kept], int(labels.max()) + 1)
+    return torch.where(counts[:, None] > 0, sums / counts[:, None], 1e3)
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+
+def uniform_order(labels: Tensor, count: int, source: torch.Generator) -> Tensor:
+    """`count` positions, each cluster as often as every other, plus or minus one; a cluster's images in turn, shuffled.
+
+    labels: (N,), -1: not drawn. The thesis picks a random cluster, then a random image of it: the same on average.
+    """
+    shuffle = torch.randperm(len(labels), generator=source)
+    shuffle = shuffle[labels[shuffle] >= 0]
+    members = shuffle[labels[shuffle].argsort(stable=True)]
+    clusters, sizes = torch.unique_consecutive(labels[members], return_counts=True)
+    quota = torch.full((len(clusters),), count // len(clusters))
+    quota[torch.randperm(len(clusters), generator=source)[: count % len(clusters)]] += 1
+    turn = torch.arange(count) - (quota.cumsum(0) - quota).repeat_interleave(quota)
+    starts = sizes.cumsum(0) - sizes
+    order = members[starts.repeat_interleave(quota) + turn % sizes.repeat_interleave(quota)]
+    return order[torch.randperm(count, generator=source)]
+
+
+def training_order(labels: Tensor, count: int, sampling: str, source: torch.Generator) -> Tensor:
+    """`count` positions of images with a label, (count,) int64: uniform over clusters or over images."""
+    if sampling == "images":
+        return uniform_order(torch.where(labels >= 0, 0, -1), count, source)
+    order = uniform_order(labels, count, source)
+    if sampling == "released":
+        # Positions of the original order, applied to the images sorted by cluster.
+        kept = (labels >= 0).nonzero()[:, 0]
+        order = kept[labels[kept].argsort(stable=True)][torch.searchsorted(kept, order)]
+    return order
+
+
+def target_rows(targets: Tensor, num_clusters: int, count: int, source: torch.Generator) -> Tensor:
+    """Clusters whose weights a step uses and moves, ascending: its targets' and random others, `count` in all."""
+    present = torch.unique(targets).cpu()
+    draw = torch.rand(num_clusters, generator=source)
+    draw[present] = -1
+    count = min(num_clusters, max(count, len(present)))
+    return draw.topk(count, largest=False).indices.sort().values.to(targets.device)
+
+
+# ---- figures of merit ------------------------------------------------------------------------------------------------
+
+
+def nmi(a: Tensor, b: Tensor) -> float:
+    """I(a; b) / sqrt(H(a) H(b)) of two labellings (N,), as in the ECCV paper."""
+    return round(float(normalized_mutual_info_score(a.cpu().numpy(), b.cpu().numpy(), average_method="geometric")), 4)
+
+
+def ratio_edge_intra_class(nearest: Tensor, labels: Tensor) -> Tensor:
+    """For each class, of the edges (i, j) from its images the share that end in it (section 4.1). nearest: (N, k);
+    labels: (N,); returns (C,), NaN for classes without an image."""
+    inside = (labels[nearest] == labels[:, None]).sum(1).double()
+    sums = torch.zeros(int(labels.max()) + 1, dtype=torch.float64, device=labels.device).index_add_(0, labels, inside)
+    return sums / (nearest.shape[1] * torch.bincount(labels))
+
+
+def label_figures(x: Tensor, pseudo_labels: Tensor, labels: Tensor) -> dict[str, float]:
+    """Mean ratio edge intra-class (%) of the 10-NN graph of x (N, D), NMI of clusters with labels (N,), -1: unknown."""
+    known = labels >= 0
+    if known.sum() < 2:
+        return {}
+    x, pseudo_labels, labels = x[known.to(x.device)], pseudo_labels[known], labels[known]
+    itself = torch.arange(len(x), device=x.device)
+    nearest = common.neighbors(x, x, min(10, len(x) - 1), exclude=itself)[1].cpu()
+    ratio = 100 * float(ratio_edge_intra_class(nearest, labels).nanmean())
+    return dict(ratio_edge=round(ratio, 2), nmi_labels=nmi(pseudo_labels, labels))
+
+
+def partition_figures(pseudo_labels: Tensor, previous: Tensor) -> dict[str, float]:
+    """Number of clusters, share of the largest one, NMI with the last clustering. Both (N,), -1: in no cluster."""
+    sizes = torch.unique(pseudo_labels[pseudo_labels >= 0], return_counts=True)[1]
+    figures = dict(clusters=len(sizes), largest_share=round(float(sizes.max() / sizes.sum()), 4),
+                   chance_loss=round(math.log(len(sizes)), 4))  # fmt: skip
+    both = (pseudo_labels >= 0) & (previous >= 0)
+    return figures | (dict(nmi_previous=nmi(pseudo_labels[both], previous[both])) if both.any() else {})
+
+
+def knn(
+    run: common.Run, data: common.ImageSet, test: common.ImageSet, encode: Encode, width: int, dim: int
+) -> dict[str, float]:
+    """Weighted kNN accuracy (K = 200, tau = 0.07) of the whitened descriptors, whose PCA is that of `data`."""
+    x, projection, offset, *_ = describe(run, data, encode, width, dim)
+    queries = common.extract(run, test, lambda images: whiten(encode(images), projection, offset))
+    return common.knn_monitor(x, data, queries, test, temperature=0.07)
+
+
+def accuracy(run: common.Run, test: common.ImageSet, classify: Encode) -> float:
+    """Share of the test images whose largest logit is their class, in percent (Table 4.2)."""
+    found = common.extract(run, test, lambda images: classify(images).argmax(1)).cpu().long()
+    return round(100 * float((found == test.labels).double().mean()), 2)
+
+
+# ---- assignments -----------------------------------------------------------------------------------------------------
+
+
+def image_names(data: common.ImageSet) -> list[str]:
+    """What a row of the assignments stands for: the path of its file, or set/position."""
+    if data.files is None:
+        return [f"{data.name}/{row}" for row in data.ids.tolist()]
+    return [str(data.path(row)) for row in range(len(data))]
+
+
+def save_assignments(folder: Path, epoch: int, labels: Tensor, names: list[str]) -> None:
+    """assignments/images.txt once, and epochNNNN.npz with `cluster`, -1 for images that were not clustered."""
+    folder.mkdir(exist_ok=True)
+    if not (folder / "images.txt").exists():
+        (folder / "images.tmp").write_text("".join(f"{name}\n" for name in names), errors="surrogateescape")
+        (folder / "images.tmp").replace(folder / "images.txt")
+    part = folder / "epoch.tmp"
+    with part.open("wb") as file:
+        np.savez_compressed(file, cluster=labels.cpu().numpy())
+    part.replace(folder / f"epoch{epoch:04d}.npz")
+
+
+CLUSTERS = "clusters.pth"
+
+
+def assign_images(args: argparse.Namespace) -> None:
+    """Write path, cluster of each image of --assign: the nearest centroid, by the network in --output."""
+    saved, device = common.load_checkpoint(args.output / "checkpoint.pth"), common.pick_device(args.device)
+    options, known = argparse.Namespace(**saved["options"]), saved["data"]
+    if options.script != args.script or not (args.output / CLUSTERS).exists():
+        raise common.Fault(f"{args.output} holds no run of {args.script} that has ended: no {CLUSTERS} there")
+    clusters = torch.load(args.output / CLUSTERS, map_location=device, weights_only=True)
+    args.data, args.subset, args.image_size = args.assign, None, known["size"]
+    data = common.load(args, "pretrain", device)
+    data.mean, data.std = tuple(known["mean"]), tuple(known["std"])
+    encoder = Encoder(options.arch, options.width, known["small"], known["size"], options.head, options.sobel, 0.0)
+    encoder.load_state_dict(saved["state"]["encoder"])
+    encoder.eval().to(device)
+
+    def embed(images: Tensor) -> Tensor:
+        h = encoder(images)
+        h = encoder.activate(h) if options.descriptors == "after" else h
+        return whiten(h, clusters["projection"], clusters["offset"])
+
+    labels, _ = common.assign(common.extract(device, data, embed), clusters["centroids"])
+    path, part = args.output / "assigned.csv", args.output / "assigned.tmp"
+    with part.open("w", newline="", errors="surrogateescape") as file:
+        csv.writer(file).writerows([("path", "cluster"), *zip(image_names(data), labels.tolist(), strict=True)])
+    part.replace(path)
+    print(json.dumps(dict(assigned=str(path), images=len(data), clusters=len(torch.unique(labels)))))
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def fit_sizes(args: argparse.Namespace, num_images: int) -> None:
+    """Lower --k and --feature-dim where they are only defaults and leave fewer than 10 images to a cluster or number.
+
+    As many white directions as images make all images equally far from each other, and every clustering meaningless.
+    """
+    k, dim = args.num_clusters, args.feature_dim
+    if args.clustering == "kmeans" and "num_clusters" in args.typed and k > num_images:
+        raise common.Fault(f"--k {k} is more than the {num_images} images that are clustered")
+    if args.clustering == "kmeans" and "num_clusters" not in args.typed and 10 * k > num_images:
+        args.num_clusters = max(1, num_images // 20)
+    if "feature_dim" not in args.typed and 10 * dim > num_images:
+        args.feature_dim = max(1, num_images // 10)
+    if (args.num_clusters, args.feature_dim) != (k, dim):
+        print(f"--k {k} --feature-dim {dim}, the preset's, are too many for {num_images:,} images: now --k "
+              f"{args.num_clusters} --feature-dim {args.feature_dim}", flush=True)  # fmt: skip
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.assign:
+        assign_images(args)
+        return
+    run = common.Run(args)
+    data = common.load(args, "pretrain", run.device)
+    test = common.load_monitor(args, data, run.device)
+    trained = min(args.images_per_epoch or len(data), len(data))
+    if "images_per_epoch" in args.typed and trained < args.images_per_epoch:
+        raise common.Fault(f"--images-per-epoch {args.images_per_epoch} is more than the {len(data)} images")
+    pool_size = len(data) if args.cluster_pool else trained
+    fit_sizes(args, pool_size)
+    if args.clustering == "labels" and (data.labels < 0).any():
+        raise common.Fault("--clustering labels: not every image has a class")
+    run.describe(data)
+    steps = args.updates_per_epoch or run.steps_per_epoch(trained)
+
+    torch.manual_seed(args.seed)
+    encoder = run.place(Encoder(args.arch, args.width, data.small, data.size, args.head, args.sobel, args.dropout))
+    model = run.parallel(encoder)
+    top = TopLayer(encoder.dim, run.device)
+    optimizer = torch.optim.SGD(encoder.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    clusters = Clusters(len(data))
+    totals = common.Totals(run.device)
+    state = dict(encoder=encoder, optimizer=optimizer, top=top, clusters=clusters, totals=totals)
+    first_epoch, first_step = run.resume(state, steps)
+    names = image_names(data) if run.rank == 0 else []
+
+    def encode(images: Tensor) -> Tensor:
+        h: Tensor = encoder(images)
+        return encoder.activate(h) if args.descriptors == "after" else h
+
+    scale, ratio = CROPS[args.crop]
+    crop = common.Crop(data.size, (args.min_crop, 1.0) if args.crop == "random-sized" else scale, ratio)
+    for epoch in range(first_epoch, args.epochs):
+        start = first_step if epoch == first_epoch else 0
+        began, seconds = time.perf_counter(), dict(descriptor_seconds=0.0, pca_seconds=0.0, cluster_seconds=0.0)
+        monitor = test is not None and (epoch + 1 == args.epochs or (epoch + 1) % args.knn_every == 0)
+
+        if start == 0 and (epoch == 0 or (args.clustering != "labels" and epoch % args.reassign_every == 0)):
+            pool, images_of_pool = torch.arange(len(data)), data
+            if pool_size < len(data):
+                pool = torch.randperm(len(data), generator=run.generator("pool", epoch))[:pool_size].sort().values
+                images_of_pool = data.select(pool)
+            labels, figures = data.labels[pool], dict[str, float]()
+            if args.clustering != "labels":
+                encoder.eval()
+                run.broadcast(encoder)
+                x, _, _, variance, took = describe(run, images_of_pool, encode, encoder.dim, args.feature_dim)
+                seconds, clock = seconds | took, time.perf_counter()
+                seed = run.generator("clustering", epoch).initial_seed() % 2**31  # Faiss takes no longer one
+                labels = torch.zeros(pool_size)
+                if run.rank == 0:
+                    if args.clustering == "pic":
+                        labels, figures["singletons"] = pic(x, args.num_neighbors, args.sigma, args.singletons)
+                    elif args.empties == "half":
+                        labels, figures["empties"] = kmeans_half(x, args.num_clusters, seed)
+                    else:
+                        found = common.kmeans(x, args.num_clusters, seed=seed, backend=args.kmeans)
+                        labels, figures["empties"] = found.labels, found.empty
+                    seconds["cluster_seconds"] = round(time.perf_counter() - clock, 2)
+                    figures["pca_variance"] = variance
+                    if monitor or (test is not None and epoch == 0):
+                        figures |= label_figures(x, labels.cpu(), data.labels[pool])
+                labels = rank0(run, labels.long().to(run.device)).cpu()
+                if not (labels >= 0).any():
+                    raise common.Fault("every image is a singleton, none is left to train on: try --sigma median")
+            previous, clusters.pseudo_labels = clusters.pseudo_labels, torch.full_like(clusters.pseudo_labels, -1)
+            clusters.pseudo_labels[pool] = labels.int()
+            clusters.figures = figures | partition_figures(clusters.pseudo_labels, previous)
+            count = args.num_clusters if args.clustering == "kmeans" else int(labels.max()) + 1
+            top.reset(count, run.generator("top", epoch))
+            if run.rank == 0:
+                save_assignments(run.output / "assignments", epoch + 1, clusters.pseudo_labels, names)
+
+        source, count = run.generator("order", epoch), steps * args.batch_size
+        order = training_order(clusters.pseudo_labels.long(), count, args.sampling, source)
+        pseudo_labels = clusters.pseudo_labels.long().to(run.device)
+        head = run.parallel(top)
+        encoder.train()
+        began_training = time.perf_counter()
+        for step, index, (images,) in data.batches(run, order, crop, epoch, start):
+            lr = common.learning_rate(args, epoch + step / steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            images = data.normalize(augment(images, run.draw(epoch, step), args.flip))
+            targets = pseudo_labels[index]
+            rows = None
+            if args.targets_per_step:
+                source = run.generator("targets", epoch, step)
+                rows = target_rows(run.gather(targets)[0], len(top.weight), args.targets_per_step, source)
+                targets = torch.searchsorted(rows, targets)
+
+            torch.manual_seed(run.generator("dropout", epoch, step, run.rank).initial_seed())
+            optimizer.zero_grad()
+            top.zero_grad()
+            loss = torch.zeros((), device=run.device)
+            for part, target in zip(images.chunk(args.accumulate), targets.chunk(args.accumulate), strict=True):
+                with run.autocast():
+                    h = model(part)
+                part_loss = F.cross_entropy(head(encoder.activate(h), rows), target) / args.accumulate
+                part_loss.backward()
+                loss += part_loss.detach()
+            optimizer.step()
+            top.step(lr, args.weight_decay, rows)
+            totals.add(loss=loss)
+            run.after_step(state, epoch, step, loss)
+
+        train_seconds = time.perf_counter() - began_training
+        row: dict[str, float] = totals.means(run) | clusters.figures
+        if monitor and test is not None:
+            encoder.eval()
+            run.broadcast(encoder)
+            row |= knn(run, data, test, encode, encoder.dim, args.feature_dim)
+            if args.clustering == "labels":
+                row["test_top1"] = accuracy(run, test, lambda images: top(encoder.activate(encoder(images))))
+        lr = common.learning_rate(args, epoch + 1 - 1 / steps)  # a resume after the last step has no other
+        run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=lr, **row, **seconds,
+                images_per_second=round((steps - start) * args.batch_size / train_seconds),
+                train_seconds=round(train_seconds, 1), seconds=round(time.perf_counter() - began, 1),
+                memory_gb=common.memory_gb(run.device))
+        run.save(state, epoch + 1, 0)
+
+    # For --assign: the means of the last clusters among the descriptors of the final network.
+    encoder.eval()
+    run.broadcast(encoder)
+    x, projection, offset, *_ = describe(run, data, encode, encoder.dim, args.feature_dim)
+    centroids = cluster_means(x, clusters.pseudo_labels)
+    if run.rank == 0:
+        common.write_checkpoint(run.output / CLUSTERS, dict(centroids=centroids, projection=projection, offset=offset))
+    run.finish(encoder.backbone)
+
+
+if __name__ == "__main__":
+    common.launch(main, parse_args)

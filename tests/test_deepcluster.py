@@ -1,0 +1,781 @@
+"""DeepCluster: each step against a slow reference, what it does with poor input, and runs that stop and go on."""
+
+import argparse
+import csv
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+import common
+import deepcluster as dc
+
+TINY = ["--preset", "smoke", "--subset", "64", "--test-subset", "20", "--batch-size", "16", "--image-size", "16",
+        "--k", "8", "--device", "cpu", "--knn-every", "0"]  # fmt: skip
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def unit_rows(n: int, d: int, seed: int = 0) -> Tensor:
+    return F.normalize(torch.randn(n, d, generator=seeded(seed)))
+
+
+def blobs(sizes: list[int], d: int = 8, spread: float = 0.02) -> Tensor:
+    """Unit rows in tight groups around orthogonal directions."""
+    centers = torch.eye(d)[: len(sizes)].repeat_interleave(torch.tensor(sizes), 0)
+    return F.normalize(centers + spread * torch.randn(len(centers), d, generator=seeded()))
+
+
+def same_partition(a: Tensor, b: Tensor) -> bool:
+    """Whether two labellings are the same up to the names of the clusters."""
+    pairs = len(torch.unique(torch.stack([a.long(), b.long()]), dim=1).T)
+    return pairs == len(torch.unique(a)) == len(torch.unique(b))
+
+
+# ---- presets and options ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", dc.PRESETS)
+def test_presets_parse(preset: str) -> None:
+    """Every preset names options that exist; the five models have the values of Table 5.1."""
+    args = dc.parse_args(["--preset", preset])
+    table = {
+        "pic-imagenet-sobel": ("pic", True, 0.05, 1e-5, 500),
+        "kmeans-imagenet-sobel": ("kmeans", True, 0.02, 1e-5, 500),
+        "kmeans-imagenet-rgb": ("kmeans", False, 0.02, 1e-6, 500),
+        "kmeans-flickr1m-sobel": ("kmeans", True, 0.02, 1e-5, 167),
+        "kmeans-flickr2m-sobel": ("kmeans", True, 0.02, 1e-5, 167),
+    }
+    if preset in table:
+        assert (args.clustering, args.sobel, args.lr, args.weight_decay, args.epochs) == table[preset]
+        assert args.arch == "alexnet" and args.batch_size == 256 and args.schedule == "constant" and args.dropout == 0.5
+        assert args.num_clusters == (1000 if preset.endswith("rgb") else 10_000)
+
+
+def fitted(images: int, *options: str) -> tuple[int, int]:
+    args = dc.parse_args(["--preset", "imagenet", *options])
+    dc.fit_sizes(args, images)
+    return args.num_clusters, args.feature_dim
+
+
+def test_sizes_that_do_not_fit() -> None:
+    """A typed k above the number of images is an error; the preset's sizes are lowered, typed ones are not."""
+    with pytest.raises(common.Fault, match="--k 101 is more than the 100 images"):
+        fitted(100, "--k", "101")
+    assert fitted(101, "--k", "101", "--feature-dim", "90") == (101, 90)
+    assert fitted(1000) == (50, 100)
+    assert fitted(5000) == (250, 256)
+    assert fitted(1_281_167) == (10_000, 256)
+
+
+@pytest.mark.parametrize("options", ["--arch alexnet --head map", "--kmeans faiss --empties half"])
+def test_options_that_exclude_each_other(options: str) -> None:
+    """An option that cannot have an effect is an error."""
+    with pytest.raises(common.Fault):
+        dc.parse_args(["--preset", "smoke", *options.split()])
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+def test_sobel_of_a_constant_is_zero_inside() -> None:
+    """Property 6: no gradient away from the border, no parameters, nothing in the weights; right on a ramp."""
+    sobel = common.Sobel()
+    assert sobel(torch.full((2, 3, 9, 9), 0.7))[:, :, 1:-1, 1:-1].abs().max() < 1e-6
+    assert not list(sobel.parameters()) and not sobel.state_dict()
+    ramp = torch.arange(7.0).expand(1, 3, 7, 7)  # grows by 1 a pixel to the right
+    x, y = sobel(ramp)[0, :, 1:-1, 1:-1]
+    assert torch.equal(x.abs(), torch.full((5, 5), 8.0)) and not y.any()
+    assert torch.equal(sobel(ramp.transpose(2, 3))[0, 1, 1:-1, 1:-1], x.T)
+
+
+@pytest.mark.parametrize("arch", ["alexnet", "resnet18"])
+def test_sobel_survives_save_and_load(arch: str, tmp_path: Path) -> None:
+    """A backbone that was trained on gradients is loaded with its Sobel filter, by any evaluation."""
+    encoder = dc.Encoder(arch, 4, True, 32, "full" if arch == "alexnet" else "pooled", True, 0.0).eval()
+    torch.save(encoder.backbone.state_dict(), tmp_path / "backbone.pth")
+    loaded = common.load_encoder(tmp_path / "backbone.pth", arch, 4, True, torch.device("cpu"), "auto")
+    images = torch.randn(2, 3, 32, 32, generator=seeded())
+    with torch.no_grad():
+        assert torch.equal(loaded.backbone(images), encoder.backbone(images))
+
+
+@pytest.mark.parametrize(
+    ("arch", "head", "size", "dim"),
+    [("alexnet", "full", 32, 256), ("alexnet", "2fc", 32, 256), ("vgg16", "no-relu", 32, 256),
+     ("resnet18", "pooled", 32, 32), ("resnet18", "map", 32, 512), ("resnet18", "map", 224, 32 * 49),
+     ("resnet50", "map", 96, 128 * 9),
+     ("resnet18", "full", 32, 256), ("resnet18", "2fc", 48, 256)],
+)  # fmt: skip
+def test_heads(arch: str, head: str, size: int, dim: int) -> None:
+    """Descriptors have the announced size, and negative numbers unless they are a ResNet's own output."""
+    encoder = dc.Encoder(arch, 4, size < 64, size, head, False, 0.5).eval()
+    with torch.no_grad():
+        h = encoder(torch.randn(2, 3, size, size, generator=seeded()))
+    assert h.shape == (2, dim) and encoder.dim == dim
+    hidden = head not in ("map", "pooled")
+    assert bool((h < 0).any()) == hidden
+    assert bool((encoder.activate(h) < 0).any()) == (head == "no-relu")
+    linear = [m for m in encoder.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(linear) == {"full": 2, "2fc": 1, "no-relu": 2, "map": 0, "pooled": 0}[head]
+
+
+def test_reset_of_the_last_layer() -> None:
+    """Property 8: zero features give zero logits, the weights are N(0, 0.01), the trunk's momentum is not touched."""
+    encoder, top = torch.nn.Linear(6, 5), dc.TopLayer(5, torch.device("cpu"))
+    optimizer = torch.optim.SGD(encoder.parameters(), 0.1, momentum=0.9)
+    top.reset(4, seeded())
+    F.cross_entropy(top(encoder(torch.randn(8, 6))), torch.arange(8) % 4).backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    momentum = [optimizer.state[p]["momentum_buffer"].clone() for p in encoder.parameters()]
+    top.reset(2000, seeded(1))
+    assert not top(torch.zeros(3, 5)).any() and abs(float(top.weight.detach().std()) - 0.01) < 3e-4
+    assert all(torch.equal(optimizer.state[p]["momentum_buffer"], m)
+               for p, m in zip(encoder.parameters(), momentum, strict=True))  # fmt: skip
+    other = dc.TopLayer(5, torch.device("cpu"))
+    other.load_state_dict(top.state_dict())
+    assert torch.equal(other.weight, top.weight)
+
+
+def test_last_layer_has_plain_sgd() -> None:
+    """A step of the last layer is torch.optim.SGD without momentum."""
+    top, twin = dc.TopLayer(5, torch.device("cpu")), torch.nn.Linear(5, 7)
+    top.reset(7, seeded())
+    twin.load_state_dict(top.state_dict())
+    optimizer = torch.optim.SGD(twin.parameters(), 0.3, weight_decay=0.01)
+    x, y = torch.randn(16, 5, generator=seeded()), torch.arange(16) % 7
+    for layer in (top, twin):
+        F.cross_entropy(layer(x), y).backward()  # type: ignore[no-untyped-call]
+    top.step(0.3, 0.01)
+    optimizer.step()
+    torch.testing.assert_close(top.weight, twin.weight)
+    torch.testing.assert_close(top.bias, twin.bias)
+
+
+# ---- descriptors -----------------------------------------------------------------------------------------------------
+
+
+def projected(h: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, float]:
+    projection, offset, variance = dc.pca_whiten(len(h), *dc.moments(torch.split(h, 64), h.shape[1], h.device), dim)
+    return dc.whiten(h, projection, offset), projection, offset, variance
+
+
+@pytest.mark.parametrize(("n", "d", "dim"), [(500, 40, 16), (500, 40, 64), (30, 40, 256)])
+def test_whitened_covariance_is_the_identity(n: int, d: int, dim: int) -> None:
+    """Property 7, and the projection is that of a float64 SVD up to signs; min(dim, d, N - 1) numbers are kept."""
+    h = torch.randn(n, d, generator=seeded()) @ torch.randn(d, d, generator=seeded(1)) + 5
+    x, projection, offset, variance = projected(h, dim)
+    keep = min(dim, d, n - 1)
+    white = h.double() @ projection - offset
+    assert x.shape == (n, keep)
+    torch.testing.assert_close(white.T @ white / n, torch.eye(keep, dtype=torch.float64), atol=1e-6, rtol=0)
+    centred = h.double() - h.double().mean(0)
+    u, s, _ = torch.linalg.svd(centred, full_matrices=False)
+    agreement = (u[:, :keep].T @ white / n**0.5).abs()
+    torch.testing.assert_close(agreement, torch.eye(keep, dtype=torch.float64), atol=1e-5, rtol=0)
+    assert variance == pytest.approx(float(s[:keep].square().sum() / s.square().sum()))
+    torch.testing.assert_close(x.norm(dim=1), torch.ones(n))
+
+
+def test_rank_deficient_descriptors() -> None:
+    """300 numbers of rank 100: 100 white directions and zeros, no NaN; so for a constant column and repeated rows."""
+    h = torch.randn(400, 100, generator=seeded()) @ torch.randn(100, 300, generator=seeded(1))
+    h[:, 7] = 3.0
+    h = torch.cat([h, h])
+    x, projection, offset, _ = projected(h, 256)
+    alive = (projection != 0).any(0)
+    assert int(alive.sum()) in (100, 101) and x.isfinite().all()
+    white = (h.double() @ projection - offset)[:, alive]
+    covariance = white.T @ white / len(h)
+    torch.testing.assert_close(covariance, torch.eye(len(covariance), dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e6])
+def test_equal_descriptors(value: float) -> None:
+    """All images equal: zero rows, whatever the value; a tiny rounding noise is not blown up."""
+    h = torch.full((50, 20), value)
+    assert not projected(h, 8)[0].any()
+    noisy = h * (1 + 6e-8 * torch.randn(50, 20, generator=seeded()))
+    assert not projected(noisy, 8)[0].any()
+
+
+class FakeRun:
+    """One rank."""
+
+    rank, world, device = 0, 1, torch.device("cpu")
+
+    def rows(self, count: int) -> slice:
+        return slice(0, count)
+
+    def gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def generator(self, *key: Any) -> torch.Generator:
+        return common.generator(0, *key)
+
+
+def image_set(n: int, size: int = 8) -> common.ImageSet:
+    pixels = torch.randint(256, (n, 3, size, size), generator=seeded(), dtype=torch.uint8)
+    return common.ImageSet("noise", size, (0.5,) * 3, (0.25,) * 3, torch.zeros(n, dtype=torch.long), ["a"],
+                           torch.arange(n), pixels)  # fmt: skip
+
+
+def test_streamed_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two passes that hold no (N, d) matrix give what one pass gives; wide descriptors are shortened, consistently."""
+    data, matrix = image_set(600), torch.randn(192, 50, generator=seeded()) / 14
+    encode = lambda images: (images.flatten(1) @ matrix).relu()  # noqa: E731
+    whole, projection, offset, variance, _ = dc.describe(FakeRun(), data, encode, 50, 12)  # type: ignore[arg-type]
+    largest = [0]
+    extract = common.extract
+
+    def watched(*args: Any) -> Tensor:
+        found = extract(*args)
+        largest[0] = max(largest[0], found.shape[1])
+        return found
+
+    monkeypatch.setattr(dc, "ONE_PASS", 0)
+    monkeypatch.setattr(common, "extract", watched)
+    streamed = dc.describe(FakeRun(), data, encode, 50, 12)  # type: ignore[arg-type]
+    torch.testing.assert_close(streamed[0].abs(), whole.abs(), atol=1e-5, rtol=0)
+    assert largest[0] == 12 and streamed[3] == variance
+    monkeypatch.setattr(dc, "WIDEST", 30)
+    x, projection, offset, *_ = dc.describe(FakeRun(), data, encode, 50, 12)  # type: ignore[arg-type]
+    assert projection.shape == (50, 12)
+    h = extract(torch.device("cpu"), data, encode)
+    torch.testing.assert_close(dc.whiten(h, projection, offset), x, atol=1e-4, rtol=0)
+
+
+# ---- k-means ---------------------------------------------------------------------------------------------------------
+
+
+def test_assignment_commutes_with_permutation() -> None:
+    """Property 1, with given centroids."""
+    x, centroids, order = unit_rows(300, 16), unit_rows(20, 16, 1), torch.randperm(300, generator=seeded())
+    assert torch.equal(common.assign(x[order], centroids)[0], common.assign(x, centroids)[0][order])
+
+
+def test_objective_never_rises() -> None:
+    """Property 2: where no cluster is empty, each iteration of k-means lowers the sum of squared distances."""
+    x, objectives = unit_rows(400, 8), []
+    for iterations in range(8):
+        labels, empties = dc.kmeans_half(x, 10, seed=3, iterations=iterations)
+        assert empties == 0
+        means = dc.cluster_means(x, labels)
+        objectives.append(float((x - means[labels]).square().sum()))
+    assert all(b <= a + 1e-4 for a, b in itertools.pairwise(objectives)) and objectives[-1] < objectives[0]
+
+
+def test_kmeans_agrees_with_the_shared_one() -> None:
+    """Where no cluster is empty, k-means that halves clusters and the one that splits them are the same."""
+    x = unit_rows(400, 8)
+    found = common.kmeans(x, 10, iterations=20, seed=3)
+    assert found.splits == 0 and torch.equal(found.labels.long(), dc.kmeans_half(x, 10, seed=3)[0])
+
+
+def test_empty_clusters_take_half_of_others() -> None:
+    """Section 3.2: an empty cluster takes half of the images of a random one that has any; nothing else moves."""
+    labels = torch.tensor([0] * 10 + [1] * 7 + [3] * 1)
+    filled, empties = dc.fill_empty(labels, 4, np.random.default_rng(0))
+    assert empties == 1
+    moved = filled == 2
+    donors = torch.unique(labels[moved])
+    assert len(donors) == 1 and int(moved.sum()) == int((labels == donors).sum()) // 2
+    assert torch.equal(filled[~moved], labels[~moved])
+    nearly_all, empties = dc.fill_empty(torch.zeros(50, dtype=torch.long), 50, np.random.default_rng(0))
+    assert empties == 49 and torch.equal(nearly_all.sort().values, torch.arange(50))
+    untouched, empties = dc.fill_empty(torch.arange(5), 5, np.random.default_rng(0))
+    assert empties == 0 and torch.equal(untouched, torch.arange(5))
+
+
+@pytest.mark.parametrize("distinct", [0, 4, 40])
+@pytest.mark.parametrize("k", [1, 7, 40])
+def test_kmeans_of_duplicates(distinct: int, k: int) -> None:
+    """Equal and repeated rows, one cluster, as many clusters as rows: every cluster has an image, twice the same."""
+    x = unit_rows(distinct, 6).repeat(40 // distinct, 1) if distinct else torch.zeros(40, 6)
+    labels, _ = dc.kmeans_half(x, k, seed=1)
+    assert torch.equal(torch.unique(labels), torch.arange(k))
+    assert torch.equal(labels, dc.kmeans_half(x, k, seed=1)[0])
+    assert dc.cluster_means(x, labels).isfinite().all()
+
+
+# ---- power iteration clustering --------------------------------------------------------------------------------------
+
+
+def graph_of(edges: dict[tuple[int, int], float], n: int) -> dc.Graph:
+    """A graph with these symmetric weights."""
+    both = sorted([(i, j, w) for (i, j), w in edges.items()] + [(j, i, w) for (i, j), w in edges.items()])
+    rows, columns, weights = zip(*both, strict=True)
+    return dc.Graph(torch.tensor(rows), torch.tensor(columns), torch.tensor(weights, dtype=torch.float64),
+                    torch.zeros(n, 1, dtype=torch.long))  # fmt: skip
+
+
+def slow_pic(x: Tensor, k: int, sigma: float) -> tuple[Tensor, Tensor]:
+    """v and basins from dense matrices and loops, by the equations."""
+    d = torch.cdist(x.double(), x.double()) ** 2
+    n = len(x)
+    a = torch.zeros(n, n, dtype=torch.float64)
+    for i in range(n):
+        near = [j for j in d[i].argsort().tolist() if j != i][:k]
+        a[i, near] = (-d[i, near] / sigma**2).exp()
+    w = a + a.T
+    v = torch.full((n,), 1 / n, dtype=torch.float64)
+    for _ in range(200):
+        v = 0.001 * w @ v + 0.999 / n
+        v = v / v.sum()
+    ends = []
+    for i in range(n):
+        while True:
+            gains = w[i] * (v - v[i])
+            if gains.max() <= 0:
+                break
+            i = int(gains.argmax())
+        ends.append(i)
+    return v, torch.tensor(ends)
+
+
+def fast_pic(x: Tensor, k: int, sigma: float | str) -> tuple[dc.Graph, Tensor]:
+    nearest = common.neighbors(x, x, k, exclude=torch.arange(len(x)))[1]
+    graph = dc.affinity(x, nearest, sigma)
+    return graph, dc.power_iteration(graph)
+
+
+def test_pic_equals_the_dense_form() -> None:
+    """Affinity, power iteration and basins on the list of edges are those of dense matrices and loops."""
+    x = F.normalize(blobs([40, 30, 30]) + 0.1 * torch.randn(100, 8, generator=seeded(5)))
+    graph, v = fast_pic(x, 5, 0.4)
+    slow_v, ends = slow_pic(x, 5, 0.4)
+    torch.testing.assert_close(v, slow_v, atol=1e-12, rtol=0)
+    assert torch.equal(torch.unique(ends, return_inverse=True)[1], dc.basins(graph, v))
+
+
+def test_pic_on_graphs_with_known_answers() -> None:
+    """A path flows to its peaks, a saddle to the steeper side; a star is one basin; an image without edges is alone."""
+    path = graph_of({(i, i + 1): 1.0 for i in range(6)}, 7)
+    v = torch.tensor([1.0, 2.0, 3.0, 2.0, 1.5, 2.5, 2.0], dtype=torch.float64)
+    assert dc.basins(path, v).tolist() == [0, 0, 0, 0, 1, 1, 1]  # 4 has 0.5 to the left, 1 to the right
+    heavy = graph_of({(i, i + 1): 3.0 if i == 3 else 1.0 for i in range(6)}, 7)
+    assert dc.basins(heavy, v).tolist() == [0, 0, 0, 0, 0, 1, 1]  # the weight counts, not the step alone
+    star = graph_of({(0, i): 1.0 for i in range(1, 6)}, 7)
+    v = dc.power_iteration(star)
+    assert dc.basins(star, v).tolist() == [0, 0, 0, 0, 0, 0, 1]
+    assert float(v[0]) > float(v[1]) > float(v[6]) and float(v.sum()) == pytest.approx(1)
+    edges = {(0, 1): 1.0, (1, 2): 1.5, (0, 2): 1.0, (3, 4): 1.5, (4, 5): 1.0, (3, 5): 1.0, (2, 3): 1e-3}
+    triangles = graph_of(edges, 6)
+    assert dc.basins(triangles, dc.power_iteration(triangles)).tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_power_iteration_climbs_density() -> None:
+    """After 200 steps with alpha = 0.001 v is an affine function of the weighted degree."""
+    graph, v = fast_pic(unit_rows(500, 6), 5, 0.5)
+    degree = torch.zeros(500, dtype=torch.float64).index_add_(0, graph.rows, graph.weights)
+    assert float(torch.corrcoef(torch.stack([degree, v]))[0, 1]) > 0.9999
+
+
+def test_pic_of_two_blobs() -> None:
+    """Property 3: no cluster crosses two disconnected blobs; there are at least two clusters, not always two."""
+    labels, _ = dc.pic(blobs([60, 40]), 5, 0.2, "redistribute")
+    assert not set(labels[:60].tolist()) & set(labels[60:].tolist())
+    assert 2 <= len(torch.unique(labels)) <= 30
+
+
+def test_pic_does_not_depend_on_the_order() -> None:
+    """Property 4: permuted rows have the same partition."""
+    x, order = blobs([50, 40, 30], spread=0.1), torch.randperm(120, generator=seeded())
+    labels, singletons = dc.pic(x, 5, 0.3, "redistribute")
+    permuted, again = dc.pic(x[order], 5, 0.3, "redistribute")
+    assert same_partition(labels[order], permuted) and singletons == again
+
+
+def test_sigma() -> None:
+    """Far neighbours vanish at sigma 0.2: only singletons, all dropped if asked; the median brings them back."""
+    x = unit_rows(300, 256)
+    assert dc.pic(x, 5, 0.2, "keep")[1] == 300
+    assert (dc.pic(x, 5, 0.2, "drop")[0] == -1).all()
+    labels, singletons = dc.pic(x, 5, "median", "keep")
+    assert singletons < 150 and len(torch.unique(labels)) < 200
+    distances = torch.tensor([[0.0], [1.0], [3.0], [7.0]])
+    nearest = torch.tensor([[1], [0], [1], [2]])  # distances 1, 1, 2, 4: the (lower) median is 1
+    expected = torch.tensor([2 * math.exp(-1), math.exp(-4), math.exp(-16)], dtype=torch.float64)
+    torch.testing.assert_close(dc.affinity(distances, nearest, "median").weights[[0, 2, 4]], expected)
+
+
+def test_singletons() -> None:
+    """A singleton goes to its nearest neighbour that is none, stays one if all five are, or is kept or dropped."""
+    labels = torch.tensor([0, 0, 1, 2, 3, 3, 4])
+    nearest = torch.tensor([[1, 2], [0, 2], [3, 4], [2, 6], [5, 0], [4, 0], [3, 2]])
+    moved, count = dc.treat_singletons(labels, nearest, "redistribute")
+    assert count == 3 and moved.tolist() == [0, 0, 2, 1, 2, 2, 3]
+    kept, _ = dc.treat_singletons(labels, nearest, "keep")
+    assert torch.equal(kept, labels)
+    dropped, _ = dc.treat_singletons(labels, nearest, "drop")
+    assert dropped.tolist() == [0, 0, -1, -1, 1, 1, -1]
+
+
+@pytest.mark.parametrize("how", ["redistribute", "keep", "drop"])
+@pytest.mark.parametrize("distinct", [0, 2, 3])
+@pytest.mark.parametrize("sigma", [0.2, "median"])
+def test_pic_of_duplicates(distinct: int, how: str, sigma: float | str) -> None:
+    """Equal and repeated rows, two rows: names 0 ... K - 1 or -1, no NaN, twice the same."""
+    x = unit_rows(distinct, 6).repeat(10 if distinct == 3 else 1, 1) if distinct else torch.zeros(30, 6)
+    labels, _ = dc.pic(x, 5, sigma, how)
+    kept = labels[labels >= 0]
+    assert torch.equal(torch.unique(kept), torch.arange(len(torch.unique(kept)))) and len(labels) == len(x)
+    assert torch.equal(labels, dc.pic(x, 5, sigma, how)[0])
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+
+def skewed() -> Tensor:
+    """1,000 images, 950 of them in one of 50 clusters; cluster 7 is empty, 10 images are in none."""
+    labels = torch.cat([torch.full((950,), 3), torch.arange(50).clamp(max=49)])
+    labels[labels == 7] = 8
+    labels[:10] = -1
+    return labels[torch.randperm(1000, generator=seeded())]
+
+
+def test_uniform_over_clusters() -> None:
+    """Property 5: with one cluster of 95 % every non-empty cluster has N/K draws, plus or minus one, all of its own."""
+    labels = skewed()
+    order = dc.uniform_order(labels, 1000, seeded())
+    counts = torch.bincount(labels[order], minlength=50)
+    assert len(order) == 1000 and (labels[order] >= 0).all() and counts[7] == 0
+    assert set(counts[torch.arange(50) != 7].tolist()) == {20, 21}
+    draws = torch.bincount(order, minlength=1000)
+    for cluster in range(50):
+        own = draws[labels == cluster]
+        if len(own):
+            assert int(own.max() - own.min()) <= 1  # its images in turn
+    halves = torch.bincount(labels[order[:500]], minlength=50)
+    assert halves[torch.arange(50) != 7].min() > 0  # shuffled, not cluster by cluster
+    assert not torch.equal(order, dc.uniform_order(labels, 1000, seeded(1)))
+    assert torch.equal(order, dc.uniform_order(labels, 1000, seeded()))
+
+
+def test_fewer_draws_than_clusters() -> None:
+    """An epoch shorter than the number of clusters draws that many different ones."""
+    order = dc.uniform_order(torch.arange(100), 30, seeded())
+    assert len(torch.unique(order)) == 30
+
+
+def test_released_sampling_is_not_uniform() -> None:
+    """The released code's order is one over images: it delivers about 95 % from the cluster that holds 95 %."""
+    labels = skewed()
+    order = dc.training_order(labels, 1000, "released", seeded())
+    assert 0.9 < float((labels[order] == 3).double().mean()) < 0.97
+    assert (labels[order] >= 0).all()
+    images = dc.training_order(labels, 980, "images", seeded())
+    assert torch.equal(images.sort().values, (labels >= 0).nonzero()[:980, 0]) or len(torch.unique(images)) == 980
+
+
+def test_gradient_over_some_targets() -> None:
+    """Section 4.7: the batch's clusters are always among the rows, other rows do not move; all rows: exact."""
+    targets = torch.tensor([4, 9, 4, 17])
+    rows = dc.target_rows(targets, 50, 10, seeded())
+    assert len(torch.unique(rows)) == 10 and set(targets.tolist()) <= set(rows.tolist())
+    assert torch.equal(rows, rows.sort().values)
+    assert dc.target_rows(targets, 50, 1, seeded()).tolist() == [4, 9, 17]
+    top = dc.TopLayer(6, torch.device("cpu"))
+    top.reset(50, seeded())
+    before, x = top.weight.detach().clone(), torch.randn(4, 6, generator=seeded())
+    F.cross_entropy(top(x, rows), torch.searchsorted(rows, targets)).backward()  # type: ignore[no-untyped-call]
+    top.step(0.1, 0.1, rows)
+    others = torch.ones(50, dtype=torch.bool)
+    others[rows] = False
+    assert torch.equal(top.weight[others], before[others]) and not torch.equal(top.weight[rows], before[rows])
+    every = dc.target_rows(targets, 50, 80, seeded())
+    torch.testing.assert_close(F.cross_entropy(top(x, every), torch.searchsorted(every, targets)),
+                               F.cross_entropy(top(x), targets))  # fmt: skip
+
+
+# ---- figures of merit ------------------------------------------------------------------------------------------------
+
+
+def test_nmi() -> None:
+    """Property 9: 1 for the same partition under any names; I / sqrt(H H) against the definition."""
+    a = torch.randint(6, (500,), generator=seeded())
+    b = (a + torch.randint(2, (500,), generator=seeded(1))) % 6
+    assert dc.nmi(a, a) == 1 and dc.nmi(a, torch.randperm(6, generator=seeded())[a]) == 1
+    assert dc.nmi(a, torch.zeros(500)) == 0
+    joint = torch.zeros(6, 6).index_put_((a, b), torch.tensor(1 / 500), accumulate=True).double()
+    pa, pb = joint.sum(1), joint.sum(0)
+    information = float((joint * (joint / pa.outer(pb)).log()).nansum())
+    entropies = float((pa * pa.log()).sum() * (pb * pb.log()).sum())
+    assert dc.nmi(a, b) == pytest.approx(information / math.sqrt(entropies), abs=1e-4)
+
+
+def test_ratio_edge_intra_class() -> None:
+    """Of the edges that leave a class's images, the share that ends in the class, against a loop over edges."""
+    nearest, labels = torch.randint(60, (60, 10), generator=seeded()), torch.randint(5, (60,), generator=seeded(1))
+    labels[labels == 3] = 2
+    found = dc.ratio_edge_intra_class(nearest, labels)
+    for label in range(5):
+        edges = [(i, int(j)) for i in range(60) for j in nearest[i] if labels[i] == label]
+        inside = sum(int(labels[j]) == label for _, j in edges)
+        assert math.isnan(found[label]) if label == 3 else float(found[label]) == pytest.approx(inside / len(edges))
+
+
+def test_label_figures() -> None:
+    """Separate classes: 100 % and 1; images without a label take no part; none with a label: no figure."""
+    x, truth = blobs([40, 40]), torch.arange(2).repeat_interleave(40)
+    assert dc.label_figures(x, truth, truth) == dict(ratio_edge=100.0, nmi_labels=1.0)
+    truth[::2] = -1
+    assert dc.label_figures(x, truth.clamp(min=0), truth)["ratio_edge"] == 100
+    assert dc.label_figures(x, truth, torch.full((80,), -1)) == {}
+
+
+# ---- whole runs ------------------------------------------------------------------------------------------------------
+
+
+def _child(argv: list[str], output: Path, before: Callable[[], None] | None, rank: int, world: int, port: int) -> None:
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if before:
+        before()
+    sys.stdout = sys.stderr = (output.parent / f"{output.name}-out{rank}").open("a", 1)
+    try:
+        dc.main(dc.parse_args([*argv, "--output", str(output)]))
+    except common.Fault as fault:
+        print(fault)
+        os._exit(2)
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def train(output: Path, *options: str, before: Callable[[], None] | None = None, world: int = 1) -> int:
+    """Run the script with the TINY options in processes of their own: the exit code."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    arguments = [([*TINY, *options], output, before, rank, world, port) for rank in range(world)]
+    processes = [context.Process(target=_child, args=each) for each in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode is not None, "the script hangs"
+    return max(process.exitcode or 0 for process in processes)
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    """The epochs' lines of the log without times and memory."""
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()[1:]]
+    return [{key: value for key, value in line.items() if "second" not in key and key != "memory_gb"} for line in lines]
+
+
+def state_of(output: Path) -> dict[str, Any]:
+    state: dict[str, Any] = common.load_checkpoint(output / "checkpoint.pth")["state"]
+    return state
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two nests of dictionaries, lists and tensors are equal bit by bit."""
+    if isinstance(a, dict):
+        return bool(a.keys() == b.keys()) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b)
+
+
+def clusters_of(output: Path, epoch: int) -> Tensor:
+    return torch.from_numpy(np.load(output / "assignments" / f"epoch{epoch:04d}.npz")["cluster"])
+
+
+def killed_after(epoch: int, step: int) -> Callable[[], None]:
+    """Save after this step, then die without a word."""
+
+    def patch() -> None:
+        original = common.Run.after_step
+
+        def deadly(self: common.Run, state: dict[str, Any], *at: Any) -> None:
+            original(self, state, *at)
+            if at[:2] == (epoch, step):
+                self.save(state, epoch, step + 1)
+                os._exit(9)
+
+        common.Run.after_step = deadly  # type: ignore[method-assign,assignment]
+
+    return patch
+
+
+RESUMED = {
+    "kmeans": ["--epochs", "3"],
+    "pic": ["--epochs", "3", "--clustering", "pic", "--sigma", "median", "--knn-every", "2"],
+    "dropout": ["--epochs", "3", "--arch", "alexnet", "--sobel", "--dropout", "0.5", "--reassign-every", "2",
+                "--images-per-epoch", "48", "--targets-per-step", "4"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", RESUMED)
+def test_resume_is_exact(method: str, tmp_path: Path) -> None:
+    """Killed within an epoch, a run does not cluster again; between epochs it clusters as it would have: same bits."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert train(whole, *RESUMED[method]) == 0
+    for epoch, step in ((0, 1), (1, 2)):  # the last step of epoch 1 in "dropout": a stop between the epochs
+        assert train(broken, *RESUMED[method], before=killed_after(epoch, step)) == 9
+    assert train(broken, *RESUMED[method]) == 0
+    assert same(state_of(whole), state_of(broken)) and rows_of(whole) == rows_of(broken)
+    assert "resumed" in (tmp_path / "broken-out0").read_text()
+    assert [p.name for p in sorted((whole / "assignments").glob("*.npz"))] == [
+        p.name for p in sorted((broken / "assignments").glob("*.npz"))]  # fmt: skip
+    final = [torch.load(output / dc.CLUSTERS, weights_only=True) for output in (whole, broken)]
+    assert same(*final)
+
+
+def no_reclustering() -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("clustered again")
+
+    dc.kmeans_half = fail  # type: ignore[assignment]
+
+
+def test_no_clustering_within_an_epoch(tmp_path: Path) -> None:
+    """A resume within an epoch goes on with the labels, the last layer and the figures of the checkpoint."""
+    assert train(tmp_path / "run", "--epochs", "1", before=killed_after(0, 1)) == 9
+    saved = state_of(tmp_path / "run")["clusters"]
+    assert train(tmp_path / "run", "--epochs", "1", before=no_reclustering) == 0
+    assert same(saved, state_of(tmp_path / "run")["clusters"])
+
+
+def batch_statistics_fixed() -> None:
+    """Batch normalisation by running statistics, the same on any number of ranks."""
+    dc.Encoder.train = lambda self, mode=True: torch.nn.Module.train(self, False)  # type: ignore[method-assign]
+
+
+def streaming() -> None:
+    batch_statistics_fixed()
+    dc.ONE_PASS = 0
+
+
+@pytest.mark.parametrize("before", [batch_statistics_fixed, streaming])
+@pytest.mark.parametrize("method", ["", "--targets-per-step 6 --clustering pic --sigma median"], ids=["kmeans", "pic"])
+def test_two_ranks_equal_one(before: Callable[[], None], method: str, tmp_path: Path) -> None:
+    """Two gloo ranks cluster all descriptors once, in the order of the images, and train as one: the same clusters."""
+    options = ["--epochs", "2", "--lr", "0.01", *method.split()]
+    assert train(tmp_path / "one", *options, before=before) == 0
+    assert train(tmp_path / "two", *options, before=before, world=2) == 0
+    one, two = state_of(tmp_path / "one"), state_of(tmp_path / "two")
+    assert torch.equal(clusters_of(tmp_path / "one", 1), clusters_of(tmp_path / "two", 1))
+    assert torch.equal(clusters_of(tmp_path / "one", 2), clusters_of(tmp_path / "two", 2))
+    torch.testing.assert_close(two["encoder"], one["encoder"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(two["top"], one["top"], atol=1e-5, rtol=1e-4)
+
+
+def test_reassignment_and_parts(tmp_path: Path) -> None:
+    """--reassign-every, --images-per-epoch and --cluster-pool: who is clustered, and when."""
+    assert train(tmp_path / "a", "--epochs", "3", "--reassign-every", "2", "--images-per-epoch", "32") == 0
+    assert [(tmp_path / "a/assignments" / f"epoch{e:04d}.npz").exists() for e in (1, 2, 3)] == [True, False, True]
+    first, third = clusters_of(tmp_path / "a", 1), clusters_of(tmp_path / "a", 3)
+    assert int((first >= 0).sum()) == int((third >= 0).sum()) == 32 and not torch.equal(first >= 0, third >= 0)
+    assert [row["step"] for row in rows_of(tmp_path / "a")] == [2, 4, 6]
+    assert train(tmp_path / "b", "--epochs", "1", "--images-per-epoch", "32", "--cluster-pool") == 0
+    assert (clusters_of(tmp_path / "b", 1) >= 0).all() and rows_of(tmp_path / "b")[0]["step"] == 2
+    assert train(tmp_path / "c", "--epochs", "1", "--updates-per-epoch", "9") == 0
+    assert rows_of(tmp_path / "c")[0]["step"] == 9
+    assert train(tmp_path / "d", "--images-per-epoch", "65") == 2
+
+
+def test_other_clusterings(tmp_path: Path) -> None:
+    """Faiss, and centroids that are split as Faiss does it; all figures of an epoch are there."""
+    pytest.importorskip("faiss")
+    for name, options in {"faiss": ["--kmeans", "faiss"], "split": ["--empties", "split"]}.items():
+        assert train(tmp_path / name, "--epochs", "1", *options) == 0
+        row = rows_of(tmp_path / name)[0]
+        assert 2 <= row["clusters"] <= 8 and row["chance_loss"] == round(math.log(row["clusters"]), 4)
+        assert {"loss", "empties", "largest_share", "pca_variance", "lr"} <= row.keys()
+    assert train(tmp_path / "labels", "--epochs", "1", "--clustering", "labels", "--images-per-epoch", "32") == 0
+
+
+def shuffled_labels() -> None:
+    original = common.load
+
+    def load(args: argparse.Namespace, split: str, device: torch.device) -> common.ImageSet:
+        data = original(args, split, device)
+        data.labels = data.labels[torch.randperm(len(data), generator=seeded())]
+        return data
+
+    common.load = load
+
+
+def test_labels_are_for_figures_alone(tmp_path: Path) -> None:
+    """Other labels, or no figures: the same weights. With --clustering labels, once: other weights, and an accuracy."""
+    options = ["--epochs", "2", "--knn-every", "1"]
+    assert train(tmp_path / "a", *options) == 0
+    assert train(tmp_path / "b", *options, before=shuffled_labels) == 0
+    assert train(tmp_path / "c", "--epochs", "2") == 0
+    a, b, c = (state_of(tmp_path / name) for name in "abc")
+    assert same(a["encoder"], b["encoder"]) and same(a["encoder"], c["encoder"]) and same(a["top"], b["top"])
+    assert "ratio_edge" in rows_of(tmp_path / "a")[0] and "ratio_edge" not in rows_of(tmp_path / "c")[0]
+    labels = [*options, "--clustering", "labels", "--sampling", "images"]
+    assert train(tmp_path / "d", *labels) == 0
+    assert [path.name for path in (tmp_path / "d/assignments").glob("*.npz")] == ["epoch0001.npz"]
+    assert rows_of(tmp_path / "d")[1]["clusters"] == 10 and "test_top1" in rows_of(tmp_path / "d")[1]
+
+
+def folder_of(path: Path, images: list[Any]) -> Path:
+    path.mkdir()
+    for i, pixels in enumerate(images):
+        Image.fromarray(pixels).save(path / f"{i:03d}.png")
+    return path
+
+
+def test_equal_images(tmp_path: Path) -> None:
+    """A folder of equal pictures: k-means and PIC train to the end, finite, on as many clusters as they found."""
+    data = folder_of(tmp_path / "equal", [np.full((16, 16, 3), 90, np.uint8)] * 40)
+    for name, options in {"k": ["--k", "5"], "one": ["--k", "1"], "p": ["--clustering", "pic"]}.items():
+        assert train(tmp_path / name, "--epochs", "2", "--data", str(data), "--subset", "40", *options) == 0
+        row = rows_of(tmp_path / name)[-1]
+        assert math.isfinite(row["loss"]) and row["clusters"] == {"k": 5, "one": 1}.get(name, row["clusters"])
+    assert rows_of(tmp_path / "one")[-1]["loss"] == 0
+    assert train(tmp_path / "many", "--data", str(data), "--subset", "40", "--k", "41") == 2
+    assert "--k 41 is more than the 40 images" in (tmp_path / "many-out0").read_text()
+
+
+def test_only_singletons(tmp_path: Path) -> None:
+    """If PIC finds singletons alone and drops them, the run ends with a word on sigma."""
+    options = ["--clustering", "pic", "--sigma", "0.001", "--singletons", "drop"]
+    assert train(tmp_path / "run", *options) == 2
+    assert "--sigma median" in (tmp_path / "run-out0").read_text()
+
+
+def test_assignments_name_their_files(tmp_path: Path) -> None:
+    """A row of epochNNNN.npz belongs to a line of images.txt; --assign gives each image the nearest cluster."""
+    noise = np.random.default_rng(0).integers(0, 256, (4, 1, 1, 3), dtype=np.uint8)
+    pictures = [np.broadcast_to(noise[i % 4], (16, 16, 3)).copy() for i in range(48)]  # four colours
+    data = folder_of(tmp_path / "colours", pictures)
+    options = ["--epochs", "1", "--data", str(data), "--subset", "48", "--k", "4", "--lr", "1e-9"]
+    assert train(tmp_path / "run", *options) == 0
+    names = (tmp_path / "run/assignments/images.txt").read_text().splitlines()
+    clusters = clusters_of(tmp_path / "run", 1)
+    assert names == [str(file) for file in sorted(data.iterdir())] and len(clusters) == len(names)
+    new = folder_of(tmp_path / "new", pictures[:8])
+    assert train(tmp_path / "run", "--assign", str(new)) == 0
+    with (tmp_path / "run/assigned.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == [str(file) for file in sorted(new.iterdir())]
+    assert same_partition(torch.tensor([int(row["cluster"]) for row in rows]), torch.arange(8) % 4)
+    assert train(tmp_path / "none", "--assign", str(new)) == 2
