@@ -27,6 +27,6 @@ bench: install  ## ratios against the plain way of doing the same, to results/be
 	$(RUN) benchmarks/bench.py
 
 lint: install
-	.venv/bin/pip install --quiet --disable-pip-version-check ruff mypy
+	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt ruff mypy
 	.venv/bin/ruff check .
 	.venv/bin/mypy
