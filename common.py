@@ -1739,8 +1739,8 @@ def backbone(
         network = PlainNet(arch, width, small, input_channels, dropout)
     else:
         network = ResNet(arch, width, small, input_channels)
-    if small:  # the authors' networks for CIFAR keep PyTorch's own start; it is also 2.4 times shorter than the one below,
-        return network  # which under batch normalisation makes the same learning rate worth six times as much
+    if small:  # PyTorch's own start, usual for CIFAR networks: 2.4 times shorter than the one below, which under batch
+        return network  # normalisation makes the same learning rate worth six times as much
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

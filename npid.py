@@ -75,7 +75,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cifar100": dict(CIFAR, data="cifar100"),
     "stl10": dict(data="stl10", temperature=0.1, weight_decay=5e-4),
     "shapes": dict(CIFAR, data="shapes", schedule="cosine", flip=True),
-    "demo": dict(THIN, data="shapes", epochs=32, knn_every=4),
+    "demo": dict(THIN, data="shapes", epochs=32, knn_every=4, test_subset=2000),
     "smoke": dict(CIFAR, data="shapes", subset=256, test_subset=100, width=4, epochs=2, batch_size=32, knn_every=1),
 }  # fmt: skip
 

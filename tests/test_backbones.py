@@ -186,9 +186,18 @@ def test_dropout_is_an_option() -> None:
 
 
 @pytest.mark.parametrize("arch", KINDS)
+def test_small_networks_start_as_pytorch_does(arch: str) -> None:
+    """Behind the 3x3 stem convolutions are uniform with deviation 1 / sqrt(3 fan in), PyTorch's default."""
+    for module in fresh(arch, 16, small=True).modules():
+        if isinstance(module, nn.Conv2d):
+            deviation = (1 / (3 * module.in_channels * module.kernel_size[0] ** 2)) ** 0.5
+            assert float(module.weight.detach().std()) == pytest.approx(deviation, rel=0.15)
+
+
+@pytest.mark.parametrize("arch", KINDS)
 def test_initial_weights(arch: str) -> None:
     """Convolutions are Kaiming (fan out), linear layers N(0, 0.01), biases 0, normalisations 1 and 0."""
-    for module in fresh(arch, 16, small=True).modules():
+    for module in fresh(arch, 16, small=False).modules():
         if isinstance(module, nn.Conv2d):
             deviation = (2 / (module.out_channels * module.kernel_size[0] ** 2)) ** 0.5
             assert float(module.weight.detach().std()) == pytest.approx(deviation, rel=0.15)
