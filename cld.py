@@ -633,8 +633,8 @@ def main(args: argparse.Namespace) -> None:
     rows = args.batch_size // args.accumulate // (1 if args.groups_over == "all" else run.world)
     num_groups, queue_size = min(args.num_groups, rows), min(args.queue_size, len(data))
     if args.group_weight and num_groups == rows and run.rank == 0:
-        print(f"warning: {rows} rows are grouped at once: --num-groups {args.num_groups} makes {rows} groups of one row "
-              "each; lower it, or see --groups-over", file=sys.stderr)  # fmt: skip
+        print(f"warning: {rows} rows are grouped at once: --num-groups {args.num_groups} makes {rows} groups of one "
+              "row each; lower it, or see --groups-over", file=sys.stderr)  # fmt: skip
     if HOSTS[args.host].crops > 2 and not args.batch_size <= args.queue_size:
         raise common.Fault(f"--queue-size {args.queue_size} is less than a batch of {args.batch_size}: raise it")
     if HOSTS[args.host].crops > 2 and queue_size < args.queue_size and "queue_size" in args.typed:

@@ -2298,7 +2298,7 @@ def load_encoder(
     if arch is None:
         raise Fault(f"{path} does not say its architecture: name it with --arch")
     width = width or options.get("width", 64)
-    channels = 2 if any(w.ndim == 4 and w.shape[1] == 2 for w in weights.values()) else 3  # 2: behind DeepCluster's Sobel
+    channels = 2 if any(w.ndim == 4 and w.shape[1] == 2 for w in weights.values()) else 3  # 2: DeepCluster's Sobel
     for stem in [data["small"]] if ours else [False, True] if small is None else [small]:
         network = backbone(arch, width, stem, channels)
         target = network.state_dict()

@@ -5,9 +5,9 @@ image is drawn to its close neighbours C_i and pushed from the rest of its backg
 
     L_i = -log P(C_i and B_i | f_i) / P(B_i | f_i),    P(A | f) = sum of exp(v_j . f / tau) over j in A
 
-B_i are the k images nearest to f_i in the bank, found anew in each step. C_i are those that share a cluster with image i
-in at least one of H k-means clusterings of the bank into m clusters, found anew in each epoch. The normaliser over all N
-images cancels. The first epochs train with NPID's loss, so that the first clustering has something to find.
+B_i are the k images nearest to f_i in the bank, found anew in each step. C_i are those that share a cluster with image
+i in at least one of H k-means clusterings of the bank into m clusters, found anew in each epoch. The normaliser over
+all N images cancels. The first epochs train with NPID's loss, so that the first clustering has something to find.
 
     python local_aggregation.py --arch resnet18 --H 10 --m 30000       # on rendered shapes, for want of other data
     python local_aggregation.py --data cifar10                         # no published row
@@ -16,12 +16,14 @@ images cancels. The first epochs train with NPID's loss, so that the first clust
     python local_aggregation.py --preset table5-3-10k                  # a row of an ablation
 
 Choosing k and m. On ImageNet (N = 1.28 million) m = 30,000 makes clusters of 43 images and k = 4096 is 0.3 % of all. On
-50,000 images the same numbers mean clusters of 1.7 images and 8 %. What matters is the size of clusters against the size
-of classes, and that B_i is wider than C_i: the presets for small sets keep clusters of tens of images, with k several
-times the size of C_i. Without a preset of their own, smaller sets get k and m scaled from ImageNet's; both are printed.
+50,000 images the same numbers mean clusters of 1.7 images and 8 %. What matters is the size of clusters against the
+size of classes, and that B_i is wider than C_i: the presets for small sets keep clusters of tens of images, with k
+several times the size of C_i. Without a preset of their own, smaller sets get k and m scaled from ImageNet's; both are
+printed.
 
 Differences from the paper and from the existing codes:
-  * The warm start uses the exact softmax; `--warmup-loss nce` is the paper's, whose once-estimated Z fails on small sets.
+  * The warm start uses the exact softmax; `--warmup-loss nce` is the paper's, whose once-estimated Z fails on small
+    sets.
   * Image i is always in C_i and in B_i (it takes the place of the k-th nearest if it is not among them), so no
     intersection is empty, there is no epsilon in the logarithm, and no image is without gradient.
   * Clusters are there before the first step that needs them, and are renewed at the first step of each epoch, whether
@@ -30,9 +32,9 @@ Differences from the paper and from the existing codes:
 
 log.jsonl has, beside NPID's keys: la_loss; close_size, mean |C_i|; skewness, mean distance of v_i to the centre of C_i
 (section 5.2); intersection, mean |B_i and C_i|, and alone, the share of images with nothing but themselves in it;
-forced, the share that had to be put into their own B_i; objective, empty and splits of the k-means; nmi with the clustering
-before; cluster_seconds; local_density and background_density (Fig. 2: mean similarity to the 30 nearest, and to ranks 1000
-to 4096, or the same shares of fewer images).
+forced, the share that had to be put into their own B_i; objective, empty and splits of the k-means; nmi with the
+clustering before; cluster_seconds; local_density and background_density (Fig. 2: mean similarity to the 30 nearest, and
+to ranks 1000 to 4096, or the same shares of fewer images).
 """
 
 import argparse
@@ -56,8 +58,8 @@ THIN = dict(subset=5000, width=16, temperature=0.2, batch_size=32, lr=0.03, sche
             bank_momentum=0.0, H=3, m=100, k=512)  # fmt: skip
 SMALL = dict(temperature=0.1, batch_size=128, weight_decay=5e-4, k=512, m=1000, H=3)
 PRESETS: dict[str, dict[str, Any]] = {
-    "imagenet": dict(arch="resnet18", H=10, m=30_000, k=4096, temperature=0.07, batch_size=128, lr=0.03, schedule="step",
-                     lr_drops=[160, 187], epochs=200, warmup_epochs=10, weight_decay=1e-4, flip=True),
+    "imagenet": dict(arch="resnet18", H=10, m=30_000, k=4096, temperature=0.07, batch_size=128, lr=0.03,
+                     schedule="step", lr_drops=[160, 187], epochs=200, warmup_epochs=10, weight_decay=1e-4, flip=True),
     "imagenet-alexnet": dict(data="imagenet", arch="alexnet", H=3, epochs=160, lr_drops=[119, 142]),  # Table 1
     "imagenet-vgg16": dict(data="imagenet", arch="vgg16", H=6, m=10_000, epochs=178, lr_drops=[136, 158]),
     "imagenet-resnet50": dict(data="imagenet", arch="resnet50", lr_drops=[152, 189]),
@@ -117,15 +119,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--warmup-loss", choices=["softmax", "nce"], default="softmax",
                         help="NPID's softmax over all images, or its approximation with 4,096 noise images and one Z")
     method.add_argument("--background", choices=["nearest", "all", "clusters"], default="nearest",
-                        help="B_i: the k nearest; all images; or those that share one of --background-clusters (Table 4)")
+                        help="B_i: the k nearest; all images; or those that share one of "
+                             "--background-clusters (Table 4)")
     method.add_argument("--background-clusters", type=common.COUNT, nargs=2, default=[3, 1000], metavar=("H", "M"),
                         help="clusterings and clusters for --background clusters")
     method.add_argument("--close", choices=["clusters", "self", "nearest"], default="clusters",
                         help="C_i: by clusterings; only i; or the --close-neighbors nearest, which collapses (Table 5)")
     method.add_argument("--close-neighbors", type=common.COUNT, default=43, metavar="K", help="k' for --close nearest")
-    method.add_argument("--clustering", choices=["kmeans", "dbscan"], default="kmeans", help="how C_i's clusters are found")
-    method.add_argument("--dbscan-radius", type=common.POSITIVE, default=0.5, help="largest distance of neighbours for dbscan")
-    method.add_argument("--kmeans", choices=["torch", "faiss"], default="torch", help="which k-means, of the same objective")
+    method.add_argument("--clustering", choices=["kmeans", "dbscan"], default="kmeans",
+                        help="how C_i's clusters are found")
+    method.add_argument("--dbscan-radius", type=common.POSITIVE, default=0.5,
+                        help="largest distance of neighbours for dbscan")
+    method.add_argument("--kmeans", choices=["torch", "faiss"], default="torch",
+                        help="which k-means, of the same objective")
     method.add_argument("--kmeans-iterations", type=common.COUNT, default=20, metavar="N", help="Lloyd iterations")
     method.add_argument("--cluster-on", choices=["bank", "center-crop"], default="bank",
                         help="cluster the bank, or features recomputed from central crops (supplement, Table 3)")
@@ -144,7 +150,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def fit_to(count: int, args: argparse.Namespace) -> None:
-    """Shrink defaults of k and m that do not fit `count` images and say so; a typed value that does not fit is an error.
+    """Shrink defaults of k and m that do not fit `count` images and say so; a typed value that does not fit is a fault.
 
     m shrinks with N, so that clusters keep the 43 images they have on ImageNet; k to a tenth of N, wider than C_i.
     """
@@ -152,13 +158,14 @@ def fit_to(count: int, args: argparse.Namespace) -> None:
     for name, value in fitting.items():
         given = getattr(args, name)
         if given > count and name in args.typed:
-            raise common.Fault(f"--{name} {given} is more than the {count} images; {value} would fit as ImageNet's does")
+            raise common.Fault(f"--{name} {given} is more than the {count} images; "
+                               f"{value} would fit as ImageNet's does")
         if given > count // 4 and name not in args.typed:
             print(f"--{name} {value}, scaled from {given} to {count:,} images", flush=True)
             setattr(args, name, value)
     if args.m > count // 2:
-        print(f"warning: m = {args.m} clusters of {count:,} images hold {count / args.m:.1f} each: hardly any image has a "
-              "close neighbour but itself; tens of images a cluster are usual", flush=True)
+        print(f"warning: m = {args.m} clusters of {count:,} images hold {count / args.m:.1f} each: hardly any image "
+              "has a close neighbour but itself; tens of images a cluster are usual", flush=True)
     if args.background == "nearest" and args.k > count // 4:
         print(f"warning: k = {args.k} is {100 * args.k / count:.0f} % of the images: B_i is hardly local", flush=True)
 
@@ -169,7 +176,7 @@ SCALE = (0.2, 1.0)  # of RandomResizedCrop
 
 
 def augment(images: Tensor, draw: common.Draw, photographs: bool, flip: bool) -> Tensor:
-    """Crops (B, 3, S, S) in [0, 1] -> the same, augmented: grey before jitter on photographs, after it on small images."""
+    """Crops (B, 3, S, S) in [0, 1] -> augmented ones: grey before jitter on photographs, after it on small images."""
     if photographs:
         images = common.random_grayscale(images, draw, 0.2)
     images = common.random_color_jitter(images, draw, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4)
@@ -216,9 +223,10 @@ class Clusters(nn.Module):
 
 
 def nearest(z: Tensor, index: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """B_i: the k slots nearest to z (B, D) in the bank (N, D), nearest first, with i for the k-th where i is not among them.
+    """B_i: the k slots nearest to z (B, D) in the bank (N, D), nearest first, and always i.
 
-    Returns slots (B, k), their similarities (B, k) and whether i had to be put in (B,).
+    Where i is not among them, it takes the place of the k-th. Returns slots (B, k), their similarities (B, k) and
+    whether i had to be put in (B,).
     """
     similarity, slots = common.neighbors(z, bank, k)
     missing = (slots != index[:, None]).all(1)
@@ -228,8 +236,8 @@ def nearest(z: Tensor, index: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Ten
 
 
 # ---- loss ------------------------------------------------------------------------------------------------------------
-# The bank takes no gradient, so that of L_i is known: (mean of v over B_i - mean of v over C_i and B_i) / tau, the means
-# weighted by the softmax of v.f / tau over the set. No graph of the (B, k) or (B, N) similarities is kept.
+# The bank takes no gradient, so that of L_i is known: (mean of v over B_i - mean of v over C_i and B_i) / tau, the
+# means weighted by the softmax of v.f / tau over the set. No graph of the (B, k) or (B, N) similarities is kept.
 
 
 def with_gradient(z: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
@@ -238,7 +246,10 @@ def with_gradient(z: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
 
 
 def local_aggregation(z: Tensor, slots: Tensor, similarity: Tensor, close: Tensor, bank: Tensor, tau: float) -> Tensor:
-    """L_i of eq. (4), (B,), with B_i listed. z: (B, D); slots of B_i, their similarity to z, and which are in C_i: (B, k)."""
+    """L_i of eq. (4), (B,), with B_i listed.
+
+    z: (B, D); slots of B_i, their similarity to z, and which are in C_i: (B, k).
+    """
     scores = similarity.detach() / tau
     close_scores = scores.masked_fill(~close, -math.inf)
     weights = scores.softmax(1) - close_scores.softmax(1)
@@ -249,10 +260,11 @@ def local_aggregation(z: Tensor, slots: Tensor, similarity: Tensor, close: Tenso
 def local_aggregation_dense(
     z: Tensor, index: Tensor, background: Clusters, close: Clusters, bank: Tensor, tau: float, chunk: int = 8192
 ) -> tuple[Tensor, Tensor]:
-    """L_i of eq. (4), (B,), and |B_i and C_i|, (B,), with B_i too given by clusters, of any size: the bank in chunks."""
+    """L_i of eq. (4), (B,), and |B_i and C_i|, (B,), with B_i too given by clusters, of any size: chunk by chunk."""
     query = z.detach() / tau
     peak = torch.full((2, len(z), 1), -math.inf, device=z.device)
-    total, mean, size = torch.zeros_like(peak), torch.zeros(2, *z.shape, device=z.device), torch.zeros(len(z), device=z.device)
+    total, mean = torch.zeros_like(peak), torch.zeros(2, *z.shape, device=z.device)
+    size = torch.zeros(len(z), device=z.device)
     for start in range(0, len(bank), chunk):
         slots = torch.arange(start, min(start + chunk, len(bank)), device=z.device)
         rows = bank[slots].float()
@@ -300,12 +312,14 @@ def cluster(
     run: common.Run, features: Tensor, num_clusterings: int, num_clusters: int, key: Sequence[int | str], method: str,
     **options: Any,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Labels (H, N) int32 of H clusterings of features (N, D), shared out over the ranks, and what k-means says of them.
+    """Labels (H, N) int32 of H clusterings of features (N, D), shared out over the ranks, and k-means' figures of them.
 
-    The seeds follow from `key` and the number of the clustering. method: "kmeans", with common.kmeans' options, or "dbscan".
+    The seeds follow from `key` and the number of the clustering. method: "kmeans", with common.kmeans' options, or
+    "dbscan".
     """
     if not features.isfinite().all():
-        raise common.Fault("the memory bank is not finite: nothing can be clustered; start again from an earlier checkpoint")
+        raise common.Fault("the memory bank is not finite: nothing can be clustered; start again from "
+                           "an earlier checkpoint")
     share = -(-num_clusterings // run.world)
     labels = torch.zeros(share, len(features), dtype=torch.int32, device=features.device)
     figures = torch.zeros(share, 3, device=features.device)
@@ -337,7 +351,10 @@ def dbscan(features: Tensor, radius: float) -> Tensor:
 
 @torch.no_grad()
 def health(clusters: Clusters, before: Tensor, bank: Tensor, rows: Tensor) -> dict[str, float]:
-    """Figures of a clustering, over the sampled images `rows` (R,) where not over all. before: the labels (H, N) of last time."""
+    """Figures of a clustering, over the sampled images `rows` (R,) where not over all.
+
+    before: the labels (H, N) of last time.
+    """
     from sklearn.metrics import normalized_mutual_info_score
 
     sizes, distances = [], []
@@ -345,15 +362,19 @@ def health(clusters: Clusters, before: Tensor, bank: Tensor, rows: Tensor) -> di
         close = clusters.same(part, torch.arange(len(bank), device=bank.device)).float()
         sizes.append(close.sum(1))
         distances.append((close @ bank.float() / sizes[-1][:, None] - bank[part].float()).norm(dim=1))
-    nmi = normalized_mutual_info_score(before[0].cpu().numpy(), clusters.labels[0].cpu().numpy(), average_method="arithmetic")
-    return dict(close_size=round(torch.cat(sizes).mean().item(), 2), skewness=round(torch.cat(distances).mean().item(), 4),
-                nmi=round(float(nmi), 4))
+    nmi = normalized_mutual_info_score(before[0].cpu().numpy(), clusters.labels[0].cpu().numpy(),
+                                       average_method="arithmetic")
+    return dict(close_size=round(torch.cat(sizes).mean().item(), 2),
+                skewness=round(torch.cat(distances).mean().item(), 4), nmi=round(float(nmi), 4))
 
 
 @torch.no_grad()
 def density(bank: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Local and background density (Fig. 2) of the images `rows` (R,), each (R,): the mean similarity to the 30 nearest of
-    the bank (N, D), and to ranks 1000 to 4096; of fewer than 4,097 images the same shares."""
+    """Local and background density (Fig. 2) of the images `rows` (R,), each (R,).
+
+    The mean similarity to the 30 nearest of the bank (N, D), and to ranks 1000 to 4096; of fewer than 4,097 images the
+    same shares.
+    """
     first, last = (max(2, round(rank * min(1, (len(bank) - 1) / 4096))) for rank in (1000, 4096))
     similarity = common.neighbors(bank[rows].float(), bank.float(), last, exclude=rows)[0]
     return similarity[:, : min(30, first - 1)].mean(1), similarity[:, first - 1 :].mean(1)
@@ -380,10 +401,10 @@ def main(args: argparse.Namespace) -> None:
     constant = Constant().to(run.device)
     optimizer = torch.optim.SGD(encoder.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
     totals = common.Totals(run.device)
-    state = dict(encoder=encoder, optimizer=optimizer, bank=bank, clusters=clusters, background=background, constant=constant,
-                 totals=totals)
+    state = dict(encoder=encoder, optimizer=optimizer, bank=bank, clusters=clusters, background=background,
+                 constant=constant, totals=totals)
     first_epoch, first_step = run.resume(state, steps)
-    sample = torch.randperm(len(data), generator=run.generator("sample"))[:1000].to(run.device)  # for the health figures
+    sample = torch.randperm(len(data), generator=run.generator("sample"))[:1000].to(run.device)  # for health figures
     kmeans: dict[str, Any] = dict(method="kmeans", iterations=args.kmeans_iterations, backend=args.kmeans)
 
     def embed(images: Tensor) -> Tensor:
@@ -401,7 +422,8 @@ def main(args: argparse.Namespace) -> None:
                 group["lr"] = lr
 
             warm = epoch >= args.warmup_epochs
-            if warm and args.close == "clusters" and (step == 0 or (args.recluster_every and step % args.recluster_every == 0)):
+            due = step == 0 or (args.recluster_every and step % args.recluster_every == 0)
+            if warm and args.close == "clusters" and due:
                 clustering_began = time.perf_counter()
                 features = bank.features
                 if args.cluster_on == "center-crop":
@@ -410,7 +432,8 @@ def main(args: argparse.Namespace) -> None:
                     features = common.extract(run, data, embed)
                     encoder.train()
                 key = (epoch, step) if args.cluster_seeds == "redrawn" else ()
-                how: dict[str, Any] = dict(method="dbscan", radius=args.dbscan_radius) if args.clustering == "dbscan" else kmeans
+                how: dict[str, Any] = (dict(method="dbscan", radius=args.dbscan_radius)
+                                       if args.clustering == "dbscan" else kmeans)
                 before = clusters.labels
                 clusters.labels, figures = cluster(run, features, args.H, args.m, ("close", *key), **how)
                 if args.background == "clusters":
@@ -446,14 +469,16 @@ def main(args: argparse.Namespace) -> None:
                     close = clusters.same(i, slots)
                     if args.close == "nearest":
                         close[:, : args.close_neighbors] = True
-                    losses, size = local_aggregation(f, slots, similarity, close, bank.features, args.temperature), close.sum(1)
+                    losses = local_aggregation(f, slots, similarity, close, bank.features, args.temperature)
+                    size = close.sum(1)
                     totals.add(forced=missing.float().mean())
                 else:
                     losses, size = local_aggregation_dense(f, i, background, clusters, bank.features, args.temperature)
                 if not warm:
                     totals.add(npid_loss=losses.mean())
                 else:
-                    totals.add(la_loss=losses.mean(), intersection=size.float().mean(), alone=(size == 1).float().mean())
+                    totals.add(la_loss=losses.mean(), intersection=size.float().mean(),
+                               alone=(size == 1).float().mean())
                 part_loss = losses.mean() / args.accumulate
                 part_loss.backward()
                 loss += part_loss.detach()

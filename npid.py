@@ -4,9 +4,9 @@ Every image is a class of its own. A memory bank keeps one feature v_i for each 
 
     P(i|f) = exp(v_i . f / tau) / sum_j exp(v_j . f / tau)                                            (2)
 
-so no class weights are learnt, and what is learnt is a metric. The paper had to approximate the sum by noise-contrastive
-estimation; here it is exact by default (`--loss softmax`), since the bank takes no gradient and (2) is then one attention
-call. `--loss nce` is the paper's, `--loss parametric` the baseline of its Table 1.
+so no class weights are learnt, and what is learnt is a metric. The paper had to approximate the sum by
+noise-contrastive estimation; here it is exact by default (`--loss softmax`), since the bank takes no gradient and (2)
+is then one attention call. `--loss nce` is the paper's, `--loss parametric` the baseline of its Table 1.
 
     python npid.py                              # rendered shapes, for a first try
     python npid.py --data cifar10               # Table 1, exact softmax: 80.8 kNN in the paper
@@ -16,12 +16,14 @@ call. `--loss nce` is the paper's, `--loss parametric` the baseline of its Table
     python npid.py --preset cifar10 --help      # every value of that preset
 
 Differences from the paper and from the authors' code:
-  * The paper damps the bank's change by a proximal term (eq. 9), the authors' code by averaging the bank. They are not the
-    same gradient; both are here: `--proximal-weight` (the paper prints no value) and `--bank-momentum`.
-  * The bank is written once, after the optimiser's step, with the feature of before it; all slots are unit from the start.
-  * NCE is computed in the log domain, without the 1e-7 of the code. Z is the mean over the noise draws of the first step
-    (`--z first`, the paper's); a network whose features start out alike makes that a bad estimate: see `--z ema`.
-  * CIFAR's recipe is the code's: jitter before grey, no flip, tau 0.1, batch 128, weight decay 5e-4; the paper gives none.
+  * The paper damps the bank's change by a proximal term (eq. 9), the authors' code by averaging the bank. They are not
+    the same gradient; both are here: `--proximal-weight` (the paper prints no value) and `--bank-momentum`.
+  * The bank is written once, after the optimiser's step, with the feature of before it; all slots are unit from the
+    start.
+  * NCE is computed in the log domain, without the 1e-7 of the code. Z is the mean over the noise draws of the first
+    step (`--z first`, the paper's); a network whose features start out alike makes that a bad estimate: see `--z ema`.
+  * CIFAR's recipe is the code's: jitter before grey, no flip, tau 0.1, batch 128, weight decay 5e-4; the paper gives
+    none.
 
 log.jsonl has, for each epoch: loss; chance_loss, which is ln N, that of equal probabilities; z_over_n for NCE, with
 2.2 what a random bank gives at tau 0.07 and D 128; knn_top1 each --knn-every epochs (K = 200, temperature tau).
@@ -44,8 +46,9 @@ import common
 
 NCE = dict(data="imagenet", loss="nce", num_negatives=4096)
 CIFAR = dict(temperature=0.1, batch_size=128, weight_decay=5e-4, flip=False)
-# Few images in few epochs: the features of a fresh network are nearly alike (mean cosine 0.98), and a sharp softmax keeps
-# them so for tens of epochs. At tau 0.2 the mean feature had a length of 0.16 after 29 epochs, at 0.1 of 0.83 after 17.
+# Few images in few epochs: the features of a fresh network are nearly alike (mean cosine 0.98), and a sharp softmax
+# keeps them so for tens of epochs. At tau 0.2 the mean feature had a length of 0.16 after 29 epochs, at 0.1 of 0.83
+# after 17.
 THIN = dict(subset=5000, width=16, temperature=0.2, batch_size=32, lr=0.03, schedule="cosine", weight_decay=5e-4,
             bank_momentum=0.0)  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
@@ -55,7 +58,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "imagenet-vgg16": dict(NCE, arch="vgg16"),
     "imagenet-resnet18": dict(NCE, arch="resnet18"),
     "imagenet-resnet50": dict(NCE, arch="resnet50"),
-    "imagenet-resnet50-sampled": dict(NCE, arch="resnet50", loss="sampled", num_negatives=65536),  # the later 58.5 linear
+    "imagenet-resnet50-sampled": dict(NCE, arch="resnet50", loss="sampled",
+                                      num_negatives=65536),  # the later 58.5 linear
     "imagenet-dim32": dict(NCE, feature_dim=32),  # Table 4
     "imagenet-dim64": dict(NCE, feature_dim=64),
     "imagenet-dim256": dict(NCE, feature_dim=256),
@@ -97,7 +101,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="Z of eq. (8): estimated from the first step and kept (the paper's); a running mean with "
                              "0.99; or each image's own exact sum (nce)")
     method.add_argument("--bank-momentum", type=common.SHARE, default=0.5, metavar="SHARE",
-                        help="share of the old feature in v_i <- normalize(share * v_i + (1 - share) * f_i); 0: the paper's")
+                        help="share of the old feature in v_i <- normalize(share * v_i + (1 - share) * f_i); "
+                             "0: the paper's")
     method.add_argument("--lambda", "--proximal-weight", dest="proximal_weight", type=common.NOT_NEGATIVE, default=0.0,
                         metavar="LAMBDA", help="lambda of eq. (9), weight of |f_i - v_i|^2")
     method.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="horizontal flips")
@@ -113,7 +118,7 @@ SCALE = (0.2, 1.0)  # of RandomResizedCrop
 
 
 def augment(images: Tensor, draw: common.Draw, photographs: bool, flip: bool) -> Tensor:
-    """Crops (B, 3, S, S) in [0, 1] -> the same, augmented: grey before jitter on photographs, after it on small images."""
+    """Crops (B, 3, S, S) in [0, 1] -> augmented ones: grey before jitter on photographs, after it on small images."""
     if photographs:
         images = common.random_grayscale(images, draw, 0.2)
     images = common.random_color_jitter(images, draw, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4)
@@ -145,8 +150,8 @@ class Encoder(nn.Module):
 
 
 # ---- loss ------------------------------------------------------------------------------------------------------------
-# z: (B, D) features on the unit sphere; index: (B,) their slots; bank: (N, D); noise: (B, m) slots. The exact softmax of
-# eq. (2) is common.bank_softmax, which Local Aggregation and CLD share.
+# z: (B, D) features on the unit sphere; index: (B,) their slots; bank: (N, D); noise: (B, m) slots. The exact softmax
+# of eq. (2) is common.bank_softmax, which Local Aggregation and CLD share.
 
 
 def parametric_softmax(features: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -169,7 +174,8 @@ def positive_scores(z: Tensor, index: Tensor, bank: Tensor, temperature: float) 
 def nce(positive: Tensor, noise: Tensor, log_z: Tensor, num_images: int) -> Tensor:
     """J_NCE of eq. (7), (B,), with the posterior h = p / (p + m / N) of eq. (6) and p = exp(score) / Z of eq. (4).
 
-    positive: (B,) and noise: (B, m) scores; log_z: () or (B,). log h = -softplus(log(m / N) - log p), and 1 - h likewise.
+    positive: (B,) and noise: (B, m) scores; log_z: () or (B,). log h = -softplus(log(m / N) - log p), and 1 - h
+    likewise.
     """
     offset = math.log(noise.shape[1] / num_images)
     data = F.softplus(offset - (positive - log_z))

@@ -248,7 +248,8 @@ def training_step(script: ModuleType, options: list[str], args: argparse.Namespa
             else:
                 slots, similarity, _ = local_aggregation.nearest(z.detach(), index, bank.features, run_args.k)
                 close = clusters.same(index, slots)
-                losses = local_aggregation.local_aggregation(z, slots, similarity, close, bank.features, run_args.temperature)
+                losses = local_aggregation.local_aggregation(z, slots, similarity, close, bank.features,
+                                                             run_args.temperature)
             losses.mean().backward()
             optimizers[encoder].step()
             bank.update(z.detach(), index, run_args.bank_momentum)
@@ -276,7 +277,8 @@ def bench_la_clustering(args: argparse.Namespace) -> list[Record]:
     """One clustering of Local Aggregation's H = 10, N = 50,000, m = 1,000, 20 iterations, Faiss over torch."""
     x = unit_rows(50_000, 128, args.device, 0)
     rounds = argparse.Namespace(**{**vars(args), "repeats": min(args.repeats, 5)})
-    return [race("Faiss / torch", lambda: common.kmeans(x, 1000, backend="faiss"), lambda: common.kmeans(x, 1000), rounds)]
+    return [race("Faiss / torch", lambda: common.kmeans(x, 1000, backend="faiss"), lambda: common.kmeans(x, 1000),
+                 rounds)]
 
 
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Record]]] = {

@@ -157,14 +157,15 @@ def run_rows(output: Path, *options: str) -> list[dict[str, Any]]:
 def test_clusters_are_there_at_the_first_step_and_renewed_on_time(
     count: int, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Property 7: one clustering at step 0 of each epoch after the warm start, N divisible by B or not, or each R steps too."""
+    """Property 7: one clustering at step 0 of each epoch after warm start, B dividing N or not, or each R steps too."""
     events: list[str] = []
     cluster, loss = la.cluster, la.local_aggregation
     monkeypatch.setattr(la, "cluster", lambda *a, **k: (events.append("cluster"), cluster(*a, **k))[1])
     monkeypatch.setattr(la, "local_aggregation", lambda *a: (events.append("step"), loss(*a))[1])
     run_rows(tmp_path / "run", "--subset", str(count), "--recluster-every", str(every))
     steps = count // 32
-    epoch = [e for s in range(steps) for e in (["cluster", "step"] if s == 0 or (every and s % every == 0) else ["step"])]
+    due = [s == 0 or (every and s % every == 0) for s in range(steps)]
+    epoch = [e for clustered in due for e in (["cluster", "step"] if clustered else ["step"])]
     assert events == epoch * 2
 
 
@@ -179,7 +180,9 @@ def test_every_ablation_trains(options: list[str], tmp_path: Path) -> None:
     assert math.isfinite(rows[0]["npid_loss"]) and math.isfinite(rows[1]["la_loss"]) and rows[1]["la_loss"] > 0
 
 
-@pytest.mark.parametrize("options", [["--m", "300"], ["--k", "300"], ["--H", "0"], ["--close", "nearest", "--background", "all"]])
+@pytest.mark.parametrize("options", [
+    ["--m", "300"], ["--k", "300"], ["--H", "0"], ["--close", "nearest", "--background", "all"],
+])  # fmt: skip
 def test_sizes_that_do_not_fit_are_refused(options: list[str], tmp_path: Path) -> None:
     """m or k larger than N, or no clustering at all: a fault that names the option, before anything is trained."""
     with pytest.raises((common.Fault, SystemExit)) as caught:

@@ -12,7 +12,8 @@ import npid
 
 
 def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1).to(dtype)
+    rows = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return F.normalize(rows, dim=-1).to(dtype)
 
 
 def test_nce_equals_a_loop_over_equations_4_to_7() -> None:
@@ -33,7 +34,7 @@ def test_nce_equals_a_loop_over_equations_4_to_7() -> None:
 
 
 def test_nce_survives_scores_that_overflow_an_exponential() -> None:
-    """In the log domain a temperature of 0.005, where exp(score) is infinite in float32, gives finite loss and gradient."""
+    """In the log domain a temperature of 0.005, where exp(score) overflows float32, gives finite loss and gradient."""
     z, bank = unit(4, 16).requires_grad_(), unit(50, 16, seed=1)
     index, noise = torch.arange(4), torch.randint(50, (4, 9))
     positive, negative = npid.positive_scores(z, index, bank, 0.005), npid.noise_scores(z, noise, bank, 0.005)
@@ -50,7 +51,8 @@ def gradients(m: int, n: int = 2000, d: int = 32, tau: float = 0.1) -> tuple[Ten
     rows = 4000 if m <= 64 else 400
     many = z.repeat(rows, 1).requires_grad_()
     noise = torch.randint(n, (rows, m), generator=torch.Generator().manual_seed(5))
-    positive, negative = npid.positive_scores(many, index.repeat(rows), bank, tau), npid.noise_scores(many, noise, bank, tau)
+    positive = npid.positive_scores(many, index.repeat(rows), bank, tau)
+    negative = npid.noise_scores(many, noise, bank, tau)
     npid.nce(positive, negative, log_z, n).sum().backward()
     one = z.clone().requires_grad_()
     common.bank_softmax(one, index, bank, tau).sum().backward()
@@ -59,7 +61,7 @@ def gradients(m: int, n: int = 2000, d: int = 32, tau: float = 0.1) -> tuple[Ten
 
 
 def test_nce_gradient_tends_to_the_softmax_gradient() -> None:
-    """With the exact Z, the NCE gradient approaches that of the softmax as m grows: norm ratio rising, 0.97 to 1.03 at 4096."""
+    """With the exact Z, the NCE gradient tends to the softmax's as m grows: norm ratio rising, 0.97 to 1.03 at 4096."""
     ratios = []
     for m in (1, 16, 512, 4096):
         approximate, exact = gradients(m)
@@ -69,7 +71,7 @@ def test_nce_gradient_tends_to_the_softmax_gradient() -> None:
 
 
 def test_nce_is_stationary_where_the_model_is_the_data() -> None:
-    """If positives follow P(.|f) itself, the expected NCE gradient for f and log Z is zero; with a biased Z it is not."""
+    """If positives follow P(.|f), the expected NCE gradient for f and log Z is zero; with a biased Z it is not."""
     n, m, tau = 40, 5, 0.1
     bank = unit(n, 8, seed=6, dtype=torch.float64)
     f = unit(1, 8, seed=7, dtype=torch.float64).requires_grad_()
@@ -87,7 +89,9 @@ def test_nce_is_stationary_where_the_model_is_the_data() -> None:
         assert (grad_f.norm() < 1e-9 and grad_z.abs() < 1e-9) == still
 
 
-@pytest.mark.parametrize(("dim", "tau", "expected"), [(128, 0.07, 2.209), (128, 0.1, 1.476), (64, 0.2, 1.215), (256, 0.07, 1.489)])
+@pytest.mark.parametrize(("dim", "tau", "expected"), [
+    (128, 0.07, 2.209), (128, 0.1, 1.476), (64, 0.2, 1.215), (256, 0.07, 1.489),
+])  # fmt: skip
 def test_first_estimate_of_z_is_that_of_a_random_bank(dim: int, tau: float, expected: float) -> None:
     """Z / N of eq. (8) estimated on a fresh bank is 0F1(D/2; 1 / (4 tau^2)) within 3 percent."""
     bank = common.MemoryBank(4000, dim, torch.Generator().manual_seed(0)).features
@@ -151,7 +155,8 @@ def test_every_preset_parses(preset: str) -> None:
 
 
 @pytest.mark.parametrize("options", [
-    ["--loss", "nce", "--m", "8"], ["--loss", "nce", "--m", "8", "--z", "ema"], ["--loss", "nce", "--m", "8", "--z", "exact"],
+    ["--loss", "nce", "--m", "8"], ["--loss", "nce", "--m", "8", "--z", "ema"],
+    ["--loss", "nce", "--m", "8", "--z", "exact"],
     ["--loss", "sampled", "--m", "8"], ["--loss", "parametric"], ["--lambda", "5", "--bank-momentum", "0"],
     ["--accumulate", "4"], ["--knn-features", "clean"], ["--feature-dim", "32"],
 ])  # fmt: skip
@@ -161,7 +166,8 @@ def test_every_variant_trains(options: list[str], tmp_path: pytest.TempPathFacto
     from pathlib import Path
 
     output = Path(str(tmp_path)) / "run"
-    npid.main(npid.parse_args(["--preset", "smoke", "--epochs", "1", "--subset", "64", "--output", str(output), *options]))
+    smoke = ["--preset", "smoke", "--epochs", "1", "--subset", "64", "--output", str(output)]
+    npid.main(npid.parse_args([*smoke, *options]))
     row = json.loads((output / "log.jsonl").read_text().splitlines()[-1])
     assert math.isfinite(row["loss"]) and row["epoch"] == 1 and "knn_top1" in row
     assert (output / "checkpoint.pth").exists() and (output / "backbone.pth").exists()

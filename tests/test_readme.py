@@ -14,7 +14,8 @@ import common
 README = (common.ROOT / "README.md").read_text()
 COMMANDS = sorted({
     line.split("  #")[0].strip()
-    for line in re.findall(r"^    ((?:python|torchrun) .*)$", README, re.M) + re.findall(r"`((?:python|torchrun) [^`]*)`", README)
+    for line in re.findall(r"^    ((?:python|torchrun) .*)$", README, re.M)
+    + re.findall(r"`((?:python|torchrun) [^`]*)`", README)
 })  # fmt: skip
 
 
@@ -53,7 +54,8 @@ def test_links_exist() -> None:
 
 
 def rows() -> list[list[str]]:
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line.startswith("| ")]
+    table = [line for line in README.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
 
 
 def test_every_published_row_has_a_preset_that_exists() -> None:

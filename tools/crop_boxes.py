@@ -3,8 +3,8 @@
     python tools/crop_boxes.py boxes.csv SCENES OUT/train     # then: python cld.py --preset kitchen-kmeans10 --data OUT
 
 boxes.csv has the header image,x1,y1,x2,y2,class and a line for each box: a path below SCENES, then its corners in
-pixels, the second ones outside the box. Crops are written as PNG, as wide as their boxes; training scales them. A box that is
-empty after it is cut to its image is left out, and counted.
+pixels, the second ones outside the box. Crops are written as PNG, as wide as their boxes; training scales them. A box
+that is empty after it is cut to its image is left out, and counted.
 """
 
 import argparse
