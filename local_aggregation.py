@@ -149,11 +149,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def fit_to(count: int, args: argparse.Namespace) -> None:
-    """Shrink defaults of k and m that do not fit `count` images and say so; a typed value that does not fit is a fault.
+def fit_to(count: int, args: argparse.Namespace) -> list[str]:
+    """Shrink defaults of k and m that do not fit `count` images; a typed value that does not fit is a fault.
 
     m shrinks with N, so that clusters keep the 43 images they have on ImageNet; k to a tenth of N, wider than C_i.
+    Returns what to tell the user.
     """
+    notes = list[str]()
     fitting = dict(m=max(2, round(30_000 * count / IMAGENET_SIZE)), k=max(2, count // 10))
     for name, value in fitting.items():
         given = getattr(args, name)
@@ -161,13 +163,14 @@ def fit_to(count: int, args: argparse.Namespace) -> None:
             raise common.Fault(f"--{name} {given} is more than the {count} images; "
                                f"{value} would fit as ImageNet's does")
         if given > count // 4 and name not in args.typed:
-            print(f"--{name} {value}, scaled from {given} to {count:,} images", flush=True)
+            notes.append(f"--{name} {value}, scaled from {given} to {count:,} images")
             setattr(args, name, value)
     if args.m > count // 2:
-        print(f"warning: m = {args.m} clusters of {count:,} images hold {count / args.m:.1f} each: hardly any image "
-              "has a close neighbour but itself; tens of images a cluster are usual", flush=True)
+        notes.append(f"warning: m = {args.m} clusters of {count:,} images hold {count / args.m:.1f} each: hardly any "
+                     "image has a close neighbour but itself; tens of images a cluster are usual")
     if args.background == "nearest" and args.k > count // 4:
-        print(f"warning: k = {args.k} is {100 * args.k / count:.0f} % of the images: B_i is hardly local", flush=True)
+        notes.append(f"warning: k = {args.k} is {100 * args.k / count:.0f} % of the images: B_i is hardly local")
+    return notes
 
 
 # ---- augmentation ----------------------------------------------------------------------------------------------------
@@ -387,8 +390,10 @@ def main(args: argparse.Namespace) -> None:
     run = common.Run(args)
     data = common.load(args, "pretrain", run.device)
     test = common.load_monitor(args, data, run.device)
-    fit_to(len(data), args)
+    notes = fit_to(len(data), args)
     run.describe(data, chance_loss=round(math.log(len(data)), 4))
+    if run.rank == 0:
+        print(*notes, sep="\n", end="\n" * bool(notes), flush=True)
     steps = run.steps_per_epoch(len(data))
 
     torch.manual_seed(args.seed)
