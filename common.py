@@ -14,6 +14,7 @@ a test of its own holds it. Nothing happens at import. In order of use:
      9  bank          MemoryBank, bank_softmax
     10  clustering    kmeans, neighbors
     11  evaluation    knn_accuracy, load_encoder
+    12  VOC           load_voc: boxes, classes and masks;  average_precision
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import struct
 import subprocess
@@ -1096,15 +1098,15 @@ def _stl10(args: argparse.Namespace, split: str) -> tuple[Tensor, Tensor, list[s
     raise Fault(f"cannot read {path} ({reason}): remove {folder} to download the data again")
 
 
-def _download(args: argparse.Namespace, name: str, folder: Path) -> None:
+def _download(args: argparse.Namespace, name: str, folder: Path, **what: str) -> None:
     """Fetch and unpack a data set by torchvision: rank 0, then the first rank of each node that does not see it."""
     import torchvision
 
     for rank in ("RANK", "LOCAL_RANK"):
-        if os.environ.get(rank, "0") == "0" and not folder.is_dir():
+        if os.environ.get(rank, "0") == "0" and not folder.exists():
             print(f"downloading {name} to {args.data_dir}", file=sys.stderr, flush=True)
             try:
-                getattr(torchvision.datasets, name)(str(args.data_dir), download=True)
+                getattr(torchvision.datasets, name)(str(args.data_dir), download=True, **what)
             except (OSError, RuntimeError) as error:
                 raise Fault(f"{name} is not in {args.data_dir} and could not be downloaded ({error}): name its folder "
                             "with --data-dir, or use --data shapes") from None  # fmt: skip
@@ -2404,3 +2406,291 @@ def untrained_encoder(arch: str, width: int, small: bool, device: torch.device, 
     for part in (network, head):
         part.eval().requires_grad_(False).to(device)
     return Encoder(network, head, {}, {}, None, "", dict(matched=0, missing=[], unexpected=[]))
+
+
+# ---- 12. PASCAL VOC --------------------------------------------------------------------------------------------------
+
+# A folder in VOC's layout: JPEGImages/ID.jpg, Annotations/ID.xml, ImageSets/Main/LIST.txt with an ID a line; for
+# segmentation SegmentationClass/ID.png and ImageSets/Segmentation/LIST.txt. Boxes in XML count pixels from 1 and
+# include the last one; here they are half-open from 0, so that width = x2 - x1 and the overlaps are VOC's own.
+
+VOC_CLASSES = [
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+]  # fmt: skip
+# Lists of (year, name) that training and testing use. The labels of VOC2012's test images are not public.
+VOC_LISTS = {
+    "voc07": ([("2007", "trainval")], [("2007", "test")]),
+    "voc12": ([("2012", "train")], [("2012", "val")]),
+    "voc0712": ([("2007", "trainval"), ("2012", "trainval")], [("2007", "test")]),
+}
+VOID = 255  # the value of mask pixels that count for nothing
+
+
+class VocImage(NamedTuple):
+    """An image file and its K objects; of a segmentation list also its mask file."""
+
+    path: Path
+    size: tuple[int, int]  # width, height in px
+    boxes: Tensor  # (K, 4) float32: x1 y1 x2 y2 in px, half-open
+    labels: Tensor  # (K,) int64
+    difficult: Tensor  # (K,) bool: neither a hit nor a miss in VOC's metrics
+    mask: Path  # 8-bit palette: 0 ground, class + 1, VOID
+
+
+@dataclasses.dataclass
+class VocSet:
+    """Images of a list in its order, with the names of the classes."""
+
+    name: str
+    classes: list[str]
+    images: list[VocImage]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def presence(self) -> Tensor:
+        """(N, C) int64: 1 the class is there, 0 only as difficult objects (left out by VOC), -1 it is not."""
+        found = torch.full((len(self), len(self.classes)), -1)
+        for row, image in zip(found, self.images, strict=True):
+            row[image.labels[image.difficult]] = 0
+            row[image.labels[~image.difficult]] = 1
+        return found
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree for a checkpoint to fit: plain values, with a checksum of names and boxes."""
+        content = hashlib.blake2b(digest_size=8)
+        for image in self.images:
+            content.update(repr((image.path.name, image.boxes.tolist(), image.labels.tolist())).encode())
+        return dict(name=self.name, images=len(self), classes=len(self.classes), checksum=content.hexdigest())
+
+
+def load_voc(args: argparse.Namespace, split: str, task: str = "Main", classes: list[str] | None = None) -> VocSet:
+    """The VOC images that --data names. `split`: "train" or "test"; `task`: "Main" or "Segmentation".
+
+    --data: a key of VOC_LISTS, "shapes" (rendered into --data-dir), or any folder in VOC's layout, whose lists are
+    trainval.txt or train.txt, and test.txt or val.txt. `args.train_list` and `args.test_list`, where a script has
+    them, name others. `classes`: those of the training images, which a test must not exceed.
+    """
+    test = split == "test"
+    wanted = getattr(args, f"{split}_list", None)
+    if args.data in VOC_LISTS:
+        classes, places = VOC_CLASSES, []
+        for year, name in VOC_LISTS[args.data][test]:
+            root = args.data_dir / "VOCdevkit" / f"VOC{year}"
+            _download(args, "VOCDetection", root / "ImageSets" / task / f"{name}.txt", year=year, image_set=name)
+            places.append((root, wanted or name))
+    else:
+        root = _voc_root(args)
+        names = [wanted] if wanted else ["test", "val"] if test else ["trainval", "train"]
+        folder = root / "ImageSets" / task
+        names = [name for name in names if (folder / f"{name}.txt").is_file()] or names
+        places = [(root, names[0])]
+    images: list[tuple[Path, str]] = []
+    for root, name in places:
+        images += [(root, identity) for identity in _voc_list(root / "ImageSets" / task / f"{name}.txt")]
+    share = args.test_subset if test else args.subset
+    if share is not None and args.data != "shapes":  # which renders just what is wanted
+        count = round(share * len(images)) if share < 1 else int(share)
+        if not 1 <= count <= len(images):
+            raise Fault(f"--{'test-' * test}subset {share:g}: {args.data} has {len(images)} images here")
+        chosen = torch.randperm(len(images), generator=generator(args.seed, "subset"))[:count].sort().values
+        images = [images[row] for row in chosen.tolist()]
+    found = [_voc_image(root, identity, task) for root, identity in images]
+    every = sorted({name for _, names in found for name in names})
+    if classes is None:
+        classes = _voc_class_lists(places[0][0]) or every
+    if strange := [name for name in every if name not in classes]:
+        example = next(image.path for image, names in found if strange[0] in names)
+        raise Fault(f"{example} has an object of the class {strange[0]}, which is none of {', '.join(classes[:20])}: "
+                    "mend its XML file")  # fmt: skip
+    number = {name: label for label, name in enumerate(classes)}
+    done = [image._replace(labels=torch.tensor([number[name] for name in names], dtype=torch.int64))
+            for image, names in found]  # fmt: skip
+    return VocSet(args.data if args.data in VOC_LISTS else Path(args.data).name, classes, _clip_boxes(done))
+
+
+def _voc_root(args: argparse.Namespace) -> Path:
+    """The folder that holds JPEGImages/: --data itself, or the one VOC* in it or in its VOCdevkit/."""
+    if args.data == "shapes":
+        counts = [1000, 500]
+        for i, wanted in enumerate((args.subset, args.test_subset)):
+            if wanted is not None:
+                counts[i] = max(1, round(wanted * counts[i])) if wanted < 1 else int(wanted)
+        root: Path = args.data_dir / f"shapes-voc-{counts[0]}-{counts[1]}"
+        if os.environ.get("RANK", "0") == "0" and not root.is_dir():
+            render_voc(root, *counts)
+        if dist.is_initialized():
+            dist.barrier()
+        return root
+    root = Path(args.data)
+    if not root.is_dir():
+        raise Fault(f"no directory {root}: --data takes shapes, {', '.join(VOC_LISTS)}, or a folder in VOC's layout")
+    places = [root, *sorted(root.glob("VOC[0-9]*")), *sorted(root.glob("VOCdevkit/VOC*"))]
+    places = [place for place in places if (place / "JPEGImages").is_dir()]
+    if len(places) != 1:
+        reason = f"more than one: {', '.join(map(str, places))}" if places else "none there, nor in VOCdevkit/VOC*"
+        raise Fault(f"{root} is no folder in VOC's layout: it needs one JPEGImages/ ({reason})")
+    return places[0]
+
+
+def _voc_list(path: Path) -> list[str]:
+    """The image of each line: its first word; in lists of one class a flag follows."""
+    try:
+        names = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no text"
+        raise Fault(f"cannot read {path} ({reason}): it lists an image a line") from None
+    if not names:
+        raise Fault(f"{path} lists no images")
+    return names
+
+
+def _voc_class_lists(root: Path) -> list[str]:
+    """Classes by the lists of one class, CLASS_trainval.txt or CLASS_train.txt; none if there are no such lists."""
+    for end in ("_trainval.txt", "_train.txt"):
+        names = sorted(path.name[: -len(end)] for path in (root / "ImageSets" / "Main").glob(f"*{end}"))
+        if names:
+            return names
+    return []
+
+
+def _voc_image(root: Path, identity: str, task: str) -> tuple[VocImage, list[str]]:
+    """An image with its objects as they stand in its XML file, and the names of their classes."""
+    files = [root / "JPEGImages" / f"{identity}{suffix}" for suffix in (".jpg", ".jpeg", ".png")]
+    path = next((file for file in files if file.is_file()), files[0])
+    mask, annotation = root / "SegmentationClass" / f"{identity}.png", root / "Annotations" / f"{identity}.xml"
+    try:
+        with Image.open(path) as image:  # the XML's own size is often wrong
+            size = image.size
+    except UNREADABLE as error:
+        raise Fault(f"cannot read the image {path} ({getattr(error, 'strerror', None) or 'damaged or empty'}): mend "
+                    "it, or take it off its list") from None  # fmt: skip
+    boxes, names, difficult = list[tuple[float, ...]](), list[str](), list[bool]()
+    if task == "Main" or annotation.is_file():
+        boxes, names, difficult = read_voc_xml(annotation)
+    return VocImage(path, size, torch.tensor(boxes).view(-1, 4), torch.zeros(len(names), dtype=torch.int64),
+                    torch.tensor(difficult, dtype=torch.bool), mask), names  # fmt: skip
+
+
+def read_voc_xml(path: Path) -> tuple[list[tuple[float, ...]], list[str], list[bool]]:
+    """Boxes, class names and difficult flags of the objects in an annotation; parts of objects are not objects.
+
+    Broken XML, an entity declaration, and an object without class or box are Faults that name the file.
+    """
+    from xml.etree import ElementTree
+
+    boxes, names, difficult = list[tuple[float, ...]](), list[str](), list[bool]()
+    try:
+        content = path.read_bytes()
+        if b"<!ENTITY" in content:
+            raise ValueError("it declares entities")
+        for item in ElementTree.fromstring(content).iter("object"):
+            name = (item.findtext("name") or "").strip()
+            sides = [float(item.findtext(f"bndbox/{side}") or "nan") for side in ("xmin", "ymin", "xmax", "ymax")]
+            if not name or not all(map(math.isfinite, sides)):
+                raise ValueError("an object without class or box")
+            boxes.append((sides[0] - 1, sides[1] - 1, sides[2], sides[3]))
+            names.append(name)
+            difficult.append((item.findtext("difficult") or "0").strip() == "1")
+    except OSError as error:
+        raise Fault(f"cannot read {path} ({error.strerror}): every listed image needs its annotation") from None
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        raise Fault(f"{path} is no annotation of VOC's ({error}): mend it, or take its image off the list") from None
+    return boxes, names, difficult
+
+
+def _clip_boxes(images: list[VocImage]) -> list[VocImage]:
+    """Boxes cut off at the border of their image; those of which nothing is left go. One line on stderr says so."""
+    cut, gone, first = 0, 0, ""
+    for row, image in enumerate(images):
+        limit = torch.tensor([*image.size, *image.size], dtype=torch.float32)
+        inside = image.boxes.clamp(min=0).minimum(limit)
+        kept = (inside[:, 2:] - inside[:, :2]).amin(1) > 0 if len(inside) else torch.zeros(0, dtype=torch.bool)
+        outside = (inside - image.boxes).abs().amax(1) > 1 if len(inside) else kept  # some tools count from 0
+        if outside.any() or not kept.all():
+            first = first or image.path.name
+        cut, gone = cut + int((outside & kept).sum()), gone + int((~kept).sum())
+        images[row] = image._replace(boxes=inside[kept], labels=image.labels[kept], difficult=image.difficult[kept])
+    if cut or gone:
+        print(f"note: {cut} boxes reach outside their image and are cut off there, {gone} have no pixel in it and are "
+              f"left out; the first in {first}", file=sys.stderr, flush=True)  # fmt: skip
+    return images
+
+
+def voc_palette() -> list[int]:
+    """The 256 colours of VOC's masks: the bits of the index, three at a time, from the highest bit of R, G, B on."""
+    return [sum((index >> 3 * bit + channel & 1) << 7 - bit for bit in range(3)) for index in range(256)
+            for channel in range(3)]  # fmt: skip
+
+
+def render_voc(root: Path, train: int, test: int, size: int = 96) -> None:
+    """Write a set in VOC's layout: scenes of one to three objects of `shapes`, lists trainval, test and those of each
+    class. Objects of which under 3 % of the image is seen are difficult; masks have a void outline of 1 px.
+    """
+    if root.exists():
+        raise Fault(f"{root} exists: choose another folder")
+    whole, root = root, root.with_name(root.name + ".tmp")  # seen only when it is complete
+    shutil.rmtree(root, ignore_errors=True)
+    for name in ("JPEGImages", "Annotations", "SegmentationClass", "ImageSets/Main", "ImageSets/Segmentation"):
+        (root / name).mkdir(parents=True)
+    classes = [f"class{i}" for i in range(NUM_CLASSES)]
+    for split, count in dict(trainval=train, test=test).items():
+        listed, flags = "", dict.fromkeys(classes, "")
+        for i in range(count):
+            source = generator(i, "scene", split)
+            labels = torch.randint(NUM_CLASSES, (1 + i % 3,), generator=source)
+            scene = render_scene(labels, int(torch.randint(2**31, (), generator=source)), size)
+            identity = f"{split}_{i:05d}"
+            difficult = scene.masks.sum((1, 2)) < 0.03 * size**2
+            present = dict.fromkeys(classes, "-1")
+            text = f"<annotation>\n  <filename>{identity}.jpg</filename>\n"
+            text += f"  <size><width>{size}</width><height>{size}</height><depth>3</depth></size>\n"
+            for (x1, y1, x2, y2), label, flag in zip(scene.boxes.tolist(), scene.labels, difficult, strict=True):
+                name = classes[label]
+                present[name] = "1" if not flag or present[name] == "1" else "0"
+                text += f"  <object><name>{name}</name><difficult>{int(flag)}</difficult><bndbox><xmin>{x1 + 1}</xmin>"
+                text += f"<ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>\n"
+            (root / "Annotations" / f"{identity}.xml").write_text(text + "</annotation>\n")
+            pixels = Image.fromarray(scene.image.permute(1, 2, 0).numpy())
+            pixels.save(root / "JPEGImages" / f"{identity}.jpg", quality=95)
+            masks = scene.masks.float()
+            outline = (F.max_pool2d(masks, 3, 1, 1) + F.max_pool2d(-masks, 3, 1, 1) > 0).any(0)
+            mask = (scene.masks * (scene.labels + 1)[:, None, None]).sum(0).masked_fill(outline, VOID)
+            image = Image.fromarray(mask.to(torch.uint8).numpy(), "L")
+            image.putpalette(voc_palette())
+            image.save(root / "SegmentationClass" / f"{identity}.png")
+            listed += f"{identity}\n"
+            for name, value in present.items():
+                flags[name] += f"{identity} {value:>2}\n"
+        for task in ("Main", "Segmentation"):
+            (root / "ImageSets" / task / f"{split}.txt").write_text(listed)
+        for name, lines in flags.items():
+            (root / "ImageSets" / "Main" / f"{name}_{split}.txt").write_text(lines)
+    root.replace(whole)
+
+
+def precision_recall(scores: Tensor, right: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Recall and precision (M,) float64 after each of M answers, highest score first; equal scores in their order.
+
+    right (M,) bool: whether an answer is; total: how many right ones there are to be found.
+    """
+    hits = right[scores.argsort(descending=True, stable=True)].double().cumsum(0)
+    return hits / total, hits / torch.arange(1, len(hits) + 1, device=hits.device)
+
+
+def average_precision(scores: Tensor, right: Tensor, total: int, eleven_points: bool) -> float:
+    """VOC's average precision in percent, of images for classification, of boxes for detection; nan if total is 0.
+
+    scores (M,), right (M,) bool, total: see `precision_recall`. The precision at a recall is the best at that recall
+    or above. eleven_points: its mean at recalls 0, 0.1, ... 1 (VOC2007); else the area below it (VOC2010 and later).
+    """
+    if not total:
+        return math.nan
+    _, precision = precision_recall(scores, right, total)
+    best = precision.flip(0).cummax(0).values.flip(0) if len(precision) else precision
+    hits = right[scores.argsort(descending=True, stable=True)]
+    if not eleven_points:
+        return 100 * best[hits].sum().item() / total
+    reached = [10 * hits.cumsum(0) >= tenth * total for tenth in range(11)]  # in whole numbers: 3 of 10 are 0.3
+    return 100 * sum(best[some].amax().item() if some.any() else 0.0 for some in reached) / 11

@@ -1,0 +1,222 @@
+"""VOC: the rendered set, the reader of folders in its layout, and average precision."""
+
+import argparse
+import math
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import precision_recall_curve
+from torchvision.datasets import VOCDetection, VOCSegmentation
+
+import common
+
+SIDES = ("xmin", "ymin", "xmax", "ymax")
+PACKS = common.ROOT.parent / "shared" / "data" / "voc"
+packed = pytest.mark.skipif(not PACKS.is_dir(), reason="the packs with real boxes are not here")
+
+
+def options(data: str | Path, **more: object) -> argparse.Namespace:
+    values = dict(data=str(data), data_dir=Path("nowhere"), subset=None, test_subset=None, seed=0)
+    return argparse.Namespace(**values | more)
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A rendered set of 12 images to train on and 6 to test on, as VOCdevkit/VOC2007."""
+    root = tmp_path_factory.mktemp("voc") / "VOCdevkit" / "VOC2007"
+    root.parent.mkdir()
+    common.render_voc(root, 12, 6)
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three images of 40 x 30 px without annotations, and the list of them."""
+    for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in "abc":
+        Image.new("RGB", (40, 30), "red").save(tmp_path / "JPEGImages" / f"{name}.jpg")
+        annotate(tmp_path, name, "")
+    (tmp_path / "ImageSets/Main/train.txt").write_text("a\nb\nc\n")
+    return tmp_path
+
+
+def annotate(folder: Path, name: str, *objects: str) -> None:
+    (folder / "Annotations" / f"{name}.xml").write_text(f"<annotation>{''.join(objects)}</annotation>")
+
+
+def box(name: str, *sides: float, more: str = "") -> str:
+    places = "".join(f"<{key}>{side}</{key}>" for key, side in zip(SIDES, sides, strict=True))
+    return f"<object><name>{name}</name>{more}<bndbox>{places}</bndbox></object>"
+
+
+def test_torchvision_reads_the_rendered_set(rendered: Path) -> None:
+    """torchvision's VOCDetection and VOCSegmentation read it, and see what our reader sees."""
+    devkit = rendered.parent.parent
+    ours = common.load_voc(options(devkit), "train")
+    theirs = VOCDetection(str(devkit), "2007", "trainval")
+    assert len(ours) == len(theirs) == 12 and ours.classes == [f"class{i}" for i in range(10)]
+    for image, (pixels, target) in zip(ours.images, theirs, strict=True):
+        assert image.size == pixels.size == (96, 96)
+        objects = target["annotation"].get("object", [])
+        assert [item["name"] for item in objects] == [ours.classes[label] for label in image.labels]
+        sides = [[int(item["bndbox"][key]) for key in SIDES] for item in objects]
+        assert image.boxes.tolist() == [[x1 - 1, y1 - 1, x2, y2] for x1, y1, x2, y2 in sides]
+        assert [item["difficult"] == "1" for item in objects] == image.difficult.tolist()
+    assert len(VOCSegmentation(str(devkit), "2007", "test")) == 6
+
+
+def test_masks_and_boxes_of_the_rendered_set_agree(rendered: Path) -> None:
+    """A class's pixels lie in its boxes, the outline is void, and a box holds pixels of its class."""
+    for image in common.load_voc(options(rendered), "train", "Segmentation").images:
+        with Image.open(image.mask) as file:
+            assert file.mode == "P" and file.getpalette()[3:6] == [128, 0, 0]  # type: ignore[index]
+            mask = torch.from_numpy(np.array(file))
+        assert set(mask.unique().tolist()) == {0, common.VOID, *(image.labels + 1).tolist()}
+        inside = torch.zeros_like(mask, dtype=torch.bool)
+        for (x1, y1, x2, y2), label in zip(image.boxes.long().tolist(), image.labels, strict=True):
+            assert (mask[y1:y2, x1:x2] == label + 1).any()
+            inside[y1:y2, x1:x2] = True
+        assert (mask[~inside] % common.VOID == 0).all()
+
+
+def test_class_lists_agree_with_the_annotations(rendered: Path) -> None:
+    """The lists of each class have 1, 0 (difficult objects alone) and -1 as `presence` has them; all three occur."""
+    devkit = common.load_voc(options(rendered), "train")
+    presence = devkit.presence()
+    for name, column in zip(devkit.classes, presence.T, strict=True):
+        lines = (rendered / "ImageSets/Main" / f"{name}_trainval.txt").read_text().splitlines()
+        assert [line.split()[0] for line in lines] == [image.path.stem for image in devkit.images]
+        assert [int(line.split()[1]) for line in lines] == column.tolist()
+    image = common.VocImage(Path(), (9, 9), torch.zeros(3, 4), torch.tensor([2, 2, 1]),
+                            torch.tensor([True, False, True]), Path())
+    assert common.VocSet("", list("abcd"), [image]).presence().tolist() == [[-1, 0, 1, -1]]
+
+
+def test_rendered_by_need(tmp_path: Path) -> None:
+    """--data shapes renders once, just what --subset asks for, and the images do not depend on how many there are."""
+    wanted = options("shapes", data_dir=tmp_path, subset=4.0, test_subset=2.0)
+    first = common.load_voc(wanted, "train")
+    again = common.load_voc(wanted, "train")
+    more = common.load_voc(options("shapes", data_dir=tmp_path, subset=0.006, test_subset=2.0), "train")
+    assert (len(first), len(more)) == (4, 6) and first.identity() == again.identity() != more.identity()
+    assert not list(tmp_path.glob("*.tmp"))
+    for a, b in zip(first.images, more.images[:4], strict=True):
+        assert a.path != b.path and a.path.read_bytes() == b.path.read_bytes() and torch.equal(a.boxes, b.boxes)
+    train = {image.path.read_bytes() for image in more.images}
+    assert not train & {image.path.read_bytes() for image in common.load_voc(wanted, "test", classes=None).images}
+
+
+def test_handled_as_voc_does(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Images without boxes stay; parts are no objects; boxes beyond the border are cut off or left out, which is said."""
+    annotate(folder, "a", box("cat", 1, 1, 40, 30), box("dog", 5, 6, 80, 20), box("dog", 60, 1, 70, 9),
+             box("dog", 0, 3.5, 9, 9, more="<difficult>1</difficult><part><name>head</name></part>"))
+    data = common.load_voc(options(folder), "train")
+    assert data.classes == ["cat", "dog"] and [len(image.boxes) for image in data.images] == [3, 0, 0]
+    assert data.images[0].boxes.tolist() == [[0, 0, 40, 30], [4, 5, 40, 20], [0, 2.5, 9, 9]]
+    assert data.images[0].difficult.tolist() == [False, False, True] and data.images[1].boxes.shape == (0, 4)
+    note = capsys.readouterr().err.splitlines()
+    assert note == ["note: 1 boxes reach outside their image and are cut off there, 1 have no pixel in it and are "
+                    "left out; the first in a.jpg"]
+    half = common.load_voc(options(folder, subset=2.0), "train")
+    assert len(half) == 2
+
+
+def test_faults(folder: Path, tmp_path: Path) -> None:
+    """What cannot be read is named: folder, list, image, annotation, class."""
+
+    def fails(words: str, split: str = "train", data: str | Path = folder, **more: object) -> None:
+        with pytest.raises(common.Fault, match=words):
+            common.load_voc(options(data, **more), split, classes=more.get("classes"))  # type: ignore[arg-type]
+
+    fails("no directory", data=folder / "nowhere")
+    fails("no folder in VOC's layout", data=folder / "Annotations")
+    fails("test.txt .No such file", split="test")
+    fails("other.txt", train_list="other")
+    fails("has 3 images here", subset=4.0)
+    annotate(folder, "b", box("fox", 1, 2, 3, 4))
+    fails("b.jpg has an object of the class fox, which is none of cat", classes=["cat"])
+    annotate(folder, "b", box("", 1, 2, 3, 4))
+    fails("b.xml is no annotation of VOC's .an object without class or box")
+    annotate(folder, "b", box("fox", 1, 2, 3, math.nan))
+    fails("b.xml .*an object without class or box")
+    for text in ("<annotation><object>", "", "<annotation><object><name>a</name><bndbox><xmin>x</xmin></bndbox>"
+                 "</object></annotation>", '<!DOCTYPE a [<!ENTITY b "c">]><annotation/>'):
+        (folder / "Annotations/b.xml").write_text(text)
+        fails("b.xml is no annotation of VOC's")
+    (folder / "Annotations/b.xml").unlink()
+    fails("b.xml .No such file")
+    (folder / "JPEGImages/b.jpg").write_bytes(b"")
+    fails("b.jpg .damaged or empty")
+    (folder / "ImageSets/Main/train.txt").write_text("\n")
+    fails("train.txt lists no images")
+
+
+def slow_precision(scores: list[float], right: list[bool], total: int, eleven_points: bool) -> float:
+    """VOC's development kit in loops and whole numbers; the order of equal scores is that of the list."""
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    points, hits = [], 0
+    for seen, i in enumerate(order, 1):
+        hits += right[i]
+        points.append((hits, hits / seen))
+    if eleven_points:
+        tops = [max([p for h, p in points if 10 * h >= tenth * total], default=0.0) for tenth in range(11)]
+        return 100 * sum(tops) / 11
+    return 100 * sum(max(p for h, p in points if h >= k) for k in range(1, hits + 1)) / total
+
+
+def test_average_precision_by_hand() -> None:
+    """Three answers right, wrong, right of two: area (1 + 2/3) / 2; eleven points (6 x 1 + 5 x 2/3) / 11."""
+    scores, right = torch.tensor([0.2, 0.9, 0.5]), torch.tensor([True, True, False])
+    assert common.average_precision(scores, right, 2, False) == pytest.approx(100 * (1 + 2 / 3) / 2)
+    assert common.average_precision(scores, right, 2, True) == pytest.approx(100 * (6 + 5 * 2 / 3) / 11)
+    none = torch.zeros(0)
+    for eleven_points in (True, False):
+        assert common.average_precision(none, none.bool(), 3, eleven_points) == 0
+        assert math.isnan(common.average_precision(none, none.bool(), 0, eleven_points))
+    tenth = torch.ones(3, dtype=torch.bool)  # recall 0.3 reaches the point 0.3
+    assert common.average_precision(torch.arange(3.0), tenth, 10, True) == pytest.approx(400 / 11)
+
+
+@pytest.mark.parametrize("eleven_points", [True, False])
+def test_average_precision_equals_loops(eleven_points: bool) -> None:
+    """On random answers with ties, found and missed, both figures are those of the development kit's rules."""
+    for seed in range(200):
+        source = torch.Generator().manual_seed(seed)
+        count = 1 + seed % 23
+        scores = torch.randint(6, (count,), generator=source) / 5
+        right = torch.rand(count, generator=source) < 0.4
+        total = int(right.sum()) + seed % 4
+        if total:
+            expected = slow_precision(scores.tolist(), right.tolist(), total, eleven_points)
+            assert common.average_precision(scores, right, total, eleven_points) == pytest.approx(expected)
+
+
+def test_curve_equals_sklearns() -> None:
+    """Without ties, precision and recall are scikit-learn's at its thresholds."""
+    source = torch.Generator().manual_seed(0)
+    scores, right = torch.rand(50, generator=source), torch.rand(50, generator=source) < 0.4
+    recall, precision = common.precision_recall(scores, right, int(right.sum()))
+    theirs = precision_recall_curve(right.numpy(), scores.numpy())
+    assert precision.flip(0).numpy() == pytest.approx(theirs[0][:-1])
+    assert recall.flip(0).numpy() == pytest.approx(theirs[1][:-1])
+
+
+@packed
+def test_real_images(tmp_path: Path) -> None:
+    """Seven images of VOC2007: boxes, classes and flags are those of the list."""
+    with tarfile.open(PACKS / "voc2007_test7_real.tar") as tar:
+        tar.extractall(tmp_path, filter="data")
+    data = common.load_voc(options("voc07", data_dir=tmp_path / "voc07_7"), "test")
+    truth, flags = ({line.split()[0]: line.split()[1:] for line in (PACKS / name).read_text().splitlines()}
+                    for name in ("voc07_test.txt", "voc07_test_difficult.txt"))
+    assert len(data) == 7 and data.classes == common.VOC_CLASSES
+    for image in data.images:
+        rows = torch.tensor([int(word) for word in truth[image.path.name]]).view(-1, 5)
+        assert torch.equal(image.boxes.long() + torch.tensor([1, 1, 0, 0]), rows[:, :4])
+        assert image.labels.tolist() == rows[:, 4].tolist()
+        assert image.difficult.tolist() == [flag == "1" for flag in flags[image.path.name]]
