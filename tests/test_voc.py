@@ -112,7 +112,7 @@ def test_rendered_by_need(tmp_path: Path) -> None:
 
 
 def test_handled_as_voc_does(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Images without boxes stay; parts are no objects; boxes beyond the border are cut off or left out, which is said."""
+    """Images without boxes stay; parts are no objects; boxes beyond the border are cut off or left out."""
     annotate(folder, "a", box("cat", 1, 1, 40, 30), box("dog", 5, 6, 80, 20), box("dog", 60, 1, 70, 9),
              box("dog", 0, 3.5, 9, 9, more="<difficult>1</difficult><part><name>head</name></part>"))
     data = common.load_voc(options(folder), "train")
