@@ -207,9 +207,10 @@ def add_training_options(options: argparse.ArgumentParser) -> None:
 
 
 def parse(
-    options: argparse.ArgumentParser, presets: dict[str, dict[str, Any]], argv: Sequence[str] | None
+    options: argparse.ArgumentParser, presets: dict[str, dict[str, Any]], argv: Sequence[str] | None,
+    base: str = "imagenet",
 ) -> argparse.Namespace:
-    """Defaults < preset "imagenet" < preset (by --preset, else by --data) < command line. Bad presets are errors."""
+    """Defaults < preset `base` < preset (by --preset, else by --data) < command line. Bad presets are errors."""
     default = options.get_default("data")
     options.add_argument("--preset", choices=list(presets), help="a row of the README's table; default: the preset "
                          "that carries the data set's name")
@@ -217,10 +218,11 @@ def parse(
     first.add_argument("--preset", choices=list(presets))
     first.add_argument("--data", default=default)
     early = first.parse_known_args(argv)[0]
-    name = early.preset or (early.data if early.data in presets else "imagenet")
+    name = early.preset or (early.data if early.data in presets else base)
     known = {action.dest: action for action in options._actions}
-    for key, value in (presets["imagenet"] | presets[name]).items():
-        if key not in known or value not in (known[key].choices or [value]):
+    for key, value in (presets[base] | presets[name]).items():
+        values = value if isinstance(value, list) else [value]
+        if key not in known or any(one not in (known[key].choices or values) for one in values):
             raise ValueError(f"preset {name} sets {key}={value!r}")
         options.set_defaults(**{key: value})
     options.set_defaults(preset=name)
@@ -853,6 +855,20 @@ class ImageSet:
                 self._report(index, bad)
                 yield images.to(device, non_blocking=True)[:, 0].float() / 255
 
+    def ten_crops(self, rows: Tensor, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+        """The corners and the centre of each image and of its mirror image, (b, 10, 3, S, S) in [0, 1], in the order
+        of torchvision's TenCrop; the shorter side is 8/7 of S, of small images too."""
+        side = round(self.size * 8 / 7)
+        if self.pixels is not None:
+            for part in torch.split(rows, batch_size):
+                pixels = self.pixels[part.to(self.pixels.device)].to(device, non_blocking=True)
+                yield _mirrored(_five_crops(resize_center_crop(pixels, side, side), self.size))
+        else:
+            items = [[(i, self.size, side) for i in part.tolist()] for part in torch.split(rows, batch_size)]
+            for index, images, bad in self._loader(items, device):
+                self._report(index, bad)
+                yield _mirrored(images.to(device, non_blocking=True).float() / 255)
+
     def _loader(self, items: Any, device: torch.device) -> Any:
         return torch.utils.data.DataLoader(
             _Decoder(self), batch_sampler=items, num_workers=self.workers, pin_memory=device.type == "cuda",
@@ -886,8 +902,21 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _five_crops(images: Tensor, size: int) -> Tensor:
+    """Corners, from the upper left by rows, and centre of (..., 3, H, W): (..., 5, 3, size, size)."""
+    bottom, right = images.shape[-2] - size, images.shape[-1] - size
+    corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
+    return torch.stack([images[..., y : y + size, x : x + size] for y, x in corners], -4)
+
+
+def _mirrored(crops: Tensor) -> Tensor:
+    """Five crops (B, 5, 3, S, S), then those of the mirror image, whose left is the image's right: (B, 10, 3, S, S)."""
+    return torch.cat([crops, crops[:, [1, 0, 3, 2, 4]].flip(-1)], 1)
+
+
 class _Decoder(torch.utils.data.Dataset[tuple[int, Tensor, bool]]):
-    """(row, crop, numbers...) or (row, side) -> row, (views, 3, S, S) uint8, whether the file was unreadable."""
+    """(row, crop, numbers...), (row, size) or (row, size, side) -> row, (views, 3, S, S) uint8, whether the file was
+    unreadable."""
 
     def __init__(self, data: ImageSet) -> None:
         self.data = dataclasses.replace(data, bad=None)
@@ -897,11 +926,14 @@ class _Decoder(torch.utils.data.Dataset[tuple[int, Tensor, bool]]):
         try:
             if not numbers:
                 return row, torch.from_numpy(central_square(self.data.path(row), crop))[None], False
+            if isinstance(numbers[0], int):
+                whole = torch.from_numpy(shortened(self.data.path(row), numbers[0]).copy())
+                return row, _five_crops(whole, crop), False
             views = random_crops(self.data.path(row), crop, torch.stack(numbers))
             return row, torch.stack([torch.from_numpy(view) for view in views]), False
         except UNREADABLE:
-            size = crop.size if numbers else crop
-            return row, torch.full((max(1, len(numbers)), 3, size, size), 128, dtype=torch.uint8), True
+            shape = (5 if numbers else 1, crop) if isinstance(crop, int) else (len(numbers), crop.size)
+            return row, torch.full((shape[0], 3, shape[1], shape[1]), 128, dtype=torch.uint8), True
 
 
 # What Pillow raises for damaged images.
@@ -923,16 +955,23 @@ def shorter_side(size: int, source: int) -> int:
     return size if size < SMALL or source <= size else round(size * 8 / 7)
 
 
-def central_square(path: Path, size: int, side: int | None = None) -> Pixels:
-    """The shorter side scaled to `side` (default: that of evaluation), then the central square: (3, size, size)."""
+def shortened(path: Path, side: int) -> Pixels:
+    """The whole image, its shorter side scaled to `side` px: (3, H, W)."""
     with Image.open(path) as image:
-        side = side or shorter_side(size, min(image.size))
         width, height = (side * length // min(image.size) for length in image.size)
         image.draft("RGB", (side, side))
         pixels = rgb(image)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    pixels = pixels.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
-    return np.asarray(pixels).transpose(2, 0, 1).copy()
+    return np.asarray(pixels.resize((width, height), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+
+
+def central_square(path: Path, size: int, side: int | None = None) -> Pixels:
+    """The shorter side scaled to `side` (default: that of evaluation), then the central square: (3, size, size)."""
+    if side is None:
+        with Image.open(path) as image:
+            side = shorter_side(size, min(image.size))
+    pixels = shortened(path, side)
+    top, left = (round((length - size) / 2) for length in pixels.shape[1:])
+    return pixels[:, top : top + size, left : left + size].copy()
 
 
 def random_crops(path: Path, crop: Crop, uniform: Tensor) -> list[Pixels]:

@@ -342,6 +342,23 @@ def test_cached_photographs(photographs: Path, tmp_path: Path, capsys: pytest.Ca
     assert files.identity() != held.identity()
 
 
+def test_ten_crops(photographs: Path) -> None:
+    """The ten crops are torchvision's TenCrop after Resize: of files within 2/255, JPEGs but for what a decode at
+    reduced size smoothes, and of decoded images to the bit."""
+    files = load("test", "--data", photographs, "--image-size", "56", "--workers", "0")
+    found = torch.cat(list(files.ten_crops(torch.arange(8), 1, CPU)))
+    reference = transforms.Compose([transforms.Resize(64), transforms.TenCrop(56)])
+    for row, crops in enumerate(found):
+        with Image.open(files.path(row)) as image:
+            expected = torch.stack([pil_to_tensor(crop) for crop in reference(image.convert("RGB"))])
+        difference = (crops * 255 - expected).abs()
+        assert difference.mean() < 4 if files.path(row).suffix == ".jpg" else difference.max() <= 2
+    shapes = load("test", "--test-subset", "3")
+    whole = common.resize_center_crop(shapes.pixels, 37, 37)  # type: ignore[arg-type]
+    (found,) = shapes.ten_crops(torch.arange(3), 8, CPU)
+    assert torch.equal(found, torch.stack(transforms.TenCrop(32)(whole), 1))
+
+
 def test_photographs_train_with_workers(photographs: Path, tmp_path: Path) -> None:
     """A folder of large images trains through workers, with a monitor, and the same without workers."""
     command = [*TINY, "--data", photographs, "--subset", "8", "--batch-size", "4", "--knn-every", "2"]
