@@ -862,12 +862,12 @@ class ImageSet:
         if self.pixels is not None:
             for part in torch.split(rows, batch_size):
                 pixels = self.pixels[part.to(self.pixels.device)].to(device, non_blocking=True)
-                yield _mirrored(_five_crops(resize_center_crop(pixels, side, side), self.size))
+                yield _ten_crops(resize_center_crop(pixels, side, side), self.size)
         else:
             items = [[(i, self.size, side) for i in part.tolist()] for part in torch.split(rows, batch_size)]
             for index, images, bad in self._loader(items, device):
                 self._report(index, bad)
-                yield _mirrored(images.to(device, non_blocking=True).float() / 255)
+                yield images.to(device, non_blocking=True).float() / 255
 
     def _loader(self, items: Any, device: torch.device) -> Any:
         return torch.utils.data.DataLoader(
@@ -902,16 +902,12 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _five_crops(images: Tensor, size: int) -> Tensor:
-    """Corners, from the upper left by rows, and centre of (..., 3, H, W): (..., 5, 3, size, size)."""
+def _ten_crops(images: Tensor, size: int) -> Tensor:
+    """Corners by rows, then the centre, of (..., 3, H, W) and of its mirror image: (..., 10, 3, size, size)."""
     bottom, right = images.shape[-2] - size, images.shape[-1] - size
     corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
-    return torch.stack([images[..., y : y + size, x : x + size] for y, x in corners], -4)
-
-
-def _mirrored(crops: Tensor) -> Tensor:
-    """Five crops (B, 5, 3, S, S), then those of the mirror image, whose left is the image's right: (B, 10, 3, S, S)."""
-    return torch.cat([crops, crops[:, [1, 0, 3, 2, 4]].flip(-1)], 1)
+    return torch.stack([whole[..., y : y + size, x : x + size] for whole in (images, images.flip(-1))
+                        for y, x in corners], -4)  # fmt: skip
 
 
 class _Decoder(torch.utils.data.Dataset[tuple[int, Tensor, bool]]):
@@ -928,11 +924,11 @@ class _Decoder(torch.utils.data.Dataset[tuple[int, Tensor, bool]]):
                 return row, torch.from_numpy(central_square(self.data.path(row), crop))[None], False
             if isinstance(numbers[0], int):
                 whole = torch.from_numpy(shortened(self.data.path(row), numbers[0]).copy())
-                return row, _five_crops(whole, crop), False
+                return row, _ten_crops(whole, crop), False
             views = random_crops(self.data.path(row), crop, torch.stack(numbers))
             return row, torch.stack([torch.from_numpy(view) for view in views]), False
         except UNREADABLE:
-            shape = (5 if numbers else 1, crop) if isinstance(crop, int) else (len(numbers), crop.size)
+            shape = (10 if numbers else 1, crop) if isinstance(crop, int) else (len(numbers), crop.size)
             return row, torch.full((shape[0], 3, shape[1], shape[1]), 128, dtype=torch.uint8), True
 
 
