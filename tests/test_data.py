@@ -353,7 +353,7 @@ def test_ten_crops(photographs: Path) -> None:
             expected = torch.stack([pil_to_tensor(crop) for crop in reference(image.convert("RGB"))])
         difference = (crops * 255 - expected).abs()
         assert difference.mean() < 4 if files.path(row).suffix == ".jpg" else difference.max() <= 2
-    shapes = load("test", "--test-subset", "3")
+    shapes = load("train", "--subset", "3", "--image-size", "32")
     whole = common.resize_center_crop(shapes.pixels, 37, 37)  # type: ignore[arg-type]
     (found,) = shapes.ten_crops(torch.arange(3), 8, CPU)
     assert torch.equal(found, torch.stack(transforms.TenCrop(32)(whole), 1))
