@@ -141,13 +141,24 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     return _Parser(description=doc, formatter_class=_Help, allow_abbrev=False)
 
 
+def default_data_dir() -> Path:
+    """$DATA_DIR, else data/."""
+    return Path(os.environ.get("DATA_DIR", "data"))
+
+
+def default_workers() -> int:
+    """This rank's share of the processor's cores, 16 at most."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
 def add_data_options(options: argparse.ArgumentParser) -> None:
     """The options of `load`, the same in training and evaluation."""
     data = options.add_argument_group("data")
     data.add_argument("--data", default="shapes", metavar="NAME|DIR",
                       help=f"{', '.join(DATASETS)}, or any directory of images: train/ and val/ below it are its "
                            "splits; nested or flat; class = first folder level, used by evaluation only")
-    data.add_argument("--data-dir", type=Path, default=Path(os.environ.get("DATA_DIR", "data")), metavar="DIR",
+    data.add_argument("--data-dir", type=Path, default=default_data_dir(), metavar="DIR",
                       help="where named sets lie or are downloaded to ($DATA_DIR)")
     data.add_argument("--val-dir", type=Path, metavar="DIR", help="validation images of a directory without val/")
     data.add_argument("--subset", type=part, metavar="N", help="train on N images (or a share below 1), drawn from "
@@ -159,9 +170,7 @@ def add_data_options(options: argparse.ArgumentParser) -> None:
                       "if they take under a quarter of its free memory, none for folders of large images")
     data.add_argument("--max-bad-images", type=COUNT_OR_ZERO, default=0, metavar="N", help="unreadable images to "
                       "tolerate, each named in the output and replaced by plain grey")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    data.add_argument("--workers", type=number(int, 0, 1024), default=min(16, cores), metavar="N",
+    data.add_argument("--workers", type=number(int, 0, 1024), default=default_workers(), metavar="N",
                       help="processes of each rank that decode folders of large images")
 
 
@@ -265,7 +274,8 @@ class Draw:
 # Options that do not change what is learnt: a resumed run may have others.
 FREE_OPTIONS = {
     "output", "overwrite", "preset", "typed", "data", "data_dir", "val_dir", "cache", "workers", "max_bad_images",
-    "device", "amp", "compile", "save_minutes", "knn_every", "knn_features", "test_subset", "epochs",
+    "device", "amp", "compile", "save_minutes", "knn_every", "knn_features", "test_subset", "epochs", "checkpoint",
+    "eval_every", "log_every", "test_list",
 }  # fmt: skip
 NEVER = 2**62  # a step
 
@@ -408,7 +418,7 @@ class Run:
 
     # log, progress, checkpoint
 
-    def describe(self, data: ImageSet, **facts: Any) -> None:
+    def describe(self, data: ImageSet | VocSet, **facts: Any) -> None:
         """Say what runs, and keep it for the first line of the log and the checkpoint."""
         self.data = data.identity()
         self.header = dict(
@@ -872,7 +882,7 @@ class ImageSet:
     def _loader(self, items: Any, device: torch.device) -> Any:
         return torch.utils.data.DataLoader(
             _Decoder(self), batch_sampler=items, num_workers=self.workers, pin_memory=device.type == "cuda",
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=ignore_signals,
         )  # fmt: skip
 
     def _report(self, index: Tensor, bad: Tensor) -> None:
@@ -896,7 +906,7 @@ class BadImages:
             print(f"unreadable image, replaced by grey: {path}", file=sys.stderr, flush=True)
 
 
-def _ignore_signals(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """A launcher or Ctrl-C signals workers too: they go on, so that their parent can finish its step."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
@@ -2330,6 +2340,8 @@ def load_encoder(
     saved = _load_inert(content, path)
     ours = isinstance(saved, dict) and {"options", "data", "state"} <= saved.keys()
     options, data = (saved["options"], saved["data"]) if ours else ({}, {})
+    if ours and "encoder" not in saved["state"]:
+        raise Fault(f"{path} was written by {options.get('script')}: take the backbone.pth beside it")
     weights = saved["state"]["encoder"] if ours else _state_dict(saved, path)
     arch = arch or options.get("arch")
     if arch is None:
@@ -2480,6 +2492,7 @@ class VocSet:
     name: str
     classes: list[str]
     images: list[VocImage]
+    size: int = 0  # px: the shorter side that the network sees, which the script decides
 
     def __len__(self) -> int:
         return len(self.images)

@@ -1,0 +1,799 @@
+"""Object detection on PASCAL VOC: a pretrained network fine-tuned as Faster R-CNN or Fast R-CNN.
+
+Protocols: NPID, Table 6; Local Aggregation, Table 3 and its appendix B.4; CLD, supplement 2.4, which is MoCo's
+(ResNet-50 C4: layer1 to layer3 see the image, layer4 each region); the thesis, Table 5.5. The parts are torchvision's;
+there is nothing else to install. The preset is the protocol.
+
+    python eval_detection.py runs/npid-shapes-seed0/checkpoint.pth            # a rendered set: no data needed
+    python eval_detection.py random --arch resnet18 --width 16                # the untrained network beside it
+    python eval_detection.py resnet50.pth --arch resnet50 --preset voc0712    # CLD, MoCo: trainval07+12, 24k iterations
+    python eval_detection.py runs/cld-imagenet-seed0/checkpoint.pth --preset voc07           # trainval07, 9k iterations
+    torchrun --nproc-per-node 8 eval_detection.py runs/cld-imagenet-seed0/checkpoint.pth --preset voc0712
+    python eval_detection.py vgg16.pth --preset voc07-la-vgg16                # Local Aggregation: Faster R-CNN, VGG16
+    python eval_detection.py alexnet.pth --preset voc07-fast-alexnet --proposals voc_2007_trainval.mat voc_2007_test.mat
+    python eval_detection.py runs/npid-shapes-seed0/checkpoint.pth --data my_folder      # any folder in VOC's layout
+    python eval_detection.py resnet50.pth --arch resnet50 --preset voc0712 --batch-size 8     # half the rate, twice the
+                                                                                              # iterations; says so
+Data: voc07, voc12 and voc0712 lie in --data-dir as VOCdevkit/VOC2007 and VOC2012, or are downloaded; any other folder
+needs JPEGImages/, Annotations/ and ImageSets/Main/; `shapes` is rendered. Images without boxes are trained on as
+ground. Boxes are cut off at the border of their image, and go if nothing is left; one line says how many. A class that
+training does not have, broken XML and an unreadable image are errors that name the file. Difficult objects count
+neither way in the test.
+
+--proposals takes files of boxes for Fast R-CNN, together for all images of both lists. Text: a line an image,
+`ID x1 y1 x2 y2 x1 y1 x2 y2 ...`, pixels counted from 1 and the last one included, as in VOC's XML. MATLAB's .mat: the
+selective-search files that came with Fast R-CNN, `images` (IDs) and `boxes` (n x 4 each: y1 x1 y2 x2, from 1).
+
+Figures, in percent: ap50_voc07 is VOC2007's 11-point AP at an overlap of 0.5, the mean over classes (NPID, LA, thesis);
+ap50_voc10 the same as an area, VOC2010's and later; ap_voc07 and ap75_voc07 are the 11-point AP averaged over overlaps
+0.5 to 0.95, and at 0.75 (AP and AP75 of MoCo's tables on VOC2007, which CLD compares with); ap, ap50, ap75 are COCO's
+by its own library, difficult objects ignored. The last line of the output is the result as JSON; it is appended to
+eval.jsonl in --output and beside the checkpoint. detections.pth has the boxes, for figures.py; backbone.pth the network
+as fine-tuned.
+
+Differences: boxes are pulled by smooth L1 with beta 1/9 (torchvision), by plain L1 in MoCo's code; RoIAlign everywhere,
+where the older protocols pooled; regions that overlap an object by under 0.1 are ground too; biases have the rate and
+decay of weights; images of a batch are not grouped by shape. AlexNet and VGG16 are those of these scripts, with batch
+normalisation. What is drawn in a step follows from (seed, step) and the position in the batch; only which anchors and
+regions are trained on depends on the number of ranks, too.
+
+log.jsonl has, each --log-every iterations: the losses of anchors (objectness, rpn_box_reg) and regions (classifier,
+box_reg), their sum, the rate, time and memory; with --eval-every also ap50_voc07.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.ops import box_iou, roi_align
+
+import common
+
+# ---- presets ---------------------------------------------------------------------------------------------------------
+# "voc07" is the base of all and serves any folder: CLD's and MoCo's protocol. A preset lists what differs.
+
+OLD = dict(train_sizes=[600], test_size=600, max_size=1000, batch_size=1, lr=0.001, warmup=0, iterations=70_000,
+           lr_drops=[50_000], bn="frozen", sync_bn=False, extra_bn=False, precise_bn=0, rois=128,
+           anchor_sizes=[128, 256, 512], boundary_anchors="drop", test_proposals=300, nms=0.3, min_score=0.0,
+           train_difficult=False)  # fmt: skip
+# NPID prints rate and drop; the number of iterations and the decay are the pipelines' own.
+NPID = dict(OLD, weight_decay=5e-4)
+FAST = dict(NPID, batch_size=2, rois=64, freeze=1, test_proposals=2000)
+PRESETS: dict[str, dict[str, Any]] = {
+    "voc07": dict(data="voc07", train_sizes=list(range(480, 801, 32)), test_size=800, max_size=1333, batch_size=16,
+                  lr=0.02, warmup=100, iterations=9000, lr_drops=[6750, 8250], weight_decay=1e-4, freeze=0, bn="tuned",
+                  sync_bn=True, extra_bn=True, precise_bn=200, rois=512, roi_size=14,
+                  anchor_sizes=[32, 64, 128, 256, 512], boundary_anchors="keep", train_proposals=2000,
+                  test_proposals=1000, nms=0.5, min_score=0.05, train_difficult=True),
+    "voc0712": dict(data="voc0712", iterations=24_000, lr_drops=[18_000, 22_000]),
+    "voc12": dict(data="voc12"),  # train -> val
+    "voc07-la-resnet50": dict(OLD, arch="resnet50", freeze=4),  # LA, Table 3: 69.1
+    "voc07-la-vgg16": dict(OLD, arch="vgg16", freeze=2),  # 68.4
+    "voc07-la-alexnet": dict(OLD, arch="alexnet"),  # 53.5
+    "voc07-npid-resnet50": dict(NPID, arch="resnet50", freeze=3),  # NPID, Table 6: 65.4
+    "voc07-fast-vgg16": dict(FAST, arch="vgg16"),  # 60.5; DeepCluster 65.9
+    "voc07-fast-alexnet": dict(FAST, arch="alexnet"),  # 48.1; thesis, Table 5.5: 53.9
+    "shapes": dict(data="shapes", small=True, train_sizes=[56, 64, 72], test_size=64, max_size=128, batch_size=8,
+                   lr=0.02, iterations=1500, lr_drops=[1200, 1400], precise_bn=50, rois=32, roi_size=8,
+                   anchor_sizes=[12, 18, 24], train_proposals=200, test_proposals=50, log_every=50),
+}  # fmt: skip
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = common.parser(__doc__)
+    parser.add_argument("checkpoint", help="checkpoint.pth or backbone.pth of these scripts, a file with torchvision's "
+                        'or timm\'s names, or "random" for an untrained network')
+    model = parser.add_argument_group("model")
+    model.add_argument("--arch", choices=common.ARCHITECTURES, help="of foreign files and random networks")
+    model.add_argument("--width", type=common.SIZE, help="channels of the first stage (64)")
+    model.add_argument("--small", action=argparse.BooleanOptionalAction, default=False, help="3x3 stem of a random "
+                       "network; files show what they have")
+    model.add_argument("--freeze", type=int, choices=range(6), default=0, help="stages of the network that stay as "
+                       "they are: stem or conv1, layer1 or conv2, ...; layer4 of a ResNet never does")
+    model.add_argument("--bn", choices=["frozen", "tuned"], default="tuned", help="frozen: statistics, scale and shift "
+                       "stay; tuned: batch statistics")
+    model.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, default=True, help="batch statistics over "
+                       "all GPUs")
+    model.add_argument("--extra-bn", action=argparse.BooleanOptionalAction, default=True, help="a batch normalisation "
+                       "after layer4 (ResNets)")
+    model.add_argument("--precise-bn", type=common.COUNT_OR_ZERO, metavar="N", help="after training, batch statistics "
+                       "for the test anew: the mean of N batches (0: the running ones)")
+    model.add_argument("--dropout", type=common.SHARE, default=0.5, help="after fc6 and fc7 (AlexNet, VGG16)")
+    regions = parser.add_argument_group("regions")
+    regions.add_argument("--proposals", nargs="+", metavar="FILE", help="Fast R-CNN: regions from files, "
+                         "see above; default: Faster R-CNN, which proposes its own")
+    regions.add_argument("--anchor-sizes", type=common.SIZE, nargs="+", metavar="PX", help="each in the shapes 1:2, "
+                         "1:1, 2:1")
+    regions.add_argument("--boundary-anchors", choices=["keep", "drop"], default="keep", help="whether anchors that "
+                         "cross the border of the image are trained on")
+    regions.add_argument("--train-proposals", type=common.COUNT, metavar="N", help="best regions of an image, training")
+    regions.add_argument("--test-proposals", type=common.COUNT, metavar="N", help="best regions of an image, test")
+    regions.add_argument("--rois", type=common.COUNT, metavar="N", help="regions of an image that are trained on, a "
+                         "quarter of them on objects")
+    regions.add_argument("--roi-size", type=common.SIZE, metavar="CELLS", help="side of RoIAlign (ResNets; AlexNet and "
+                         "VGG16 take what fc6 was trained on)")
+    regions.add_argument("--nms", type=common.SHARE, help="overlap above which the lower of two boxes of a class goes")
+    regions.add_argument("--min-score", type=common.SHARE, help="least score of a detection")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", default="shapes", metavar="NAME|DIR", help=f"shapes, {', '.join(common.VOC_LISTS)}, or "
+                      "any folder in VOC's layout")
+    data.add_argument("--data-dir", type=Path, default=common.default_data_dir(), metavar="DIR",
+                      help="where VOCdevkit lies or is downloaded to, and shapes are rendered to ($DATA_DIR)")
+    data.add_argument("--train-list", metavar="NAME", help="of ImageSets/Main (trainval, or train where that is not)")
+    data.add_argument("--test-list", metavar="NAME", help="of ImageSets/Main (test, or val where that is not)")
+    data.add_argument("--train-difficult", action=argparse.BooleanOptionalAction, default=True, help="train on objects "
+                      "marked as difficult, too")
+    data.add_argument("--subset", type=common.part, metavar="N", help="train on N images, or a share below 1")
+    data.add_argument("--test-subset", type=common.part, metavar="N", help="the same for the test images")
+    data.add_argument("--train-sizes", type=common.SIZE, nargs="+", metavar="PX", help="shorter sides, one is drawn "
+                      "for each image")
+    data.add_argument("--test-size", type=common.SIZE, metavar="PX", help="shorter side in the test")
+    data.add_argument("--max-size", type=common.SIZE, metavar="PX", help="longer side at most")
+    data.add_argument("--workers", type=common.number(int, 0, 1024), default=common.default_workers(), metavar="N",
+                      help="processes of each rank that decode images")
+    optim = parser.add_argument_group("optimization")
+    optim.add_argument("--iterations", type=common.COUNT, metavar="N", help="optimisation steps")
+    optim.add_argument("--batch-size", type=common.COUNT, metavar="B", help="images in a step, the sum over all ranks; "
+                       "other than the preset's: rate in proportion, iterations inversely, unless they are typed")
+    optim.add_argument("--accumulate", type=common.COUNT, default=1, metavar="N", help="forward and backward in N "
+                       "parts, for small devices; batch statistics are then those of a part")
+    optim.add_argument("--lr", type=common.POSITIVE, help="learning rate")
+    optim.add_argument("--lr-drops", type=common.COUNT, nargs="*", metavar="N", help="iterations at which it is "
+                       "divided by 10")
+    optim.add_argument("--warmup", type=common.COUNT_OR_ZERO, metavar="N", help="iterations in which the rate rises "
+                       "from a thousandth")
+    optim.add_argument("--momentum", type=common.SHARE, default=0.9, help="of SGD")
+    optim.add_argument("--weight-decay", type=common.NOT_NEGATIVE, help="of SGD; not of batch normalisation")
+    optim.add_argument("--seed", type=common.COUNT_OR_ZERO, default=0, help="of new layers, order, draws")
+    common.add_device_options(parser)
+    run = parser.add_argument_group("run")
+    run.add_argument("--output", type=Path, metavar="DIR", help="log, checkpoint, weights and detections; a checkpoint "
+                     "found there is resumed; default: detection-<preset>-seed<seed> beside the checkpoint")
+    run.add_argument("--overwrite", action="store_true", help="start anew in an --output that holds a run")
+    run.add_argument("--save-minutes", type=common.NOT_NEGATIVE, default=10, metavar="MIN", help="a checkpoint each "
+                     "MIN minutes (0: only at the end)")
+    run.add_argument("--log-every", type=common.COUNT, default=100, metavar="N", help="a line of the log each N "
+                     "iterations")
+    run.add_argument("--eval-every", type=common.COUNT_OR_ZERO, default=0, metavar="N", help="ap50_voc07 of the test "
+                     "images each N iterations, to watch; the result is that of the end (0: never)")
+    args = common.parse(parser, PRESETS, argv, base="voc07")
+    if "output" not in args.typed:
+        place = Path("runs") if args.checkpoint == "random" else Path(args.checkpoint).parent
+        args.output = place / f"detection-{'random-' * (args.checkpoint == 'random')}{args.preset}-seed{args.seed}"
+    scale_to_batch(args, (PRESETS["voc07"] | PRESETS[args.preset])["batch_size"])
+    args.epochs, args.schedule, args.compile = 1, "iterations", False  # the whole training is one epoch of the run
+    return args
+
+
+def scale_to_batch(args: argparse.Namespace, usual: int) -> None:
+    """Another batch size than the preset's: the rate in proportion, the iterations inversely, unless they are typed."""
+    if args.batch_size == usual:
+        return
+    ratio = args.batch_size / usual
+    if "lr" not in args.typed:
+        args.lr *= ratio
+    if "iterations" not in args.typed:
+        args.iterations = max(1, round(args.iterations / ratio))
+        if "lr_drops" not in args.typed:
+            args.lr_drops = [max(1, round(drop / ratio)) for drop in args.lr_drops]
+        if "warmup" not in args.typed:
+            args.warmup = round(args.warmup / ratio)
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    """What becomes of the image at `row`: scaled to a shorter side of `side` px, perhaps mirrored."""
+
+    row: int
+    side: int
+    flip: bool
+
+
+def scaled(size: tuple[int, int], side: int, longest: int) -> tuple[int, int]:
+    """Width and height of an image of `size` whose shorter side becomes `side`, or whose longer one `longest`."""
+    factor = min(side / min(size), longest / max(size))
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
+class Decoder(torch.utils.data.Dataset[tuple[Sample, Tensor | None]]):
+    """Sample -> itself and its pixels (3, h, w) uint8, None for a file that cannot be read."""
+
+    def __init__(self, data: common.VocSet, longest: int) -> None:
+        self.data, self.longest = data, longest
+
+    def __getitem__(self, sample: Any) -> tuple[Sample, Tensor | None]:
+        image = self.data.images[sample.row]
+        try:
+            with Image.open(image.path) as file:
+                pixels = common.rgb(file).resize(scaled(image.size, sample.side, self.longest),
+                                                 Image.Resampling.BILINEAR)
+        except common.UNREADABLE:
+            return sample, None
+        if sample.flip:
+            pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return sample, torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+
+
+def decoded(data: common.VocSet, args: argparse.Namespace, batches: Any) -> Iterator[list[tuple[Sample, Tensor]]]:
+    """The images of each batch of samples, decoded by workers."""
+    loader: Any = torch.utils.data.DataLoader(
+        Decoder(data, args.max_size), batch_sampler=batches, num_workers=args.workers, collate_fn=list,
+        worker_init_fn=common.ignore_signals,
+    )  # fmt: skip
+    for batch in loader:
+        for sample, pixels in batch:
+            if pixels is None:
+                raise common.Fault(f"cannot read the image {data.images[sample.row].path}: mend it, or take it off "
+                                   "its list")  # fmt: skip
+        yield batch
+
+
+def training_batches(
+    run: common.Run, data: common.VocSet, args: argparse.Namespace, steps: range
+) -> Iterator[tuple[int, list[tuple[Sample, Tensor]]]]:
+    """This rank's images of each step: the next of an endless row of permutations of all images."""
+    rows, count, batch = run.rows(args.batch_size), len(data), args.batch_size
+
+    def samples(step: int) -> list[Sample]:
+        places = torch.arange(step * batch, (step + 1) * batch)
+        rounds, inner = places // count, places % count
+        order = torch.cat([run.permutation(i, count)[inner[rounds == i]] for i in sorted(set(rounds.tolist()))])[rows]
+        draw = common.Draw(run.generator("augment", 0, step), batch, rows, common.CPU)(2)
+        sides = [args.train_sizes[int(len(args.train_sizes) * u)] for u in draw[:, 0].tolist()]
+        return [Sample(row, side, flip) for row, side, flip in
+                zip(order.tolist(), sides, (draw[:, 1] < 0.5).tolist(), strict=True)]  # fmt: skip
+
+    batches = decoded(data, args, (samples(step) for step in steps))
+    for step, images in zip(steps, batches, strict=True):
+        run.seed_step(0, step)
+        yield step, images
+
+
+def move_boxes(boxes: Tensor, sample: Sample, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Boxes (K, 4) of an image of size `old` in the one of size `new` that `sample` makes of it."""
+    factors = torch.tensor([new[0] / old[0], new[1] / old[1]] * 2)
+    boxes = boxes * factors
+    if sample.flip:
+        boxes = torch.stack([new[0] - boxes[:, 2], boxes[:, 1], new[0] - boxes[:, 0], boxes[:, 3]], 1)
+    return boxes
+
+
+class Batch(NamedTuple):
+    """Images (B, 3, H, W) padded with zeros at the right and below, their own (height, width), and what is in them."""
+
+    images: Tensor
+    sizes: list[tuple[int, int]]
+    targets: list[dict[str, Tensor]]  # boxes (K, 4), labels (K,) from 1: 0 is the ground
+    proposals: list[Tensor] | None  # (P, 4)
+
+
+def collate(
+    part: list[tuple[Sample, Tensor]], data: common.VocSet, proposals: list[Tensor] | None, args: argparse.Namespace,
+    mean: Sequence[float], std: Sequence[float], device: torch.device,
+) -> Batch:  # fmt: skip
+    """Decoded images with their boxes on the device, normalised."""
+    sizes = [(pixels.shape[1], pixels.shape[2]) for _, pixels in part]
+    sides = [-(-max(lengths) // 32) * 32 for lengths in zip(*sizes, strict=True)]
+    images = torch.zeros(len(part), 3, *sides, device=device)
+    targets, regions = list[dict[str, Tensor]](), list[Tensor]()
+    for canvas, (height, width), (sample, pixels) in zip(images, sizes, part, strict=True):
+        canvas[:, :height, :width] = common.normalize(pixels[None].to(device).float() / 255, mean, std)[0]
+        image = data.images[sample.row]
+        kept = ~image.difficult if not args.train_difficult else torch.ones_like(image.difficult)
+        boxes = move_boxes(image.boxes[kept], sample, image.size, (width, height))
+        targets.append(dict(boxes=boxes.to(device), labels=(image.labels[kept] + 1).to(device)))
+        if proposals:
+            regions.append(move_boxes(proposals[sample.row], sample, image.size, (width, height)).to(device))
+    images = images.contiguous(memory_format=torch.channels_last)
+    return Batch(images, sizes, targets, regions if proposals else None)
+
+
+def read_proposals(names: Sequence[str], data: common.VocSet, limit: int) -> list[Tensor]:
+    """The first `limit` regions (P, 4) of each image, half-open from 0, from text or .mat files (see the docstring)."""
+    found = dict[str, Any]()
+    for path in map(Path, names):
+        try:
+            if path.suffix == ".mat":
+                from scipy.io import loadmat
+
+                content = loadmat(path)
+                for name, boxes in zip(content["images"].flat, content["boxes"].flat, strict=True):
+                    found[str(np.asarray(name).item())] = np.asarray(boxes, np.float32).reshape(-1, 4)[:, [1, 0, 3, 2]]
+            else:
+                for line in path.read_text().splitlines():
+                    if line.strip():
+                        name, *numbers = line.split()
+                        found[name] = np.array(numbers, np.float32).reshape(-1, 4)
+        except OSError as error:
+            raise common.Fault(f"cannot read {path} ({error.strerror})") from None
+        except (ValueError, KeyError, TypeError, NotImplementedError) as error:
+            raise common.Fault(f"{path} is no file of proposals ({error}): see the top of --help") from None
+    regions = []
+    for image in data.images:
+        if image.path.stem not in found:
+            raise common.Fault(f"no proposals for {image.path.stem} in {', '.join(names)}")
+        boxes = torch.from_numpy(found[image.path.stem][:limit] - np.array([1, 1, 0, 0], np.float32))
+        boxes = boxes.clamp(min=0).minimum(torch.tensor([*image.size, *image.size]))
+        boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]
+        if not len(boxes):
+            raise common.Fault(f"{image.path.stem} has no proposal with a pixel of the image in it")
+        regions.append(boxes)
+    return regions
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+def split(network: nn.Module, args: argparse.Namespace) -> tuple[list[nn.Module], nn.Module, int, int, int]:
+    """Stages that see the image, head that sees a region, stride of the map, side of RoIAlign, size of the feature.
+
+    ResNets: stem, layer1, layer2, layer3, and layer4 as the head. AlexNet and VGG16: the convolutions of each stage
+    without the last max-pooling, and fc6 and fc7 as the head.
+    """
+    stages: list[nn.Module]
+    if isinstance(network, common.ResNet):
+        stem = nn.Sequential(network.front, network.conv1, network.bn1, nn.ReLU(inplace=True), network.maxpool)
+        norm = [nn.BatchNorm2d(network.dim)] if args.extra_bn else []
+        head = nn.Sequential(network.layer4, *norm, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        small = isinstance(network.maxpool, nn.Identity)
+        stages = [stem, network.layer1, network.layer2, network.layer3]
+        return stages, head, 4 if small else 16, args.roi_size, network.dim
+    assert isinstance(network, common.PlainNet)
+    layers, stages, start = list(network.features), [], 0
+    for end in network.stage_ends:  # a max-pooling opens the stage after it
+        stages.append(nn.Sequential(*[network.front] * (not start), *layers[start : end + 1]))
+        start = end + 1
+    stride = 1
+    for layer in layers[:start]:
+        if isinstance(layer, nn.Conv2d | nn.MaxPool2d):
+            stride *= layer.stride if isinstance(layer.stride, int) else layer.stride[0]
+    fc6, fc7 = (layer for layer in network.classifier if isinstance(layer, nn.Linear))
+    drop = nn.Dropout(args.dropout)
+    head = nn.Sequential(nn.Flatten(), fc6, nn.ReLU(inplace=True), drop, fc7, nn.ReLU(inplace=True), drop)
+    channels = [layer.out_channels for layer in layers if isinstance(layer, nn.Conv2d)][-1]
+    return stages, head, stride, round((fc6.in_features / channels) ** 0.5), network.dim
+
+
+class Anchors(AnchorGenerator):  # type: ignore[misc]
+    """Anchors in float32 whatever the map's type, one stride apart whatever the padding of the convolutions."""
+
+    def __init__(self, sizes: Sequence[int], stride: int) -> None:
+        super().__init__((tuple(sizes),), ((0.5, 1.0, 2.0),))
+        self.stride = stride
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        (features,) = feature_maps
+        self.set_cell_anchors(torch.float32, features.device)
+        stride = torch.tensor(self.stride, device=features.device)
+        (anchors,) = self.grid_anchors([list(features.shape[-2:])], [[stride, stride]])
+        return [anchors] * len(image_list.image_sizes)
+
+
+class ProposalHead(RPNHead):  # type: ignore[misc]
+    """Torchvision's, its output in float32: 8 bits are too few for boxes."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        scores, offsets = super().forward(x)
+        return [score.float() for score in scores], [offset.float() for offset in offsets]
+
+
+class Proposals(RegionProposalNetwork):  # type: ignore[misc]
+    """Torchvision's; with `drop` anchors that cross the border of the image are not trained on, as in the first
+    Faster R-CNN: an object's best anchor is then the best of those inside."""
+
+    drop = False
+    image_sizes: list[tuple[int, int]]
+
+    def forward(self, images: ImageList, features: Any, targets: Any = None) -> tuple[list[Tensor], dict[str, Tensor]]:
+        self.image_sizes = images.image_sizes
+        found: tuple[list[Tensor], dict[str, Tensor]] = super().forward(images, features, targets)
+        return found
+
+    def assign_targets_to_anchors(self, anchors: list[Tensor], targets: Any) -> tuple[list[Tensor], list[Tensor]]:
+        labels, matched = list[Tensor](), list[Tensor]()
+        for boxes, target, (height, width) in zip(anchors, targets, self.image_sizes, strict=True):
+            inside = ((boxes[:, :2] >= 0) & (boxes[:, 2:] <= boxes.new_tensor([width, height]))).all(1)
+            if not (self.drop and inside.any()):
+                inside = torch.ones_like(inside)
+            (own_labels,), (own_matched,) = super().assign_targets_to_anchors([boxes[inside]], [target])
+            labels.append(own_labels.new_full((len(boxes),), -1).masked_scatter(inside, own_labels))
+            matched.append(boxes.masked_scatter(inside[:, None], own_matched))
+        return labels, matched
+
+
+class Align(nn.Module):
+    """RoIAlign with pixel centres at halves and one sample a pixel; float32."""
+
+    def __init__(self, side: int, stride: int) -> None:
+        super().__init__()
+        self.side, self.stride = side, stride
+
+    def forward(self, features: dict[str, Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]]) -> Tensor:
+        """Maps {"0": (B, C, h, w)} and B times (P, 4) boxes in px -> (sum of P, C, side, side)."""
+        maps = features["0"].float().contiguous()
+        aligned: Tensor = roi_align(maps, boxes, self.side, 1 / self.stride, sampling_ratio=0, aligned=True)
+        return aligned
+
+
+class Predictor(nn.Module):
+    """Feature (R, dim) -> scores (R, 1 + C) and offsets (R, 4 (1 + C)) of the classes, class 0 the ground."""
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.scores, self.offsets = nn.Linear(dim, 1 + num_classes), nn.Linear(dim, 4 * (1 + num_classes))
+        for layer, std in ((self.scores, 0.01), (self.offsets, 0.001)):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        return self.scores(features).float(), self.offsets(features).float()
+
+
+class Detector(nn.Module):
+    """Faster R-CNN, or Fast R-CNN where the proposals are given."""
+
+    def __init__(self, network: nn.Module, num_classes: int, args: argparse.Namespace) -> None:
+        super().__init__()
+        stages, head, stride, side, dim = split(network, args)
+        if args.freeze > len(stages):
+            raise common.Fault(f"--freeze {args.freeze}: this network has {len(stages)} stages that see the image")
+        self.trunk, self.freeze, self.frozen_bn = nn.Sequential(*stages), args.freeze, args.bn == "frozen"
+        channels = [layer.num_features for layer in self.trunk.modules() if isinstance(layer, nn.BatchNorm2d)][-1]
+        self.proposals: Proposals | None = None
+        if not args.proposals:
+            anchors = Anchors(args.anchor_sizes, stride)
+            best = dict(training=args.train_proposals, testing=args.test_proposals)
+            self.proposals = Proposals(
+                anchors, ProposalHead(channels, anchors.num_anchors_per_location()[0]), fg_iou_thresh=0.7,
+                bg_iou_thresh=0.3, batch_size_per_image=256, positive_fraction=0.5,
+                pre_nms_top_n={mode: 6 * number for mode, number in best.items()}, post_nms_top_n=best, nms_thresh=0.7,
+            )  # fmt: skip
+            self.proposals.drop = args.boundary_anchors == "drop"
+        self.regions = RoIHeads(
+            Align(side, stride), head, Predictor(dim, num_classes), fg_iou_thresh=0.5, bg_iou_thresh=0.5,
+            batch_size_per_image=args.rois, positive_fraction=0.25, bbox_reg_weights=None, score_thresh=args.min_score,
+            nms_thresh=args.nms, detections_per_img=100,
+        )  # fmt: skip
+        self.requires_grad_(True)
+        self.trunk[: self.freeze].requires_grad_(False)
+        for module in self.modules():
+            if self.frozen_bn and isinstance(module, nn.BatchNorm2d):
+                module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Detector":
+        """Frozen stages and frozen batch normalisations stay in evaluation mode."""
+        super().train(mode)
+        self.trunk[: self.freeze].eval()
+        for module in self.modules():
+            if self.frozen_bn and isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    def forward(self, batch: Batch) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Detections of each image in its own px (boxes, labels from 1, scores), and losses; either is empty."""
+        features = {"0": self.trunk(batch.images)}
+        targets = batch.targets if self.training else None
+        regions, losses = batch.proposals, dict[str, Tensor]()
+        if self.proposals is not None:
+            regions, losses = self.proposals(ImageList(batch.images, batch.sizes), features, targets)
+        detections, more = self.regions(features, regions, batch.sizes, targets)
+        return detections, losses | more
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trained parameters; those of batch normalisation do not decay."""
+    norms = {id(parameter) for module in model.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)
+             for parameter in module.parameters()}  # fmt: skip
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [dict(params=[p for p in trained if id(p) not in norms], weight_decay=weight_decay),
+            dict(params=[p for p in trained if id(p) in norms], weight_decay=0.0)]  # fmt: skip
+
+
+@torch.no_grad()
+def precise_statistics(model: nn.Module, batches: Iterator[Batch], run: common.Run) -> None:
+    """Batch statistics as the mean of those of `batches` and of the ranks, in place of the running ones."""
+    norms = [module for module in model.modules()
+             if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and module.training]  # fmt: skip
+    for module in norms:
+        module.reset_running_stats()
+        module.momentum = None  # the plain mean
+    for batch in batches if norms else ():
+        with run.autocast():
+            model(batch)
+    for module in norms:
+        module.momentum = 0.1
+        for statistic in (module.running_mean, module.running_var):
+            if statistic is not None:
+                statistic.copy_(run.mean(statistic))
+
+
+# ---- detections and their figures ------------------------------------------------------------------------------------
+
+
+class Detections(NamedTuple):
+    """M boxes found in all images, image after image."""
+
+    image: Tensor  # (M,) int64: position in the set
+    boxes: Tensor  # (M, 4) px, half-open
+    labels: Tensor  # (M,) int64 from 0
+    scores: Tensor  # (M,)
+
+
+def match(found: Detections, data: common.VocSet) -> tuple[Tensor, Tensor]:
+    """The object of its class that a box overlaps most: (overlap (M,), its number in the set (M,), -1 for none)."""
+    overlap, partner = torch.zeros(len(found.scores)), torch.full((len(found.scores),), -1)
+    counts = torch.bincount(found.image, minlength=len(data)).tolist()
+    start = first = 0
+    for image, count in zip(data.images, counts, strict=True):
+        rows = slice(start, start + count)
+        if count and len(image.boxes):
+            table = box_iou(found.boxes[rows].double(), image.boxes.double()).float()
+            table[found.labels[rows][:, None] != image.labels] = -1
+            best, column = table.max(1)
+            overlap[rows] = best.clamp(min=0)
+            partner[rows] = torch.where(best > 0, column + first, -1)
+        start, first = start + count, first + len(image.boxes)
+    return overlap, partner
+
+
+def judge(
+    scores: Tensor, overlap: Tensor, partner: Tensor, difficult: Tensor, least: float
+) -> tuple[Tensor, Tensor]:
+    """VOC's rules: (right (M,), counted (M,)). difficult: (objects,) bool; least: the overlap that makes a hit.
+
+    The box of highest score that hits an object is right, others that hit it are wrong; a box that hits a difficult
+    object does not count.
+    """
+    hit = (overlap >= least) & (partner >= 0)
+    ignored = hit & difficult[partner] if len(difficult) else hit
+    order = scores.argsort(descending=True, stable=True)
+    claims = order[(hit & ~ignored)[order]]
+    turn = torch.arange(len(claims))
+    first = torch.full((len(difficult),), len(claims)).scatter_reduce(0, partner[claims], turn, "amin")
+    right = torch.zeros_like(hit)
+    right[claims] = first[partner[claims]] == turn
+    return right, ~ignored
+
+
+def voc_precision(found: Detections, data: common.VocSet, overlaps: Sequence[float], eleven_points: bool) -> Tensor:
+    """Average precision in percent (len(overlaps), C); nan for a class without objects that count."""
+    overlap, partner = match(found, data)
+    labels = torch.cat([image.labels for image in data.images])
+    difficult = torch.cat([image.difficult for image in data.images])
+    totals = torch.bincount(labels[~difficult], minlength=len(data.classes)).tolist()
+    rows = []
+    for least in overlaps:
+        right, counted = judge(found.scores, overlap, partner, difficult, least)
+        some = [counted & (found.labels == label) for label in range(len(data.classes))]
+        rows.append([common.average_precision(found.scores[one], right[one], total, eleven_points)
+                     for one, total in zip(some, totals, strict=True)])  # fmt: skip
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def coco_precision(found: Detections, data: common.VocSet) -> dict[str, float]:
+    """COCO's AP over overlaps 0.5 to 0.95, AP50 and AP75 by pycocotools, in percent; difficult objects are ignored."""
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError:
+        raise common.Fault("COCO's figures need pycocotools: pip install pycocotools") from None
+
+    class Evaluation(COCOeval):  # type: ignore[misc]
+        def _prepare(self) -> None:  # the library itself ignores only crowds
+            super()._prepare()
+            for objects in self._gts.values():
+                for item in objects:
+                    item["ignore"] = item["difficult"]
+
+    def plain(boxes: Tensor) -> list[list[float]]:
+        return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
+
+    objects = list[dict[str, Any]]()
+    for number, image in enumerate(data.images):
+        columns = plain(image.boxes), image.labels.tolist(), image.difficult.tolist()
+        for box, label, difficult in zip(*columns, strict=True):
+            objects.append(dict(id=len(objects) + 1, image_id=number, category_id=label, bbox=box, iscrowd=0,
+                                area=box[2] * box[3], difficult=int(difficult)))  # fmt: skip
+    answers = [dict(image_id=image, category_id=label, bbox=box, score=score) for image, label, box, score in
+               zip(found.image.tolist(), found.labels.tolist(), plain(found.boxes), found.scores.tolist(), strict=True)]
+    if not answers:
+        return dict(ap=0.0, ap50=0.0, ap75=0.0)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = dict(images=[dict(id=i) for i in range(len(data))], annotations=objects, info={},
+                             categories=[dict(id=i, name=name) for i, name in enumerate(data.classes)])
+        truth.createIndex()
+        evaluation = Evaluation(truth, truth.loadRes(answers), "bbox")
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision = evaluation.eval["precision"][..., -1]  # overlap, recall, class, area
+
+    def mean(part: Any) -> float:
+        return round(100 * float(part[part > -1].mean()), 2) if (part > -1).any() else 0.0
+
+    return dict(ap=mean(precision), ap50=mean(precision[0]), ap75=mean(precision[5]))
+
+
+def figures(found: Detections, data: common.VocSet) -> dict[str, Any]:
+    """All figures of the docstring, in percent, and ap50_voc07 of each class that has objects."""
+    overlaps = [0.5 + 0.05 * i for i in range(10)]
+    eleven, area = voc_precision(found, data, overlaps, True), voc_precision(found, data, [0.5], False)
+    means = dict(ap50_voc07=eleven[0], ap50_voc10=area[0], ap_voc07=eleven, ap75_voc07=eleven[5])
+    classes = {name: round(value, 2) for name, value in zip(data.classes, eleven[0].tolist(), strict=True)
+               if value == value}  # fmt: skip
+    return ({name: round(value.nanmean().item(), 2) for name, value in means.items()} | coco_precision(found, data)
+            | dict(ap50_voc07_by_class=classes))
+
+
+@torch.no_grad()
+def detect(model: Detector, data: common.VocSet, proposals: list[Tensor] | None, args: argparse.Namespace,
+           mean: Sequence[float], std: Sequence[float], run: common.Run) -> Detections:  # fmt: skip
+    """At most 100 boxes in each image, one image at a time; shared out over the ranks, the same on all."""
+    model.eval()
+    share = -(-len(data) // run.world)  # equal shares, the last padded with the last image
+    rows = [min(row, len(data) - 1) for row in range(run.rank * share, (run.rank + 1) * share)]
+    packed = torch.full((share, 100, 6), -1.0)
+    batches: Any = decoded(data, args, [[Sample(row, args.test_size, False)] for row in rows])
+    if run.rank == 0 and sys.stderr.isatty():
+        from tqdm import tqdm
+
+        batches = tqdm(batches, total=share, desc="test", unit="image", dynamic_ncols=True, leave=False)
+    for place, part in zip(packed, batches, strict=True):
+        batch = collate(part, data, proposals, args, mean, std, run.device)
+        with run.autocast():
+            ((answer,), _) = model(batch)
+        (height, width), (old_width, old_height) = batch.sizes[0], data.images[part[0][0].row].size
+        factors = torch.tensor([old_width / width, old_height / height] * 2)
+        place[: len(answer["boxes"])] = torch.cat([answer["boxes"].cpu() * factors, answer["labels"].cpu()[:, None] - 1,
+                                                   answer["scores"].cpu()[:, None]], 1)
+    if run.world > 1:
+        packed = run.gather(packed.to(run.device))[0].cpu()
+    packed = packed[: len(data)]
+    image, slot = (packed[..., 5] >= 0).nonzero(as_tuple=True)
+    values = packed[image, slot]
+    return Detections(image, values[:, :4], values[:, 4].long(), values[:, 5])
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(args: argparse.Namespace, step: int) -> float:
+    """Up from a thousandth in --warmup steps, a tenth after each of --lr-drops."""
+    factor = 0.1 ** sum(step >= drop for drop in args.lr_drops)
+    if step < args.warmup:
+        factor *= 0.001 + 0.999 * step / args.warmup
+    return float(args.lr * factor)
+
+
+def append(line: str, folder: Path) -> None:
+    try:
+        with (folder / "eval.jsonl").open("a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        print(f"note: cannot write {folder / 'eval.jsonl'} ({error.strerror})", file=sys.stderr)
+
+
+def main(args: argparse.Namespace) -> None:
+    run = common.Run(args)
+    usual = (PRESETS["voc07"] | PRESETS[args.preset])["batch_size"]
+    if run.rank == 0 and args.batch_size != usual:
+        print(f"--batch-size {args.batch_size}, from {usual}: lr {args.lr:g}, {args.iterations:,} iterations, drops at "
+              f"{args.lr_drops}", flush=True)  # fmt: skip
+    torch.manual_seed(args.seed)
+    if args.checkpoint == "random":
+        if args.arch is None:
+            raise common.Fault("random: name the network with --arch")
+        encoder = common.untrained_encoder(args.arch, args.width or 64, args.small, run.device)
+    else:
+        encoder = common.load_encoder(Path(args.checkpoint), args.arch, args.width, None, run.device, "backbone")
+        if run.rank == 0:
+            print(f"{args.checkpoint}: {encoder.describe()}", flush=True)
+    data, test = load(args)
+    usual_data = common.DATASETS["shapes"] if args.data == "shapes" else common.IMAGENET
+    mean, std = (encoder.data.get(key) or getattr(usual_data, key) for key in ("mean", "std"))
+    train_regions = read_proposals(args.proposals, data, args.train_proposals) if args.proposals else None
+    test_regions = read_proposals(args.proposals, test, args.test_proposals) if args.proposals else None
+    run.describe(data, test=test.identity())
+    run.header["options"] |= dict(checkpoint_sha256=encoder.sha256)
+
+    model = run.place(Detector(encoder.backbone, len(data.classes), args))
+    parallel = run.parallel(model)
+    optimizer = torch.optim.SGD(parameter_groups(model, args.weight_decay), args.lr, momentum=args.momentum)
+    totals = common.Totals(run.device)
+    state = dict(model=model, optimizer=optimizer, totals=totals)
+    finished, first = run.resume(state, args.iterations)
+
+    def batch_of(part: list[tuple[Sample, Tensor]]) -> Batch:
+        return collate(part, data, train_regions, args, mean, std, run.device)
+
+    began, since = time.perf_counter(), first
+    for step, images in training_batches(run, data, args, range(first, 0 if finished else args.iterations)):
+        model.train()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, step)
+        optimizer.zero_grad()
+        loss = torch.zeros((), device=run.device)
+        length = len(images) // args.accumulate
+        for start in range(0, len(images), length):
+            with run.autocast():
+                _, losses = parallel(batch_of(images[start : start + length]))
+            part_loss = torch.stack(list(losses.values())).sum() / args.accumulate
+            part_loss.backward()
+            loss += part_loss.detach()
+            totals.add(**losses)
+        optimizer.step()
+        totals.add(loss=loss)
+        if (step + 1) % args.log_every == 0 or step + 1 == args.iterations:
+            row: dict[str, float] = {name: round(value, 5) for name, value in totals.means(run).items()}
+            seconds, count = time.perf_counter() - began, step + 1 - since
+            if args.eval_every and ((step + 1) % args.eval_every == 0 or step + 1 == args.iterations):
+                run.broadcast(model)
+                found = detect(model, test, test_regions, args, mean, std, run)
+                row["ap50_voc07"] = round(voc_precision(found, test, [0.5], True).nanmean().item(), 2)
+            run.log(iteration=step + 1, lr=optimizer.param_groups[0]["lr"], **row, seconds=round(seconds, 1),
+                    seconds_per_iteration=round(seconds / count, 4), memory_gb=common.memory_gb(run.device))
+            began, since = time.perf_counter(), step + 1
+        run.after_step(state, 0, step, loss)
+    if not finished:
+        run.save(state, 0, args.iterations)
+        more = training_batches(run, data, args, range(args.iterations, args.iterations + args.precise_bn))
+        model.train()
+        precise_statistics(model, (batch_of(images) for _, images in more), run)
+        run.broadcast(model)
+        run.save(state, 1, 0)
+
+    found = detect(model, test, test_regions, args, mean, std, run)
+    result = dict(protocol="detection", checkpoint=args.checkpoint, checkpoint_sha256=encoder.sha256,
+                  preset=args.preset, data=test.name, arch=args.arch or encoder.options.get("arch"),
+                  width=args.width or encoder.options.get("width", 64), train_images=len(data), test_images=len(test),
+                  iterations=args.iterations, batch_size=args.batch_size, seed=args.seed, **figures(found, test))
+    line = json.dumps(result)
+    if run.rank == 0:
+        keys, counts = ("boxes", "labels", "difficult"), torch.tensor([len(image.boxes) for image in test.images])
+        truth = {key: torch.cat([getattr(image, key) for image in test.images]) for key in keys}
+        common.write_checkpoint(args.output / "detections.pth", dict(
+            found=found._asdict(), truth=truth | dict(counts=counts), classes=test.classes, result=result,
+            images=[str(image.path) for image in test.images], sizes=[list(image.size) for image in test.images],
+        ))  # fmt: skip
+        append(line, args.output)
+        if args.checkpoint != "random":
+            append(line, Path(args.checkpoint).parent)
+    run.finish(encoder.backbone)
+    if run.rank == 0:
+        print(line, flush=True)
+
+
+def load(args: argparse.Namespace) -> tuple[common.VocSet, common.VocSet]:
+    """Training and test images, with the same classes."""
+    data = common.load_voc(args, "train")
+    test = common.load_voc(args, "test", classes=data.classes)
+    data.size = test.size = args.test_size
+    if not any((args.train_difficult | ~image.difficult).any() for image in data.images):
+        raise common.Fault(f"the {len(data)} training images of {data.name} have no boxes")
+    if not any((~image.difficult).any() for image in test.images):
+        raise common.Fault(f"the {len(test)} test images of {test.name} have no boxes that count")
+    return data, test
+
+
+if __name__ == "__main__":
+    common.launch(main, parse_args)
