@@ -339,6 +339,16 @@ def test_boxes_follow_the_image() -> None:
         assert inner.mean() > 245 and float(pixels.sum()) == pytest.approx(float(inner.sum()), rel=0.1)
 
 
+@pytest.mark.parametrize("preset", eval_detection.PRESETS)
+def test_presets_parse(preset: str) -> None:
+    """Every preset sets options that exist, and drops its rate within its iterations."""
+    args = eval_detection.parse_args(["random", "--preset", preset])
+    for key, value in (eval_detection.PRESETS["voc07"] | eval_detection.PRESETS[preset]).items():
+        assert getattr(args, key) == value
+    assert all(drop < args.iterations for drop in args.lr_drops) and args.output.name.endswith(f"{preset}-seed0")
+    assert args.max_size >= args.test_size and (args.extra_bn <= (args.bn == "tuned"))
+
+
 def test_learning_rate() -> None:
     """From a thousandth up in --warmup steps, then a tenth after each drop."""
     args = options(lr=1.0, warmup=100, lr_drops=[500, 800])

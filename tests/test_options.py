@@ -12,6 +12,7 @@ import pytest
 from helpers import ROOT
 
 import common
+import eval_detection
 import eval_knn
 import npid
 
@@ -74,11 +75,11 @@ def parser_of(module: Any, monkeypatch: pytest.MonkeyPatch) -> argparse.Argument
         return original(self, *args)
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
-    module.parse_args(["random"] if module is eval_knn else [])
+    module.parse_args([] if module is npid else ["random"])
     return found[0]
 
 
-@pytest.mark.parametrize("module", [npid, eval_knn])
+@pytest.mark.parametrize("module", [npid, eval_knn, eval_detection])
 def test_every_option_has_help(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every option has a help text."""
     for action in parser_of(module, monkeypatch)._actions:
