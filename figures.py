@@ -5,16 +5,32 @@
     python figures.py curves runs/npid-cifar10-proximal-seed0 runs/npid-cifar10-oscillating-seed0    # Fig. 3 and 4
     python figures.py curves runs/npid-cifar10-seed*             # runs that differ in the seed alone: their mean
     python figures.py density runs/npid-cifar10-seed0 runs/local_aggregation-cifar10-seed0           # LA, Fig. 2
+    python figures.py neighbors runs/npid-cifar10-seed0          # LA, Fig. 3; DeepCluster, Fig. 5.3
+    python figures.py mds runs/local_aggregation-cifar10-seed0   # LA, Fig. 4
+    python figures.py edges runs/deepcluster-cifar10-seed0       # DeepCluster, Fig. 4.1 to 4.10
+    python figures.py pca runs/deepcluster-cifar10-seed0         # Fig. 4.3
+    python figures.py filters runs/deepcluster-cifar10-seed0     # Fig. 5.2
+    python figures.py maximize runs/deepcluster-cifar10-seed0    # Fig. 5.4
+    python figures.py lowshot runs/deepcluster-cifar10-seed0     # Fig. 5.1, after eval_linear.py --preset lowshot
+    python figures.py semisup runs/npid-cifar10-seed0            # NPID, Fig. 6, after eval_linear.py --preset finetune
+    python figures.py retrieval runs/npid-cifar10-seed0 runs/cld-cifar10-seed0    # CLD, Fig. A.3
+    python figures.py queue runs/cld-cifar10-moco-queue*         # CLD, Fig. A.2, after eval_knn.py
+    python figures.py ablation runs/npid-cifar10-*               # any table of ablations: the paper's figures, ours
+    python figures.py all runs/npid-cifar10-seed0                # what a run allows, with an index.md
 
 A run is the output folder of a training script, or a checkpoint file. The picture goes to NAME.png in the first run's
 folder, or to --out (.png, .pdf or .svg). Its small print says what was run.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import io
 import json
 import math
+import textwrap
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,10 +38,11 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
+from torch import Tensor, nn
 
 import common
 
@@ -77,6 +94,8 @@ def save(figure: Figure, title: str, note: str, runs: dict[str, Source], path: P
     """Write the file whole or not at all. A PNG has a palette, and as many dots as fit into 200 kB."""
     figure.suptitle(title, x=0.01, ha="left")
     small_print = [note] * bool(note) + [f"{label}: {source}" for label, source in runs.items() if source.options]
+    letters = int(21 * figure.get_figwidth())
+    small_print = [textwrap.fill(line, letters) for text in small_print for line in text.split("\n")]
     figure.supxlabel("\n".join(small_print), x=0.01, ha="left", fontsize=6, color="0.35")
     content = io.BytesIO()
     if path.suffix != ".png":
@@ -135,20 +154,26 @@ def load_data(encoder: common.Encoder, args: argparse.Namespace, device: torch.d
     return encoder.load_data(argparse.Namespace(**vars(args)), split, device)
 
 
-def extract(encoder: common.Encoder, data: common.ImageSet, args: argparse.Namespace, device: torch.device) -> Tensor:
-    """Unit rows (N, D) of all images, at the size and with the channel statistics of the encoder's own run."""
+def extract(
+    encoder: common.Encoder,
+    data: common.ImageSet,
+    args: argparse.Namespace,
+    device: torch.device,
+    describe: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Unit rows (N, D) of all images, or describe(images), at the size and with the statistics of the encoder's run."""
     if encoder.data:
         size, mean, std = args.image_size or encoder.data["size"], encoder.data["mean"], encoder.data["std"]
         data = dataclasses.replace(data, size=size, mean=tuple(mean), std=tuple(std))
 
     def embed(images: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, common.amp_default(device) if args.amp is None else args.amp):
-            return encoder.embed(images)
+            return (describe or encoder.embed)(images)
 
     return common.extract(device, data, embed, args.batch_size)
 
 
-# ---- gallery ---------------------------------------------------------------------------------------------------------
+# ---- images beside images -------------------------------------------------------------------------------------------
 
 
 class Strip(NamedTuple):
@@ -158,6 +183,33 @@ class Strip(NamedTuple):
     images: Tensor
     right: Tensor
     names: list[list[str]]
+    notes: Sequence[str] = ()  # at the end of each row; default: how many are right
+
+
+def labelled(encoder: common.Encoder, args: argparse.Namespace, device: torch.device) -> list[common.ImageSet]:
+    """Train and test images of the encoder's run that have a class."""
+    sets = [data.select((data.labels >= 0).nonzero()[:, 0]) for data in load_data(encoder, args, device)]
+    if not all(len(data) for data in sets):
+        raise common.Fault(f"{sets[0].name} has no classes: the picture needs a folder for each class")
+    return sets
+
+
+def pictures(
+    data: common.ImageSet, rows: Tensor, args: argparse.Namespace, device: torch.device
+) -> tuple[Tensor, list[str]]:
+    """Images at `rows` (R, 3, S, S) in [0, 1], and the names of their classes."""
+    images = torch.cat(list(data.centers(rows, args.batch_size, device))).cpu()
+    return images, [data.classes[label][:9] for label in data.labels[rows].tolist()]
+
+
+def strip(
+    title: str, train: common.ImageSet, index: Tensor, right: Tensor, args: argparse.Namespace, device: torch.device
+) -> Strip:
+    """The images at `index` (R, K) of `train`, right where `right` (R, K)."""
+    images, names = pictures(train, index.flatten(), args, device)
+    k = index.shape[1]
+    return Strip(title, images.view(*index.shape, *images.shape[1:]), right,
+                 [names[i : i + k] for i in range(0, len(names), k)])
 
 
 def pick_queries(right: Tensor, labels: Tensor, rows: int, seed: int) -> list[int]:
@@ -178,11 +230,28 @@ def pick_queries(right: Tensor, labels: Tensor, rows: int, seed: int) -> list[in
     return chosen
 
 
-def draw_gallery(queries: Tensor, names: list[str], strips: list[Strip]) -> Figure:
-    """Queries (R, 3, S, S), best cases first; to their right the neighbours, framed by whether the class is right."""
-    rows, k = strips[0].right.shape
-    pitch, start = 1.08 * k + 0.9, 1.5  # in widths of an image
-    tops = [1.36 * row + 0.75 * (row >= rows // 2) for row in range(rows)]
+def spread_out(order: list[int], labels: Tensor, rows: int) -> list[int]:
+    """`rows` of the queries in `order`, no class twice before every other came once, in their order. labels: (Q,)."""
+    seen, turn = Counter[int](), dict[int, int]()
+    for query in order:
+        label = int(labels[query])
+        turn[query], seen[label] = seen[label], seen[label] + 1
+    chosen = sorted(order, key=turn.__getitem__)[:rows]
+    return [query for query in order if query in chosen]
+
+
+def draw_gallery(queries: Tensor, names: list[str], strips: list[Strip], parts: dict[str, int]) -> Figure:
+    """Queries (R, 3, S, S), to their right the neighbours, framed by whether the class is right.
+
+    parts: headings, each with the number of rows below it.
+    """
+    k = strips[0].right.shape[1]
+    pitch, start = 1.08 * k + 0.9 + 0.7 * bool(strips[0].notes), 1.5  # in widths of an image
+    tops = [1.36 * row for row in range(len(queries))]
+    first = 0
+    for number, rows in enumerate(parts.values()):
+        tops[first : first + rows] = [top + 0.75 * number for top in tops[first : first + rows]]
+        first += rows
     width, inches = start + len(strips) * pitch, 0.62 if len(strips) == 1 else 0.5
     figure = Figure((inches * width + 0.2, inches * (tops[-1] + 2.3) + 0.7), layout="constrained")
     axes = figure.add_subplot(xlim=(-0.1, width), ylim=(tops[-1] + 1.4, -0.9), aspect="equal")
@@ -193,10 +262,10 @@ def draw_gallery(queries: Tensor, names: list[str], strips: list[Strip]) -> Figu
         axes.add_patch(Rectangle((x, y), 1, 1, fill=False, edgecolor=color, linewidth=1.8))
         axes.text(x + 0.5, y + 1.06, text, ha="center", va="top", fontsize=5.5, color=color)
 
-    for word, half in (("best", slice(rows // 2)), ("worst", slice(rows // 2, None))):
-        counts = sorted(set(strips[0].right[half].sum(1).tolist()))
-        span = " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
-        axes.text(0, tops[half][0] - 0.12, f"{word} cases: {span} of {k} right", fontweight="bold", va="bottom")
+    first = 0
+    for heading, rows in parts.items():
+        axes.text(0, tops[first] - 0.12, heading, fontweight="bold", va="bottom")
+        first += rows
     for image, name, y in zip(queries, names, tops, strict=True):
         show(image, 0, y, "black", name)
     for number, strip in enumerate(strips):
@@ -206,7 +275,8 @@ def draw_gallery(queries: Tensor, names: list[str], strips: list[Strip]) -> Figu
             for column, right in enumerate(strip.right[row].tolist()):
                 text = "✓" if right else f"✗ {strip.names[row][column]}"
                 show(strip.images[row, column], left + 1.08 * column, y, RIGHT if right else WRONG, text)
-            axes.text(left + 1.08 * k + 0.05, y + 0.5, f"{int(strip.right[row].sum())}/{k}", va="center", fontsize=7)
+            note = strip.notes[row] if strip.notes else f"{int(strip.right[row].sum())}/{k}"
+            axes.text(left + 1.08 * k + 0.05, y + 0.5, note, va="center", fontsize=7 if not strip.notes else 6)
     return figure
 
 
@@ -214,15 +284,7 @@ def gallery(args: argparse.Namespace) -> None:
     """Test images and their nearest training images, best and worst cases (NPID, Fig. 5)."""
     device, k = common.pick_device(args.device), args.num_neighbors
     encoders, sources = open_networks(args, device)
-    sets = load_data(encoders[0], args, device)
-    train, test = (data.select((data.labels >= 0).nonzero()[:, 0]) for data in sets)
-    if not len(train) or not len(test):
-        raise common.Fault(f"{train.name} has no classes: the gallery needs a folder for each class")
-
-    def pictures(data: common.ImageSet, rows: Tensor) -> tuple[Tensor, list[str]]:
-        images = torch.cat(list(data.centers(rows, args.batch_size, device))).cpu()
-        return images, [data.classes[label][:9] for label in data.labels[rows].tolist()]
-
+    train, test = labelled(encoders[0], args, device)
     chosen, strips = list[int](), list[Strip]()
     runs = dict(zip(legend(sources), sources, strict=True))
     for encoder, title in zip(encoders, runs, strict=True):
@@ -230,14 +292,95 @@ def gallery(args: argparse.Namespace) -> None:
         index = common.neighbors(queries, keys, k)[1].cpu()
         right = train.labels[index] == test.labels[:, None]
         chosen = chosen or pick_queries(right.sum(1), test.labels, args.rows, args.seed)
-        images, names = pictures(train, index[chosen].flatten())
         title += f": {100 * right.float().mean():.1f} % right over all {len(test):,} test images"
-        images = images.view(len(chosen), k, *images.shape[1:])
-        strips.append(Strip(title, images, right[chosen], [names[i : i + k] for i in range(0, len(names), k)]))
+        strips.append(strip(title, train, index[chosen], right[chosen], args, device))
+    parts = dict[str, int]()
+    for word, half in (("best", slice(args.rows)), ("worst", slice(args.rows, None))):
+        counts = sorted(set(strips[0].right[half].sum(1).tolist()))
+        span = " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
+        parts[f"{word} cases: {span} of {k} right"] = args.rows
     note = (f"Left: test images of {test.name}, chosen by neighbours in the first network, seed {args.seed}. Right: "
             f"the {k} nearest of {len(train):,} training images, nearest first; green and ✓: the class is right.")
-    figure = draw_gallery(*pictures(test, torch.tensor(chosen)), strips)
+    figure = draw_gallery(*pictures(test, torch.tensor(chosen), args, device), strips, parts)
     save(figure, f"Test images and their {k} nearest training images", note, runs, args.out)
+
+
+def votes(
+    queries: Tensor, keys: Tensor, train: common.ImageSet, temperature: float = 0.07
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Class (Q,) of the weighted kNN, its share of the votes (Q,), and the K = 200 neighbours (Q, K), nearest first."""
+    found, share, nearest = list[Tensor](), list[Tensor](), list[Tensor]()
+    labels = train.labels.to(keys.device)
+    for part in torch.split(queries, 4096):
+        similarity, index = common.neighbors(part, keys, min(200, len(keys)))
+        scores = common.knn_scores(similarity, labels[index], len(train.classes), temperature)
+        best = scores.max(1)
+        found.append(best.indices.cpu())
+        share.append((best.values.double() / scores.sum(1)).cpu())
+        nearest.append(index.cpu())
+    return torch.cat(found), torch.cat(share), torch.cat(nearest)
+
+
+def neighbors(args: argparse.Namespace) -> None:
+    """Sure and unsure test images and their neighbours, trained and untrained (Local Aggregation, Fig. 3; DeepCluster,
+    Fig. 5.3)."""
+    device = common.pick_device(args.device)
+    encoders, sources = open_networks(args, device)
+    train, test = labelled(encoders[0], args, device)
+    if args.num_neighbors > len(train):
+        raise common.Fault(f"--k {args.num_neighbors} is more than the {len(train)} training images")
+    chosen, parts, strips = list[int](), dict[str, int](), list[Strip]()
+    runs = dict(zip(legend(sources), sources, strict=True))
+    for encoder, title in zip(encoders, runs, strict=True):
+        found, share, index = votes(extract(encoder, test, args, device), extract(encoder, train, args, device), train)
+        correct = found == test.labels
+        if not chosen:  # by the first network, as far as there are any
+            order = share.argsort(descending=True, stable=True)
+            right, wrong = order[correct[order]].tolist(), order[~correct[order]].tolist()
+            sure = spread_out(right, test.labels, args.rows)
+            unsure = spread_out(wrong[::-1], test.labels, args.rows)[::-1]
+            chosen = sure + unsure
+            headings = {"right and surest": len(sure), "wrong and least sure": len(unsure)}
+            parts = {heading: rows for heading, rows in headings.items() if rows}
+        title += f": kNN accuracy {100 * correct.double().mean():.1f} %"
+        nearest = index[chosen, : args.num_neighbors]
+        shown = strip(title, train, nearest, train.labels[nearest] == test.labels[chosen, None], args, device)
+        results = [f"{train.classes[found[query]][:9]}\n{100 * share[query]:.0f} %" for query in chosen]
+        strips.append(shown._replace(notes=results))
+    note = (f"Left: test images of {test.name}, of each class the one that the first network is surest of (below: "
+            "least sure of and wrong), of these the surest (least sure). After each row the "
+            f"class that the weighted kNN (K = {index.shape[1]}, tau = 0.07) finds, and its share of the votes; "
+            f"{len(train):,} training images, nearest first; green and ✓: the class is right.")
+    figure = draw_gallery(*pictures(test, torch.tensor(chosen), args, device), strips, parts)
+    save(figure, "Nearest neighbours by confidence", note, runs, args.out)
+
+
+def retrieval(args: argparse.Namespace) -> None:
+    """Retrievals of two networks side by side, for queries drawn at random (CLD, Fig. A.3)."""
+    device, k = common.pick_device(args.device), args.num_neighbors
+    encoders, sources = open_networks(args, device)
+    if len(encoders) != 2:
+        raise common.Fault(f"retrieval compares two networks, not {len(encoders)}: name two runs, or one")
+    train, test = labelled(encoders[0], args, device)
+    if args.rows > len(test):
+        raise common.Fault(f"--rows {args.rows} is more than the {len(test)} test images")
+    order = torch.randperm(len(test), generator=common.generator(args.seed, "retrieval")).tolist()
+    chosen, strips = spread_out(order, test.labels, args.rows), list[Strip]()
+    runs = dict(zip(legend(sources), sources, strict=True))
+    for encoder, title in zip(encoders, runs, strict=True):
+        keys = extract(encoder, train, args, device)
+        queries = extract(encoder, test, args, device)
+        index = common.neighbors(queries, keys, k)[1].cpu()
+        right = train.labels[index] == test.labels[:, None]
+        if not strips:
+            chosen.sort(key=lambda query: -int(right[query].sum()))
+        title += f": {100 * right.float().mean():.1f} % right over all {len(test):,}"
+        strips.append(strip(title, train, index[chosen], right[chosen], args, device))
+    note = (f"Left: test images of {test.name}, drawn by seed {args.seed}, a class at most once more than any other, "
+            f"sorted by the first network. Right: the {k} nearest of {len(train):,} training images; green and ✓: the "
+            "class is right.")
+    figure = draw_gallery(*pictures(test, torch.tensor(chosen), args, device), strips, {"random queries": args.rows})
+    save(figure, "Retrievals side by side", note, runs, args.out)
 
 
 # ---- curves ----------------------------------------------------------------------------------------------------------
@@ -401,6 +544,687 @@ def density(args: argparse.Namespace) -> None:
     save(figure, "Density of the embedding", note, runs, args.out)
 
 
+# ---- mds -------------------------------------------------------------------------------------------------------------
+
+
+def embed_mds(features: Tensor) -> Tensor:
+    """Metric MDS (N, 2) of the Euclidean distances between rows (N, D): scikit-learn's, from the principal plane on."""
+    from sklearn.manifold import MDS
+
+    x = features.double().cpu()
+    left, scale, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    start = F.pad(left[:, :2] * scale[:2], (0, max(0, 2 - len(scale))))
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of defaults that are not used here
+        found = MDS(2, n_init=1, max_iter=1000, eps=1e-7).fit_transform(x.numpy(), init=start.numpy())
+    return torch.from_numpy(found)
+
+
+def two_parts(points: Tensor) -> tuple[Tensor, float]:
+    """The parts of points (N, 2) that k-means finds, (N,), and their separation: distance over the mean spread."""
+    found = common.kmeans(points, 2, seed=0)
+    inside = (points.float() - found.centroids[found.labels.long()]).norm(dim=1).mean()
+    return found.labels.cpu().long(), float((found.centroids[0] - found.centroids[1]).norm() / (inside + 1e-12))
+
+
+class Cloud(NamedTuple):
+    """A panel of MDS: points (N, 2) of the classes (N,), names of the classes, the images (N, 3, S, S)."""
+
+    title: str
+    points: Tensor
+    labels: Tensor
+    names: dict[int, str]
+    images: Tensor
+
+
+def draw_mds(clouds: list[Cloud]) -> Figure:
+    """A panel for each cloud. Grey boxes: the class that falls apart most, three images from each of its two parts."""
+    from matplotlib.offsetbox import AnnotationBbox, HPacker, OffsetImage
+
+    rows = len(clouds) // 2
+    figure = Figure((9, 4.0 * rows + 0.7), layout="constrained")
+    for axes, cloud in zip(figure.subplots(rows, 2, squeeze=False).flat, clouds, strict=True):
+        split = dict[int, tuple[Tensor, float]]()
+        for number, (label, name) in enumerate(cloud.names.items()):
+            own = cloud.points[cloud.labels == label]
+            split[label] = two_parts(own)
+            axes.scatter(*own.T.numpy(), s=13, color=COLORS[number % 7], marker="osD^vP"[number % 6], label=name,
+                         alpha=0.75, linewidths=0)
+        label = max(split, key=lambda key: split[key][1])
+        own, images = cloud.points[cloud.labels == label], cloud.images[cloud.labels == label]
+        for part in range(2):
+            members = (split[label][0] == part).nonzero()[:, 0]
+            center = own[members].mean(0)
+            nearest = members[(own[members] - center).norm(dim=1).argsort()[:3]]
+            zoom = 26 / images.shape[-1]
+            boxes: list[Any] = [OffsetImage(images[row].movedim(0, 2).numpy(), zoom=zoom) for row in nearest.tolist()]
+            where = (0.2 + 0.6 * (float(center[0]) > float(own[:, 0].mean())), 0.07)
+            axes.add_artist(AnnotationBbox(HPacker(children=boxes, pad=0, sep=2), tuple(center.tolist()), where,
+                                           boxcoords="axes fraction", arrowprops=dict(arrowstyle="-", color="0.5"),
+                                           bboxprops=dict(edgecolor="0.5", linewidth=1.2), pad=0.2))
+        (x, y), reach = cloud.points.mean(0).tolist(), float((cloud.points - cloud.points.mean(0)).abs().max())
+        axes.set(title=f"{cloud.title}; boxes: {cloud.names[label].split(',')[0]}", aspect="equal", xlabel="first axis",
+                 ylabel="second axis", xticks=[], yticks=[], xlim=(x - 1.1 * reach, x + 1.1 * reach),
+                 ylim=(y - 1.4 * reach, y + 1.1 * reach))
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)
+    return figure
+
+
+def mds(args: argparse.Namespace) -> None:
+    """Training images of classes with high and with low kNN accuracy in the plane (Local Aggregation, Fig. 4)."""
+    device = common.pick_device(args.device)
+    encoders, sources = open_networks(args, device)
+    train, test = labelled(encoders[0], args, device)
+    runs, clouds = dict(zip(legend(sources), sources, strict=True)), list[Cloud]()
+    present = [label for label in range(len(train.classes)) if (train.labels == label).sum() > 2]
+    count = min(args.classes, len(present) // 2)
+    if not count:
+        raise common.Fault(f"{train.name} has fewer than two classes with three training images")
+    for encoder, name in zip(encoders, runs, strict=True):
+        keys = extract(encoder, train, args, device)
+        correct = votes(extract(encoder, test, args, device), keys, train)[0] == test.labels
+        accuracy = {label: 100 * float(correct[test.labels == label].double().nan_to_num().mean().nan_to_num())
+                    for label in present}
+        order = sorted(present, key=lambda label: -accuracy[label])
+        for word, labels in (("high", order[:count]), ("low", order[-count:])):
+            source = common.generator(args.seed, "mds")
+            rows = [(train.labels == label).nonzero()[:, 0] for label in labels]
+            index = torch.cat([own[torch.randperm(len(own), generator=source)[: args.images]] for own in rows])
+            images = pictures(train, index, args, device)[0]
+            names = {label: f"{train.classes[label][:14]}, {accuracy[label]:.0f} %" for label in labels}
+            title = f"{name}: {word} accuracy" if len(runs) > 1 else f"classes with {word} kNN accuracy"
+            clouds.append(Cloud(title, embed_mds(keys[index]), train.labels[index], names, images))
+    note = (f"Metric MDS (Euclidean) of the features of at most {args.images} training images of each class, drawn by "
+            f"seed {args.seed}; each panel on its own. In the legend each class's kNN accuracy among {len(test):,} "
+            "test images.\nGrey boxes: the class that falls most clearly into two parts, and the images next to the "
+            "centre of each part.")
+    save(draw_mds(clouds), "The embedding in the plane", note, runs, args.out)
+
+
+# ---- filters ---------------------------------------------------------------------------------------------------------
+
+
+def first_filters(network: nn.Module) -> Tensor:
+    """Filters of the first convolution (C, 3, k, k), or those composed with Sobel's (C, 1, k + 2, k + 2)."""
+    weight = next(module.weight for module in network.modules() if isinstance(module, nn.Conv2d)).detach().cpu().float()
+    sobel = next((module for module in network.modules() if isinstance(module, common.Sobel)), None)
+    return weight if sobel is None else F.conv_transpose2d(weight, sobel.kernels.cpu())
+
+
+def draw_filters(panels: dict[str, Tensor]) -> Figure:
+    """The filters of each network side by side, each from its own darkest to its own brightest value."""
+    figure = Figure((4.2 * len(panels) + 0.4, 4.9), layout="constrained")
+    for axes, (title, filters) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        low, high = filters.amin((1, 2, 3), keepdim=True), filters.amax((1, 2, 3), keepdim=True)
+        tiles = F.pad((filters - low) / (high - low + 1e-12), (1, 0, 1, 0), value=1.0).expand(-1, 3, -1, -1)
+        columns = math.ceil(len(tiles) ** 0.5)
+        tiles = torch.cat([tiles, torch.ones(-len(tiles) % columns, *tiles.shape[1:])])
+        count, _, side, _ = tiles.shape
+        mosaic = tiles.view(count // columns, columns, 3, side, side).permute(0, 3, 1, 4, 2)
+        axes.imshow(mosaic.reshape(count // columns * side, columns * side, 3).numpy(), interpolation="nearest")
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(title, wrap=True)
+        axes.grid(visible=False)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    return figure
+
+
+def filters(args: argparse.Namespace) -> None:
+    """Filters of the first layer, with Sobel's composed (DeepCluster, Fig. 5.2)."""
+    encoders, sources = open_networks(args, torch.device("cpu"))
+    runs, panels = dict(zip(legend(sources), sources, strict=True)), dict[str, Tensor]()
+    for encoder, name in zip(encoders, runs, strict=True):
+        found = first_filters(encoder.backbone)
+        kind = "on RGB" if found.shape[1] == 3 else "on Sobel's gradients, composed with them"
+        panels[f"{name}\n{len(found)} filters of {found.shape[2]} x {found.shape[3]} {kind}"] = found
+    note = "Each filter from its own smallest (dark) to its own largest weight (bright)."
+    save(draw_filters(panels), "Filters of the first layer", note, runs, args.out)
+
+
+# ---- maximize --------------------------------------------------------------------------------------------------------
+
+STAGES = ["conv1", "conv2", "conv3", "conv4", "conv5"]
+
+
+def ascend(
+    fire: Callable[[Tensor], Tensor], images: Tensor, steps: int, rate: float = 0.2, decay: float = 1e-3
+) -> Tensor:
+    """Images (B, 3, S, S) after `steps` of ascent on fire(images) (B,), each by its gradient of unit RMS times `rate`.
+
+    Regularised as in the thesis: the image decays (L2), and every 5 steps it is blurred. The rate falls to zero.
+    """
+    sigma = torch.full((len(images),), 0.4, device=images.device)
+    for step in range(steps):
+        images = images.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(fire(images).sum(), images)
+        rms = gradient.square().mean((1, 2, 3), keepdim=True).sqrt()
+        images = images.detach() * (1 - decay) + rate * (1 - step / steps) * gradient / rms.clamp(min=1e-12)
+        if step % 5 == 4:
+            images = common.gaussian_blur(images, sigma, 5)
+    return images
+
+
+class Channel(NamedTuple):
+    """A channel's image by ascent (3, S, S) in [0, 1], its mean activation on noise and on it, its 9 images."""
+
+    title: str
+    optimum: Tensor
+    before: float
+    after: float
+    images: Tensor
+
+
+def stretch(images: Tensor) -> Tensor:
+    """(B, 3, S, S) -> [0, 1]: each image's mean becomes grey, two standard deviations span the range."""
+    mean, std = images.mean((1, 2, 3), keepdim=True), images.std((1, 2, 3), keepdim=True)
+    return (0.5 + (images - mean) / (4 * std + 1e-12)).clamp(0, 1)
+
+
+def draw_maximize(rows: dict[str, list[Channel]]) -> Figure:
+    """A row for each stage; of each channel the optimum, and beside it the 9 images that fire it most."""
+    columns = max(len(channels) for channels in rows.values())
+    figure = Figure((1.75 * columns + 0.7, 1.08 * len(rows) + 0.9), layout="constrained")
+    axes = figure.add_subplot(xlim=(-0.5, 6.9 * columns), ylim=(4.1 * len(rows), -0.9), aspect="equal")
+    axes.axis("off")
+    for row, (stage, channels) in enumerate(rows.items()):
+        axes.text(-0.4, 4.1 * row + 1.5, stage, rotation=90, va="center", ha="right", fontsize=9)
+        for column, channel in enumerate(channels):
+            x, y = 6.9 * column, 4.1 * row
+            axes.imshow(channel.optimum.movedim(0, 2).numpy(), extent=(x, x + 3, y + 3, y))
+            axes.text(x, y - 0.08, channel.title, fontsize=6, va="bottom")
+            raised = f"{channel.before:.2g} → {channel.after:.2g}"
+            axes.text(x + 6.15, y - 0.08, raised, fontsize=6, va="bottom", ha="right")
+            for place, image in enumerate(channel.images):
+                left, top = x + 3.15 + place % 3, y + place // 3
+                axes.imshow(image.movedim(0, 2).numpy(), extent=(left, left + 0.96, top + 0.96, top))
+    return figure
+
+
+def maximize(args: argparse.Namespace) -> None:
+    """Images by gradient ascent on channels of each stage, and those that fire them most (DeepCluster, Fig. 5.4)."""
+    device = common.pick_device(args.device)
+    encoders, sources = open_networks(args, device)
+    if len(encoders) > 1:
+        raise common.Fault("maximize looks into one network: name one run")
+    network: Any = encoders[0].backbone
+    data = load_data(encoders[0], args, device)[0]
+    data = data.select(torch.randperm(len(data), generator=common.generator(args.seed, "images"))[: args.images])
+    wanted = [STAGES.index(stage) for stage in args.stages]
+
+    def means(images: Tensor) -> Tensor:
+        return torch.cat([network.stages(images)[stage].mean((2, 3)) for stage in wanted], 1)
+
+    fired = extract(encoders[0], data, args, device, means).cpu()  # (N, channels of all stages)
+    size, rows, offset = args.image_size or encoders[0].data.get("size", data.size), dict[str, list[Channel]](), 0
+    for stage in wanted:
+        maps = network.stages(torch.zeros(1, 3, size, size, device=device))[stage].shape[1]
+        alive = (fired[:, offset : offset + maps].amax(0) > 0).nonzero()[:, 0]
+        source = common.generator(args.seed, "maximize", stage)
+        chosen = alive[torch.randperm(len(alive), generator=source)[: args.channels]].sort().values
+        # Of 16 noise images the one on which a channel fires most: one that is silent has no gradient.
+        noise = 0.35 * torch.randn(16, 3, size, size, generator=source).to(device)
+        rest = network.stages(noise)[stage].mean((2, 3))[:, chosen.to(device)]
+        channel, place = chosen.to(device), torch.arange(len(chosen), device=device)
+
+        def fire(images: Tensor, stage: int = stage, channel: Tensor = channel, place: Tensor = place) -> Tensor:
+            activation: Tensor = network.stages(images)[stage][place, channel].mean((1, 2))
+            return activation
+
+        optimum = ascend(fire, noise[rest.argmax(0)], args.steps)
+        with torch.no_grad():
+            after = fire(optimum).tolist()
+        shown, channels = stretch(optimum).cpu(), list[Channel]()
+        for number, index in enumerate(chosen.tolist()):
+            top = fired[:, offset + index].topk(min(9, len(data))).indices
+            before = rest[:, number].mean().item()
+            images = torch.cat(list(data.centers(top, 9, device))).cpu()
+            channels.append(Channel(f"channel {index}", shown[number], before, after[number], images))
+        rows[STAGES[stage]], offset = channels, offset + maps
+    raised = sorted(channel.after / max(channel.before, 1e-12) for channels in rows.values() for channel in channels)
+    note = (f"Large: an image after {args.steps} steps of ascent on the mean activation of a channel, from noise; L2 "
+            f"penalty, blur every 5 steps; its contrast is stretched. Above it the channel, drawn by seed {args.seed}, "
+            f"and its activation on noise and on the image: {raised[len(raised) // 2]:.0f} times as much in the "
+            f"median, {raised[0]:.0f} at least. Small: "
+            f"the 9 of {len(data):,} training images with the highest mean activation.")
+    runs = dict(zip(legend(sources), sources, strict=True))
+    save(draw_maximize(rows), "What fires a channel most", note, runs, args.out)
+
+
+# ---- edges -----------------------------------------------------------------------------------------------------------
+
+
+def edge_shares(nearest: Tensor, labels: Tensor) -> Tensor:
+    """Of the edges (i, j) that leave a class's images the share in percent that end in it, (C,); NaN without images.
+
+    nearest: (N, k) neighbours of each image; labels: (N,). The ratio edge intra-class of DeepCluster's section 4.1.
+    """
+    same = (labels[nearest] == labels[:, None]).double().mean(1)
+    sums = torch.zeros(int(labels.max()) + 1, dtype=torch.float64).index_add_(0, labels, same)
+    return 100 * sums / torch.bincount(labels)
+
+
+def edge_curve(options: dict[str, Any], rows: Rows) -> list[tuple[int, float]]:
+    """Epochs trained so far, ratio edge intra-class: where a clustering measured it, other epochs repeat the last."""
+    measured = [row for row in rows if "ratio_edge" in row and (row["epoch"] - 1) % options["reassign_every"] == 0]
+    return [(row["epoch"] - 1, row["ratio_edge"]) for row in measured]
+
+
+def draw_edges(boxes: dict[str, Tensor], chance: float, curves: dict[str, list[tuple[int, float]]]) -> Figure:
+    """Box plots over classes of the networks, and means over the epochs of the runs."""
+    panels = bool(boxes) + bool(curves)
+    figure = Figure((4.4 * panels + 0.6, 3.8), layout="constrained")
+    left, right = (figure.subplots(1, 2) if panels == 2 else [figure.subplots()] * 2)
+    if boxes:
+        shown = [values[~values.isnan()].tolist() for values in boxes.values()]
+        left.boxplot(shown, widths=0.5, showmeans=True, medianprops=dict(color=COLORS[4], linewidth=1.6),
+                     meanprops=dict(marker="D", markerfacecolor="black", markeredgecolor="black", markersize=4))
+        for place, values in enumerate(shown, 1):
+            mean = sum(values) / len(values)
+            left.annotate(f"{mean:.1f}", (place + 0.3, mean), va="center", fontsize=7)
+        left.axhline(chance, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)))
+        left.annotate(f"random graph {chance:.1f}", (0, chance), (3, 2), xycoords=("axes fraction", "data"),
+                      textcoords="offset points", color="0.4", fontsize=7)
+        left.set(title=f"{len(shown[0])} classes, final network", ylabel="edges that stay in their class, %")
+        left.set_xticks(range(1, len(boxes) + 1), [textwrap.fill(name, 16) for name in boxes], fontsize=7)
+    if curves:
+        for number, (name, points) in enumerate(curves.items()):
+            right.plot(*zip(*points, strict=True), **look(number), markersize=3, label=name)
+        right.set(title="mean over classes", xlabel="epochs trained", ylabel="edges that stay in their class, %")
+        right.xaxis.set_major_locator(MaxNLocator(integer=True))
+        right.legend(fontsize=7)
+    return figure
+
+
+def edges(args: argparse.Namespace) -> None:
+    """Ratio edge intra-class, box plots and curves (DeepCluster, Fig. 4.1, 4.2, 4.4 to 4.7, 4.9, 4.10)."""
+    device, logs = common.pick_device(args.device), dict[str, tuple[Source, list[tuple[int, float]]]]()
+    folders = {name: Path(name).parent if Path(name).is_file() else Path(name) for name in args.runs}
+    for name, folder in folders.items():
+        if (folder / "log.jsonl").exists() and name != "random":
+            source, rows, _ = read_log(name)
+            if points := edge_curve(source.options, rows):
+                logs[name] = source, points
+    drawn = [name for name in args.runs if Path(name).is_file() or Path(name, "checkpoint.pth").exists()]
+    if not drawn and not logs:
+        raise common.Fault(f"{args.runs[0]} has neither a checkpoint nor a log with ratio_edge")
+    boxes, chance, sources = dict[str, Tensor](), math.nan, [source for source, _ in logs.values()]
+    curves = dict(zip(legend(sources), (points for _, points in logs.values()), strict=True))
+    note = ""
+    if drawn:
+        named = [name for name in args.runs if name in (*drawn, "random")]
+        encoders, sources = open_networks(argparse.Namespace(**vars(args) | dict(runs=named)), device)
+        data = labelled(encoders[0], args, device)[0]
+        for encoder, name in zip(encoders, legend(sources), strict=True):
+            features, every = extract(encoder, data, args, device), torch.arange(len(data))
+            nearest = common.neighbors(features, features, args.num_neighbors, exclude=every.to(device))[1].cpu()
+            boxes[name] = edge_shares(nearest, data.labels)
+        sizes = torch.bincount(data.labels).double()
+        chance = float((100 * (sizes[sizes > 0] - 1) / (len(data) - 1)).mean())
+        note = (f"Box plots: {args.num_neighbors} nearest neighbours among {len(data):,} training images of "
+                f"{data.name}, by unit features; orange: median, diamond and number: mean, box: quartiles, whiskers: "
+                "1.5 times their distance.")
+    if logs:
+        note += "\n" * bool(note) + "Curves: from the logs, 10 neighbours, by the descriptors that are clustered."
+    runs = dict(zip(legend(sources), sources, strict=True))
+    runs |= dict(zip(curves, (source for source, _ in logs.values()), strict=True))
+    save(draw_edges(boxes, chance, curves), "Ratio edge intra-class", note, runs, args.out)
+
+
+# ---- pca -------------------------------------------------------------------------------------------------------------
+
+
+def variance_kept(features: Tensor) -> Tensor:
+    """Share in percent of the variance of rows (N, D) that the 1, 2, ... D largest eigenvalues have, (D,)."""
+    x = features.double()
+    values: Tensor = torch.linalg.eigvalsh((x - x.mean(0)).T @ (x - x.mean(0))).flip(0).clamp(min=0)
+    return 100 * values.cumsum(0) / values.sum().clamp(min=1e-300)
+
+
+def draw_pca(curves: dict[str, Tensor]) -> Figure:
+    """Share of the variance against the number of components, at most 256."""
+    figure = Figure((5.6, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, kept) in enumerate(curves.items()):
+        shown = kept[:256].tolist()
+        axes.plot(range(1, len(shown) + 1), shown, **look(number), markevery=0.1, markersize=4,
+                  label=f"{name}: {shown[0]:.0f} % in the first")
+    axes.set(xscale="log", xlabel="k, largest eigenvalues", ylabel="variance retained, %", ylim=(0, 102),
+             title="share of the variance in k principal directions")
+    ticks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k <= max(len(kept) for kept in curves.values())]
+    axes.set_xticks(ticks, [str(k) for k in ticks])
+    axes.minorticks_off()
+    axes.legend()
+    return figure
+
+
+def pca(args: argparse.Namespace) -> None:
+    """Share of the variance that the largest eigenvalues keep, before whitening (DeepCluster, Fig. 4.3)."""
+    device = common.pick_device(args.device)
+    encoders, sources = open_networks(args, device)
+    data = load_data(encoders[0], args, device)[0]
+    runs, curves = dict(zip(legend(sources), sources, strict=True)), dict[str, Tensor]()
+    for encoder, name in zip(encoders, runs, strict=True):
+        network: Any = encoder.backbone
+        before_relu = functools.partial(network, relu_last=False) if args.layer != "head" else None
+        curves[name] = variance_kept(extract(encoder, data, args, device, before_relu).cpu())
+    layer = "Unit features of the heads" if args.layer == "head" else "Features of the backbones, before the last ReLU"
+    note = f"{layer}; {len(data):,} training images of {data.name}."
+    save(draw_pca(curves), "Principal components", note, runs, args.out)
+
+
+# ---- pictures from evaluations ---------------------------------------------------------------------------------------
+
+
+def read_eval(name: str, baselines: bool = False) -> Rows:
+    """The lines of eval.jsonl beside a run's checkpoint, oldest first; baselines: those of untrained networks, too."""
+    path = (Path(name).parent if Path(name).is_file() else Path(name)) / "eval.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    except OSError:
+        return []
+    except ValueError:
+        raise common.Fault(f"{path} is no list of results: each line has to be JSON") from None
+    own = [row for row in rows if isinstance(row, dict) and row.get("checkpoint") not in ("random", "pixels")]
+    return [row for row in rows if isinstance(row, dict)] if baselines else own
+
+
+def last(rows: Rows, key: str) -> float | None:
+    """The figure that was measured last, if any."""
+    return next((float(row[key]) for row in reversed(rows) if row.get(key) is not None), None)
+
+
+def draw_queue(points: dict[str, dict[int, list[float]]]) -> Figure:
+    """A panel for each figure of merit, by the size of the queue; several runs of a size: their mean, each a dot."""
+    figure = Figure((3.1 * len(points) + 0.3, 3.4), layout="constrained")
+    for number, (axes, (name, sizes)) in enumerate(zip(figure.subplots(1, len(points)), points.items(), strict=True)):
+        means = [sum(sizes[size]) / len(sizes[size]) for size in sorted(sizes)]
+        axes.plot(sorted(sizes), means, **look(number))
+        for size, values in sizes.items():
+            axes.scatter([size] * len(values), values, s=8, color=COLORS[number % 7])
+        for size, mean in zip(sorted(sizes), means, strict=True):
+            axes.annotate(f"{mean:.1f}", (size, mean), (0, 5), textcoords="offset points", ha="center", fontsize=7)
+        axes.set(title=name, xscale="log", xlabel="keys in the queue", ylabel="%")
+        axes.set_xticks(sorted(sizes), [f"{size:,}" for size in sorted(sizes)])
+        axes.minorticks_off()
+        axes.margins(0.12, 0.15)
+    return figure
+
+
+def queue(args: argparse.Namespace) -> None:
+    """NMI, retrieval and kNN accuracy of MoCo by the size of its queue (CLD, Fig. A.2)."""
+    merits = {"NMI": "nmi", "retrieval: 1 nearest": "precision_at_1", "kNN accuracy": "knn_top1"}
+    sources, points = list[Source](), {name: dict[int, list[float]]() for name in merits}
+    for name in args.runs:
+        source, rows = read_log(name)[0], read_eval(name)
+        if not str(source.options.get("host")).startswith(("moco", "infomin")):
+            raise common.Fault(f"{name} has no queue: it takes runs of cld.py --host moco")
+        for merit, key in merits.items():
+            value = last([row for row in rows if row.get("protocol") == "knn"], key)
+            if value is None:
+                raise common.Fault(f"{name} has no {key} in eval.jsonl: run eval_knn.py {name}/checkpoint.pth "
+                                   "--retrieval --clustering")
+            points[merit].setdefault(source.options["queue_size"], []).append(value)
+        sources.append(source)
+    note = "Test images: their k-means against the classes, their nearest training image, weighted kNN."
+    save(draw_queue(points), "MoCo by the size of its queue", note, dict(zip(legend(sources), sources, strict=True)),
+         args.out)
+
+
+def draw_labels(curves: dict[str, list[tuple[float, float, float]]], x: str, y: str) -> Figure:
+    """Accuracy over the number of labels: (labels, mean, deviation over the draws) for each network."""
+    figure = Figure((5.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    ticks = sorted({labels for points in curves.values() for labels, *_ in points})
+    for number, (name, points) in enumerate(curves.items()):
+        labels, means, deviations = zip(*sorted(points), strict=True)
+        axes.errorbar(labels, means, deviations, **look(number), capsize=3, markersize=4, label=name)
+        for where, mean in zip(labels, means, strict=True):
+            above = mean >= max(v for other in curves.values() for at, v, _ in other if at == where)
+            axes.annotate(f"{mean:.1f}", (where, mean), (0, 6 if above else -12), textcoords="offset points",
+                          ha="center", fontsize=7, color=COLORS[number % 7])
+    axes.set(xscale="log", xlabel=x, ylabel=y, title="all layers fine-tuned")
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.margins(0.08, 0.12)
+    axes.legend(loc="upper left")
+    return figure
+
+
+def label_curves(
+    args: argparse.Namespace, preset: str, key: str, labels: Callable[[dict[str, Any], Source], float]
+) -> tuple[dict[str, Source], dict[str, list[tuple[float, float, float]]], str]:
+    """What was run, its curves by fine-tuning under `preset`, and the small print; untrained networks as baselines."""
+    sources, own = [read_log(name)[0] for name in args.runs], list[list[tuple[float, float, float]]]()
+    untrained = dict[str, list[tuple[float, float, float]]]()
+    for name, source in zip(args.runs, sources, strict=True):
+        lines = [row for row in read_eval(name, baselines=True) if row.get("preset") == preset and "draws" in row]
+        points = {row["checkpoint"] == "random": [(labels(row | entry, source), entry[key], entry[f"{key}_std"])
+                                                  for entry in row["draws"]] for row in lines}  # fmt: skip
+        if False not in points:
+            raise common.Fault(f"{name} has no {preset} in eval.jsonl: run eval_linear.py {name}/checkpoint.pth "
+                               f"--preset {preset}")
+        own.append(points[False])
+        untrained |= {"untrained": points[True]} if True in points else {}
+    words = "{epochs} epochs, {test_images:,} test images of {data}".format_map(lines[-1])
+    draws = sorted({entry["draws"] for row in lines for entry in row["draws"]})
+    note = f"eval_linear.py --preset {preset}: {words}; mean and deviation of {'/'.join(map(str, draws))} draws."
+    names = legend(sources)
+    return dict(zip(names, sources, strict=True)), dict(zip(names, own, strict=True)) | untrained, note
+
+
+def lowshot(args: argparse.Namespace) -> None:
+    """Top-1 accuracy after fine-tuning on a few images of each class (DeepCluster, Fig. 5.1)."""
+    runs, curves, note = label_curves(args, "lowshot", "top1", lambda row, run: row["labels"] / run.data["classes"])
+    figure = draw_labels(curves, "labelled images of each class", "top-1 in %")
+    save(figure, "Low-shot learning", note, runs, args.out)
+
+
+def semisup(args: argparse.Namespace) -> None:
+    """Top-5 accuracy after fine-tuning on a share of the labels (NPID, Fig. 6)."""
+    runs, curves, note = label_curves(
+        args, "finetune", "top5", lambda row, _: 100 * row["labels"] / row["train_images"])
+    figure = draw_labels(curves, "labelled images, % of the training images", "top-5 in %")
+    save(figure, "Semi-supervised learning", note, runs, args.out)
+
+
+# ---- ablation --------------------------------------------------------------------------------------------------------
+
+
+class Table(NamedTuple):
+    """A table of a paper: what its columns are (keys of MERITS), and of each row the preset and the paper's figures."""
+
+    title: str
+    script: str
+    columns: tuple[str, ...]
+    rows: dict[str, tuple[str, tuple[float, ...]]]
+
+
+def knn_of(rows: Rows, k: int) -> float | None:
+    """kNN accuracy of the last evaluation with K = k."""
+    found = [entry for row in rows for entry in row.get("knn", []) if entry["num_neighbors"] == k]
+    return last(found, "top1")
+
+
+# What a figure is called, and where it comes from: (log, evaluations) -> the figure.
+MERITS: dict[str, tuple[str, Callable[[Rows, Rows], float | None]]] = {
+    "knn": ("kNN, K = 200", lambda log, rows: knn_of(rows, 200) or last(log, "knn_top1")),
+    "nn": ("nearest neighbour", lambda log, rows: knn_of(rows, 1)),
+    "svm": ("linear SVM", lambda log, rows: last(rows, "svm_top1")),
+    "linear1": ("linear, top-1", lambda log, rows: last(rows, "linear_top1")),
+    "linear5": ("linear, top-5", lambda log, rows: last(rows, "linear_top5")),
+    "mlp": ("MLP on frozen convolutions", lambda log, rows: last(rows, "mlp_top1")),
+    "top1": ("accuracy", lambda log, rows: last(log, "test_top1")),
+    "step": ("ms a mini-batch", lambda log, rows: 1000 * log[-1]["train_seconds"] * len(log) / log[-1]["step"]),
+}
+LA_H_M = {"R18 (1, 1k)": ("supplement1-1-1k", 35.2), "R18 (1, 10k)": ("table4-nearest", 35.7),
+          "R18 (1, 20k)": ("supplement1-1-20k", 35.0), "R18 (3, 10k)": ("table5-3-10k", 36.2),
+          "R18 (6, 10k)": ("supplement1-6-10k", 37.3), "R18 (10, 10k)": ("table5-10-10k", 36.1),
+          "R18 (10, 30k)": ("imagenet", 37.9), "A (1, 10k)": ("supplement1-alexnet-1-10k", 30.6),
+          "A (3, 10k)": ("supplement1-alexnet-3-10k", 31.1), "A (6, 10k)": ("supplement1-alexnet-6-10k", 30.4),
+          "V (1, 10k)": ("supplement1-vgg16-1-10k", 38.9), "V (6, 10k)": ("imagenet-vgg16", 39.7),
+          "R50 (1, 10k)": ("supplement1-resnet50-1-10k", 40.2), "R50 (6, 10k)": ("supplement1-resnet50-6-10k", 42.4),
+          "R50 (10, 10k)": ("supplement1-resnet50-10-10k", 42.3), "R50 (10, 30k)": ("imagenet-resnet50", 43.4)}
+LAMBDAS = {"npid": ((75.3, 92.4), (78.8, 94.4), (79.7, 95.1), (78.9, 94.4), (78.8, 94.5), (76.6, 93.2)),
+           "moco": ((77.6, 93.8), (80.3, 95.0), (81.7, 95.7), (80.5, 95.2), (80.1, 94.8), (78.4, 94.1))}
+TEMPERATURES = {"cifar100": ("knn", (57.9, 57.8, 58.1, 58.1, 57.6, 57.2)),
+                "imagenet100": ("linear1", (79.3, 79.6, 81.7, 80.7, 79.4, 79.0))}
+TABLES: dict[str, Table] = {
+    "npid-1": Table("NPID, Table 1: training objectives", "npid", ("knn", "svm"), {
+        "parametric softmax": ("cifar10-parametric", (63.0, 60.3)), "exact softmax": ("cifar10", (80.8, 75.4)),
+        "NCE, m = 1": ("cifar10-nce1", (42.5, 44.3)), "NCE, m = 10": ("cifar10-nce10", (63.4, 60.2)),
+        "NCE, m = 512": ("cifar10-nce512", (78.4, 64.3)), "NCE, m = 4096": ("cifar10-nce4096", (80.4, 70.2))}),
+    "npid-2": Table("NPID, Table 2: ImageNet, kNN", "npid", ("knn",), {
+        "AlexNet": ("imagenet-alexnet", (31.3,)), "VGG16": ("imagenet-vgg16", (33.9,)),
+        "ResNet-18": ("imagenet-resnet18", (40.5,)), "ResNet-50": ("imagenet-resnet50", (42.5,))}),
+    "npid-4": Table("NPID, Table 4: size of the embedding", "npid", ("knn",), {
+        "32": ("imagenet-dim32", (34.0,)), "64": ("imagenet-dim64", (38.8,)), "128": ("imagenet-resnet18", (40.5,)),
+        "256": ("imagenet-dim256", (40.1,))}),
+    "npid-5": Table("NPID, Table 5: share of the training images", "npid", ("knn",), {
+        "0.1 %": ("imagenet-0.1percent", (3.9,)), "1 %": ("imagenet-1percent", (10.7,)),
+        "10 %": ("imagenet-10percent", (23.1,)), "30 %": ("imagenet-30percent", (31.7,)),
+        "100 %": ("imagenet-resnet18", (40.5,))}),
+    "la-1": Table("Local Aggregation, Table 1: ImageNet, kNN", "local_aggregation", ("knn",), {
+        "AlexNet": ("imagenet-alexnet", (38.1,)), "VGG16": ("imagenet-vgg16", (46.6,)),
+        "ResNet-18": ("imagenet", (45.0,)), "ResNet-50": ("imagenet-resnet50", (49.4,))}),
+    "la-4": Table("Local Aggregation, Table 4: background neighbours", "local_aggregation", ("nn",), {
+        "all images": ("table4-all", (30.2,)), "clusters": ("table4-clusters", (33.2,)),
+        "nearest 4096": ("table4-nearest", (35.7,))}),
+    "la-5": Table("Local Aggregation, Table 5: close neighbours", "local_aggregation", ("nn",), {
+        "only itself": ("table5-self", (33.9,)), "nearest": ("table5-nearest", (0.1,)),
+        "(1, 10k)": ("table4-nearest", (35.7,)), "(3, 10k)": ("table5-3-10k", (36.2,)),
+        "(10, 10k)": ("table5-10-10k", (36.1,)), "(10, 30k)": ("imagenet", (37.9,))}),
+    "la-supplement-1": Table("Local Aggregation, supplement, Table 1: (H, m)", "local_aggregation", ("nn",), {
+        name: (preset, (value,)) for name, (preset, value) in LA_H_M.items()}),
+    "la-supplement-3": Table("Local Aggregation, supplement, Table 3: other settings", "local_aggregation", ("nn",), {
+        "baseline": ("table4-nearest", (35.7,)), "k = 2048": ("supplement3-k2048", (35.4,)),
+        "k = 8192": ("supplement3-k8192", (35.8,)), "clusters of central crops": ("supplement3-center-crop", (35.8,)),
+        "clusters every 1,000 steps": ("supplement3-more-freq", (35.7,))}),
+    "deepcluster-4.1": Table("DeepCluster, Table 4.1: before or after the last ReLU", "deepcluster", ("mlp",), {
+        f"{name}, {side}": (f"table4.1-{key}-{side}", (value,))  # the printed heads are swapped: see the text
+        for name, key, values in (("PIC", "pic", (33.2, 21.9)), ("100 clusters", "k100", (30.2, 33.5)),
+                                  ("1,000 clusters", "k1000", (33.8, 33.4)),
+                                  ("10,000 clusters", "k10000", (33.1, 31.1)))
+        for side, value in zip(("before", "after"), values, strict=True)}),
+    "deepcluster-4.2": Table("DeepCluster, Table 4.2: targets in a step, with labels", "deepcluster", ("top1",), {
+        "all": ("table4.2", (56.1,)), "256": ("table4.2-256", (54.2,)), "512": ("table4.2-512", (55.6,))}),
+    "deepcluster-4.3": Table("DeepCluster, Table 4.3: targets in a step, time", "deepcluster", ("step",), {
+        name: (f"table4.3-{name}" if name != "all" else "pic-imagenet-sobel", (value,))
+        for name, value in (("all", 154.0), ("256", 177.0), ("512", 211.0), ("1024", 277.0), ("2048", 396.0),
+                            ("4096", 713.0))}),
+    "deepcluster-5.2": Table("DeepCluster, Table 5.2: MLP on frozen convolutions", "deepcluster", ("mlp",), {
+        "PIC": ("pic-imagenet-sobel", (45.9,)), "k-means": ("kmeans-imagenet-sobel", (44.0,)),
+        "k-means, RGB": ("kmeans-imagenet-rgb", (37.1,)), "k-means, 1M Flickr": ("kmeans-flickr1m-sobel", (39.6,)),
+        "k-means, 2M Flickr": ("kmeans-flickr2m-sobel", (40.1,))}),
+    "cld-a1": Table("CLD, Table A.1: groups of Kitchen-HC", "cld", ("knn",), {
+        f"{k}, {way}": (f"kitchen-{way.replace('-', '')}{k}", (value,))
+        for k, values in ((10, (77.1, 78.9)), (64, (74.5, 76.3)), (128, (72.6, 73.4)), (256, (70.5, 70.8)))
+        for way, value in zip(("spectral", "k-means"), values, strict=True)}),
+    "cld-a2": Table("CLD, Table A.2: parts of the method, CIFAR-10", "cld", ("knn",), {
+        "NPID alone": ("cifar10-no-cld", (80.8,)), "shared branch": ("cifar10-shared", (82.7,)),
+        "separate branches": ("cifar10-separate", (84.2,)), "and across views": ("cifar10", (86.5,))}),
+    "cld-a2-cifar100": Table("CLD, Table A.2: parts of the method, CIFAR-100", "cld", ("knn",), {
+        "NPID alone": ("cifar100-no-cld", (51.6,)), "shared branch": ("cifar100-shared", (53.3,)),
+        "separate branches": ("cifar100-separate", (55.0,)), "and across views": ("cifar100", (57.5,))}),
+    **{f"cld-a3-{host}": Table(f"CLD, Table A.3: weight of the group loss, {host}", "cld", ("linear1", "linear5"), {
+        f"{weight:g}": (f"imagenet100-{host}-lambda{weight:g}", value)
+        for weight, value in zip((0, 0.1, 0.25, 0.5, 1, 3), values, strict=True)}) for host, values in LAMBDAS.items()},
+    **{f"cld-a4-{data}": Table(f"CLD, Table A.4: temperature, {data}", "cld", (merit,), {
+        f"{t:g}": (f"{data}-temperature{t:g}", (value,))
+        for t, value in zip((0.07, 0.1, 0.2, 0.3, 0.4, 0.5), values, strict=True)})
+       for data, (merit, values) in TEMPERATURES.items()},
+}  # fmt: skip
+
+
+def draw_ablation(table: Table, ours: dict[str, dict[str, list[float]]]) -> Figure:
+    """The paper's bar and ours, mean and deviation of several runs. ours: column -> row -> figures."""
+    figure = Figure((1.6 + 3.6 * len(table.columns), 0.9 + 0.42 * len(table.rows)), layout="constrained")
+    panels = figure.subplots(1, len(table.columns), sharey=True, squeeze=False)[0]
+    for column, (axes, merit) in enumerate(zip(panels, table.columns, strict=True)):
+        for place, (row, (_, values)) in enumerate(table.rows.items()):
+            found = torch.tensor(ours[merit].get(row, []), dtype=torch.float64)
+            bars = [("the paper", values[column], f"{values[column]:.1f}", -0.2, "0.75")]
+            if len(found):
+                text = f"{found.mean():.1f}" + (f" ± {found.std():.1f} ({len(found)})" if len(found) > 1 else "")
+                bars.append(("ours", float(found.mean()), text, 0.2, COLORS[0]))
+            else:
+                axes.annotate("not run", (0, place + 0.2), (3, 0), textcoords="offset points", va="center", fontsize=7,
+                              color="0.4")
+            for label, length, text, offset, color in bars:
+                axes.barh(place + offset, length, 0.38, color=color, label=label)
+                axes.annotate(text, (length, place + offset), (3, 0), textcoords="offset points", va="center",
+                              fontsize=7)
+        axes.set_yticks(range(len(table.rows)), list(table.rows))
+        axes.set(title=MERITS[merit][0] + (", %" if merit != "step" else ""), ylim=(len(table.rows) - 0.5, -0.5))
+        axes.margins(x=0.18)
+        axes.grid(visible=False, axis="y")
+    handles = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper right", ncols=2)
+    return figure
+
+
+def ablation(args: argparse.Namespace) -> None:
+    """A table of a paper as bars, the paper's figures beside ours (--table)."""
+    found = {name: (*read_log(name)[:2], read_eval(name)) for name in args.runs}
+    presets = {name: source.options["preset"].removeprefix("thin-") for name, (source, *_) in found.items()}
+
+    def row_of(name: str, table: Table) -> str | None:
+        if found[name][0].options["script"] != table.script:
+            return None
+        return next((row for row, (preset, _) in table.rows.items() if preset == presets[name]), None)
+
+    key = args.table or max(TABLES, key=lambda key: sum(row_of(name, TABLES[key]) is not None for name in args.runs))
+    table, sources = TABLES[key], dict[str, Source]()
+    ours = {column: dict[str, list[float]]() for column in table.columns}
+    for name, (source, log, rows) in found.items():
+        row = row_of(name, table)
+        if row is None:
+            raise common.Fault(f"{name} is no row of {table.title if args.table else 'any table'}: its preset is "
+                               f"{source.options['preset']} of {source.options['script']}.py")
+        for column in table.columns:
+            value = MERITS[column][1](log, rows)
+            if value is not None:
+                ours[column].setdefault(row, []).append(value)
+        sources[f"{row} ({name})" if row in sources else row] = source
+    if not any(ours.values()):
+        raise common.Fault(f"{args.runs[0]} has no {MERITS[table.columns[0]][0]} yet: evaluate it first")
+    note = ("Ours: from the logs of the runs below, last epoch; with fewer images, epochs or channels than the paper's "
+            "they are miniatures, to be compared with each other alone.")
+    save(draw_ablation(table, ours), table.title, note, sources, args.out)
+
+
+# ---- all -------------------------------------------------------------------------------------------------------------
+
+
+def every_picture(args: argparse.Namespace) -> None:
+    """Every picture that the runs allow, and an index.md that shows them and says what the others lack."""
+    with contextlib.suppress(FileExistsError):
+        args.out.mkdir()
+    shown, missing = list[str](), list[str]()
+    for name in args.names:
+        own = parse_args([name, *args.runs, "--out", str(args.out / f"{name}.png")])
+        vars(own).update({key: getattr(args, key) for key in args.typed if key in vars(own) and key != "out"})
+        own.typed = [*own.typed, *args.typed]
+        doc = " ".join((own.draw.__doc__ or "").split())
+        try:
+            own.draw(own)
+        except common.Fault as fault:
+            missing.append(f"* {name}: {fault}")
+        else:
+            command = f"python figures.py {name} {' '.join(args.runs)}"
+            shown.append(f"## {name}\n\n{doc}\n\n    {command}\n\n![{name}]({name}.png)\n")
+    if not shown:
+        with contextlib.suppress(OSError):  # it was there before, and is not empty
+            args.out.rmdir()
+        raise common.Fault(f"{args.runs[0]} allows no picture: {missing[0][2:]}")
+    parts = [f"# Pictures of {', '.join(args.runs)}\n", *shown]
+    if missing:
+        parts += ["## Not made\n", *missing, ""]
+    temporary = args.out / "index.tmp"
+    temporary.write_text("\n".join(parts))
+    temporary.replace(args.out / "index.md")
+    print(args.out / "index.md")
+
+
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
@@ -408,13 +1232,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     names = parser.add_subparsers(dest="name", metavar="NAME", required=True, help="picture; NAME --help: its options")
 
-    def add(draw: Callable[[argparse.Namespace], None], network: bool = True) -> argparse.ArgumentParser:
-        options = names.add_parser(draw.__name__, help=draw.__doc__, description=draw.__doc__, allow_abbrev=False,
-                                   formatter_class=parser.formatter_class)
+    def add(
+        draw: Callable[[argparse.Namespace], None], network: bool = True, name: str | None = None
+    ) -> argparse.ArgumentParser:
+        options = names.add_parser(name or draw.__name__, help=draw.__doc__, description=draw.__doc__,
+                                   allow_abbrev=False, formatter_class=parser.formatter_class)
         options.set_defaults(draw=draw, options=options)
         options.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or a checkpoint file"
                              + '; "random" for an untrained network' * network)
-        options.add_argument("--out", type=Path, metavar="FILE", help="default: NAME.png in the first run's folder")
+        options.add_argument("--out", type=Path, metavar="FILE", help="default: figures/, a folder, in the first run's"
+                             if name == "all" else "default: NAME.png in the first run's folder")
         if network:
             options.add_argument("--layer", choices=["auto", "head", "backbone"], default="auto", help="features: the "
                                  "head's or the backbone's; auto: head of these scripts, backbone of foreign files")
@@ -426,21 +1253,48 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             common.add_device_options(options)
         return options
 
-    options = add(gallery)
-    options.add_argument("--rows", type=common.COUNT, default=4, help="queries in the upper and in the lower half")
-    options.add_argument("--k", "--num-neighbors", dest="num_neighbors", type=common.COUNT, default=10, metavar="K",
-                         help="neighbours of each query")
+    for draw, rows, k in ((gallery, 4, 10), (neighbors, 4, 5), (retrieval, 8, 8)):
+        options = add(draw)
+        options.add_argument("--rows", type=common.COUNT, default=rows, help="queries" if draw is retrieval else
+                             "queries in the upper and in the lower half")
+        options.add_argument("--k", "--num-neighbors", dest="num_neighbors", type=common.COUNT, default=k, metavar="K",
+                             help="neighbours of each query")
     add(curves, network=False)
     options = add(density)
     options.add_argument("--features", choices=["bank", "clean"], help="the memory bank, or features without any "
                          "augmentation; default: the bank if every run has one, and neither --data nor --subset")
     options.add_argument("--images", type=common.COUNT, default=20_000, metavar="N", help="the distribution over N "
                          "images, drawn at random; their neighbours are sought among all")
+    options = add(mds)
+    options.add_argument("--classes", type=common.number(int, 1, 7), default=6, metavar="N", help="classes in a panel; "
+                         "at most half of all")
+    options.add_argument("--images", type=common.COUNT, default=100, metavar="N", help="of each class")
+    add(filters)
+    options = add(maximize)
+    options.add_argument("--stages", choices=STAGES, nargs="+", default=STAGES, help="rows")
+    options.add_argument("--channels", type=common.COUNT, default=4, metavar="N", help="of each stage, drawn at random")
+    options.add_argument("--steps", type=common.COUNT, default=200, help="of gradient ascent")
+    options.add_argument("--images", type=common.COUNT, default=10_000, metavar="N", help="training images among which "
+                         "those are sought that fire a channel most, drawn at random")
+    options = add(edges)
+    options.add_argument("--k", "--num-neighbors", dest="num_neighbors", type=common.COUNT, default=10, metavar="K",
+                         help="neighbours in the graph")
+    add(pca)
+    for from_logs in (queue, lowshot, semisup):
+        add(from_logs, network=False)
+    options = add(ablation, network=False)
+    options.add_argument("--table", choices=list(TABLES), help="default: the one that has most of the runs")
+    made = list(names.choices)
+    add(every_picture, name="all")
     args = parser.parse_args(argv)
     args.typed = common.typed(args.options, argv)
+    if args.draw in (neighbors, retrieval, edges, pca) and len(args.runs) == 1:
+        args.runs.append("random")
     first = Path(next((name for name in args.runs if name != "random"), "."))
-    args.out = args.out or (first if first.is_dir() else first.parent) / f"{args.name}.png"
-    if args.out.suffix not in (".png", ".pdf", ".svg"):
+    args.names = made
+    args.out = args.out or (first if first.is_dir() else first.parent) / (
+        "figures" if args.name == "all" else f"{args.name}.png")
+    if args.name != "all" and args.out.suffix not in (".png", ".pdf", ".svg"):
         parser.error(f"--out {args.out}: the name must end in .png, .pdf or .svg")
     if "out" in args.typed and not args.out.parent.is_dir():
         parser.error(f"--out {args.out}: there is no directory {args.out.parent}")

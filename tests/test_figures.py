@@ -1,10 +1,13 @@
 """Figures: what is drawn is what was measured, and input that is not a run ends with one line."""
 
+import functools
+import importlib
 import json
 import math
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import common
+import deepcluster
 import figures
 import npid
 
@@ -84,7 +88,7 @@ def test_frames_are_green_where_the_class_is_right() -> None:
     right = torch.rand(4, 3, generator=common.generator("frames")) < 0.5
     grey = torch.full((4, 3, 3, 8, 8), 0.5)
     strip = figures.Strip("network", grey, right, [["cat", "dog", "cow"]] * 4)
-    figure = figures.draw_gallery(grey[:, 0], ["cat"] * 4, [strip])
+    figure = figures.draw_gallery(grey[:, 0], ["cat"] * 4, [strip], {"best": 2, "worst": 2})
     figure.set_dpi(300)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]
@@ -111,11 +115,11 @@ def test_neighbours_of_known_features(run: Path, tmp_path: Path, monkeypatch: py
     def extract(encoder: Any, data: common.ImageSet, *rest: Any) -> torch.Tensor:
         return F.one_hot((data.labels + shift * (len(data) == 40)) % 10, 10).float()
 
-    def spy(queries: torch.Tensor, names: list[str], strips: list[figures.Strip]) -> Figure:
+    def spy(queries: torch.Tensor, names: list[str], strips: list[figures.Strip], parts: dict[str, int]) -> Figure:
         seen.extend(strips)
         expected = [f"class {(int(name[-1]) + shift) % 10}" for name in names]
         assert all(row == [name] * 10 for strip in strips for row, name in zip(strip.names, expected, strict=True))
-        return drawn(queries, names, strips)
+        return drawn(queries, names, strips, parts)
 
     monkeypatch.setattr(figures, "extract", extract)
     monkeypatch.setattr(figures, "draw_gallery", spy)
@@ -238,6 +242,346 @@ def test_density_of_bank_and_of_features(run: Path, tmp_path: Path, monkeypatch:
     assert legend is not None and legend.get_texts()[0].get_text() == f"npid smoke: mean {expected[0].mean():.3f}"
 
 
+# neighbors, retrieval
+
+
+def test_queries_are_spread_over_classes() -> None:
+    """No class comes twice before every other came once; the order stays."""
+    labels = torch.tensor([0, 0, 0, 1, 0, 1, 2])
+    assert figures.spread_out([2, 0, 1, 3, 4, 5, 6], labels, 2) == [2, 3]
+    assert figures.spread_out([2, 0, 1, 3, 4, 5, 6], labels, 4) == [2, 0, 3, 6]
+    assert figures.spread_out([6, 1], labels, 4) == [6, 1]
+
+
+def test_votes_are_the_weighted_knn() -> None:
+    """Class and share of the votes equal a float64 loop over the neighbours; accuracy equals common.knn_accuracy."""
+    source = common.generator("votes")
+    keys, queries = (F.normalize(torch.randn(n, 8, generator=source), dim=1) for n in (60, 30))
+    labels, truth = torch.arange(60) % 4, torch.arange(30) % 4
+    train = common.ImageSet("toy", 8, (0, 0, 0), (1, 1, 1), labels, list("abcd"), torch.arange(60))
+    found, share, nearest = figures.votes(queries, keys, train)
+    for query in range(30):
+        weights = [0.0] * 4
+        for key in range(60):
+            weights[int(labels[key])] += math.exp(float(queries[query].double() @ keys[key].double()) / 0.07)
+        assert found[query] == weights.index(max(weights))
+        assert share[query] == pytest.approx(max(weights) / sum(weights), abs=1e-6)
+    assert nearest.shape == (30, 60)
+    top1 = common.knn_accuracy(queries, truth, keys, labels, 4, num_neighbors=[60])[60, 0.07][0]
+    assert 100 * (found == truth).double().mean() == pytest.approx(top1)
+
+
+def test_neighbors_and_retrieval(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both show the run beside the untrained network; notes are the votes; retrieval's queries are of three classes."""
+    seen = list[tuple[list[str], list[figures.Strip], dict[str, int]]]()
+    drawn = figures.draw_gallery
+
+    def spy(queries: torch.Tensor, names: list[str], strips: list[figures.Strip], parts: dict[str, int]) -> Figure:
+        seen.append((names, strips, parts))
+        return drawn(queries, names, strips, parts)
+
+    monkeypatch.setattr(figures, "draw_gallery", spy)
+    for name in ("neighbors", "retrieval"):
+        draw(name, run, *FEW, "--rows", 3, "--k", 4, "--out", tmp_path / f"{name}.png")
+        image(tmp_path / f"{name}.png")
+    (names, strips, parts), (queries, found, random) = seen
+    assert [strip.title.split(":")[0] for strip in strips] == ["npid smoke", "untrained"]
+    assert len(names) == 6 and list(parts.values()) == [3, 3]
+    assert list(parts) == ["right and surest", "wrong and least sure"]
+    shares = [int(note.split()[-2]) for note in strips[0].notes]
+    assert shares[:3] == sorted(shares[:3], reverse=True) and shares[3:] == sorted(shares[3:], reverse=True)
+    assert all(note.split("\n")[0] == name for note, name in zip(strips[0].notes[:3], names, strict=False))
+    counts = found[0].right.sum(1).tolist()
+    assert len(set(queries)) == 3 and counts == sorted(counts, reverse=True) and random == {"random queries": 3}
+
+
+# mds
+
+
+def test_mds_is_that_of_scikit_learn() -> None:
+    """Metric MDS of the distance matrix as scikit-learn finds it from the same start; points of a plane come back."""
+    from sklearn.manifold import MDS
+
+    source = common.generator("mds")
+    features = F.normalize(torch.randn(60, 16, generator=source), dim=1)
+    x = features.double().numpy()
+    left, scale, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    distances = np.sqrt(((x[:, None] - x[None]) ** 2).sum(2))
+    with pytest.MonkeyPatch.context(), warnings.catch_warnings(action="ignore"):
+        reference = MDS(2, n_init=1, max_iter=1000, eps=1e-7, dissimilarity="precomputed")
+        expected = reference.fit_transform(distances, init=left[:, :2] * scale[:2])
+
+    def between(points: Any) -> Any:
+        return np.sqrt(((points[:, None] - points[None]) ** 2).sum(2))
+
+    found = figures.embed_mds(features).numpy()
+    assert np.abs(between(found) - between(expected)).max() < 1e-3
+    stress = ((between(found) - distances) ** 2).sum()
+    assert stress < ((between(left[:, :2] * scale[:2]) - distances) ** 2).sum()  # that of the principal plane
+    plane = torch.randn(40, 2, generator=source) @ torch.linalg.qr(torch.randn(9, 2, generator=source))[0].T
+    assert np.abs(between(figures.embed_mds(plane).numpy()) - between(plane.double().numpy())).max() < 1e-3
+
+
+def test_mds_panels(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The classes with the highest kNN accuracy on the left, with the lowest on the right, as many images of each."""
+    seen = list[figures.Cloud]()
+    drawn = figures.draw_mds
+
+    def spy(clouds: list[figures.Cloud]) -> Figure:
+        seen.extend(clouds)
+        return drawn(clouds)
+
+    monkeypatch.setattr(figures, "draw_mds", spy)
+    draw("mds", run, *FEW, "--images", 12, "--out", tmp_path / "mds.png")
+    image(tmp_path / "mds.png")
+    assert [len(cloud.names) for cloud in seen] == [5, 5] and not set(seen[0].names) & set(seen[1].names)
+    accuracies = [[float(name.split()[-2]) for name in cloud.names.values()] for cloud in seen]
+    assert min(accuracies[0]) >= max(accuracies[1]) and all(a == sorted(a, reverse=True) for a in accuracies)
+    assert all(torch.bincount(cloud.labels).tolist().count(12) == 5 for cloud in seen)
+    assert seen[0].points.shape == (60, 2) and seen[0].images.shape == (60, 3, 32, 32)
+
+
+# filters
+
+
+def test_filters_with_sobel_are_composed() -> None:
+    """A grey image through the composed filter is what Sobel and the first convolution make of it; RGB filters stay."""
+    torch.manual_seed(0)
+    network = common.backbone("resnet18", 4, True, 2)
+    composed = figures.first_filters(network)
+    assert composed.shape == (4, 1, 5, 5)
+    grey = torch.rand(2, 1, 16, 16)
+    expected = network.conv1(network.front(grey.expand(-1, 3, -1, -1)))  # type: ignore[operator]
+    assert (F.conv2d(grey, composed) - expected[:, :, 2:-2, 2:-2]).abs().max() < 1e-5
+    plain = common.backbone("alexnet", 4)
+    assert torch.equal(figures.first_filters(plain), plain.features[0].weight)  # type: ignore[index,union-attr]
+
+
+def test_filters_side_by_side(run: Path, tmp_path: Path) -> None:
+    """A panel for each network, its tiles from black to white."""
+    draw("filters", run, "random", "--out", tmp_path / "filters.png")
+    image(tmp_path / "filters.png")
+    tiles = np.asarray(figures.draw_filters({"one": torch.randn(5, 3, 3, 3)}).axes[0].get_images()[0].get_array())
+    assert tiles.shape == (8, 12, 3) and tiles.min() == 0 and tiles.max() == 1  # 5 of 6 places, a white line each
+
+
+# maximize
+
+
+def test_ascent_raises_the_activation(run: Path) -> None:
+    """Gradient ascent raises its channel at least tenfold over noise, each image its own: all of the first two stages,
+    most of the others; the rest fire by their bias, whatever the image."""
+    network: Any = common.load_encoder(run / "checkpoint.pth", None, None, None, torch.device("cpu"), "auto").backbone
+    noise = 0.35 * torch.randn(8, 3, 32, 32, generator=common.generator("noise"))
+    for stage, share in ((0, 1.0), (1, 1.0), (2, 0.7), (3, 0.7)):
+        rest = network.stages(noise)[stage].mean((2, 3))
+        channels = (rest.amax(0) > 0).nonzero()[:, 0]
+        place = torch.arange(len(channels))
+
+        def fire(images: torch.Tensor, stage: int = stage, channels: Any = channels, place: Any = place) -> Any:
+            return network.stages(images)[stage][place, channels].mean((1, 2))
+
+        start = noise[rest[:, channels].argmax(0)]
+        found = figures.ascend(fire, start, 200)
+        ratio = fire(found) / rest.mean(0)[channels]
+        assert (ratio > 10).double().mean() >= share, (stage, ratio)
+        first = functools.partial(fire, channels=channels[:1], place=place[:1])
+        assert torch.allclose(figures.ascend(first, start[:1], 3)[0], figures.ascend(fire, start, 3)[0], atol=1e-3)
+    assert found.isfinite().all() and not found.requires_grad
+
+
+def test_maximize_shows_the_images_that_fire_most(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nine images are those with the highest mean activation of the channel, in order, and only live channels."""
+    seen = list[dict[str, list[figures.Channel]]]()
+    drawn = figures.draw_maximize
+
+    def spy(rows: dict[str, list[figures.Channel]]) -> Figure:
+        seen.append(rows)
+        return drawn(rows)
+
+    monkeypatch.setattr(figures, "draw_maximize", spy)
+    draw("maximize", run, "--stages", "conv1", "conv3", "--channels", 2, "--steps", 20, "--out", tmp_path / "m.png")
+    image(tmp_path / "m.png")
+    assert list(seen[0]) == ["conv1", "conv3"]
+    encoder = common.load_encoder(run / "checkpoint.pth", None, None, None, torch.device("cpu"), "auto")
+    network: Any = encoder.backbone
+    data = figures.load_data(encoder, figures.parse_args(["maximize", str(run)]), torch.device("cpu"))[0]
+    pixels = torch.cat(list(data.centers(torch.arange(256), 256, torch.device("cpu"))))
+    maps = network.stages(data.normalize(pixels))
+    for stage, channels in zip((0, 2), seen[0].values(), strict=True):
+        for channel in channels:
+            fired = maps[stage].mean((2, 3))[:, int(channel.title.split()[1])]
+            assert channel.after > channel.before >= 0 and fired.max() > 0
+            shown = [int((pixels - picture).abs().amax((1, 2, 3)).argmin()) for picture in channel.images]
+            assert torch.allclose(fired[shown], fired.topk(9).values, rtol=0.02, atol=1e-3)
+
+
+# edges
+
+
+def test_edge_shares_are_counted() -> None:
+    """The ratio edge intra-class of each class equals a count over all edges, and DeepCluster's own."""
+    source = common.generator("edges")
+    nearest, labels = torch.randint(50, (50, 10), generator=source), torch.randint(3, (50,), generator=source)
+    labels[labels == 1] = 2  # class 1 has no image
+    found = figures.edge_shares(nearest, labels)
+    for label in (0, 2):
+        edges = [(i, j) for i in range(50) for j in nearest[i].tolist() if labels[i] == label]
+        assert found[label] == pytest.approx(100 * sum(labels[j] == label for _, j in edges) / len(edges))
+    assert found[1].isnan()
+    assert torch.allclose(found, 100 * deepcluster.ratio_edge_intra_class(nearest, labels), equal_nan=True)
+
+
+def test_edges_of_networks_and_logs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boxes of the run and of the untrained network; curves where a clustering measured, by epochs before it."""
+    seen = list[Any]()
+    drawn = figures.draw_edges
+
+    def spy(boxes: Any, chance: float, curves: Any) -> Figure:
+        seen.append((boxes, chance, curves))
+        return drawn(boxes, chance, curves)
+
+    monkeypatch.setattr(figures, "draw_edges", spy)
+    draw("edges", run, "--out", tmp_path / "boxes.png")
+    boxes, chance, curves = seen[0]
+    assert list(boxes) == ["npid smoke", "untrained"] and boxes["untrained"].shape == (10,) and not curves
+    assert chance == pytest.approx(100 * (25.6 - 1) / 255, rel=0.01)
+    logs = [other(run, tmp_path / f"dc{every}", script="deepcluster", reassign_every=every) for every in (1, 2)]
+    for log in logs:
+        header, *_ = (log / "log.jsonl").read_text().splitlines()
+        rows = [json.dumps(dict(epoch=e, loss=1.0, ratio_edge=10.0 + e)) for e in (1, 2, 3, 4)]
+        (log / "log.jsonl").write_text("\n".join([header, *rows, ""]))
+    draw("edges", *logs, "--out", tmp_path / "curves.png")
+    assert not seen[1][0]
+    assert list(seen[1][2].values()) == [[(0, 11.0), (1, 12.0), (2, 13.0), (3, 14.0)], [(0, 11.0), (2, 13.0)]]
+    for name in ("boxes", "curves"):
+        image(tmp_path / f"{name}.png")
+
+
+# pca
+
+
+def test_variance_kept_is_that_of_scikit_learn() -> None:
+    """Cumulative shares of the eigenvalues as scikit-learn's PCA has them, up to all of the variance."""
+    from sklearn.decomposition import PCA
+
+    features = torch.randn(80, 12, generator=common.generator("pca")) * torch.arange(1, 13) + 5
+    expected = 100 * np.cumsum(PCA().fit(features.double().numpy()).explained_variance_ratio_)
+    assert np.abs(figures.variance_kept(features).numpy() - expected).max() < 1e-6
+
+
+def test_pca_of_run_and_untrained(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves of the raw features of both backbones, or with --layer head of the unit embeddings."""
+    seen = list[dict[str, torch.Tensor]]()
+    drawn = figures.draw_pca
+    monkeypatch.setattr(figures, "draw_pca", lambda curves: (seen.append(curves), drawn(curves))[1])
+    draw("pca", run, "--out", tmp_path / "pca.png")
+    draw("pca", run, "--layer", "head", "--out", tmp_path / "head.svg")
+    image(tmp_path / "pca.png")
+    assert list(seen[0]) == ["npid smoke", "untrained"]
+    assert [len(curve) for curve in seen[0].values()] == [32, 32] and len(seen[1]["npid smoke"]) == 128
+    assert all(curve[-1] == pytest.approx(100) for curve in seen[0].values())
+
+
+# pictures from evaluations
+
+
+def evaluated(run: Path, folder: Path, lines: list[dict[str, Any]], **options: Any) -> Path:
+    """A run with results of evaluations."""
+    other(run, folder, **options)
+    lines = [dict(checkpoint=f"{folder}/checkpoint.pth") | line for line in lines]
+    (folder / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_queue(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last evaluation of each run by the size of its queue; runs of the same size are averaged."""
+    seen = list[dict[str, dict[int, list[float]]]]()
+    drawn = figures.draw_queue
+    monkeypatch.setattr(figures, "draw_queue", lambda points: (seen.append(points), drawn(points))[1])
+    runs = []
+    for size, seed, top1 in ((64, 0, 30.0), (64, 1, 34.0), (256, 0, 40.0)):
+        line = dict(protocol="knn", knn_top1=top1, nmi=top1 / 2, precision_at_1=top1 - 5)
+        lines = [line | dict(knn_top1=1.0), line, dict(checkpoint="random", protocol="knn", knn_top1=5.0)]
+        runs.append(evaluated(run, tmp_path / f"q{size}-{seed}", lines, host="moco", queue_size=size, seed=seed))
+    draw("queue", *runs, "--out", tmp_path / "queue.png")
+    image(tmp_path / "queue.png")
+    assert seen[0]["kNN accuracy"] == {64: [30.0, 34.0], 256: [40.0]}
+    assert seen[0]["NMI"] == {64: [15.0, 17.0], 256: [20.0]}
+
+
+def test_lowshot_and_semisup(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels of each class, or their share; mean and deviation over draws as evaluated; untrained as the baseline."""
+    seen = list[dict[str, Any]]()
+    drawn = figures.draw_labels
+    monkeypatch.setattr(figures, "draw_labels", lambda curves, *rest: (seen.append(curves), drawn(curves, *rest))[1])
+    draws = [dict(labels=n, draws=2, top1=n / 2, top1_std=1.0, top5=n / 4, top5_std=0.5) for n in (40, 160)]
+    facts = dict(protocol="finetune", data="shapes", epochs=7, train_images=400, test_images=100)
+    lines = [facts | dict(preset=preset, draws=draws) for preset in ("lowshot", "finetune")]
+    lines += [line | dict(checkpoint="random", draws=[dict(entry, top1=3.0) for entry in draws]) for line in lines]
+    folder = evaluated(run, tmp_path / "few", lines)
+    for name in ("lowshot", "semisup"):
+        draw(name, folder, "--out", tmp_path / f"{name}.png")
+        image(tmp_path / f"{name}.png")
+    assert seen[0] == {"npid smoke": [(4, 20, 1), (16, 80, 1)], "untrained": [(4, 3, 1), (16, 3, 1)]}
+    assert seen[1]["npid smoke"] == [(10, 10, 0.5), (40, 40, 0.5)]
+
+
+def test_tables_name_presets_that_exist() -> None:
+    """Every row of every table is a preset of its script, as many figures as columns; the columns are known."""
+    for key, table in figures.TABLES.items():
+        presets = importlib.import_module(table.script).PRESETS
+        assert set(table.columns) <= set(figures.MERITS), key
+        for row, (preset, values) in table.rows.items():
+            assert preset in presets and len(values) == len(table.columns), (key, row)
+
+
+def test_ablation(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs find their table and row by their preset, thin ones too; seeds are averaged; what was not run says so."""
+    seen = list[Any]()
+    drawn = figures.draw_ablation
+
+    def spy(table: figures.Table, ours: Any) -> Figure:
+        figure = drawn(table, ours)
+        seen.append((table.title, ours, texts(figure)))
+        return figure
+
+    monkeypatch.setattr(figures, "draw_ablation", spy)
+    entries = [dict(num_neighbors=k, temperature=0.07, top1=top) for k, top in ((200, 60.0), (1, 50.0))]
+    lines = [dict(protocol="knn", knn=entries), dict(protocol="svm", svm_top1=55.0)]
+    runs = [evaluated(run, tmp_path / f"nce{seed}", lines, preset="cifar10-nce10", seed=seed) for seed in (0, 1)]
+    runs.append(other(run, tmp_path / "exact", preset="cifar10"))
+    draw("ablation", *runs, "--out", tmp_path / "npid.png")
+    title, ours, words = seen[0]
+    assert title.startswith("NPID, Table 1") and ours["svm"] == {"NCE, m = 10": [55.0, 55.0]}
+    last = json.loads((runs[2] / "log.jsonl").read_text().splitlines()[-1])["knn_top1"]
+    assert ours["knn"] == {"NCE, m = 10": [60.0, 60.0], "exact softmax": [last]}
+    assert "60.0 ± 0.0 (2)" in words and "80.8" in words and words.count("not run") == 4 + 5
+    thin = evaluated(run, tmp_path / "thin", lines, preset="thin-cifar10-shared", script="cld")
+    draw("ablation", thin, "--out", tmp_path / "cld.png")
+    assert seen[1][:2] == ("CLD, Table A.2: parts of the method, CIFAR-10", {"knn": {"shared branch": [60.0]}})
+    nearest = evaluated(run, tmp_path / "la", lines, preset="table4-nearest", script="local_aggregation")
+    draw("ablation", nearest, "--table", "la-5", "--out", tmp_path / "la.png")
+    assert seen[2][1] == {"nn": {"(1, 10k)": [50.0]}}
+    for name in ("npid", "cld", "la"):
+        image(tmp_path / f"{name}.png")
+
+
+def test_all(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the run allows is made, with an index that shows it and says what the other pictures lack."""
+    monkeypatch.setattr(figures, "ascend", lambda fire, images, steps: images)  # which takes long
+    folder = tmp_path / "figures"
+    draw("all", run, *FEW, "--out", folder)
+    index = (folder / "index.md").read_text()
+    made = {path.stem for path in folder.glob("*.png")}
+    own = {"gallery", "neighbors", "retrieval", "curves", "density", "mds", "filters", "maximize", "edges", "pca"}
+    assert own <= made
+    assert made.isdisjoint({"queue", "lowshot", "semisup", "ablation"})
+    for name in figures.parse_args(["all", str(run)]).names:
+        assert f"![{name}]({name}.png)" in index if name in made else f"* {name}: " in index
+    assert not list(folder.glob("*.tmp"))
+
+
 # what was run
 
 
@@ -269,6 +613,9 @@ def spoilt(run: Path, folder: Path) -> None:
         (folder / name).mkdir()
         (folder / name / "log.jsonl").write_text(log)
     (folder / "nothing").mkdir()
+    shutil.copytree(folder / "started", folder / "damaged")
+    shutil.copy(run / "log.jsonl", folder / "damaged")
+    (folder / "damaged" / "eval.jsonl").write_text("{")
     (folder / "text.pth").write_text("no checkpoint")
     (folder / "short.pth").write_bytes((run / "checkpoint.pth").read_bytes()[:5000])
     shutil.copy(run / "backbone.pth", folder)
@@ -296,6 +643,26 @@ BAD = [
     ("gallery RUN --rows 50 --test-subset 40", "--rows 50"),
     ("gallery RUN --k 300 --test-subset 40", "300 wanted"),
     ("gallery RUN --data nowhere", "no directory nowhere"),
+    ("neighbors RUN --k 300 --test-subset 40", "--k 300"),
+    ("retrieval RUN random random --test-subset 40", "two networks"),
+    ("retrieval RUN --rows 50 --test-subset 40", "--rows 50"),
+    ("mds nothing", "cannot read nothing/checkpoint.pth"),
+    ("mds RUN --classes 8", "at most 7"),
+    ("filters text.pth", "no PyTorch checkpoint"),
+    ("maximize RUN random", "one network"),
+    ("maximize RUN --stages conv6", "invalid choice"),
+    ("edges nothing", "neither a checkpoint nor a log with ratio_edge"),
+    ("edges RUN --k 300", "300"),
+    ("pca short.pth", "truncated"),
+    ("queue RUN", "has no queue"),
+    ("queue missing", "cannot read missing/log.jsonl"),
+    ("lowshot RUN", "--preset lowshot"),
+    ("semisup RUN", "--preset finetune"),
+    ("semisup damaged", "each line has to be JSON"),
+    ("ablation RUN", "is no row of any table"),
+    ("ablation RUN --table npid-1", "is no row of NPID, Table 1"),
+    ("ablation RUN --table npid-9", "invalid choice"),
+    ("all nothing", "allows no picture"),
     ("density RUN missing.pth", "cannot read missing.pth"),
     (f"density {FOREIGN} --features bank", "no memory bank"),
     (f"density {FOREIGN} --subset 5 --test-subset 5", "too few"),
