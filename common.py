@@ -550,7 +550,7 @@ class Run:
 
     def _stop(self, number: int, epoch: int, step: int) -> None:
         previous = self.previous[signal.Signals(number)]
-        self._close()
+        self.close()
         if self.rank == 0:
             command = "the same command, without --overwrite," if self.args.overwrite else "the same command"
             print(f"stopped at epoch {epoch}, step {step}; {command} continues", file=sys.stderr, flush=True)
@@ -577,9 +577,10 @@ class Run:
         """Write backbone.pth, the plain weights under torchvision's names, and give the signals back."""
         if self.rank == 0:
             write_checkpoint(self.output / "backbone.pth", backbone.state_dict())
-        self._close()
+        self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Give the signals, the ranks and the output folder back."""
         if self.bar is not None:
             self.bar.close()
         for number, handler in self.previous.items():

@@ -11,6 +11,7 @@
     python figures.py pca runs/deepcluster-cifar10-seed0         # Fig. 4.3
     python figures.py filters runs/deepcluster-cifar10-seed0     # Fig. 5.2
     python figures.py maximize runs/deepcluster-cifar10-seed0    # Fig. 5.4
+    python figures.py linear runs/npid-cifar10-seed0             # NPID, Table 2: after eval_linear.py
     python figures.py lowshot runs/deepcluster-cifar10-seed0     # Fig. 5.1, after eval_linear.py --preset lowshot
     python figures.py semisup runs/npid-cifar10-seed0            # NPID, Fig. 6, after eval_linear.py --preset finetune
     python figures.py retrieval runs/npid-cifar10-seed0 runs/cld-cifar10-seed0    # CLD, Fig. A.3
@@ -1027,6 +1028,53 @@ def semisup(args: argparse.Namespace) -> None:
     save(figure, "Semi-supervised learning", note, runs, args.out)
 
 
+# ---- linear ----------------------------------------------------------------------------------------------------------
+
+
+def read_layers(names: Sequence[str], protocol: str) -> dict[str, dict[str, float]]:
+    """The last result of `protocol` for each network in the eval.jsonl of these folders: top-1 in % by layer."""
+    found = dict[tuple[str, str], dict[str, Any]]()
+    for name in names:
+        path = (Path(name).parent if Path(name).is_file() else Path(name)) / "eval.jsonl"
+        try:
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            rows = [row for row in rows if row["protocol"] == protocol and "layers" in row]
+        except OSError as error:
+            raise common.Fault(f"cannot read {path} ({error.strerror}): run eval_linear.py first") from None
+        except (ValueError, KeyError, TypeError):
+            rows = []
+        if not rows:
+            raise common.Fault(f"{path} has no result of eval_linear.py, protocol {protocol}")
+        for row in rows:
+            found[row["method"], row["checkpoint_sha256"]] = row
+    methods = Counter(method for method, _ in found)
+    labels = [method if methods[method] == 1 else f"{method} {sha[:6]}" for method, sha in found]
+    return {label: {entry["layer"]: entry["top1"] for entry in row["layers"]}
+            for label, row in zip(labels, found.values(), strict=True)}
+
+
+def draw_layers(lines: dict[str, dict[str, float]], protocol: str) -> Figure:
+    """Accuracy by layer, a line for each network; the figures stand beside the best layer of each."""
+    figure = Figure((5.6, 3.8), layout="constrained")
+    axes = figure.subplots()
+    layers = list(dict.fromkeys(layer for line in lines.values() for layer in line))
+    for number, (label, line) in enumerate(lines.items()):
+        axes.plot([layers.index(layer) for layer in line], list(line.values()), **look(number), label=label)
+        best = max(line, key=lambda layer: line[layer])
+        axes.annotate(f"{line[best]:.1f}", (layers.index(best), line[best]), (0, 5), textcoords="offset points",
+                      ha="center", color=COLORS[number % 7], fontsize=7)
+    axes.set_xticks(range(len(layers)), layers)
+    axes.set(ylabel="top-1 in %", title={"linear": "linear probes", "svm": "linear SVM"}[protocol])
+    axes.margins(0.08, 0.12)
+    axes.legend(loc="best")
+    return figure
+
+
+def linear(args: argparse.Namespace) -> None:
+    """Accuracy of linear classifiers by layer, several networks side by side (NPID, Tables 2 and 3; LA, Table 1)."""
+    save(draw_layers(read_layers(args.runs, args.protocol), args.protocol), "Classification by layer", "", {}, args.out)
+
+
 # ---- ablation --------------------------------------------------------------------------------------------------------
 
 
@@ -1282,6 +1330,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(pca)
     for from_logs in (queue, lowshot, semisup):
         add(from_logs, network=False)
+    options = add(linear, network=False)
+    options.add_argument("--protocol", choices=["linear", "svm"], default="linear", help="of eval_linear.py")
     options = add(ablation, network=False)
     options.add_argument("--table", choices=list(TABLES), help="default: the one that has most of the runs")
     made = list(names.choices)

@@ -17,6 +17,7 @@ from PIL import Image
 
 import common
 import eval_knn
+import eval_linear
 import npid
 
 
@@ -151,11 +152,11 @@ def actions(module: Any) -> list[argparse.Action]:
     return [action for action in found if action.type not in (None, Path, str)]
 
 
-NUMBERS = [(module, action) for module in (npid, eval_knn) for action in actions(module)]
+NUMBERS = [(module, action) for module in (npid, eval_knn, eval_linear) for action in actions(module)]
 ZERO = {"max_bad_images", "workers", "seed", "save_minutes", "knn_every", "weight_decay", "momentum", "bank_momentum",
-        "proximal_weight"}  # fmt: skip
+        "proximal_weight", "dropout"}  # fmt: skip
 COUNTS = {"epochs", "seed", "knn_every", "max_bad_images", "num_neighbors", "num_negatives", "accumulate", "batch_size",
-          "lr_drops", "num_clusters"}  # fmt: skip
+          "lr_drops", "num_clusters", "layer_size", "per_class", "draws", "folds", "image_batch"}  # fmt: skip
 SHARES = {"momentum", "bank_momentum"}
 
 
@@ -164,7 +165,7 @@ SHARES = {"momentum", "bank_momentum"}
 )
 def test_bad_numbers(module: Any, action: argparse.Action, capsys: pytest.CaptureFixture[str]) -> None:
     """Every numeric option refuses what is not a number, nan, infinities, negative, and 0 or huge where senseless."""
-    option, base = action.option_strings[-1], ["checkpoint.pth"] * (module is eval_knn)
+    option, base = action.option_strings[-1], ["checkpoint.pth"] * (module is not npid)
     bad = ["x", "", "nan", "inf", "-inf", "-1", "1e400", "9" * 5000]
     bad += ["0"] * (action.dest not in ZERO)
     bad += ["9" * 400] * (action.dest in COUNTS) + ["1.5"] * (action.dest in SHARES | COUNTS)

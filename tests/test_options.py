@@ -14,6 +14,7 @@ from helpers import ROOT
 import common
 import eval_detection
 import eval_knn
+import eval_linear
 import npid
 
 
@@ -79,7 +80,7 @@ def parser_of(module: Any, monkeypatch: pytest.MonkeyPatch) -> argparse.Argument
     return found[0]
 
 
-@pytest.mark.parametrize("module", [npid, eval_knn, eval_detection])
+@pytest.mark.parametrize("module", [npid, eval_knn, eval_linear, eval_detection])
 def test_every_option_has_help(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every option has a help text."""
     for action in parser_of(module, monkeypatch)._actions:

@@ -36,7 +36,7 @@ def test_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_there_are_commands() -> None:
     """The test above has something to test, for each script that is there."""
-    for script in ("npid.py", "local_aggregation.py", "eval_knn.py", "figures.py"):
+    for script in ("npid.py", "local_aggregation.py", "eval_knn.py", "eval_linear.py", "figures.py"):
         assert any(script in command for command in COMMANDS)
 
 
@@ -69,12 +69,13 @@ def test_every_published_row_has_a_preset_that_exists() -> None:
 
 @pytest.mark.parametrize("name", sorted({name for name in re.findall(r"results/([\w.-]+)/", README)}))
 def test_figures_equal_the_logs(name: str) -> None:
-    """Wherever the README gives a row of results/<name>/, its kNN figures are those in that folder's eval.jsonl."""
+    """Wherever the README gives a row of results/<name>/, its figures are those in that folder's eval.jsonl."""
     folder = common.ROOT / "results" / name
     logged = set()
     for line in (folder / "eval.jsonl").read_text().splitlines():
-        for entry in json.loads(line).get("knn", []):
-            logged.add(f"{entry['top1']:.1f}")
+        result = json.loads(line)
+        for entry in result.get("knn", []) + result.get("layers", []):
+            logged.add(f"{entry['top1']:.1f}" if "top1" in entry else "")
     shown = [row for row in rows() if any(f"results/{name}/" in cell for cell in row)]
     for row in shown:
         for cell in row:

@@ -1,0 +1,1242 @@
+"""Classification with frozen or fine-tuned features: the protocols of the four papers, from one pass over the images.
+
+    python eval_linear.py runs/npid-cifar10-seed0/checkpoint.pth                      # linear probes, conv1 to conv5
+    python eval_linear.py runs/npid-cifar10-seed0/checkpoint.pth --preset svm-head    # NPID, Table 1: linear SVM
+    python eval_linear.py runs/npid-imagenet-seed0/checkpoint.pth --preset svm        # NPID, Table 2: SVM on each layer
+    python eval_linear.py runs/deepcluster-imagenet-seed0/checkpoint.pth --data places205       # thesis, Table 5.4
+    python eval_linear.py runs/deepcluster-imagenet-seed0/checkpoint.pth --preset mlp # thesis, Table 5.2: new FC layers
+    python eval_linear.py runs/npid-imagenet-seed0/checkpoint.pth --preset finetune   # NPID, Fig. 6: 1 to 20 %
+    python eval_linear.py runs/cld-imagenet-seed0/checkpoint.pth --preset finetune-cld   # class-balanced 1 % and 10 %
+    python eval_linear.py runs/deepcluster-imagenet-seed0/checkpoint.pth --preset lowshot  # thesis, Fig. 5.1: n a class
+    python eval_linear.py runs/deepcluster-imagenet-seed0/checkpoint.pth --preset voc07     # VOC07, fc6-8
+    python eval_linear.py runs/deepcluster-imagenet-seed0/checkpoint.pth --preset voc07-svm # VOC07, SVM on each layer
+    python eval_linear.py resnet50.pth --arch resnet50 --data imagenet --preset linear-moco # torchvision's names
+    python eval_linear.py --weights random --arch alexnet --data imagenet              # a baseline
+    python eval_linear.py runs/npid-cifar10-seed0/checkpoint.pth --preset mlp --help   # every value of that preset
+
+Features. Stages conv1 to conv5 are AlexNet's convolutions, the last of each of VGG16's blocks, the stem and the four
+groups of a ResNet, after batch normalisation and ReLU and before max-pooling, averaged to at most --layer-size numbers
+(AlexNet at 224 px: the thesis's kernels, 9,600 or 9,216 numbers; else the largest square that fits). The network runs
+once over --train-crops and --test-crops of each image; what it says is kept below OUTPUT/features, named by weights,
+data, crops and layer, and used again by every other protocol. A layer that takes more than --memory stays on the disk.
+
+Choice. Rates, decays and the best epoch are chosen on --holdout of the training images, then what was chosen is trained
+again on all of them. "top1" is the accuracy at the chosen epoch, "last_top1" that of the last epoch with what was best
+there. The test images decide nothing.
+
+Differences from the papers' code: probes see fixed crops (the centre, with its mirror image, or ten) where the papers
+draw a new crop each time, so that one pass is enough; probes start at zero; the authors choose the best epoch on the
+validation images. Squared hinge, as LIBLINEAR's default, with a penalised intercept.
+
+The last line of the output is the result as JSON, also appended to eval.jsonl beside the checkpoint; accuracies and
+average precisions in percent. A killed run started again goes on.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import common
+
+# ---- presets ---------------------------------------------------------------------------------------------------------
+# "linear" is the base of all; a preset lists what differs. Grids are lists: what is best on held-out images is taken.
+
+CONV = [f"conv{i}" for i in range(1, 6)]
+LAYERS = [*CONV, "backbone", "head"]
+VOC = dict(data="voc07", train_crops=1)
+FINETUNE = dict(protocol="finetune", lr=[0.01], weight_decay=[1e-4], schedule="step", train_crops=1)
+PRESETS: dict[str, dict[str, Any]] = {
+    # Thesis, Tables 5.3 and 5.4. Its grid: one rate, decays from 1e-7 to 1e-4.
+    "linear": dict(protocol="linear", layers=CONV, train_crops=2, epochs=90, batch_size=256,
+                   lr=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3], weight_decay=[1e-6, 1e-4, 1e-2],
+                   schedule="inverse-sqrt", lr_drops=[], lr_drop_factor=0.1),
+    "linear-la": dict(lr=[0.01], weight_decay=[1e-4], batch_size=128, epochs=70, schedule="step", lr_drops=[30, 60]),
+    "linear-moco": dict(layers=["backbone"], test_crops=1, lr=[30.0], weight_decay=[0.0], epochs=100, schedule="step",
+                        lr_drops=[60, 80]),  # CLD on ImageNet
+    "svm": dict(protocol="svm", train_crops=1, cost=[0.01, 0.1, 1.0, 10.0]),  # NPID, Tables 2 and 3
+    "svm-head": dict(protocol="svm", layers=["head"], train_crops=1, test_crops=1, cost=[0.01, 0.1, 1.0, 10.0]),
+    "mlp": dict(protocol="mlp", layers=["conv5"], train_crops=10, lr=[0.01], weight_decay=[1e-4]),  # thesis, Table 5.2
+    "finetune": dict(FINETUNE, labels=[0.01, 0.02, 0.04, 0.1, 0.2], balanced=False, epochs=70, lr_drops=[30, 60],
+                     test_crops=1),
+    "finetune-cld": dict(FINETUNE, labels=[0.01, 0.1], epochs=20, head_factor=[100.0], lr_drops=[12, 16],
+                         lr_drop_factor=0.2, test_crops=1),
+    "lowshot": dict(FINETUNE, per_class=[4, 16, 64], draws=10, lr=[0.001, 0.01], epochs=70, lr_drops=[30, 60]),
+    # 80,000 steps of 16 images, the rate halved each 5,000; the 150,000 of the published "all" with its own solver
+    # likewise. Of the conv part the batch statistics are fixed.
+    "voc07": dict(VOC, protocol="voc07", trainable="fc", epochs=256, batch_size=16, lr=[0.003], weight_decay=[1e-6],
+                  schedule="step", lr_drops=list(range(16, 256, 16)), lr_drop_factor=0.5, crop_scale=[0.1, 0.5]),
+    "voc07-all": dict(VOC, protocol="voc07", trainable="all", epochs=479, batch_size=16, lr=[0.001],
+                      weight_decay=[1e-6], schedule="step", lr_drops=list(range(64, 479, 64)), lr_drop_factor=0.1,
+                      crop_scale=[0.1, 0.5]),
+    "voc07-svm": dict(VOC, protocol="voc07-svm", normalize="l2", positive_weight=2.0, test_crops=1,
+                      layers=[*CONV, "backbone"],
+                      cost=[0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0]),
+    "voc07-lowshot": dict(VOC, protocol="voc07-svm", normalize="l2", positive_weight=2.0, test_crops=1,
+                          layers=["conv5", "backbone"], cost=[0.1, 1.0, 10.0],
+                          per_class=[1, 2, 4, 8, 16, 32, 64, 96], draws=5),
+    "smoke": dict(layers=["conv1", "conv5"], layer_size=64, train_crops=1, test_crops=1, epochs=2, batch_size=16,
+                  subset=60, test_subset=40),
+}  # fmt: skip
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+MACHINE = {"memory", "features", "image_batch", "checkpoint", "weights"}  # how, not what
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = common.parser(__doc__)
+    parser.add_argument("checkpoint", nargs="?", help="checkpoint.pth or backbone.pth of these scripts, a file with "
+                        'torchvision\'s or timm\'s names, or "random" for an untrained network')
+    what = parser.add_argument_group("protocol")
+    what.add_argument("--weights", metavar="FILE|random", help="the same as the first argument")
+    what.add_argument("--protocol", choices=list(PROTOCOLS), default="linear", help="linear probes; linear svm; mlp on "
+                      "frozen convolutions; finetune; voc07: several classes an image; voc07-svm")
+    what.add_argument("--layers", choices=LAYERS, nargs="+", default=CONV, help="features to classify; backbone: its "
+                      "output, pooled for ResNets; head: the unit embedding")
+    what.add_argument("--layer-size", type=common.COUNT, default=10_000, metavar="N", help="average a stage's map "
+                      "until it has at most N numbers")
+    what.add_argument("--train-crops", type=int, choices=[1, 2, 10], default=2, help="the centre, with its mirror "
+                      "image, or ten crops; each epoch draws one of them for each image")
+    what.add_argument("--test-crops", type=int, choices=[1, 10], help="10: mean of the answers to ten; default: 10, "
+                      "but 1 for small images")
+    what.add_argument("--normalize", choices=["none", "l2", "standard"], default="none", help="of features: unit rows, "
+                      "or zero mean and unit variance of each number over the training images")
+    what.add_argument("--holdout", type=common.number(float, 0, 0.5, open_low=True), default=0.1, metavar="SHARE",
+                      help="share of the labelled images that chooses rates, decays and epochs")
+    what.add_argument("--labels", type=common.part, nargs="+", metavar="N", help="finetune: numbers or shares of "
+                      "labelled training images, all by default")
+    what.add_argument("--per-class", type=common.COUNT, nargs="+", metavar="N", help="finetune, svm: N labelled images "
+                      "of each class; voc07-svm: N with the class and up to 19 N without")
+    what.add_argument("--label-list", type=Path, metavar="FILE", help="finetune: the labelled images by file name, one "
+                      "a line, as in the lists of 1 %% and 10 %% of ImageNet that others use")
+    what.add_argument("--draws", type=common.COUNT, default=1, metavar="N", help="of labelled images; mean and std")
+    what.add_argument("--balanced", action=argparse.BooleanOptionalAction, default=True, help="--labels: the same "
+                      "number of each class, plus or minus one")
+    what.add_argument("--trainable", choices=["fc", "all"], default="all", help="voc07: the fully connected layers, "
+                      "which start anew, or everything")
+    what.add_argument("--train-batchnorm", action="store_true", help="voc07 fc: also scale and shift of the batch "
+                      "normalisation below, as in the thesis's first figures")
+    model = parser.add_argument_group("model, for files that do not say it")
+    model.add_argument("--arch", choices=common.ARCHITECTURES, help="of foreign files and random networks")
+    model.add_argument("--width", type=common.SIZE, help="channels of the first stage (64)")
+    optim = parser.add_argument_group("optimization")
+    optim.add_argument("--epochs", type=common.COUNT, default=90, help="passes over the training images")
+    optim.add_argument("--batch-size", type=common.COUNT, default=256, metavar="B", help="fewer labelled images than "
+                       "that are one batch")
+    optim.add_argument("--accumulate", type=common.COUNT, default=1, metavar="N", help="fine-tuning: forward and "
+                       "backward in N parts")
+    optim.add_argument("--lr", type=common.POSITIVE, nargs="+", default=[0.01], help="learning rates to choose from")
+    optim.add_argument("--weight-decay", type=common.NOT_NEGATIVE, nargs="+", default=[1e-4], help="to choose from")
+    optim.add_argument("--head-factor", type=common.POSITIVE, nargs="+", default=[1.0], metavar="X", help="finetune: "
+                       "the new last layer learns X times faster; to choose from")
+    optim.add_argument("--momentum", type=common.SHARE, default=0.9, help="of SGD")
+    optim.add_argument("--schedule", choices=["inverse-sqrt", "step", "cosine", "constant"], default="step",
+                       help="inverse-sqrt: lr / sqrt(1 + lr wd t) after t steps; step: at each of --lr-drops")
+    optim.add_argument("--lr-drops", type=common.COUNT, nargs="*", default=[], metavar="EPOCH", help="for step")
+    optim.add_argument("--lr-drop-factor", type=common.number(float, 0, 1, open_low=True), default=0.1, metavar="X",
+                       help="lr <- X lr at a drop")
+    optim.add_argument("--hidden", type=common.SIZE, metavar="N", help="mlp: units of its two hidden layers; default: "
+                       "4096 at width 64")
+    optim.add_argument("--dropout", type=common.number(float, 0, 0.99), default=0.5, help="before hidden layers")
+    optim.add_argument("--crop-scale", type=common.SHARE, nargs=2, default=[0.2, 1.0], metavar=("LOW", "HIGH"),
+                       help="fine-tuning: share of the image's area that a training crop has")
+    optim.add_argument("--cost", "--C", dest="cost", type=common.POSITIVE, nargs="+", default=[1.0], metavar="C",
+                       help="C of the SVM, to choose from; the middle one where a class has too few images to choose")
+    optim.add_argument("--folds", type=common.number(int, 2, 100), default=3, help="of the cross-validation that "
+                       "chooses C")
+    optim.add_argument("--positive-weight", type=common.POSITIVE, default=1.0, metavar="X", help="weight of images "
+                       "with the class in its SVM")
+    optim.add_argument("--seed", type=common.COUNT_OR_ZERO, default=0, help="of subset, held-out part, draws, order")
+    common.add_data_options(parser)
+    machine = parser.add_argument_group("features")
+    machine.add_argument("--features", type=Path, metavar="DIR", help="where features are kept; default: "
+                         "OUTPUT/features")
+    machine.add_argument("--feature-type", choices=["bfloat16", "float32"], help="default: bfloat16 where the network "
+                         "runs in it")
+    machine.add_argument("--memory", type=common.POSITIVE, metavar="GB", help="features of a layer that take more stay "
+                         "on the disk; default: a quarter of what the device has free")
+    machine.add_argument("--image-batch", type=common.COUNT, default=128, metavar="N",
+                         help="images in one forward pass")
+    common.add_device_options(parser)
+    run = parser.add_argument_group("run")
+    run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the "
+                     "network that is fine-tuned")
+    run.add_argument("--sync-bn", action="store_true", help="batch statistics over all GPUs")
+    run.add_argument("--output", type=Path, metavar="DIR", help="a folder for each setting; one found there is "
+                     "resumed; default: eval_linear/ beside the checkpoint")
+    run.add_argument("--overwrite", action="store_true", help="start anew")
+    run.add_argument("--save-minutes", type=common.NOT_NEGATIVE, default=10, metavar="MIN", help="a checkpoint each "
+                     "MIN minutes (0: only between trainings)")
+    words = list(sys.argv[1:] if argv is None else argv)
+    flat = [part for word in words for part in word.split("=", 1)]
+    if "--preset" not in flat and "--protocol" in flat[:-1] and flat[flat.index("--protocol") + 1] in PRESETS:
+        words += ["--preset", flat[flat.index("--protocol") + 1]]
+    args = common.parse(parser, PRESETS, words, base="linear")
+    args.typed = common.typed(parser, argv)
+    if (args.checkpoint is None) == (args.weights is None):
+        parser.error("name one checkpoint: a file, or random")
+    args.checkpoint = args.checkpoint or args.weights
+    if args.protocol in ("linear", "mlp") and (args.labels or args.per_class or args.label_list):
+        parser.error(f"--labels, --per-class and --label-list are for fine-tuning and SVMs, not for {args.protocol}: "
+                     "use --subset")
+    if args.protocol == "voc07" and args.per_class:
+        parser.error("--per-class is for one class an image, and for voc07-svm: use --labels")
+    if args.protocol == "mlp" and len(args.layers) > 1:
+        parser.error("--protocol mlp takes one of --layers")
+    if "output" not in args.typed:
+        untrained = Path("runs") / f"eval_linear-random-{args.arch or 'resnet18'}-seed{args.seed}"
+        args.output = untrained if args.checkpoint == "random" else Path(args.checkpoint).parent / "eval_linear"
+    args.features = args.features or args.output / "features"
+    return args
+
+
+# ---- data and labels -------------------------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    """Images and what to say of them: (N,) class numbers, or (N, C) with 1 there, -1 not there, 0 left out."""
+
+    train: common.ImageSet
+    test: common.ImageSet
+    train_targets: Tensor
+    test_targets: Tensor
+
+
+def voc_images(args: argparse.Namespace, split: str, classes: list[str] | None) -> tuple[common.ImageSet, Tensor]:
+    """A set in VOC's layout as images without a class each, and its targets (N, C)."""
+    found = common.load_voc(args, split, classes=classes)
+    paths = [image.path for image in found.images]
+    root = Path(os.path.commonpath([path.parent for path in paths]))
+    files = np.array([os.fsencode(path.relative_to(root)) for path in paths])
+    data = common.ImageSet(found.name, args.image_size or common.IMAGENET.size, *common.IMAGENET[1:],
+                           torch.full((len(paths),), -1), found.classes, torch.arange(len(paths)), root=root,
+                           files=files, workers=args.workers, bad=common.BadImages(args.max_bad_images))
+    return data, found.presence()
+
+
+def open_task(args: argparse.Namespace, encoder: common.Encoder | None, device: torch.device) -> Task:
+    """Labelled training and test images at the encoder's size and channel statistics."""
+    if args.protocol.startswith("voc07"):
+        args.image_size = args.image_size or (encoder.data.get("size") if encoder else None)
+        train, targets = voc_images(args, "train", None)
+        test, test_targets = voc_images(args, "test", train.classes)
+        for data in (train, test):
+            if encoder and encoder.data:
+                data.mean, data.std = tuple(encoder.data["mean"]), tuple(encoder.data["std"])
+        return Task(train, test, targets, test_targets)
+    if encoder is not None:
+        train, test = encoder.load_data(args, "train", device)
+    else:
+        train = common.load(args, "train", device)
+        args.image_size = train.size
+        test = common.load(args, "test", device)
+    known = (train.labels >= 0).nonzero()[:, 0]
+    if not len(known) or (test.labels < 0).any():
+        raise common.Fault(f"{train.name} has no classes: classification needs a folder for each class")
+    train = train if len(known) == len(train) else train.select(known)
+    return Task(train, test, train.labels, test.labels)
+
+
+def draw_labels(labels: Tensor, count: int, balanced: bool, *key: int | str) -> Tensor:
+    """`count` of the positions of labels (N,), sorted, drawn by `key`; balanced: as many of each class, give or take
+    one. Of (N, C) targets any are drawn."""
+    order = torch.randperm(len(labels), generator=common.generator(*key))
+    if balanced and labels.ndim == 1:
+        by_class = order[labels[order].argsort(stable=True)]
+        starts = torch.bincount(labels).cumsum(0) - torch.bincount(labels)
+        turn = torch.empty_like(labels)  # how many of its class come before an image
+        turn[by_class] = torch.arange(len(labels)) - starts[labels[by_class]]
+        order = order[turn[order].argsort(stable=True)]
+    return order[:count].sort().values
+
+
+def say_draw(name: str, targets: Tensor, rows: Tensor, seed: int, draw: int) -> dict[str, Any]:
+    """Print which labels are used: how many, the fewest and the most of a class, a checksum of positions and labels."""
+    facts: dict[str, Any] = dict(labels=len(rows), draw=draw)
+    if targets.ndim == 1:
+        counts = torch.bincount(targets[rows], minlength=int(targets.max()) + 1)
+        facts |= dict(least_of_a_class=int(counts.min()), most_of_a_class=int(counts.max()))
+    content = rows.numpy().tobytes() + targets[rows].numpy().tobytes()
+    facts["checksum"] = hashlib.blake2b(content, digest_size=8).hexdigest()
+    text = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items())
+    print(f"{name}: of {len(targets):,} images {text}, seed {seed}", flush=True)
+    return facts
+
+
+def draws(args: argparse.Namespace, task: Task) -> list[tuple[dict[str, Any], Tensor]]:
+    """(facts, rows) of each set of labelled images that --labels, --per-class or --label-list ask for; else all."""
+    targets, found = task.train_targets, list[tuple[dict[str, Any], Tensor]]()
+    every = torch.arange(len(targets))
+    if args.label_list:
+        return [(say_draw(args.label_list.name, targets, rows := listed(args.label_list, task.train), args.seed, 0),
+                 rows)]
+    wanted = [(f"{n} a class", n * len(task.train.classes), True) for n in args.per_class or ()]
+    for part in args.labels or ():
+        count = round(part * len(targets)) if part < 1 else int(part)
+        wanted.append((f"{part:g}", count, args.balanced))
+    if not wanted:
+        return [(dict(labels=len(every), draw=0), every)]
+    for name, count, balanced in wanted:
+        if name.endswith("class") and count > (fewest := int(torch.bincount(targets).min())) * len(task.train.classes):
+            raise common.Fault(f"--per-class: a class of {task.train.name} has {fewest} images")
+        if not 1 <= count <= len(targets):
+            raise common.Fault(f"--labels {name}: {task.train.name} has {len(targets)} labelled images here")
+        for draw in range(args.draws):
+            rows = draw_labels(targets, count, balanced, args.seed, "labels", name, draw)
+            found.append((say_draw(f"labels, {name}", targets, rows, args.seed, draw), rows))
+    return found
+
+
+def listed(path: Path, data: common.ImageSet) -> Tensor:
+    """Positions of the images that a text file names."""
+    try:
+        names = {Path(line.strip()).name for line in path.read_text().splitlines() if line.strip()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise common.Fault(f"cannot read {path} ({getattr(error, 'strerror', None) or 'no text'})") from None
+    if data.files is None:
+        raise common.Fault(f"--label-list is for directories of large images, and {data.name} is held decoded")
+    rows = [row for row in range(len(data)) if data.path(row).name in names]
+    if len(rows) != len(names):
+        raise common.Fault(f"{path} names {len(names)} images, of which {data.name} has {len(rows)}")
+    return torch.tensor(rows)
+
+
+# ---- features --------------------------------------------------------------------------------------------------------
+
+ALEXNET_SIDES = [55, 27, 13, 13, 13]  # of its maps at 224 px
+ALEXNET_POOLS = [(6, 3), (4, 0), (3, 1), (3, 1), (2, 0)]  # kernel = stride, padding, which counts: thesis's code
+
+
+def pool(maps: Sequence[Tensor], stage: int, layer_size: int) -> Tensor:
+    """Average of a stage's map (B, C, H, W) to at most layer_size numbers: (B, d)."""
+    channels, height, width = maps[stage].shape[1:]
+    if layer_size == 10_000 and [m.shape[-1] for m in maps] == ALEXNET_SIDES:
+        kernel, padding = ALEXNET_POOLS[stage]
+        return F.avg_pool2d(maps[stage].float(), kernel, kernel, padding).flatten(1)
+    side = max(1, math.isqrt(layer_size // channels))
+    return F.adaptive_avg_pool2d(maps[stage].float(), (min(side, height), min(side, width))).flatten(1)
+
+
+def layer_features(encoder: common.Encoder, images: Tensor, layers: Sequence[str], layer_size: int) -> list[Tensor]:
+    """The features of each layer, (B, d) float32, of normalised images (B, 3, S, S)."""
+    found = dict[str, Tensor]()
+    if set(layers) & set(CONV):
+        maps = encoder.backbone.stages(images)  # type: ignore[operator]
+        found |= {name: pool(maps, stage, layer_size) for stage, name in enumerate(CONV) if name in layers}
+    if "backbone" in layers:
+        found["backbone"] = encoder.backbone(images).float()
+    if "head" in layers:
+        found["head"] = encoder.embed(images)
+    return [found[name] for name in layers]
+
+
+def crops_of(data: common.ImageSet, rows: Tensor, crops: int, batch: int, device: torch.device) -> Iterator[Tensor]:
+    """Normalised crops (b, V, 3, S, S) of the images at `rows`; of several the first or, of ten, the fifth is the
+    central one."""
+    if crops == 10:
+        for views in data.ten_crops(rows, max(1, batch // 10), device):
+            yield data.normalize(views)
+        return
+    for images in data.centers(rows, max(1, batch // crops), device):
+        images = data.normalize(images)
+        yield torch.stack([images, images.flip(-1)][:crops], 1)
+
+
+def weights_checksum(encoder: common.Encoder) -> str:
+    """Of the file, or of an untrained network's weights."""
+    if encoder.sha256:
+        return encoder.sha256
+    content = hashlib.sha256()
+    for part in (encoder.backbone, encoder.head):
+        for weight in part.state_dict().values() if part is not None else ():
+            content.update(weight.cpu().contiguous().numpy().tobytes())
+    return content.hexdigest()
+
+
+def images_checksum(data: common.ImageSet) -> str:
+    """Of all pixels that are held, and of the images' positions; files are told apart by `identity`."""
+    content = hashlib.blake2b(data.ids.numpy().tobytes(), digest_size=16)
+    if data.pixels is not None:
+        for part in torch.split(data.pixels, 8192):
+            content.update(part.cpu().contiguous().numpy().data)
+    return content.hexdigest()
+
+
+@torch.no_grad()
+def cached_features(
+    args: argparse.Namespace, encoder: common.Encoder, data: common.ImageSet, split: str, crops: int,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """The features (N, V, d) of each of --layers, mapped from files that are made if they are not there.
+
+    A file belongs to one set of weights, images, crops and one layer: its name is a checksum of these, the .json beside
+    it spells them out and says how many rows are done, so that a killed pass goes on.
+    """
+    amp = common.amp_default(device) if args.amp is None else args.amp
+    kind = args.feature_type or ("bfloat16" if amp else "float32")
+
+    def encode(images: Tensor) -> list[Tensor]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            return layer_features(encoder, images.to(memory_format=torch.channels_last), args.layers, args.layer_size)
+
+    probe = encode(torch.zeros(1, 3, data.size, data.size, device=device))
+    checksums = dict(weights=weights_checksum(encoder), images=images_checksum(data))
+    files, keys, done = list[Path](), list[dict[str, Any]](), list[int]()
+    for layer, sample in zip(args.layers, probe, strict=True):
+        key = dict(checksums, data=data.identity(), crops=crops, layer=layer, layer_size=args.layer_size,
+                   size=sample.shape[1], type=kind, amp=amp, format=1)  # fmt: skip
+        digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
+        files.append(args.features / f"{split}-{layer}-{digest}.bin")
+        keys.append(key)
+    args.features.mkdir(parents=True, exist_ok=True)
+    with (args.features / "lock").open("w") as lock:  # of two runs at once the second finds what the first has made
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        mapped = list[Tensor]()
+        for path, key in zip(files, keys, strict=True):
+            done.append(rows_done(path, key))
+            mapped.append(open_features(path, (len(data), crops, key["size"]), getattr(torch, kind), args))
+        first = min(done)
+        if first < len(data):
+            gigabytes = sum(values.nbytes for values in mapped) / 1e9
+            print(f"features of {len(data):,} {split} images, {crops} crops, {', '.join(args.layers)}: {gigabytes:.2f} "
+                  f"GB in {args.features}" + f", going on at image {first:,}" * (first > 0), flush=True)
+            fill(mapped, files, keys, first, encode, crops_of(data, torch.arange(first, len(data)), crops,
+                                                              args.image_batch, device))
+    return dict(zip(args.layers, mapped, strict=True))
+
+
+def rows_done(path: Path, key: dict[str, Any]) -> int:
+    """How many rows of a feature file are there; none if it is not of this key."""
+    try:
+        found = json.loads(path.with_suffix(".json").read_text())
+        return int(found["rows"]) if found["key"] == key and path.exists() else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def open_features(path: Path, shape: tuple[int, ...], kind: torch.dtype, args: argparse.Namespace) -> Tensor:
+    """A file as a tensor; a new one takes its room on the disk at once: a full disk must not show in the middle."""
+    size = math.prod(shape) * kind.itemsize
+    if not path.exists() or path.stat().st_size != size:
+        free = shutil.disk_usage(path.parent).free
+        if size > free:
+            raise common.Fault(f"the features take {size / 1e9:.1f} GB, but {path.parent} has {free / 1e9:.1f} GB "
+                               "free: name another --features, fewer --layers or crops, or a --subset")
+        path.with_suffix(".json").unlink(missing_ok=True)
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size) if hasattr(os, "posix_fallocate") else file.truncate(size)
+    return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=kind).view(shape)
+
+
+def fill(
+    mapped: list[Tensor], files: list[Path], keys: list[dict[str, Any]], first: int,
+    encode: Callable[[Tensor], list[Tensor]], batches: Iterator[Tensor],
+) -> None:
+    """Write the features of all crops from row `first` on."""
+    from tqdm import tqdm
+
+    def mark(rows: int) -> None:
+        for path, key in zip(files, keys, strict=True):
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(dict(rows=rows, key=key)))
+            temporary.replace(path.with_suffix(".json"))
+
+    row, marked = first, time.monotonic()
+    bar = tqdm(total=len(mapped[0]), initial=first, unit="image", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    try:
+        for views in batches:
+            count = len(views)
+            for values, found in zip(mapped, encode(views.flatten(0, 1)), strict=True):
+                values[row : row + count] = found.view(count, -1, values.shape[2]).to(values.device, values.dtype)
+            row += count
+            bar.update(count)
+            if time.monotonic() - marked > 30:
+                mark(row)
+                marked = time.monotonic()
+    finally:
+        bar.close()
+        mark(row)
+
+
+class Layer:
+    """The features of one layer, in memory where they fit, and how they are normalised."""
+
+    def __init__(self, values: Tensor, args: argparse.Namespace, device: torch.device, like: "Layer | None" = None):
+        budget = 1e9 * args.memory if args.memory else free_memory(device) / 4
+        self.values = values.to(device, copy=True) if values.nbytes <= budget else values
+        self.device, self.unit = device, args.normalize == "l2"
+        self.mean: Tensor | None = like.mean if like else None
+        self.scale: Tensor | None = like.scale if like else None
+        if args.normalize == "standard" and like is None:
+            count, total, squares = 0, torch.zeros(()), torch.zeros(())
+            for part in torch.split(self.values, 1024):
+                part = part.to(device).flatten(0, 1).double()
+                count, total, squares = count + len(part), total + part.sum(0), squares + part.square().sum(0)
+            self.mean = (total / count).float()
+            spread = (squares / count - (total / count).square()).clamp(min=0).sqrt()
+            self.scale = 1 / spread.clamp(min=1e-3 * spread.mean() + 1e-12).float()
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def size(self) -> int:
+        """Numbers of a feature."""
+        return self.values.shape[2]
+
+    def normal(self, x: Tensor) -> Tensor:
+        """(..., d) as stored -> float32, normalised."""
+        x = x.to(self.device, non_blocking=True).float()
+        if self.mean is not None and self.scale is not None:
+            x = (x - self.mean) * self.scale
+        return F.normalize(x, dim=-1) if self.unit else x
+
+    def crop(self, rows: Tensor, views: Tensor) -> Tensor:
+        """(b, d): of each of the images at `rows` (b,) the crop that `views` (b,) names."""
+        return self.normal(self.values[rows.to(self.values.device), views.to(self.values.device)])
+
+    def crops(self, rows: Tensor) -> Tensor:
+        """(b, V, d): all crops of the images at `rows`."""
+        return self.normal(self.values[rows.to(self.values.device)])
+
+    def centers(self, rows: Tensor) -> Tensor:
+        """(b, d): of the central crop."""
+        views = self.values.shape[1]
+        return self.crop(rows, torch.full_like(rows, 4 if views == 10 else 0))
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that a device has free, or a guess."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    with contextlib.suppress(OSError, ValueError):
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return 4e9
+
+
+# ---- figures of merit ------------------------------------------------------------------------------------------------
+
+
+def top_k(scores: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy in percent of the first and of the first five classes. scores: (N, C); labels: (N,)."""
+    best = scores.topk(min(5, scores.shape[1]), 1).indices.cpu() == labels[:, None]
+    return dict(top1=round(100 * best[:, 0].double().mean().item(), 2),
+                top5=round(100 * best.any(1).double().mean().item(), 2))
+
+
+def mean_ap(scores: Tensor, targets: Tensor) -> dict[str, Any]:
+    """Mean average precision in percent, scores and targets (N, C), images with target 0 left out for that class.
+
+    map_11_points: VOC2007's; map_area: that of VOC2010 and later; map_sklearn: the area without interpolation, which
+    the thesis's code reports.
+    """
+    from sklearn.metrics import average_precision_score
+
+    rows = list[tuple[float, float, float]]()
+    for score, target in zip(scores.double().cpu().T, targets.T, strict=True):
+        known, total = target != 0, int((target > 0).sum())
+        right, score = target[known] > 0, score[known]
+        rows.append((common.average_precision(score, right, total, True),
+                     common.average_precision(score, right, total, False),
+                     100 * float(average_precision_score(right.numpy(), score.numpy())) if total else math.nan))
+    means = torch.tensor(rows).nanmean(0).tolist()  # a class that no image has counts for nothing
+    return dict(zip(("map_11_points", "map_area", "map_sklearn"), (round(mean, 2) for mean in means), strict=True),
+                ap_11_points=[round(row[0], 2) if row[0] == row[0] else None for row in rows])
+
+
+def merit(scores: Tensor, targets: Tensor) -> dict[str, Any]:
+    return top_k(scores, targets) if targets.ndim == 1 else mean_ap(scores, targets)
+
+
+class Ledger:
+    """What trainings have found so far; part of the checkpoint, so that a resumed run repeats none of them."""
+
+    def __init__(self) -> None:
+        self.history = list[Any]()  # held-out accuracies of the search at work
+        self.chosen = dict[str, Any]()
+        self.best = dict[str, Any]()  # test figures at the chosen epoch
+        self.rows = list[dict[str, Any]]()  # of finished trainings
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+def rate(args: argparse.Namespace, lr: float, decay: float, epoch: float, step: int) -> float:
+    """The learning rate after `epoch` epochs, `step` steps."""
+    if args.schedule == "inverse-sqrt":
+        return lr / math.sqrt(1 + lr * decay * step)
+    if args.schedule == "step":
+        return float(lr * args.lr_drop_factor ** sum(epoch >= drop for drop in args.lr_drops))
+    return lr * (0.5 * (1 + math.cos(math.pi * epoch / args.epochs)) if args.schedule == "cosine" else 1)
+
+
+# ---- linear probes ---------------------------------------------------------------------------------------------------
+
+
+class Probes:
+    """G linear classifiers of the same features, trained side by side: their weights are one matrix (G C, d).
+
+    A step is that of SGD with momentum on softmax cross-entropy, G C rows in one product, without autograd:
+    gradient = (p - y)^T x / B. Biases do not decay.
+    """
+
+    def __init__(self) -> None:
+        self.weight = self.bias = self.weight_momentum = self.bias_momentum = torch.zeros(0)
+
+    def reset(self, count: int, classes: int, size: int, device: torch.device) -> None:
+        """Start anew: all zero, since the problem is convex."""
+        self.weight, self.weight_momentum = (torch.zeros(count * classes, size, device=device) for _ in range(2))
+        self.bias, self.bias_momentum = (torch.zeros(count * classes, device=device) for _ in range(2))
+
+    def logits(self, x: Tensor, count: int) -> Tensor:
+        """(B, d) -> (B, G, C)."""
+        return torch.addmm(self.bias, x, self.weight.T).view(len(x), count, -1)
+
+    def step(self, x: Tensor, y: Tensor, lr: Tensor, decay: Tensor, momentum: float) -> None:
+        """x: (B, d); y: (B,); lr, decay: (G,)."""
+        error = self.logits(x, len(lr)).softmax(2)
+        error[torch.arange(len(x), device=x.device), :, y] -= 1
+        error = error.div_(len(x)).view(len(x), -1)
+        repeats = len(self.bias) // len(lr)
+        lr, decay = lr.repeat_interleave(repeats), decay.repeat_interleave(repeats)[:, None]
+        torch.addmm(self.weight_momentum, error.T, x, beta=momentum, out=self.weight_momentum)
+        self.weight_momentum.addcmul_(self.weight, decay)
+        self.bias_momentum.mul_(momentum).add_(error.sum(0))
+        self.weight.addcmul_(self.weight_momentum, lr[:, None], value=-1)
+        self.bias.addcmul_(self.bias_momentum, lr, value=-1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        vars(self).update(state)
+
+    def to(self, device: torch.device) -> None:
+        """Move what a checkpoint held."""
+        self.load_state_dict({name: value.to(device) for name, value in self.state_dict().items()})
+
+
+def probe_accuracy(probes: Probes, count: int, layer: Layer, rows: Tensor, labels: Tensor) -> list[float]:
+    """Percent right of each of G probes on the central crops of the images at `rows`."""
+    hits = torch.zeros(count, device=layer.device)
+    for part in torch.split(rows, 1024):
+        answers = probes.logits(layer.centers(part), count).argmax(2)
+        hits += (answers == labels[part].to(layer.device)[:, None]).sum(0)
+    return (100 * hits / len(rows)).tolist()
+
+
+def probe_scores(probes: Probes, count: int, layer: Layer) -> tuple[Tensor, Tensor]:
+    """Mean probability over all crops, and that of the central one, each (N, G, C)."""
+    mean, center = list[Tensor](), list[Tensor]()
+    for rows in torch.split(torch.arange(len(layer)), 256):
+        x = layer.crops(rows)
+        views = x.shape[1]
+        answers = probes.logits(x.flatten(0, 1), count).softmax(2).view(len(rows), views, count, -1)
+        mean.append(answers.mean(1))
+        center.append(answers[:, 4 if views == 10 else 0])
+    return torch.cat(mean), torch.cat(center)
+
+
+def linear(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task: Task) -> dict[str, Any]:
+    """Linear probes on every layer (section 5.3 of the thesis; Table 1 of LA): all rates and decays at once."""
+    classes, labels = len(task.train.classes), task.train_targets
+    train = cached_features(args, encoder, task.train, "train", args.train_crops, run.device)
+    test = cached_features(args, encoder, task.test, "test", args.test_crops, run.device)
+    every = torch.arange(len(labels))
+    held = draw_labels(labels, max(1, round(args.holdout * len(labels))), True, args.seed, "holdout")
+    fitted = every[~torch.isin(every, held)]
+    grid = list(itertools.product(args.lr, args.weight_decay))
+    jobs = [(layer, search) for layer in args.layers for search in (True, False)]
+    run.args.epochs = len(jobs) * args.epochs
+    run.args.batch_size = min(args.batch_size, len(fitted))
+    run.describe(task.train, **describe(args, encoder), grid=len(grid), held_out=len(held))
+    probes, ledger = Probes(), Ledger()
+    state: dict[str, Any] = dict(probes=probes, ledger=ledger)
+    first_epoch, first_step = run.resume(state, run.steps_per_epoch(len(every)))
+    probes.to(run.device)
+    name, here, there, began = "", None, None, time.perf_counter()
+
+    for epoch in range(first_epoch, run.args.epochs):
+        job, local = divmod(epoch, args.epochs)
+        wanted, search = jobs[job]
+        if wanted != name or here is None or there is None:
+            name = wanted
+            here = Layer(train[name], args, run.device)
+            there = Layer(test[name], args, run.device, here)
+        rows = fitted if search else every
+        settings = grid if search else [ledger.chosen[which][:2] for which in ("best", "last")]
+        steps, start = run.steps_per_epoch(len(rows)), first_step if epoch == first_epoch else 0
+        if local == start == 0:
+            probes.reset(len(settings), classes, here.size, run.device)
+            began = time.perf_counter()
+        decays = torch.tensor([decay for _, decay in settings], device=run.device)
+        order = rows[run.permutation(epoch, len(rows))]
+        views = torch.randint(args.train_crops, (len(rows),), generator=run.generator("views", epoch))
+        for step in range(start, steps):
+            part = slice(step * run.args.batch_size, (step + 1) * run.args.batch_size)
+            done = local * steps + step
+            rates = torch.tensor([rate(args, lr, decay, local + step / steps, done) for lr, decay in settings])
+            index = order[part]
+            probes.step(here.crop(index, views[part]), labels[index].to(run.device), rates.to(run.device), decays,
+                        args.momentum)
+            run.after_step(state, epoch, step, torch.zeros(()))
+        last = local + 1 == args.epochs
+        if search:
+            ledger.history.append(probe_accuracy(probes, len(grid), here, held, labels))
+            if last:
+                ledger.chosen = choose(torch.tensor(ledger.history), grid, args.lr, classes, name)
+        else:
+            if local + 1 == ledger.chosen["best"][2]:
+                ledger.best = figures_of(probe_scores(probes, 2, there), 0, task.test_targets)
+            if last:
+                ended = figures_of(probe_scores(probes, 2, there), 1, task.test_targets)
+                row = dict(layer=name, size=here.size, **dict(zip(("lr", "weight_decay", "epoch", "holdout_top1"),
+                                                                  ledger.chosen["best"], strict=True)),
+                           **ledger.best, last_lr=ledger.chosen["last"][0], last_weight_decay=ledger.chosen["last"][1],
+                           last_top1=ended["top1"], last_top5=ended["top5"])
+                ledger.rows.append(row)
+                ledger.history, ledger.chosen, ledger.best = [], {}, {}
+                run.log(**row, epochs=args.epochs, seconds=round(time.perf_counter() - began, 1))
+        if last:
+            run.save(state, epoch + 1, 0)
+    best = max(ledger.rows, key=lambda row: row["holdout_top1"])
+    return dict(linear_top1=best["top1"], linear_top5=best["top5"], layer=best["layer"], layers=ledger.rows)
+
+
+def choose(
+    history: Tensor, grid: Sequence[tuple[float, float]], rates: Sequence[float], classes: int, name: str
+) -> dict[str, list[float]]:
+    """Of held-out accuracies (epochs, G) the best setting, [lr, decay, epoch, accuracy], of all and of the last epoch.
+
+    Of equal ones the earliest epoch, then the first in the grid.
+    """
+    history = history.nan_to_num(-1.0)
+    found = dict[str, list[float]]()
+    for key, table, first in (("best", history, 0), ("last", history[-1:], len(history) - 1)):
+        row, column = divmod(int(table.flatten().argmax()), len(grid))
+        found[key] = [*grid[column], first + row + 1, round(table[row, column].item(), 2)]
+    top = found["best"]
+    if top[3] <= 150 / classes:
+        print(f"note: {name} is near chance ({top[3]} % of held-out images): features of another scale need other "
+              "--lr, or --normalize", file=sys.stderr)
+    elif len(rates) > 2 and top[0] in (min(rates), max(rates)):
+        print(f"note: the best rate for {name}, {top[0]:g}, is at the end of the grid: widen --lr", file=sys.stderr)
+    return found
+
+
+def figures_of(scores: tuple[Tensor, Tensor], probe: int, labels: Tensor) -> dict[str, float]:
+    """Accuracies of one probe, over all crops and of the central one."""
+    return top_k(scores[0][:, probe], labels) | dict(center_top1=top_k(scores[1][:, probe], labels)["top1"])
+
+
+# ---- linear SVM ------------------------------------------------------------------------------------------------------
+
+
+def fit_svm(x: Tensor, y: Tensor, cost: Tensor, tolerance: float = 1e-3, iterations: int = 100) -> Tensor:
+    """K support vector machines of the same x (N, d): the w (K, d) of least |w|^2 / 2 + sum_i cost_i max(0, 1 - y_i
+    w.x_i)^2, LIBLINEAR's primal with squared hinge. y: (N, K), 1 or -1; cost: (N, K), 0 leaves an image out.
+
+    Newton's method on the active images (Keerthi and DeCoste, 2005): conjugate gradients for the step, an exact line
+    search along it; all K at once, each product with x serves all. The error of w is at most its gradient: done when
+    that is under `tolerance` |w|, or rounding.
+    """
+    if len(x) < x.shape[1]:  # the solution lies in the span of the images: solve in its coordinates
+        basis, coordinates = torch.linalg.qr(x.T)
+        w: Tensor = fit_svm(coordinates.T.contiguous(), y, cost, tolerance, iterations) @ basis.T
+        return w
+    w = x.new_zeros(y.shape[1], x.shape[1])
+    outputs = torch.zeros_like(y)
+    rounding = 4 * torch.finfo(x.dtype).eps * (2 * (cost * y).T @ x).norm(dim=1)
+    for _ in range(iterations):
+        slack = (1 - y * outputs).clamp_(min=0)
+        gradient = w - 2 * (cost * y * slack).T @ x
+        open_ = (gradient.norm(dim=1) > torch.maximum(tolerance * w.norm(dim=1), rounding)).nonzero()[:, 0]
+        if not len(open_):
+            break
+        active = 2 * cost[:, open_] * (slack[:, open_] > 0)
+        step = newton_step(x, active, -gradient[open_])
+        change = x @ step.T
+        length = line_search(w[open_], step, y[:, open_], outputs[:, open_], change, cost[:, open_])
+        w[open_] += length[:, None] * step
+        outputs[:, open_] += length * change
+    return w
+
+
+def newton_step(x: Tensor, active: Tensor, target: Tensor, iterations: int = 100) -> Tensor:
+    """(I + X^T diag(active_k) X) p_k = target_k for all k, by conjugate gradients to a tenth of the target."""
+    p, residual, direction = torch.zeros_like(target), target.clone(), target.clone()
+    size = residual.square().sum(1)
+    goal = 0.01 * size
+    for _ in range(iterations):
+        if (size <= goal).all():
+            break
+        product = direction + (active * (x @ direction.T)).T @ x
+        alpha = torch.where(size > goal, size / (direction * product).sum(1), 0)
+        p += alpha[:, None] * direction
+        residual -= alpha[:, None] * product
+        new = torch.where(size > goal, residual.square().sum(1), size)
+        direction = residual + (new / size)[:, None] * direction
+        size = new
+    return p
+
+
+def line_search(w: Tensor, step: Tensor, y: Tensor, outputs: Tensor, change: Tensor, cost: Tensor) -> Tensor:
+    """The length (K,) that minimises the objective along each step: a zero of its piecewise linear slope."""
+    linear_term, square_term = (w * step).sum(1), step.square().sum(1)
+    low, high = torch.zeros_like(linear_term), torch.full_like(linear_term, math.inf)
+    length = torch.ones_like(low)
+    for _ in range(20):
+        slack = 1 - y * (outputs + length * change)
+        pull = cost * change * (slack > 0)
+        slope = linear_term + length * square_term - 2 * (pull * y * slack).sum(0)
+        low, high = torch.where(slope < 0, length, low), torch.where(slope < 0, high, length)
+        newton = length - slope / (square_term + 2 * (pull * change).sum(0)).clamp(min=1e-30)
+        inside = (newton > low) & (newton < high)
+        length = torch.where(inside, newton, torch.where(high < math.inf, (low + high) / 2, 2 * low))
+    return length
+
+
+def fit_svms(x: Tensor, targets: Tensor, costs: Tensor, positive_weight: float) -> Tensor:
+    """Weights (A, C, d) for costs (A, C) of C classes, in blocks that bound the memory. x: (N, d); targets: (N, C)."""
+    flat = costs.flatten()
+    found = list[Tensor]()
+    for block in torch.split(torch.arange(len(flat)), max(1, int(2e8 / len(x)))):
+        y = targets[:, block % targets.shape[1]].to(x)
+        weight = torch.where(y > 0, positive_weight, 1.0) * (y != 0)
+        found.append(fit_svm(x, torch.where(y == 0, 1.0, y), weight.to(x) * flat[block].to(x)))
+    return torch.cat(found).view(*costs.shape, -1)
+
+
+def cross_validate(x: Tensor, targets: Tensor, args: argparse.Namespace, key: Sequence[int | str]) -> Tensor:
+    """The cost (C,) of each class: one for all that classifies most left-out images right, or, of several classes an
+    image, the one of the best average precision for each. The middle one if a fold would lack a class."""
+    count = targets.shape[1]
+    costs = torch.tensor(args.cost)
+    if len(costs) == 1 or ((targets > 0).sum(0) < args.folds).any():
+        return costs[len(costs) // 2].repeat(count)
+    several = bool(((targets > 0).sum(1) != 1).any())
+    order = torch.randperm(len(x), generator=common.generator(*key, "folds"))
+    if not several:
+        order = order[targets.argmax(1).cpu()[order].argsort(stable=True)]
+    fold = torch.empty(len(x), dtype=torch.long)
+    fold[order] = torch.arange(len(x)) % args.folds
+    merits = torch.zeros(len(costs), count)
+    for left_out in range(args.folds):
+        rows, rest = ((fold == left_out).nonzero()[:, 0], (fold != left_out).nonzero()[:, 0])
+        rows, rest = rows.to(x.device), rest.to(x.device)
+        weights = fit_svms(x[rest], targets[rest], costs[:, None].expand(-1, count), args.positive_weight)
+        for number, weight in enumerate(weights):
+            scores = x[rows] @ weight.T
+            if several:
+                known = [targets[rows, c] != 0 for c in range(count)]
+                merits[number] += torch.tensor([common.average_precision(
+                    scores[k, c], targets[rows, c][k] > 0, int((targets[rows, c] > 0).sum()), False)
+                    for c, k in enumerate(known)]).nan_to_num(0)
+            else:
+                merits[number] += (scores.argmax(1) == targets[rows].argmax(1)).double().mean().item()
+    best: Tensor = costs[merits.argmax(0)]
+    return best
+
+
+def svm_draws(args: argparse.Namespace, task: Task) -> list[tuple[dict[str, Any], Tensor, Tensor]]:
+    """(facts, rows, targets (n, C)) of each draw of labelled images."""
+    if task.train_targets.ndim == 1:
+        targets = 2 * F.one_hot(task.train_targets, len(task.train.classes)) - 1
+        return [(facts, rows, targets[rows]) for facts, rows in draws(args, task)]
+    if not args.per_class:
+        return [(facts, rows, task.train_targets[rows]) for facts, rows in draws(args, task)]
+    found = []
+    for wanted, draw in itertools.product(args.per_class, range(args.draws)):
+        shown = torch.zeros_like(task.train_targets)
+        for number, target in enumerate(task.train_targets.T):
+            for sign, count in ((1, wanted), (-1, 19 * wanted)):
+                rows = (target == sign).nonzero()[:, 0]
+                if sign > 0 and len(rows) < wanted:
+                    raise common.Fault(f"--per-class {wanted}: {task.train.name} has {len(rows)} images of "
+                                       f"{task.train.classes[number]}")
+                source = common.generator(args.seed, "shots", wanted, draw, number, sign)
+                shown[rows[torch.randperm(len(rows), generator=source)[:count]], number] = sign
+        rows = shown.abs().sum(1).nonzero()[:, 0]
+        facts = say_draw(f"{wanted} with and up to {19 * wanted} without each class", shown, rows, args.seed, draw)
+        found.append((facts | dict(per_class=wanted), rows, shown[rows]))
+    return found
+
+
+def svm(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task: Task) -> dict[str, Any]:
+    """One-vs-rest linear SVM on every layer (NPID, Tables 1 to 3; VOC07 and its low-shot variant)."""
+    train = cached_features(args, encoder, task.train, "train", args.train_crops, run.device)
+    test = cached_features(args, encoder, task.test, "test", args.test_crops, run.device)
+    found = svm_draws(args, task)
+    jobs = [(layer, number) for layer in args.layers for number in range(len(found))]
+    run.args.epochs = len(jobs)
+    run.describe(task.train, **describe(args, encoder))
+    ledger = Ledger()
+    state: dict[str, Any] = dict(ledger=ledger)
+    first, _ = run.resume(state, 1)
+    name, here, there = "", None, None
+    for epoch in range(first, len(jobs)):
+        run.after_step(state, epoch, -1, torch.zeros(()))
+        began = time.perf_counter()
+        wanted, number = jobs[epoch]
+        if wanted != name or here is None or there is None:
+            name = wanted
+            here = Layer(train[name], args, run.device)
+            there = Layer(test[name], args, run.device, here)
+        facts, rows, targets = found[number]
+        x = torch.cat([here.crops(part).flatten(0, 1) for part in torch.split(rows, 1024)])
+        x = F.pad(x, (0, 1), value=1.0)  # the intercept is a weight like the others
+        targets = targets.repeat_interleave(args.train_crops, 0).to(run.device)
+        cost = cross_validate(x, targets, args, (args.seed, number))
+        weight = fit_svms(x, targets, cost[None], args.positive_weight)[0]
+        scores = torch.cat([(F.pad(there.crops(part), (0, 1), value=1.0) @ weight.T).mean(1)
+                            for part in torch.split(torch.arange(len(there)), 256)])
+        row = dict(layer=name, size=here.size, **facts, cost=sorted(set(cost.tolist())),
+                   **merit(scores, task.test_targets))
+        ledger.rows.append(row)
+        run.log(**row, seconds=round(time.perf_counter() - began, 1))
+        run.save(state, epoch + 1, 0)
+    rows_, key = ledger.rows, "top1" if task.train_targets.ndim == 1 else "map_11_points"
+    result: dict[str, Any] = dict(layers=rows_)
+    if args.per_class or args.labels:
+        result |= dict(draws=spread(rows_, ("layer", "labels" if key == "top1" else "per_class")))
+    name = "svm_top1" if key == "top1" else "map_voc07_svm"
+    return {name: rows_[-1][key], "layer": rows_[-1]["layer"]} | result
+
+
+def spread(rows: list[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over the draws, for each value of `keys`."""
+    groups = dict[tuple[Any, ...], list[dict[str, Any]]]()
+    for row in rows:
+        groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
+    found = []
+    for values, members in groups.items():
+        entry = {key: value for key, value in zip(keys, values, strict=True) if value is not None}
+        entry["draws"] = len(members)
+        for key in ("top1", "top5", "map_11_points", "map_area"):
+            if key in members[0]:
+                figures = torch.tensor([row[key] for row in members], dtype=torch.float64)
+                entry |= {key: round(figures.mean().item(), 2),
+                          f"{key}_std": round(figures.std().item() if len(members) > 1 else 0.0, 2)}
+        found.append(entry)
+    return found
+
+
+# ---- networks that train by backpropagation: an MLP on frozen features, fine-tuning, VOC07 ---------------------------
+
+
+class Job(NamedTuple):
+    """One training: which draw of labelled images; a setting of the grid that the others of the draw compete with, or
+    None for the training with what was chosen."""
+
+    draw: int
+    setting: tuple[float, float, float] | None  # lr, weight decay, factor of the last layer
+
+
+class Classifier(nn.Module):
+    """A body (B, ...) -> (B, d) and a last layer of its own: logits (B, C), float32."""
+
+    def __init__(self, body: nn.Module, size: int, classes: int) -> None:
+        super().__init__()
+        self.body, self.last = body, nn.Linear(size, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.last(self.body(x))
+        return logits.float()
+
+
+def hidden_layers(size: int, hidden: int, dropout: float) -> nn.Sequential:
+    """fc6 and fc7."""
+    return nn.Sequential(nn.Dropout(dropout), nn.Linear(size, hidden), nn.ReLU(inplace=True), nn.Dropout(dropout),
+                         nn.Linear(hidden, hidden), nn.ReLU(inplace=True))
+
+
+def restart(model: Classifier, start: dict[str, Tensor], fresh: Sequence[nn.Linear], std: float | None, bias: float,
+            *key: int | str) -> None:
+    """The weights of the start, but the `fresh` layers drawn anew by `key`: N(0, std), or PyTorch's own if None."""
+    model.load_state_dict(start)
+    torch.manual_seed(common.generator(*key).initial_seed())
+    for layer in fresh:
+        if std is None:
+            layer.reset_parameters()
+        else:
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.constant_(layer.bias, bias)
+
+
+def masked_bce(logits: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy summed over classes, mean over images; targets 1, -1, and 0 for what does not count."""
+    losses = F.binary_cross_entropy_with_logits(logits, (targets > 0).float(), reduction="none")
+    return (losses * (targets != 0)).sum(1).mean()
+
+
+Batches = Callable[[Tensor, int, int], Iterator[tuple[int, Tensor, Tensor]]]  # order, epoch, start -> step, index, x
+
+
+def train_networks(
+    args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task: Task, model: Classifier,
+    found: list[tuple[dict[str, Any], Tensor]], batches: Batches, predict: Callable[[Tensor | None], Tensor],
+    set_mode: Callable[[], None], reset: Callable[[dict[str, Tensor], int], None], every_epoch: bool,
+) -> list[dict[str, Any]]:
+    """Train `model` for each draw of labelled images with each setting of the grid, then with the best one on all.
+
+    predict(rows or None): scores (n, C) of training images, or of all test images. every_epoch: the best epoch is
+    chosen too, else only settings are, by the last epoch; with one setting nothing is held out then.
+    """
+    targets, multi = task.train_targets, task.train_targets.ndim == 2
+    key = "map_area" if multi else "top1"
+    criterion: Any = masked_bce if multi else F.cross_entropy
+    grid = list(itertools.product(args.lr, args.weight_decay, args.head_factor))
+    search = every_epoch or len(grid) > 1
+    jobs = [Job(draw, setting) for draw in range(len(found)) for setting in [*(grid if search else ()), None]]
+    run.args.epochs = len(jobs) * args.epochs
+    run.describe(task.train, **describe(args, encoder), trainings=len(jobs))
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    parts = dict(body=list(model.body.parameters()), last=list(model.last.parameters()))
+    groups = [dict(params=[w for w in part if w.requires_grad]) for part in parts.values()]
+    optimizer = torch.optim.SGD([group for group in groups if group["params"]], args.lr[0], momentum=args.momentum)
+    network, ledger, totals = run.parallel(model), Ledger(), common.Totals(run.device)
+    state: dict[str, Any] = dict(model=model, optimizer=optimizer, ledger=ledger, totals=totals)
+    first_epoch, first_step = run.resume(state, max(1, max(len(rows) for _, rows in found) // args.batch_size))
+
+    for epoch in range(first_epoch, run.args.epochs):
+        number, local = divmod(epoch, args.epochs)
+        job, (facts, rows) = jobs[number], found[jobs[number].draw]
+        held = rows[draw_labels(targets[rows], max(1, round(args.holdout * len(rows))), True, args.seed, "holdout")]
+        if job.setting is not None:
+            rows = rows[~torch.isin(rows, held)]
+        lr, decay, factor = job.setting or (ledger.chosen["setting"] if search else grid[0])
+        run.args.batch_size = min(args.batch_size, len(rows) // run.world * run.world)
+        steps, first = run.steps_per_epoch(len(rows)), first_step if epoch == first_epoch else 0
+        accumulate = args.accumulate if run.args.batch_size == args.batch_size else 1
+        if local == first == 0:
+            reset(start, number)
+            optimizer.state.clear()
+        began = time.perf_counter()
+        model.train()
+        set_mode()
+        order = rows[run.permutation(epoch, len(rows))]
+        for step, index, x in batches(order, epoch, first):
+            now = rate(args, lr, decay, local + step / steps, local * steps + step)
+            for group in optimizer.param_groups:
+                group["lr"] = now * (factor if group["params"][0] is parts["last"][0] else 1)
+                group["weight_decay"] = decay
+            optimizer.zero_grad()
+            loss = torch.zeros((), device=run.device)
+            y = targets[index.cpu()].to(run.device)
+            for some, truth in zip(x.chunk(accumulate), y.chunk(accumulate), strict=True):
+                with run.autocast():
+                    logits = network(some)
+                part_loss = criterion(logits, truth) * (len(some) / len(x))
+                part_loss.backward()
+                loss += part_loss.detach()
+            if multi:
+                nn.utils.clip_grad_norm_(model.parameters(), 10)
+            optimizer.step()
+            totals.add(loss=loss)
+            run.after_step(state, epoch, step, loss)
+        last, row = local + 1 == args.epochs, dict[str, Any](totals.means(run))
+        model.eval()
+        run.broadcast(model)
+        if job.setting is not None and (last or every_epoch):
+            row["holdout"] = merit(predict(held), targets[held])[key]
+            ledger.history.append([[lr, decay, factor], local + 1, row["holdout"]])
+            if last and (number + 1 == len(jobs) or jobs[number + 1].setting is None):
+                best = max(ledger.history, key=lambda entry: entry[2])  # of equal ones the first
+                ledger.chosen = dict(setting=best[0], epoch=best[1], holdout=best[2])
+        if job.setting is None:
+            chosen = ledger.chosen.get("epoch", args.epochs)
+            if local + 1 == chosen:
+                ledger.best = merit(predict(None), task.test_targets)
+            if last:
+                ended = ledger.best if chosen == args.epochs else merit(predict(None), task.test_targets)
+                row |= dict(facts, best_lr=lr, weight_decay=decay, head_factor=factor, best_epoch=chosen,
+                            **({"holdout": ledger.chosen["holdout"]} if search else {}), **ledger.best,
+                            **{f"last_{name}": value for name, value in ended.items() if name in ("top1", "top5", key)})
+                ledger.rows.append(row)
+                ledger.history, ledger.chosen, ledger.best = [], {}, {}
+        run.log(epoch=epoch + 1, training=number + 1, lr=rate(args, lr, decay, local, local * steps), **row,
+                seconds=round(time.perf_counter() - began, 1))
+        run.save(state, epoch + 1, 0)
+    return ledger.rows
+
+
+def mlp(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task: Task) -> dict[str, Any]:
+    """Three new fully connected layers on frozen convolutions (thesis, Tables 4.1 and 5.2)."""
+    train, test = (cached_features(args, encoder, data, split, crops, run.device)[args.layers[0]] for data, split, crops
+                   in ((task.train, "train", args.train_crops), (task.test, "test", args.test_crops)))
+    here = Layer(train, args, run.device)
+    there = Layer(test, args, run.device, here)
+    hidden = args.hidden or max(16, 64 * (args.width or encoder.options.get("width", 64)))
+    model = run.place(Classifier(hidden_layers(here.size, hidden, args.dropout), hidden, len(task.train.classes)))
+
+    def batches(order: Tensor, epoch: int, start: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        views = torch.randint(args.train_crops, (len(order),), generator=run.generator("views", epoch))
+        for step in range(start, len(order) // run.args.batch_size):
+            part = slice(step * run.args.batch_size, (step + 1) * run.args.batch_size)
+            run.seed_step(epoch, step)
+            yield step, order[part], here.crop(order[part], views[part])
+
+    @torch.no_grad()
+    def predict(rows: Tensor | None) -> Tensor:
+        layer, rows = (there, torch.arange(len(there))) if rows is None else (here, rows)
+        found = []
+        for part in torch.split(rows, 256):
+            x = layer.crops(part) if layer is there else layer.centers(part)[:, None]
+            with run.autocast():
+                found.append(model(x.flatten(0, 1)).softmax(1).view(*x.shape[:2], -1).mean(1))
+        return torch.cat(found)
+
+    def reset(start: dict[str, Tensor], number: int) -> None:
+        fresh = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+        restart(model, start, fresh, None, 0.0, args.seed, "mlp")
+
+    (row,) = train_networks(args, run, encoder, task, model, [({}, torch.arange(len(task.train_targets)))], batches,
+                            predict, lambda: None, reset, every_epoch=True)
+    return dict(mlp_top1=row["top1"], mlp_top5=row["top5"], hidden=hidden, layer=args.layers[0], runs=[row])
+
+
+def finetune(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task: Task) -> dict[str, Any]:
+    """The whole network and a new last layer on some labels (NPID, Fig. 6; thesis, Fig. 5.1; CLD), or VOC07's classes
+    with fc6-8 or everything (thesis, Table 5.5)."""
+    multi = task.train_targets.ndim == 2
+    backbone: Any = encoder.backbone.requires_grad_(True)
+    for layer in backbone.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = args.dropout
+    model = run.place(Classifier(backbone, backbone.dim, len(task.train.classes)))
+    # The layers above the convolutions: fc6 and fc7 of AlexNet and VGG16.
+    above = [layer for layer in getattr(backbone, "classifier", nn.Identity()).modules()
+             if isinstance(layer, nn.Linear)]
+    norms = [layer for layer in backbone.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    if multi and args.trainable == "fc":
+        kept = {id(w) for layer in [*above, *(norms if args.train_batchnorm else ())] for w in layer.parameters()}
+        for weight in backbone.parameters():
+            weight.requires_grad_(id(weight) in kept)
+    scale = (min(args.crop_scale), max(args.crop_scale))
+    crop = common.Crop(task.train.size, scale, (1.0, 1.0)) if multi else common.Crop(task.train.size, scale)
+
+    def batches(order: Tensor, epoch: int, start: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        for step, index, (images,) in task.train.batches(run, order, crop, epoch, start):
+            yield step, index, task.train.normalize(common.random_flip(images, run.draw(epoch, step)))
+
+    @torch.no_grad()
+    def predict(rows: Tensor | None) -> Tensor:
+        data, crops = (task.test, args.test_crops) if rows is None else (task.train, 1)
+        rows, found = torch.arange(len(data)) if rows is None else rows, list[Tensor]()
+        for views in crops_of(data, rows, crops, args.image_batch, run.device):
+            with run.autocast():
+                answers = model(views.flatten(0, 1).to(memory_format=torch.channels_last))
+            answers = answers.float() if multi else answers.float().softmax(1)
+            found.append(answers.view(*views.shape[:2], -1).mean(1))
+        return torch.cat(found)
+
+    def set_mode() -> None:
+        if multi:
+            for layer in norms:
+                layer.eval()
+
+    def reset(start: dict[str, Tensor], number: int) -> None:
+        std, bias, fresh = (0.01, 0.1, [*above, model.last]) if multi else (0.01, 0.0, [model.last])
+        restart(model, start, fresh, std, bias, args.seed, "last layer", number)
+
+    rows = train_networks(args, run, encoder, task, model, draws(args, task), batches, predict, set_mode, reset,
+                          every_epoch=False)
+    if multi:
+        return dict(map_voc07_classification=rows[-1]["map_11_points"], trainable=args.trainable, runs=rows)
+    return dict(finetune_top1=rows[-1]["top1"], finetune_top5=rows[-1]["top5"], draws=spread(rows, ["labels"]),
+                runs=rows)
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+Protocol = Callable[[argparse.Namespace, common.Run, common.Encoder, Task], dict[str, Any]]
+PROTOCOLS: dict[str, Protocol] = {
+    "linear": linear, "svm": svm, "mlp": mlp, "finetune": finetune, "voc07": finetune, "voc07-svm": svm,
+}  # fmt: skip
+
+
+def describe(args: argparse.Namespace, encoder: common.Encoder) -> dict[str, Any]:
+    """What goes into the first line of the log."""
+    return dict(checkpoint=args.checkpoint, checkpoint_sha256=encoder.sha256, epochs_each=args.epochs)
+
+
+def folder_of(args: argparse.Namespace, encoder: common.Encoder | None) -> Path:
+    """The folder of this protocol with these settings and weights: others lie beside it."""
+    source = {} if encoder is None else encoder.options
+    options = {key: value for key, value in common.plain_options(args).items()
+               if key not in common.FREE_OPTIONS | MACHINE or key in ("epochs", "test_subset")}
+    options |= dict(data=args.data if "data" in args.typed or args.protocol.startswith("voc07") or not source
+                    else source["data"], weights=encoder.sha256 if encoder else "random")
+    digest = hashlib.blake2b(json.dumps(options, sort_keys=True).encode(), digest_size=4).hexdigest()
+    return Path(args.output) / f"{args.preset}-{digest}"
+
+
+def main(args: argparse.Namespace) -> None:
+    device = common.pick_device(args.device)
+    if args.protocol not in ("finetune", "voc07") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise common.Fault(f"--protocol {args.protocol} takes one process: start it without a launcher")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    encoder, path = None, Path(args.checkpoint)
+    if args.checkpoint != "random":
+        encoder = common.load_encoder(path, args.arch, args.width, None, device,
+                                      "head" if "head" in args.layers else "auto")
+        print(f"{path}: {encoder.describe()}", flush=True)
+        if "head" in args.layers and encoder.head is None:
+            raise common.Fault(f"{path} has no head: --layers takes {', '.join(LAYERS[:-1])}")
+    settings = argparse.Namespace(**{key: value for key, value in vars(args).items() if key not in MACHINE})
+    settings.output = folder_of(args, encoder)
+    run = common.Run(settings)
+    task = open_task(args, encoder, device)
+    if encoder is None:
+        torch.manual_seed(args.seed)
+        encoder = common.untrained_encoder(args.arch or "resnet18", args.width or 64, task.train.small, device)
+    args.test_crops = args.test_crops or (1 if task.train.small else 10)
+    encoder.backbone.to(memory_format=torch.channels_last)
+    result = PROTOCOLS[args.protocol](args, run, encoder, task)
+    run.close()
+    if run.rank:
+        return
+    options = encoder.options
+    method = f"{options['script']} {options['preset']}" if options else path.stem
+    facts = dict(protocol=args.protocol, preset=args.preset, checkpoint=args.checkpoint,
+                 checkpoint_sha256=encoder.sha256, arch=args.arch or options.get("arch", "resnet18"),
+                 method="untrained" if args.checkpoint == "random" else method, data=task.train.name,
+                 subset=args.subset, train_images=len(task.train), test_images=len(task.test),
+                 train_crops=args.train_crops, test_crops=args.test_crops, normalize=args.normalize, epochs=args.epochs,
+                 batch_size=args.batch_size, seed=args.seed)
+    if args.protocol in ("linear", "mlp"):
+        facts |= dict(lr_grid=args.lr, weight_decay_grid=args.weight_decay, holdout=args.holdout,
+                      schedule=args.schedule)
+    line = json.dumps(facts | result)
+    place = (args.output if args.checkpoint == "random" else path.parent) / "eval.jsonl"
+    try:
+        with place.open("a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        print(f"note: cannot write {place} ({error.strerror})", file=sys.stderr)
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    common.launch(main, parse_args)

@@ -1,0 +1,674 @@
+"""Classification protocols: probes, SVMs and metrics against references; drawn labels, cached features, resuming."""
+
+import argparse
+import json
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import one_line, run, start
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
+from sklearn.svm import LinearSVC
+from torch import Tensor
+
+import common
+import eval_linear
+import figures
+import npid
+
+CPU = torch.device("cpu")
+SMALL = ["--preset", "smoke", "--device", "cpu", "--data-dir"]
+PACKS = common.ROOT.parent / "shared" / "data" / "voc"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small NPID run's checkpoint."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["npid.py"])
+        npid.main(npid.parse_args(["--preset", "smoke", "--device", "cpu", "--knn-every", "0", "--epochs", "1",
+                                   "--output", str(folder)]))
+    return folder / "checkpoint.pth"
+
+
+@pytest.fixture
+def checkpoint(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it in a folder of its own."""
+    return Path(shutil.copy(trained, tmp_path / "checkpoint.pth"))
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data directory in which the VOC-style set of `shapes` is rendered once."""
+    return tmp_path_factory.mktemp("voc")
+
+
+def evaluate(checkpoint: Path | str, *words: Any, data_dir: Path = Path("nowhere")) -> dict[str, Any]:
+    """Run the script and return the line that it appends."""
+    args = eval_linear.parse_args([str(word) for word in (checkpoint, *SMALL, data_dir, *words)])
+    eval_linear.main(args)
+    place = args.output if checkpoint == "random" else Path(checkpoint).parent
+    found: dict[str, Any] = json.loads((place / "eval.jsonl").read_text().splitlines()[-1])
+    return found
+
+
+def blobs(count: int, size: int, classes: int, seed: int = 0, spread: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Points (N, d) around a centre for each class, and their classes (N,)."""
+    source = torch.Generator().manual_seed(seed)
+    centers = torch.randn(classes, size, generator=torch.Generator().manual_seed(99))
+    labels = torch.arange(count) % classes
+    return centers[labels] + spread * torch.randn(count, size, generator=source), labels
+
+
+# features
+
+
+def test_sizes_of_alexnet() -> None:
+    """At 224 px the five stages have the thesis's 9600, 9216, 9600, 9600, 9216 numbers, means with counted padding."""
+    network = common.backbone("alexnet").eval()
+    with torch.no_grad():
+        maps = network.stages(torch.randn(1, 3, 224, 224))
+    pools = [(6, 3), (4, 0), (3, 1), (3, 1), (2, 0)]
+    for stage, (size, side, (kernel, padding)) in enumerate(zip((9600, 9216, 9600, 9600, 9216), (10, 6, 5, 5, 6), pools,
+                                                                strict=True)):
+        found = eval_linear.pool(maps, stage, 10_000)
+        assert found.shape == (1, size) and size == maps[stage].shape[1] * side**2
+        padded = F.pad(maps[stage], (padding,) * 4)
+        corner = padded[:, :, :kernel, :kernel].mean((2, 3))
+        torch.testing.assert_close(found.view(1, -1, side, side)[:, :, 0, 0], corner)
+
+
+@pytest.mark.parametrize("arch", ["vgg16", "resnet18", "resnet50"])
+def test_sizes_of_others(arch: str) -> None:
+    """The other networks' stages at 224 px have 8,000 to 10,000 numbers."""
+    with torch.device("meta"):
+        maps = common.backbone(arch).stages(torch.empty(1, 3, 224, 224))
+    assert all(8000 <= eval_linear.pool(maps, stage, 10_000).shape[1] <= 10_000 for stage in range(5))
+
+
+def options(tmp_path: Path, *words: str) -> argparse.Namespace:
+    return eval_linear.parse_args(["random", "--preset", "smoke", "--output", str(tmp_path), *words])
+
+
+def features(args: argparse.Namespace, encoder: common.Encoder, data: common.ImageSet, crops: int = 1) -> list[Tensor]:
+    return list(eval_linear.cached_features(args, encoder, data, "train", crops, CPU).values())
+
+
+def encoder_and_data(seed: int = 0, count: int = 24) -> tuple[common.Encoder, common.ImageSet]:
+    torch.manual_seed(seed)
+    data = common.load(npid.parse_args(["--subset", str(count)]), "train", CPU)
+    return common.untrained_encoder("resnet18", 4, True, CPU, 8), data
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_cached_features_are_the_networks(kind: str, tmp_path: Path) -> None:
+    """What is cached for each layer and crop is what the network says of it, to the rounding of the type."""
+    encoder, data = encoder_and_data()
+    args = options(tmp_path, "--feature-type", kind, "--no-amp", "--layers", "conv1", "conv5", "backbone", "head",
+                   "--image-batch", "10")
+    found = features(args, encoder, data, 2)
+    images = data.normalize(torch.cat(list(data.centers(torch.arange(24), 24, CPU))))
+    for view, crop in enumerate((images, images.flip(-1))):
+        maps = encoder.backbone.stages(crop)  # type: ignore[operator]
+        expected = [eval_linear.pool(maps, 0, 64), eval_linear.pool(maps, 4, 64), maps[4].mean((2, 3)),
+                    encoder.embed(crop)]
+        for ours, theirs in zip(found, expected, strict=True):
+            tolerance = 1e-2 if kind == "bfloat16" else 1e-4
+            torch.testing.assert_close(ours[:, view].float(), theirs, rtol=tolerance, atol=1e-5)
+
+
+def test_features_of_another_checkpoint_are_never_used(tmp_path: Path) -> None:
+    """Other weights, images, crops or layer sizes make files of their own; one with a wrong key inside is made anew."""
+    args = options(tmp_path, "--layers", "conv5", "--no-amp")
+    encoder, data = encoder_and_data()
+    (first,) = features(args, encoder, data)
+    before = first.clone()
+    other, _ = encoder_and_data(1)
+    (second,) = features(args, other, data)
+    assert not torch.equal(second, before) and torch.equal(first, before)
+    with torch.no_grad():
+        fresh = eval_linear.pool(other.backbone.stages(data.normalize(  # type: ignore[operator]
+            torch.cat(list(data.centers(torch.arange(24), 24, CPU))))), 4, 64)
+    torch.testing.assert_close(second[:, 0], fresh, rtol=1e-4, atol=1e-5)
+    moved = data.select(torch.arange(23, -1, -1))
+    assert torch.equal(features(args, encoder, moved)[0].flip(0)[:, 0, 0] != 0, before[:, 0, 0] != 0)
+    features(args, encoder, data, 2)
+    features(options(tmp_path, "--layers", "conv5", "--no-amp", "--layer-size", "32"), encoder, data)
+    files = sorted((tmp_path / "features").glob("train-conv5-*.bin"))
+    assert len(files) == 5
+    keys = {path: path.with_suffix(".json").read_text() for path in files}
+    for path in files:  # as if a checksum were met twice: the name agrees, what stands inside does not
+        path.with_suffix(".json").write_text(keys[files[0] if path != files[0] else files[1]])
+    first.zero_()
+    assert torch.equal(features(args, encoder, data)[0], before)
+
+
+def test_killed_pass_goes_on(tmp_path: Path) -> None:
+    """A pass that stopped goes on behind the last row that it wrote, and ends with the same features."""
+    args, (encoder, data) = options(tmp_path, "--layers", "conv5", "--image-batch", "5"), encoder_and_data()
+    (whole,) = [values.clone() for values in features(args, encoder, data)]
+    shutil.rmtree(tmp_path / "features")
+    original, seen = common.ImageSet.centers, list[int]()
+
+    def centers(self: common.ImageSet, rows: Tensor, *rest: Any) -> Any:
+        for number, images in enumerate(original(self, rows, *rest)):
+            if not seen and number == 2:
+                raise KeyboardInterrupt
+            yield images
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.ImageSet, "centers", centers)
+        with pytest.raises(KeyboardInterrupt):
+            features(args, encoder, data)
+    marked = json.loads(next((tmp_path / "features").glob("*.json")).read_text())
+    assert marked["rows"] == 10
+
+    def rest(self: common.ImageSet, rows: Tensor, *rest: Any) -> Any:
+        seen.extend(rows.tolist())
+        return original(self, rows, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.ImageSet, "centers", rest)
+        assert torch.equal(features(args, encoder, data)[0], whole)
+        assert seen == list(range(10, 24))
+        assert torch.equal(features(args, encoder, data)[0], whole) and len(seen) == 14
+
+
+# linear probes
+
+
+def test_probes_are_sgd() -> None:
+    """Six probes trained side by side have the weights that torch's SGD gives each alone, with momentum and decay."""
+    x, y = blobs(64, 7, 3)
+    rates, decays = torch.tensor([0.01, 0.1, 1.0] * 2), torch.tensor([0.0] * 3 + [0.1] * 3)
+    probes = eval_linear.Probes()
+    probes.reset(6, 3, 7, CPU)
+    linears = [torch.nn.Linear(7, 3) for _ in range(6)]
+    for linear in linears:
+        torch.nn.init.zeros_(linear.weight), torch.nn.init.zeros_(linear.bias)
+    optimizers = [torch.optim.SGD([dict(params=[linear.weight], weight_decay=decay.item()), dict(params=[linear.bias])],
+                                  lr.item(), momentum=0.9)
+                  for linear, lr, decay in zip(linears, rates, decays, strict=True)]
+    for part in torch.arange(64).repeat(3).split(16):
+        probes.step(x[part], y[part], rates, decays, 0.9)
+        for linear, optimizer in zip(linears, optimizers, strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(linear(x[part]), y[part]).backward()
+            optimizer.step()
+    for number, linear in enumerate(linears):
+        torch.testing.assert_close(probes.weight.view(6, 3, 7)[number], linear.weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(probes.bias.view(6, 3)[number], linear.bias, rtol=1e-4, atol=1e-5)
+
+
+def test_probes_end_where_logistic_regression_does() -> None:
+    """At the same regularisation the probe gives scikit-learn's probabilities, and its accuracy within noise."""
+    x, y = blobs(400, 12, 4, spread=2.5)
+    test, truth = blobs(400, 12, 4, seed=1, spread=2.5)
+    for cost in (0.001, 1.0):
+        theirs = LogisticRegression(C=cost, tol=1e-6, max_iter=1000).fit(x.numpy(), y.numpy())
+        probes = eval_linear.Probes()
+        probes.reset(1, 4, 12, CPU)
+        for _ in range(1500):
+            probes.step(x, y, torch.tensor([0.02]), torch.tensor([1 / (cost * len(x))]), 0.9)
+        ours = probes.logits(test, 1)[:, 0].softmax(1)
+        expected = torch.from_numpy(theirs.predict_proba(test.numpy())).float()
+        assert (ours - expected).abs().max() < 0.02
+        accuracy = (ours.argmax(1) == truth).float().mean()
+        assert abs(accuracy - float((expected.argmax(1) == truth).float().mean())) < 0.01
+
+
+def test_choice_is_by_held_out_images() -> None:
+    """The best cell of the table (epochs, settings), the earliest of equal ones, never one that is not finite."""
+    grid = [(0.1, 0.0), (0.2, 0.0), (0.4, 0.0), (0.8, 0.0)]
+    history = torch.tensor([[1.0, 60, 20, 0], [2, 50, 60, 0], [3, 40, 55, float("nan")]])
+    found = eval_linear.choose(history, grid, [0.1, 0.2, 0.4, 0.8], 10, "conv1")
+    assert found["best"] == [0.2, 0.0, 1, 60.0] and found["last"] == [0.4, 0.0, 3, 55.0]
+
+
+def test_test_images_decide_nothing(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With other labels of the test images the same rates, decays and epochs are chosen."""
+    first = evaluate(checkpoint)
+    original = eval_linear.open_task
+
+    def scrambled(*args: Any) -> eval_linear.Task:
+        task = original(*args)
+        return task._replace(test_targets=(task.test_targets + 1) % 10)
+
+    monkeypatch.setattr(eval_linear, "open_task", scrambled)
+    second = evaluate(checkpoint, "--overwrite")
+    keys = ("lr", "weight_decay", "epoch", "holdout_top1", "last_lr", "last_weight_decay")
+    for a, b in zip(first["layers"], second["layers"], strict=True):
+        assert [a[key] for key in keys] == [b[key] for key in keys]
+    assert [row["top1"] for row in first["layers"]] != [row["top1"] for row in second["layers"]]
+
+
+def test_features_on_the_disk_give_the_same(checkpoint: Path) -> None:
+    """With a memory that holds no layer the features stay on the disk and the figures are the same."""
+    args = ["--normalize", "standard", "--train-crops", "10", "--test-crops", "10"]
+    first = evaluate(checkpoint, *args)
+    second = evaluate(checkpoint, *args, "--memory", "1e-9", "--overwrite")
+    assert first == second and first["layers"][0]["center_top1"] >= 0
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [
+    ("inverse-sqrt", 0.5 / (1 + 0.5 * 0.1 * 40) ** 0.5), ("step", 0.5 * 0.2**2), ("cosine", 0.25), ("constant", 0.5),
+])
+def test_rates(schedule: str, expected: float, tmp_path: Path) -> None:
+    """lr / sqrt(1 + lr wd t); lr times the factor at each drop; a cosine to zero; lr."""
+    args = options(tmp_path, "--schedule", schedule, "--epochs", "10", "--lr-drops", "3", "5", "6",
+                   "--lr-drop-factor", "0.2")
+    assert eval_linear.rate(args, 0.5, 0.1, 5.0, 40) == pytest.approx(expected)
+
+
+# SVM
+
+
+@pytest.mark.parametrize(("count", "size"), [(300, 20), (40, 90)])
+def test_svm_is_liblinears(count: int, size: int) -> None:
+    """The weights of every class and cost are those of LinearSVC, with fewer images than numbers too."""
+    x, labels = blobs(count, size, 3, spread=2.0)
+    padded = F.pad(x, (0, 1), value=1.0).double()
+    targets = 2 * F.one_hot(labels, 3) - 1
+    costs = torch.tensor([0.01, 1.0, 10.0])
+    ours = eval_linear.fit_svms(padded, targets, costs[:, None].expand(-1, 3), 1.0)
+    single = eval_linear.fit_svms(padded.float(), targets, costs[:, None].expand(-1, 3), 1.0)
+    for number, cost in enumerate(costs.tolist()):
+        theirs = LinearSVC(C=cost, tol=1e-8, max_iter=200_000).fit(x.numpy(), labels.numpy())
+        expected = torch.from_numpy(np.concatenate([theirs.coef_, theirs.intercept_[:, None]], 1))
+        torch.testing.assert_close(ours[number], expected, rtol=0, atol=2e-3 * float(expected.abs().max()))
+        same = (padded @ ours[number].T).argmax(1) == torch.from_numpy(theirs.predict(x.numpy()))
+        assert same.float().mean() > 0.995
+        torch.testing.assert_close(single[number].double(), expected, rtol=0, atol=1e-2 * float(expected.abs().max()))
+
+
+def test_weights_and_left_out_images() -> None:
+    """The weight of images with the class is LinearSVC's class weight; images with target 0 change nothing."""
+    x, labels = blobs(200, 6, 2, spread=3.0)
+    padded = F.pad(x, (0, 1), value=1.0).double()
+    target = torch.where(labels == 0, 1, -1)
+    target[150:] = 0
+    ours = eval_linear.fit_svms(padded, target[:, None], torch.tensor([[0.5]]), 2.0)[0, 0]
+    theirs = LinearSVC(C=0.5, tol=1e-8, max_iter=200_000, class_weight={1: 2, -1: 1})
+    theirs.fit(x[:150].numpy(), target[:150].numpy())
+    expected = torch.from_numpy(np.append(theirs.coef_[0], theirs.intercept_))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-3)
+
+
+def test_cost_by_cross_validation(tmp_path: Path) -> None:
+    """Overlapping classes with few images want a small cost; if a fold would lack a class the middle one is taken."""
+    x, labels = blobs(60, 40, 2, spread=6.0)
+    targets = 2 * F.one_hot(labels, 2) - 1
+    args = options(tmp_path, "--C", "1e-5", "1e-4", "100")
+    padded = F.pad(x, (0, 1), value=1.0)
+    chosen = eval_linear.cross_validate(padded, targets, args, (0,))
+    assert chosen[0] == chosen[1] and chosen[0] < 1
+    assert eval_linear.cross_validate(padded[:4], targets[:4], args, (0,)).tolist() == pytest.approx([1e-4] * 2)
+    several = torch.stack([targets[:, 0], torch.where(x[:, 0] > 0, 1, -1)], 1)
+    chosen = eval_linear.cross_validate(padded, several, args, (0,))
+    assert chosen[1] > 1e-5  # what can be learnt wants more
+
+
+# metrics
+
+
+def test_mean_ap_by_hand() -> None:
+    """Two classes, three images each; an image with target 0 is neither right nor wrong for its class."""
+    targets = torch.tensor([[1, -1], [-1, 0], [1, 1], [0, 1]])
+    scores = torch.tensor([[0.9, 0.1], [0.8, 0.9], [0.7, 0.8], [0.95, 0.7]])
+    found = eval_linear.mean_ap(scores, targets)
+    area = (1 + 2 / 3) / 2
+    assert found["map_area"] == pytest.approx(50 * (area + 1), abs=0.01)
+    assert found["map_11_points"] == pytest.approx(50 * ((6 + 5 * 2 / 3) / 11 + 1), abs=0.01)
+    assert found["ap_11_points"] == [pytest.approx(100 * (6 + 5 * 2 / 3) / 11, abs=0.01), 100.0]
+
+
+def test_mean_ap_is_sklearns() -> None:
+    """map_sklearn is the mean of average_precision_score over known images; a class without images counts for none."""
+    source = torch.Generator().manual_seed(0)
+    targets = torch.randint(-1, 2, (50, 4), generator=source)
+    targets[:, 3] = -1
+    scores = torch.rand(50, 4, generator=source)
+    expected = [average_precision_score((targets[:, c][targets[:, c] != 0] > 0).numpy(),
+                                        scores[:, c][targets[:, c] != 0].numpy()) for c in range(3)]
+    found = eval_linear.mean_ap(scores, targets)
+    assert found["map_sklearn"] == pytest.approx(100 * np.mean(expected), abs=0.01)
+    assert found["ap_11_points"][3] is None
+
+
+def test_difficult_objects_have_no_loss() -> None:
+    """The loss sums over classes, averages over images, and has no term, and no gradient, where the target is 0."""
+    logits = torch.tensor([[0.5, 3.0], [-1.0, 2.0]], requires_grad=True)
+    loss = eval_linear.masked_bce(logits, torch.tensor([[1, 0], [-1, 1]]))
+    loss.backward()
+    expected = sum(torch.tensor(v).exp().log1p() for v in (-0.5, -1.0, -2.0)) / 2
+    torch.testing.assert_close(loss.detach(), expected)
+    assert logits.grad is not None and logits.grad[0, 1] == 0 and (logits.grad != 0).sum() == 3
+
+
+# drawn labels
+
+
+def test_draws_are_balanced_and_seeded() -> None:
+    """As many of each class, give or take one; the key decides which; without balance any are drawn."""
+    labels = torch.arange(1000) % 7
+    for count in (7, 50, 700):
+        rows = eval_linear.draw_labels(labels, count, True, 0, "a")
+        counts = torch.bincount(labels[rows], minlength=7)
+        assert len(rows) == count == len(rows.unique()) and counts.max() - counts.min() <= 1
+        assert torch.equal(rows, eval_linear.draw_labels(labels, count, True, 0, "a"))
+        assert count == 700 or not torch.equal(rows, eval_linear.draw_labels(labels, count, True, 0, "b"))
+    loose = torch.bincount(labels[eval_linear.draw_labels(labels, 100, False, 0)])
+    assert loose.sum() == 100 and loose.max() - loose.min() > 1
+
+
+def test_draws_are_printed(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """How many labels of how many, the fewest and the most of a class, a checksum and the seed stand in the output and
+    in the result, with the mean and the standard deviation over draws."""
+    found = evaluate(checkpoint, "--protocol", "svm", "--per-class", 2, 3, "--draws", 2, "--layers", "conv5")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("labels, ")]
+    assert len(lines) == 4 and "labels, 2 a class: of 60 images labels 20, draw 0, least of a class 2, most of a " \
+        "class 2, checksum " in lines[0] and lines[0].endswith("seed 0")
+    assert [row["labels"] for row in found["layers"]] == [20, 20, 30, 30]
+    assert len({row["checksum"] for row in found["layers"]}) == 4
+    for entry, rows in zip(found["draws"], (found["layers"][:2], found["layers"][2:]), strict=True):
+        figures_ = [row["top1"] for row in rows]
+        assert entry["top1"] == pytest.approx(np.mean(figures_), abs=0.01)
+        assert entry["top1_std"] == pytest.approx(np.std(figures_, ddof=1), abs=0.01)
+
+
+@pytest.mark.parametrize("protocol", ["finetune", "svm"])
+def test_labels_outside_the_draw_are_never_touched(
+    protocol: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the labels of all other images scrambled, the same draw gives the same figures and the same weights."""
+    rows = torch.arange(0, 60, 3)
+    original = eval_linear.open_task
+    monkeypatch.setattr(eval_linear, "draws", lambda args, task: [(dict(labels=len(rows), draw=0), rows)])
+    words = ["--protocol", protocol, "--layers", "conv5", "--lr", "0.01", "0.1", "--weight-decay", "0.001"]
+
+    def checkpoint_of() -> Any:
+        (path,) = (checkpoint.parent / "eval_linear").glob("smoke-*/checkpoint.pth")
+        return common.load_checkpoint(path)["state"]
+
+    first, weights = evaluate(checkpoint, *words), checkpoint_of()
+
+    def scrambled(*args: Any) -> eval_linear.Task:
+        task = original(*args)
+        others = torch.ones(60, dtype=torch.bool)
+        others[rows] = False
+        targets = torch.where(others, (task.train_targets + 3) % 10, task.train_targets)
+        task.train.labels = targets
+        return task._replace(train_targets=targets)
+
+    monkeypatch.setattr(eval_linear, "open_task", scrambled)
+    second = evaluate(checkpoint, *words, "--overwrite")
+    assert first == second
+    if protocol == "finetune":
+        for name, weight in checkpoint_of()["model"].items():
+            assert torch.equal(weight, weights["model"][name])
+
+
+def test_listed_labels(trained: Path, tmp_path: Path) -> None:
+    """--label-list takes the images that a file names, by their file names."""
+    folder = tmp_path / "photographs"
+    for split, name in [("train", "a"), ("train", "b"), ("val", "a"), ("val", "b")]:
+        (folder / split / name).mkdir(parents=True)
+        for number in range(4):
+            pixels = np.random.default_rng(number).integers(0, 256, (120, 130, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / split / name / f"{name}_{number}.jpg")
+    args = eval_linear.parse_args(["random", "--data", str(folder), "--protocol", "finetune", "--workers", "0"])
+    data = common.load(args, "train", CPU)
+    (tmp_path / "list.txt").write_text("a_1.jpg\nb_0.jpg\nb_3.jpg\n")
+    assert eval_linear.listed(tmp_path / "list.txt", data).tolist() == [1, 4, 7]
+    (tmp_path / "list.txt").write_text("a_1.jpg\nc_0.jpg\n")
+    with pytest.raises(common.Fault, match="names 2 images, of which photographs has 1"):
+        eval_linear.listed(tmp_path / "list.txt", data)
+    (tmp_path / "list.txt").write_text("a_1.jpg\nb_0.jpg\n")
+    found = evaluate("random", "--protocol", "finetune", "--data", folder, "--label-list", tmp_path / "list.txt",
+                     "--workers", 0, "--image-size", 64, "--width", 4, "--lr", 0.01, "--weight-decay", 0, "--subset", 8,
+                     "--test-subset", 8, "--output", tmp_path / "out")
+    assert found["runs"][0]["labels"] == 2 and found["method"] == "untrained"
+
+
+# protocols from end to end
+
+
+def test_linear(checkpoint: Path, tmp_path: Path) -> None:
+    """Probes on two layers: the result names its setting, and the best layer by held-out images is the headline."""
+    found = evaluate(checkpoint, "--epochs", 4)
+    assert [row["layer"] for row in found["layers"]] == ["conv1", "conv5"]
+    assert found["protocol"] == "linear" and found["checkpoint_sha256"] and found["method"] == "npid smoke"
+    best = max(found["layers"], key=lambda row: row["holdout_top1"])
+    assert found["linear_top1"] == best["top1"] and found["layer"] == best["layer"]
+    assert all(row["lr"] in found["lr_grid"] and 1 <= row["epoch"] <= 4 for row in found["layers"])
+    log = [json.loads(line) for line in next(tmp_path.glob("eval_linear/*/log.jsonl")).read_text().splitlines()]
+    assert log[0]["grid"] == 24 and log[0]["held_out"] == 6 and len(log) == 3
+
+
+def test_linear_learns(tmp_path: Path) -> None:
+    """On shapes, probes of an untrained network are far above chance."""
+    found = evaluate("random", "--width", 8, "--subset", 600, "--test-subset", 300, "--epochs", 8, "--layer-size", 1000,
+                     "--layers", "conv1", "conv3", "--normalize", "standard", "--output", tmp_path)
+    assert found["linear_top1"] > 20
+
+
+@pytest.mark.parametrize("protocol", ["svm", "mlp", "finetune"])
+def test_other_protocols(protocol: str, checkpoint: Path) -> None:
+    """SVM on layers and the embedding, an MLP on frozen features, fine-tuning with a share of the labels."""
+    words = {"svm": ["--layers", "conv5", "head", "--C", "0.1", "1"], "mlp": ["--layers", "conv5", "--hidden", "16"],
+             "finetune": ["--labels", "0.5", "--head-factor", "1", "10", "--test-crops", "10"]}[protocol]
+    found = evaluate(checkpoint, "--protocol", protocol, "--lr", 0.01, "--weight-decay", 0.0001, *words)
+    assert found["protocol"] == protocol and 0 <= found[f"{protocol}_top1"] <= 100
+    if protocol == "finetune":
+        assert found["runs"][0]["labels"] == 30 and found["runs"][0]["head_factor"] in (1, 10)
+    if protocol == "svm":
+        assert [row["size"] for row in found["layers"]] == [32, 128]
+
+
+def test_features_serve_all_protocols(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The SVM after the probes finds their features, and makes none."""
+    evaluate(checkpoint)
+    assert capsys.readouterr().out.count("features of ") == 2
+    evaluate(checkpoint, "--protocol", "svm")
+    assert "features of " not in capsys.readouterr().out
+
+
+def test_foreign_weights(tmp_path: Path) -> None:
+    """A file with torchvision's names is welcome; one with half of the weights is refused."""
+    torch.manual_seed(0)
+    weights = common.backbone("resnet18", 4, True).state_dict()
+    torch.save(weights, tmp_path / "foreign.pth")
+    words = ["--arch", "resnet18", "--width", 4, "--data", "shapes", "--protocol", "svm", "--layers", "conv5"]
+    assert evaluate(tmp_path / "foreign.pth", *words)["method"] == "foreign"
+    torch.save({name: weight for name, weight in weights.items() if "layer4" not in name}, tmp_path / "half.pth")
+    with pytest.raises(common.Fault, match="% of the weights of resnet18"):
+        evaluate(tmp_path / "half.pth", *words)
+
+
+@pytest.mark.parametrize("trainable", ["fc", "all"])
+def test_voc07(trainable: str, trained: Path, voc: Path, tmp_path: Path) -> None:
+    """Several classes an image: mAP in percent; of the convolutions fc trains nothing, and neither touches their batch
+    statistics."""
+    path = Path(shutil.copy(trained, tmp_path / "checkpoint.pth"))
+    found = evaluate(path, "--protocol", "voc07", "--data", "shapes", "--trainable", trainable, "--lr", 0.003,
+                     "--weight-decay", 1e-6, "--workers", 0, data_dir=voc)
+    (row,) = found["runs"]
+    assert row["map_11_points"] == found["map_voc07_classification"] and len(row["ap_11_points"]) == 10
+    before = common.load_encoder(path, None, None, None, CPU, "auto").backbone.state_dict()
+    (after,) = tmp_path.glob("eval_linear/smoke-*/checkpoint.pth")
+    for name, weight in common.load_checkpoint(after)["state"]["model"].items():
+        name = name.removeprefix("body.")
+        if name in before and "num_batches" not in name:
+            frozen = trainable == "fc" or "running" in name
+            assert torch.equal(weight, before[name]) == frozen, name
+
+
+def test_voc07_of_alexnet(voc: Path, tmp_path: Path) -> None:
+    """fc6-8 of AlexNet: fc6, fc7 and the last layer start anew with bias 0.1 and train, the rest does not."""
+    words = ["--protocol", "voc07", "--data", "shapes", "--arch", "alexnet", "--width", 4, "--image-size", 64,
+             "--trainable", "fc", "--lr", 1e-9, "--weight-decay", 0, "--workers", 0, "--output", tmp_path]
+    evaluate("random", *words, data_dir=voc)
+    (path,) = tmp_path.glob("smoke-*/checkpoint.pth")
+    weights = common.load_checkpoint(path)["state"]["model"]
+    for name in ("body.classifier.1", "body.classifier.4", "last"):
+        torch.testing.assert_close(weights[f"{name}.bias"], torch.full_like(weights[f"{name}.bias"], 0.1))
+        assert 0.005 < weights[f"{name}.weight"].std() < 0.015
+
+
+@pytest.mark.parametrize("shots", [[], ["--per-class", "1", "2", "--draws", "2"]])
+def test_voc07_svm(shots: list[str], trained: Path, voc: Path, tmp_path: Path) -> None:
+    """SVM on VOC's classes, and with few images of each; 0-targets are left out."""
+    path = Path(shutil.copy(trained, tmp_path / "checkpoint.pth"))
+    found = evaluate(path, "--protocol", "voc07-svm", "--data", "shapes", "--layers", "conv5", "--C", 0.1, 1,
+                     "--normalize", "l2", "--workers", 0, *shots, data_dir=voc)
+    assert found["map_voc07_svm"] == found["layers"][-1]["map_11_points"] > 5
+    if shots:
+        assert [row["per_class"] for row in found["layers"]] == [1, 1, 2, 2]
+        assert [entry["draws"] for entry in found["draws"]] == [2, 2]
+
+
+def test_few_images_of_each_class(trained: Path, voc: Path, tmp_path: Path) -> None:
+    """Of every class just N images with it and at most 19 N without it are shown, and another draw shows others."""
+    args = eval_linear.parse_args([str(trained), "--protocol", "voc07-svm", "--data", "shapes", "--data-dir", str(voc),
+                                   "--subset", "60", "--test-subset", "40", "--per-class", "2", "--draws", "2"])
+    task = eval_linear.open_task(args, None, CPU)
+    first, second = eval_linear.svm_draws(args, task)
+    for _, rows, targets in (first, second):
+        assert ((targets > 0).sum(0) == 2).all() and ((targets < 0).sum(0) <= 38).all()
+        known = targets != 0
+        assert torch.equal(targets[known], task.train_targets[rows][known])
+    assert first[0]["checksum"] != second[0]["checksum"]
+    args.per_class = [1000]
+    with pytest.raises(common.Fault, match="--per-class 1000: shapes has"):
+        eval_linear.svm_draws(args, task)
+
+
+@pytest.mark.skipif(not PACKS.is_dir(), reason="the packs with real images are not here")
+def test_real_voc_images(trained: Path, tmp_path: Path) -> None:
+    """Seven images of VOC2007 go through both VOC protocols."""
+    with tarfile.open(PACKS / "voc2007_test7_real.tar") as tar:
+        tar.extractall(tmp_path, filter="data")
+    (lists,) = tmp_path.glob("**/ImageSets/Main")
+    shutil.copy(lists / "test.txt", lists / "trainval.txt")
+    path = Path(shutil.copy(trained, tmp_path / "checkpoint.pth"))
+    for protocol in ("voc07", "voc07-svm"):
+        words = ["--protocol", protocol, "--data", "voc07", "--layers", "conv5", "--subset", 7, "--test-subset", 7,
+                 "--lr", 0.003, "--weight-decay", 1e-6, "--workers", 0]
+        found = evaluate(path, *words, data_dir=lists.parents[3])
+        assert found["data"] == "voc07" and len([*found.get("runs", []), *found.get("layers", [])]) == 1
+
+
+# resuming, faults
+
+
+RESUMED = [
+    ["--epochs", "8"],
+    ["--protocol", "finetune", "--labels", "0.5", "--lr", "0.01", "0.02", "--weight-decay", "0.0001", "--epochs", "6"],
+]
+
+
+@pytest.mark.parametrize("words", RESUMED, ids=["linear", "finetune"])
+def test_killed_run_resumes(words: list[str], trained: Path, tmp_path: Path) -> None:
+    """Killed in the middle, and started again, a run ends with the line of an undisturbed one."""
+    lines = list[dict[str, Any]]()
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        path = shutil.copy(trained, tmp_path / name / "checkpoint.pth")
+        command = [path, *SMALL, tmp_path, *words, "--save-minutes", "0.00001"]
+        if name == "killed":
+            first = start("eval_linear", command)
+            first.wait_for('{"layer": "conv1"' if "--protocol" not in words else '"training": 2')
+            first.kill(9)
+            assert first.wait().code == -9
+        done = run("eval_linear", command)
+        assert done.code == 0, done.err
+        assert ("resumed: " in done.out) == (name == "killed")
+        lines.append(json.loads(done.out.splitlines()[-1]) | dict(checkpoint=""))
+    assert lines[0] == lines[1]
+
+
+def test_settings_have_folders_of_their_own(checkpoint: Path) -> None:
+    """Another rate, seed or checkpoint starts anew beside the first; the same command finds its result again."""
+    words = ["--protocol", "svm", "--layers", "conv5"]
+    first = evaluate(checkpoint, *words)
+    assert evaluate(checkpoint, *words) == first
+    evaluate(checkpoint, *words, "--C", 10)
+    evaluate(checkpoint, *words, "--seed", 1)
+    assert len(list(checkpoint.parent.glob("eval_linear/smoke-*"))) == 3
+    assert len((checkpoint.parent / "eval.jsonl").read_text().splitlines()) == 4
+
+
+def test_faults(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What cannot be done is said in one line."""
+    small = [checkpoint, *SMALL, tmp_path]
+    one_line(run("eval_linear", [tmp_path / "none.pth", "--device", "cpu"]), "cannot read", "none.pth")
+    one_line(run("eval_linear", [*small, "--protocol", "svm", "--per-class", "7"]), "a class of shapes has 6 images")
+    backbone = common.load_encoder(checkpoint, None, None, None, CPU, "auto").backbone.state_dict()
+    torch.save(backbone, tmp_path / "backbone.pth")
+    one_line(run("eval_linear", [tmp_path / "backbone.pth", *SMALL, tmp_path, "--arch", "resnet18", "--width", "4",
+                                 "--layers", "head"]), "--layer backbone")
+    for words in ([], ["a", "--weights", "b"], ["a", "--labels", "0.1"], ["a", "--protocol", "mlp", "--layers", "conv1",
+                                                                          "conv2"]):
+        with pytest.raises(SystemExit) as stop:
+            eval_linear.parse_args(words)
+        assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    done = run("eval_linear", [*small, "--layer-size", "99"], before=full_disk)
+    one_line(done, "the features take", "GB free", "--features")
+
+
+def full_disk() -> None:
+    shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10, 10, 0)  # type: ignore[attr-defined,assignment]
+
+
+def test_weights_may_be_an_option(checkpoint: Path) -> None:
+    """--weights FILE is the first argument; a protocol's own preset is the default."""
+    args = eval_linear.parse_args(["--weights", str(checkpoint), "--protocol", "mlp"])
+    assert args.checkpoint == str(checkpoint) and args.preset == "mlp" and args.epochs == 90
+    assert eval_linear.parse_args(["random"]).preset == "linear"
+
+
+@pytest.mark.parametrize("preset", eval_linear.PRESETS)
+def test_presets_parse(preset: str) -> None:
+    """Every preset's values arrive."""
+    args = eval_linear.parse_args(["random", "--preset", preset])
+    for key, value in (eval_linear.PRESETS["linear"] | eval_linear.PRESETS[preset]).items():
+        assert getattr(args, key) == value
+
+
+def test_picture(checkpoint: Path, tmp_path: Path) -> None:
+    """figures.py linear draws the accuracy of each layer, several checkpoints side by side, from their eval.jsonl."""
+    found = evaluate(checkpoint)
+    other = tmp_path / "other"
+    other.mkdir()
+    changed = found | dict(method="untrained", layers=[row | dict(top1=5.0) for row in found["layers"]])
+    (other / "eval.jsonl").write_text(json.dumps(changed) + "\n")
+    figures.main(figures.parse_args(["linear", str(checkpoint.parent), str(other), "--out", str(tmp_path / "a.png")]))
+    assert np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).std() > 2
+    lines = figures.read_layers([str(checkpoint.parent), str(other)], "linear")
+    assert lines == {"npid smoke": {row["layer"]: row["top1"] for row in found["layers"]},
+                     "untrained": {"conv1": 5.0, "conv5": 5.0}}
+    (other / "eval.jsonl").write_text("nonsense\n")
+    with pytest.raises(common.Fault, match="no result of eval_linear"):
+        figures.read_layers([str(other)], "linear")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("protocol", ["linear", "svm", "mlp", "finetune"])
+def test_on_a_gpu(protocol: str, trained: Path, tmp_path: Path) -> None:
+    """Every protocol runs on a GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    path = Path(shutil.copy(trained, tmp_path / "checkpoint.pth"))
+    args = eval_linear.parse_args([str(path), "--preset", "smoke", "--device", "cuda", "--protocol", protocol,
+                                   "--layers", "conv5"])
+    eval_linear.main(args)
+    assert json.loads((tmp_path / "eval.jsonl").read_text())["protocol"] == protocol
