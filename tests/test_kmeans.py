@@ -49,8 +49,8 @@ def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
 def test_assignment_is_the_nearest(
     rows: int, k: int, dim: int, scale: float, screened: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each row gets its nearest centroid by float64 distances, with and without the bfloat16 screen."""
-    monkeypatch.setattr(common, "HAS_BFLOAT16", screened)
+    """Each row gets its nearest centroid by float64 distances, with and without the screen in 8 bits."""
+    monkeypatch.setattr(common, "HAS_INT8", screened)
     x = scale * cloud(rows, dim, device=device)
     centroids = x[:k] + 0.1 * scale * torch.randn(k, dim, device=device)
     labels, total = common.assign(x, centroids)
@@ -67,6 +67,29 @@ def test_screen_gives_up_on_ties() -> None:
     centroids = x[:1].repeat(64, 1)
     assert common._screen(centroids, -0.5 * centroids.square().sum(1))(x) is None
     assert not common.assign(x, centroids)[0].any()
+
+
+STRUCTURED = {
+    "one-hot": lambda: (torch.eye(64).repeat(9, 1), torch.eye(64)),
+    "whole numbers": lambda: (torch.randint(-9, 10, (700, 16)).float(), torch.randint(-9, 10, (90, 16)).float()),
+    "norms over six decades": lambda: (cloud(700, 32) * torch.logspace(-3, 3, 700)[:, None], cloud(90, 32, 1)),
+    "far centroids": lambda: (cloud(700, 32), torch.cat([1e4 * cloud(40, 32, 1), cloud(50, 32, 2)])),
+    "large offset": lambda: (cloud(700, 32) + 100, cloud(90, 32, 1) + 100),
+    "one sign": lambda: (cloud(700, 32).abs(), cloud(90, 32, 1).abs()),
+    "nearly alike": lambda: (1 + 1e-3 * cloud(700, 32), 1 + 1e-3 * cloud(90, 32, 1)),
+    "pairs": lambda: (cloud(700, 32), cloud(45, 32, 1).repeat_interleave(2, 0)),
+}
+
+
+@pytest.mark.parametrize("case", STRUCTURED)
+def test_screen_holds_on_structured_rows(case: str) -> None:
+    """Where errors of rounding are not like noise, too, no centroid is nearer than the label's in float64."""
+    x, centroids = STRUCTURED[case]()
+    labels, _ = common.assign(x, centroids)
+    scores = x.double() @ centroids.double().T - 0.5 * centroids.double().square().sum(1)
+    chosen = scores.gather(1, labels[:, None])[:, 0]
+    size = x.double().norm(dim=1) * centroids.double().norm(dim=1).max() + centroids.double().square().sum(1).max()
+    assert float(((scores.amax(1) - chosen) / size).max()) < 1e-6
 
 
 def test_assignment_commutes_with_permutation(device: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,30 @@ def test_neighbors_are_the_largest_products(rows: int, k: int, backend: str, dev
     torch.testing.assert_close(similarity.double(), expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(exact.gather(1, index), expected, atol=1e-6, rtol=0)
     assert all(len(set(row)) == k for row in index.tolist())
+
+
+@pytest.mark.parametrize("excluded", [False, True])
+@pytest.mark.parametrize(("rows", "k"), [(4096, 32), (4097, 5), (12_345, 60), (30_000, 200)])
+def test_screened_neighbors_equal_all_products(rows: int, k: int, excluded: bool, monkeypatch: Any) -> None:
+    """With and without the screen in 8 bits the same neighbours are found, best first."""
+    keys = unit(rows, 32, 1)
+    queries, exclude = (keys[:140], torch.arange(140)) if excluded else (unit(140, 32, 0), None)
+    found = {}
+    for screened in (False, True):
+        monkeypatch.setattr(common, "HAS_INT8", screened)
+        found[screened] = common.neighbors(queries, keys, k, exclude=exclude)
+    torch.testing.assert_close(found[True][0], found[False][0], atol=1e-6, rtol=0)
+    assert float((found[True][1] == found[False][1]).float().mean()) > 0.999
+    assert torch.equal(found[True][1].sort(1).values, found[False][1].sort(1).values)
+
+
+def test_screened_neighbors_of_many_alike() -> None:
+    """Where thousands of keys are equal the screen rules out too few and all products decide."""
+    keys = unit(2, 16, 0).repeat(3000, 1)
+    similarity, index = common.neighbors(keys[:5], keys, 40)
+    torch.testing.assert_close(similarity, torch.ones(5, 40))
+    assert all(len(set(row)) == 40 for row in index.tolist())
+    assert torch.equal(index % 2, (torch.arange(5) % 2)[:, None].expand(5, 40))
 
 
 def test_neighbors_do_not_depend_on_the_chunk() -> None:
