@@ -2232,7 +2232,7 @@ def _neighbors_screened(queries: Tensor, keys: Tensor, k: int, exclude: Tensor |
             found.append(_neighbors(rows, keys, k, itself))
             continue
         each = torch.split(key, counts.tolist())
-        exact = [keys.index_select(0, some).mv(q) for some, q in zip(each, rows, strict=True)]  # rows still in the cache
+        exact = [keys.index_select(0, some).mv(q) for some, q in zip(each, rows, strict=True)]
         position = torch.arange(len(row)) - (counts.cumsum(0) - counts).index_select(0, row)
         similarity = torch.full((n, longest), -math.inf).index_put_((row, position), torch.cat(exact))
         candidates = torch.full((n, longest), -1).index_put_((row, position), key)
