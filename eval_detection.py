@@ -771,9 +771,11 @@ def main(args: argparse.Namespace) -> None:
     if run.rank == 0:
         keys, counts = ("boxes", "labels", "difficult"), torch.tensor([len(image.boxes) for image in test.images])
         truth = {key: torch.cat([getattr(image, key) for image in test.images]) for key in keys}
+        right, counted = judge(found.scores, *match(found, test), truth["difficult"], 0.5)
         common.write_checkpoint(args.output / "detections.pth", dict(
-            found=found._asdict(), truth=truth | dict(counts=counts), classes=test.classes, result=result,
-            images=[str(image.path) for image in test.images], sizes=[list(image.size) for image in test.images],
+            found=found._asdict() | dict(right=right, counted=counted), truth=truth | dict(counts=counts),
+            classes=test.classes, images=[str(image.path) for image in test.images], result=result,
+            git=run.header["git"],
         ))  # fmt: skip
         append(line, args.output)
         if args.checkpoint != "random":

@@ -17,6 +17,7 @@
     python figures.py retrieval runs/npid-cifar10-seed0 runs/cld-cifar10-seed0    # CLD, Fig. A.3
     python figures.py queue runs/cld-cifar10-moco-queue*         # CLD, Fig. A.2, after eval_knn.py
     python figures.py ablation runs/npid-cifar10-*               # any table of ablations: the paper's figures, ours
+    python figures.py detections runs/npid-shapes-seed0          # boxes and precision-recall, after eval_detection.py
     python figures.py all runs/npid-cifar10-seed0                # what a run allows, with an index.md
 
 A run is the output folder of a training script, or a checkpoint file. The picture goes to NAME.png in the first run's
@@ -1240,6 +1241,108 @@ def ablation(args: argparse.Namespace) -> None:
     save(draw_ablation(table, ours), table.title, note, sources, args.out)
 
 
+# ---- detections ------------------------------------------------------------------------------------------------------
+
+
+def read_detections(name: str) -> dict[str, Any]:
+    """What eval_detection.py left in its folder, or last in that of the network that it fine-tuned."""
+    path = Path(name, "detections.pth") if Path(name).is_dir() else Path(name)
+    if not path.exists():
+        path = max(Path(name).glob("detection-*/detections.pth"), key=lambda file: file.stat().st_mtime, default=path)
+    try:
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: saved[key] for key in ("found", "truth", "classes", "images", "result", "git")}
+    except OSError as error:
+        raise common.Fault(f"cannot read {path} ({error.strerror}): name the folder of a run of "
+                           "eval_detection.py") from None
+    except Exception:  # garbage makes the unpickler raise almost anything
+        raise common.Fault(f"{path} holds no detections of eval_detection.py") from None
+
+
+def class_curves(saved: dict[str, Any]) -> Tensor:
+    """Best precision at recall 0, 0.01, ... 1 or above, (C, 101) in percent, of classes with objects that count."""
+    found, truth, curves = saved["found"], saved["truth"], list[Tensor]()
+    for label in range(len(saved["classes"])):
+        total = int(((truth["labels"] == label) & ~truth["difficult"]).sum())
+        some = found["counted"] & (found["labels"] == label)
+        if total:
+            recall, precision = common.precision_recall(found["scores"][some], found["right"][some], total)
+            reached = recall[:, None] >= torch.linspace(0, 1, 101, dtype=torch.float64)
+            best = torch.cat([torch.where(reached, precision[:, None], 0.0), torch.zeros(1, 101)])
+            curves.append(100 * best.amax(0))
+    return torch.stack(curves)
+
+
+def draw_detections(saved: dict[str, Any], pictures: Sequence[tuple[int, Any]], runs: dict[str, dict[str, Any]],
+                    least: float) -> Figure:  # fmt: skip
+    """Test images (position, pixels) with true boxes and those of the first run, and a precision-recall plot."""
+    found, truth, classes = saved["found"], saved["truth"], saved["classes"]
+    ends = truth["counts"].cumsum(0).tolist()
+    columns = -(-len(pictures) // 2)
+    figure = Figure((2.1 * columns + 4.2, 5.0), layout="constrained")
+    grid = figure.add_gridspec(2, columns + 2)
+    for place, (number, pixels) in enumerate(pictures):
+        axes = figure.add_subplot(grid[place // columns, place % columns])
+        axes.imshow(pixels)
+        axes.axis("off")
+        shown = ((found["image"] == number) & (found["scores"] >= least)).nonzero()[:, 0]
+        rows = range(ends[number] - int(truth["counts"][number]), ends[number])
+        frames = [(truth["boxes"][row], "white", "--", "") for row in rows]
+        for row in shown.tolist():
+            color = RIGHT if found["right"][row] else WRONG if found["counted"][row] else "0.6"
+            text = f"{classes[found['labels'][row]]} {found['scores'][row]:.2f}".replace("0.", ".")
+            frames.append((found["boxes"][row], color, "-", text))
+        for (x1, y1, x2, y2), color, dashes, text in ((frame[0].tolist(), *frame[1:]) for frame in frames):
+            axes.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, edgecolor=color,
+                                     linestyle=dashes, linewidth=1.4))  # fmt: skip
+            axes.text(x1, y1 - 1, text, fontsize=5, color="white", va="bottom", clip_on=True,
+                      bbox=dict(facecolor=color, edgecolor="none", pad=0.5) if text else None)
+    axes = figure.add_subplot(grid[:, columns:])
+    axes.set(title="Precision and recall, overlap 0.5", xlabel="recall in %", ylabel="precision in %",
+             xlim=(0, 100), ylim=(0, 102))  # fmt: skip
+    for number, (label, other) in enumerate(runs.items()):
+        curves = class_curves(other)
+        if len(runs) == 1:
+            axes.plot(range(101), curves.T, color="0.75", linewidth=0.7)
+        style = look(number) | dict(marker="")
+        axes.plot(range(101), curves.mean(0), **style, linewidth=2,
+                  label=f"{label}: AP {other['result']['ap50_voc07']:.1f} (11-point)")
+    if len(runs) == 1 and len(classes) > 1:
+        axes.plot([], [], color="0.75", linewidth=0.7, label="its classes")
+    axes.legend(loc="lower left", fontsize=7)
+    return figure
+
+
+def detections(args: argparse.Namespace) -> None:
+    """Test images with true and found boxes, and precision over recall, of runs of eval_detection.py."""
+    from PIL import Image
+
+    every = {name: read_detections(name) for name in args.runs}
+    saved = every[args.runs[0]]
+    total = len(saved["images"])
+    chosen = torch.randperm(total, generator=common.generator(args.seed, "detections"))[: args.images].sort().values
+    pictures = list[tuple[int, Any]]()
+    for number in chosen.tolist():
+        path = Path(saved["images"][number])
+        try:
+            with Image.open(path) as image:
+                pictures.append((number, common.rgb(image)))
+        except common.UNREADABLE:
+            raise common.Fault(f"cannot read {path}: draw where eval_detection.py ran, with its data") from None
+    names = [Path(name if Path(name).is_dir() else Path(name).parent).resolve().name for name in args.runs]
+    labels = names if len(set(names)) == len(names) else [str(name) for name in args.runs]
+    notes = [f"First run: {len(pictures)} of {total:,} test images, drawn with seed {args.seed}; white dashes: truth; "
+             f"boxes of score {args.min_score:g} or more: green right, orange wrong, grey on a difficult object."]
+    for label, other in zip(labels, every.values(), strict=True):
+        result = other["result"]
+        notes.append("{0}: eval_detection.py, preset {preset}, checkpoint {checkpoint}, {arch} of width {width}, seed "
+                     "{seed}, {train_images:,} images of {data}, {iterations:,} iterations of {batch_size}, commit {1}"
+                     .format(label, other["git"], **result))  # fmt: skip
+    figure = draw_detections(saved, pictures, dict(zip(labels, every.values(), strict=True)), args.min_score)
+    title = f"Detections in {saved['result']['data']}"
+    save(figure, title, "\n".join(notes), {}, args.out)
+
+
 # ---- all -------------------------------------------------------------------------------------------------------------
 
 
@@ -1334,6 +1437,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.add_argument("--protocol", choices=["linear", "svm"], default="linear", help="of eval_linear.py")
     options = add(ablation, network=False)
     options.add_argument("--table", choices=list(TABLES), help="default: the one that has most of the runs")
+    options = add(detections, network=False)
+    options.add_argument("--images", type=common.COUNT, default=8, metavar="N", help="test images to show")
+    options.add_argument("--min-score", type=common.SHARE, default=0.5, help="least score of the boxes that are shown")
+    options.add_argument("--seed", type=common.COUNT_OR_ZERO, default=0, help="of the choice of images")
     made = list(names.choices)
     add(every_picture, name="all")
     args = parser.parse_args(argv)

@@ -27,7 +27,7 @@ TINY = [
 
 started: list[ForkServerProcess] = []
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["helpers", "eval_knn", "eval_linear", "eval_detection"])
+_context.set_forkserver_preload(["helpers", "eval_knn", "eval_linear", "eval_detection", "eval_segmentation"])
 
 
 @dataclasses.dataclass

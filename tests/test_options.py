@@ -15,6 +15,7 @@ import common
 import eval_detection
 import eval_knn
 import eval_linear
+import eval_segmentation
 import npid
 
 
@@ -80,7 +81,7 @@ def parser_of(module: Any, monkeypatch: pytest.MonkeyPatch) -> argparse.Argument
     return found[0]
 
 
-@pytest.mark.parametrize("module", [npid, eval_knn, eval_linear, eval_detection])
+@pytest.mark.parametrize("module", [npid, eval_knn, eval_linear, eval_detection, eval_segmentation])
 def test_every_option_has_help(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every option has a help text."""
     for action in parser_of(module, monkeypatch)._actions:

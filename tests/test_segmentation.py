@@ -1,0 +1,270 @@
+"""Segmentation: mean IoU by hand, the network against torchvision's, exact resumption, faults."""
+
+import argparse
+import functools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import checkpoint, log, one_line, run, same, start
+from PIL import Image
+from test_detection import killed_after, rank_of
+from test_distributed import free_port
+from torch import Tensor, nn
+from torchvision.models import resnet50
+
+import common
+import eval_segmentation
+from eval_segmentation import Sample
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A rendered set of 7 images to train on and 3 to test on."""
+    root = tmp_path_factory.mktemp("voc") / "set"
+    common.render_voc(root, 7, 3)
+    return root
+
+
+def load(folder: Path, split: str = "train") -> common.VocSet:
+    return common.load_voc(argparse.Namespace(data=str(folder), subset=None, test_subset=None), split, "Segmentation")
+
+
+def tiny(folder: Path, output: Path, *more: object, network: str = "random") -> list[str]:
+    """The command of a run of seconds."""
+    words = [network, "--preset", "shapes", "--data", folder, "--output", output, "--batch-size", 4, "--iterations", 4,
+             "--test-size", 32, "--crop", 32, "--log-every", 2, "--workers", 0, "--device", "cpu", "--no-amp"]
+    return [str(word) for word in [*words, *["--arch", "resnet18", "--width", 4] * (network == "random"), *more]]
+
+
+def options(**more: object) -> argparse.Namespace:
+    args = eval_segmentation.parse_args(["random", "--preset", "shapes"])
+    return argparse.Namespace(**vars(args) | more)
+
+
+# figures
+
+
+def test_by_hand() -> None:
+    """Ground 2 of 4, class 1 1 of 3, class 3 in neither: mean (2/4 + 1/3 + 0/1) / 3; void pixels count nowhere."""
+    truth = torch.tensor([[0, 0, 0, 1], [1, 2, 255, 255]], dtype=torch.uint8)
+    found = torch.tensor([[0, 0, 1, 1], [0, 0, 2, 3]])
+    table = eval_segmentation.confusion(found, truth, 4)
+    assert table.tolist() == [[2, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    figures = eval_segmentation.figures(table, ["ground", "a", "b", "c"])
+    assert figures["miou"] == round(100 * (2 / 5 + 1 / 3 + 0) / 3, 2)
+    assert figures["pixel_accuracy"] == 50 and figures["iou_by_class"] == {"ground": 40, "a": 33.33, "b": 0}
+    perfect = eval_segmentation.figures(eval_segmentation.confusion(truth, truth, 4), ["ground", "a", "b", "c"])
+    assert perfect["miou"] == perfect["pixel_accuracy"] == 100
+
+
+def test_table_equals_loops() -> None:
+    """The table counts pixels one by one."""
+    source = torch.Generator().manual_seed(0)
+    truth = torch.randint(5, (9, 11), generator=source).to(torch.uint8)
+    truth[torch.rand(9, 11, generator=source) < 0.2] = common.VOID
+    found = torch.randint(5, (9, 11), generator=source)
+    table = torch.zeros(5, 5, dtype=torch.int64)
+    for t, f in zip(truth.flatten().tolist(), found.flatten().tolist(), strict=True):
+        if t != common.VOID:
+            table[t, f] += 1
+    assert torch.equal(eval_segmentation.confusion(found, truth, 5), table)
+
+
+def test_loss() -> None:
+    """Mean cross-entropy of the pixels that count, of scores interpolated to them; 0 where all are void."""
+    scores = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    truth = torch.randint(3, (2, 8, 8))
+    truth[0, :3] = common.VOID
+    logs = F.interpolate(scores, (8, 8), mode="bilinear").log_softmax(1)
+    terms = [-logs[b, truth[b, y, x], y, x] for b in range(2) for y in range(8) for x in range(8)
+             if truth[b, y, x] != common.VOID]
+    torch.testing.assert_close(eval_segmentation.pixel_loss(scores, truth), torch.stack(terms).mean())
+    assert eval_segmentation.pixel_loss(scores, torch.full((2, 8, 8), common.VOID)) == 0
+
+
+# network and data
+
+
+def test_dilation_equals_torchvisions() -> None:
+    """ResNet-50 at a stride of 8 is torchvision's with replace_stride_with_dilation."""
+    theirs = resnet50(replace_stride_with_dilation=[False, True, True]).eval()
+    ours = common.backbone("resnet50", 64, False)
+    ours.load_state_dict({name: value for name, value in theirs.state_dict().items() if not name.startswith("fc.")})
+    model = eval_segmentation.Segmenter(ours, 20, options(output_stride=8)).eval()
+    images = torch.rand(1, 3, 96, 96)
+    with torch.no_grad():
+        expected = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images))))
+        for layer in (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4):
+            expected = layer(expected)
+        torch.testing.assert_close(model.trunk(images), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("arch, small, stride", [
+    ("resnet18", True, 2), ("resnet18", False, 32), ("resnet34", False, 8), ("alexnet", False, 32), ("vgg16", True, 32),
+])  # fmt: skip
+def test_strides(arch: str, small: bool, stride: int) -> None:
+    """The scores have the stride that is asked for, AlexNet's and VGG16's that of their last pooling."""
+    model = eval_segmentation.Segmenter(common.backbone(arch, 4, small), 6, options(output_stride=stride)).eval()
+    scores = model(torch.rand(1, 3, 256, 256))
+    assert scores.shape[1] == 7 and abs(scores.shape[2] - 256 / stride) <= 1
+
+
+def test_fc_as_convolution() -> None:
+    """fc6 as a convolution gives at the middle of a map what the linear layer gives of it."""
+    layer, maps = nn.Linear(5 * 7 * 7, 11), torch.randn(2, 5, 7, 7)
+    conv = eval_segmentation.convolution(layer, 5)
+    torch.testing.assert_close(conv(maps)[:, :, 3, 3], layer(maps.flatten(1)))
+
+
+def test_image_and_mask_stay_together(folder: Path, tmp_path: Path) -> None:
+    """However an image is scaled, mirrored and cut, its mask frames the same pixels; what is beyond it is void."""
+    data = load(folder)
+    image = data.images[0]
+    picture, mask = np.full((96, 96, 3), 20, np.uint8), np.zeros((96, 96), np.uint8)
+    picture[20:60, 10:70], mask[20:60, 10:70] = 220, 3
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    data.images[0] = image._replace(path=tmp_path / "a.png", mask=tmp_path / "m.png")
+    decoder = eval_segmentation.Decoder(data, (0.5, 0.5, 0.5))
+    for sample in (Sample(0, 64, False, 48, 0.3, 0.8), Sample(0, 200, True, 96, 1.0, 0.0), Sample(0, 40, True, 64)):
+        item = decoder[sample]
+        assert not isinstance(item, str)
+        _, pixels, classes = item
+        assert pixels.shape[1:] == classes.shape == (sample.crop, sample.crop)
+        bright = pixels[0] > 170
+        assert ((classes == 3) != bright).float().mean() < 0.04 and (classes == 3).any()
+        beyond = torch.ones_like(classes, dtype=torch.bool)
+        beyond[: sample.side, : sample.side] = False
+        assert (classes[beyond] == common.VOID).all() and (pixels[:, beyond] == 128).all()
+    whole = decoder[Sample(0, 32)]
+    assert not isinstance(whole, str) and whole[1].shape == (3, 32, 32)
+    assert torch.equal(whole[2], torch.from_numpy(mask))
+
+
+# runs
+
+
+def test_run(folder: Path, tmp_path: Path) -> None:
+    """A run leaves log, checkpoint and backbone, and one JSON line, also in eval.jsonl; it is not done again."""
+    words = tiny(folder, tmp_path / "out", "--freeze", 2, "--accumulate", 2)
+    process = run("eval_segmentation", words)
+    assert process.code == 0 and process.err == "", process.err
+    result = json.loads(process.out.splitlines()[-1])
+    assert result["protocol"] == "segmentation" and (result["train_images"], result["test_images"]) == (7, 3)
+    assert 0 < result["miou"] < 100 and (tmp_path / "out/eval.jsonl").read_text() == json.dumps(result) + "\n"
+    assert [row["iteration"] for row in log(tmp_path / "out")[1:]] == [2, 4]
+    again = run("eval_segmentation", words)
+    assert json.loads(again.out.splitlines()[-1]) == result and "already finished" in again.out
+    torch.manual_seed(0)
+    before = common.backbone("resnet18", 4, True).state_dict()
+    after = torch.load(tmp_path / "out/backbone.pth")
+    same({name: value for name, value in after.items() if name.startswith(("conv1", "bn1", "layer1"))},
+         {name: value for name, value in before.items() if name.startswith(("conv1", "bn1", "layer1"))})
+    assert not torch.equal(after["layer2.0.conv1.weight"], before["layer2.0.conv1.weight"])
+
+
+@pytest.mark.parametrize("arch", ["alexnet", "vgg16"])
+def test_plain_networks(arch: str, folder: Path, tmp_path: Path) -> None:
+    """FCN-32s of AlexNet and VGG16 runs, normalisations frozen, and its backbone keeps torchvision's names."""
+    words = tiny(folder, tmp_path / "out", "--bn", "frozen")
+    words[words.index("--arch") + 1] = arch
+    process = run("eval_segmentation", [*words, "--small"])
+    assert process.code == 0, process.err
+    saved = torch.load(tmp_path / "out/backbone.pth")
+    assert saved.keys() == common.backbone(arch, 4, True).state_dict().keys()
+    assert (saved["features.1.running_mean"] == 0).all() and (saved["features.1.running_var"] == 1).all()
+
+
+def test_resume_is_exact(folder: Path, tmp_path: Path) -> None:
+    """A run killed after 7 of 8 steps, its last checkpoint two steps old, ends with the bits of one that was not."""
+    more = ["--iterations", 8, "--log-every", 3]
+    assert run("eval_segmentation", tiny(folder, tmp_path / "whole", *more)).code == 0
+    words = tiny(folder, tmp_path / "parts", *more)
+    assert run("eval_segmentation", words, functools.partial(killed_after, 7)).code == -9
+    assert run("eval_segmentation", words).code == 0
+    same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
+    assert log(tmp_path / "whole") == log(tmp_path / "parts")
+    results = [json.loads((tmp_path / name / "eval.jsonl").read_text()) for name in ("whole", "parts")]
+    assert results[0] == results[1]
+
+
+def test_two_ranks(folder: Path, tmp_path: Path) -> None:
+    """Two ranks share 3 test images unevenly; the one result has the pixels of all."""
+    port = free_port()
+    ranks = [start("eval_segmentation", tiny(folder, tmp_path / "out"), functools.partial(rank_of, 2, rank, port))
+             for rank in range(2)]
+    for process in ranks:
+        assert process.wait().code == 0, process.err
+    assert json.loads(ranks[0].out.splitlines()[-1])["test_images"] == 3 and "protocol" not in ranks[1].out
+
+
+def test_tables_do_not_depend_on_ranks(folder: Path) -> None:
+    """The tables of two ranks add up to that of one."""
+    args, data = options(workers=0), load(folder, "test")
+    model = eval_segmentation.Segmenter(common.backbone("resnet18", 4, True), 10, args)
+
+    class Rank:
+        def __init__(self, rank: int, world: int) -> None:
+            self.rank, self.world, self.device = rank, world, common.CPU
+
+        def autocast(self) -> torch.autocast:
+            return torch.autocast("cpu", torch.bfloat16, enabled=False)
+
+        def gather(self, tensor: Tensor) -> tuple[Tensor]:
+            return (tensor,)
+
+    def table(rank: int, world: int) -> Tensor:
+        mean, std = common.DATASETS["shapes"][1:]
+        return eval_segmentation.confusion_table(model, data, args, mean, std, Rank(rank, world))  # type: ignore[arg-type]
+
+    assert torch.equal(table(0, 1), table(0, 2) + table(1, 2)) and table(0, 1).sum() > 0.9 * 3 * 96 * 96 * 0.9
+
+
+# faults
+
+
+def test_faults(folder: Path, tmp_path: Path) -> None:
+    """Masks that are missing, in colour, of another size or with unknown classes are named; so are bad options."""
+
+    def broken(name: str, change: Any) -> list[str]:
+        root = Path(shutil.copytree(folder, tmp_path / name))
+        change(root / "SegmentationClass/trainval_00002.png")
+        return tiny(root, tmp_path / "out")
+
+    def fails(words: list[str], *expected: str) -> None:
+        one_line(run("eval_segmentation", words), *expected)
+
+    fails(broken("missing", Path.unlink), "cannot read the mask", "trainval_00002.png", "No such file")
+    fails(broken("colour", lambda path: Image.new("RGB", (96, 96)).save(path)), "trainval_00002.png is no mask")
+    fails(broken("size", lambda path: Image.new("L", (90, 96)).save(path)), "has 90 x 96 px", "96 x 96")
+    fails(broken("class", lambda path: Image.new("L", (96, 96), 11).save(path)), "value 11", "10 classes")
+    fails(broken("empty", lambda path: path.write_bytes(b"")), "damaged or empty")
+    fails(tiny(folder, tmp_path / "out", "--output-stride", 16), "--output-stride 16: this network has 8")
+    fails(tiny(folder, tmp_path / "out", "--test-list", "val"), "val.txt")
+    fails(tiny(folder, tmp_path / "out", "--lr", 1e12), "the loss is not finite")
+
+
+def test_folder_without_class_names(folder: Path, tmp_path: Path) -> None:
+    """A folder of pictures and masks alone has as many classes as its masks."""
+    root = Path(shutil.copytree(folder, tmp_path / "bare"))
+    shutil.rmtree(root / "Annotations")
+    shutil.rmtree(root / "ImageSets/Main")
+    process = run("eval_segmentation", tiny(root, tmp_path / "out"))
+    result = json.loads(process.out.splitlines()[-1])
+    assert {"ground", "class 1"} <= result["iou_by_class"].keys()
+    whole = json.loads(run("eval_segmentation", tiny(folder, tmp_path / "named")).out.splitlines()[-1])
+    assert "class0" in whole["iou_by_class"]
+
+
+@pytest.mark.parametrize("preset", eval_segmentation.PRESETS)
+def test_presets_parse(preset: str) -> None:
+    """Every preset sets options that exist."""
+    args = eval_segmentation.parse_args(["random", "--preset", preset])
+    for key, value in (eval_segmentation.PRESETS["voc12"] | eval_segmentation.PRESETS[preset]).items():
+        assert getattr(args, key) == value
