@@ -1328,7 +1328,7 @@ def detections(args: argparse.Namespace) -> None:
             with Image.open(path) as image:
                 pictures.append((number, common.rgb(image)))
         except common.UNREADABLE:
-            raise common.Fault(f"cannot read {path}: draw where eval_detection.py ran, with its data") from None
+            raise common.Fault(f"cannot read the image {path}: draw where eval_detection.py ran") from None
     names = [Path(name if Path(name).is_dir() else Path(name).parent).resolve().name for name in args.runs]
     labels = names if len(set(names)) == len(names) else [str(name) for name in args.runs]
     notes = [f"First run: {len(pictures)} of {total:,} test images, drawn with seed {args.seed}; white dashes: truth; "

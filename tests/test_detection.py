@@ -22,6 +22,7 @@ from torchvision.ops import box_iou
 
 import common
 import eval_detection
+import figures
 from eval_detection import Detections, Sample
 
 PACKS = common.ROOT.parent / "shared" / "data" / "voc"
@@ -553,6 +554,36 @@ def test_detections_do_not_depend_on_ranks(folder: Path) -> None:
     eval_detection.detect(model, data, None, args, mean, std, Rank(0, 2))  # type: ignore[arg-type]
     both = eval_detection.detect(model, data, None, args, mean, std, Rank(1, 2))  # type: ignore[arg-type]
     assert len(alone.scores) > 50 and all(torch.equal(a, b) for a, b in zip(alone, both, strict=True))
+
+
+# the picture
+
+
+def test_picture(folder: Path, tmp_path: Path) -> None:
+    """`figures.py detections` draws boxes and curves of one run or two, also from the folder of the network; the mean
+    of a curve at 11 recalls is the AP of the result."""
+    output = tmp_path / "net" / "detection-shapes-seed0"
+    assert run("eval_detection", tiny(folder, output, "--min-score", 0, "--iterations", 12)).code == 0
+    saved = figures.read_detections(str(output))
+    curves = figures.class_curves(saved)
+    expected = list(saved["result"]["ap50_voc07_by_class"].values())
+    assert curves[:, ::10].mean(1).tolist() == pytest.approx(expected, abs=0.006) and max(expected) > 0
+    assert figures.read_detections(str(output.parent))["result"] == saved["result"]
+    out = tmp_path / "a.png"
+    for runs in ([output.parent], [output, output / "detections.pth"]):
+        process = run("figures", ["detections", *runs, "--images", "5", "--out", out])
+        assert process.code == 0 and process.out == f"{out}\n", process.err
+        with Image.open(out) as image:
+            assert image.width > 500 and len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 50
+        assert out.stat().st_size < 200_000
+        out.unlink()
+    one_line(run("figures", ["detections", tmp_path, "--out", out]), "cannot read", "eval_detection.py")
+    (tmp_path / "detections.pth").write_bytes(b"no")
+    one_line(run("figures", ["detections", tmp_path, "--out", out]), "holds no detections")
+    content = torch.load(output / "detections.pth") | dict(images=["nowhere.jpg"] * 5)
+    torch.save(content, tmp_path / "detections.pth")
+    one_line(run("figures", ["detections", tmp_path, "--out", out]), "cannot read the image", "nowhere.jpg")
+    assert not out.exists()
 
 
 # faults
