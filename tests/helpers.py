@@ -107,7 +107,7 @@ def log(output: Path) -> list[dict[str, Any]]:
     """The lines of log.jsonl without times, memory and the command."""
     rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     for row in rows:
-        for key in ("command", "git", "images_per_second", "seconds", "memory_gb"):
+        for key in ("command", "git", "images_per_second", "seconds", "cluster_seconds", "memory_gb"):
             row.pop(key, None)
         row.get("options", {}).pop("output", None)
     return rows

@@ -1,6 +1,7 @@
 """Two ranks do what one does with the whole batch, and neither outlives the other."""
 
 import functools
+import importlib
 import os
 import signal
 import socket
@@ -15,13 +16,13 @@ import torch
 from helpers import ROOT, TINY, Process, checkpoint, log, one_line, run, same, start
 
 import common
-import npid
 
 
-def evaluation_mode(folder: Path) -> None:
+def evaluation_mode(script: str, folder: Path) -> None:
     """Batch statistics, which are a rank's own, out of the way; every augmented batch to a file."""
-    original, steps, rank = npid.augment, [], os.environ.get("RANK", "0")
-    npid.Encoder.train = lambda self, mode=True: torch.nn.Module.train(self, False)  # type: ignore[method-assign]
+    module = importlib.import_module(script)
+    original, steps, rank = module.augment, [], os.environ.get("RANK", "0")
+    module.Encoder.train = lambda self, mode=True: torch.nn.Module.train(self, False)
 
     def augment(*args: Any) -> torch.Tensor:
         images = original(*args)
@@ -30,14 +31,14 @@ def evaluation_mode(folder: Path) -> None:
         steps.append(None)
         return images
 
-    npid.augment = augment
+    module.augment = augment
 
 
-def rank_of(world: int, rank: int, port: int, folder: Path) -> None:
+def rank_of(world: int, rank: int, port: int, folder: Path, script: str = "npid") -> None:
     """What a launcher tells a rank."""
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
                        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
-    evaluation_mode(folder)
+    evaluation_mode(script, folder)
 
 
 def free_port() -> int:
@@ -46,10 +47,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launch(world: int, argv: list[str], images: Path, patch: Any = rank_of) -> list[Process]:
+def launch(
+    world: int, argv: list[str], images: Path, patch: Any = rank_of, script: str = "npid"
+) -> list[Process]:
     """All ranks, started as a launcher would."""
     port = free_port()
-    return [start("npid", argv, functools.partial(patch, world, rank, port, images)) for rank in range(world)]
+    patches = [functools.partial(patch, world, rank, port, images) for rank in range(world)]
+    if script != "npid":
+        patches = [functools.partial(patch, script=script) for patch in patches]
+    return [start(script, argv, patch) for patch in patches]
 
 
 def close(a: Any, b: Any) -> None:
@@ -64,21 +70,29 @@ def close(a: Any, b: Any) -> None:
         assert a == b
 
 
+LOCAL = ["--m", "8", "--k", "20", "--warmup-epochs", "1", "--knn-every", "2", "--epochs", "2"]
 METHODS = {
-    "softmax": ["--loss", "softmax", "--accumulate", "2", "--no-amp"],
-    "nce": ["--loss", "nce", "--m", "8", "--z", "ema", "--no-amp"],
-}
+    "softmax": ("npid", ["--loss", "softmax", "--accumulate", "2", "--knn-every", "1", "--epochs", "1"]),
+    "nce": ("npid", ["--loss", "nce", "--m", "8", "--z", "ema", "--knn-every", "1", "--epochs", "1"]),
+    # Three clusterings for two ranks: one of them makes two, the other one.
+    "local aggregation": ("local_aggregation", LOCAL),
+    "local aggregation, often": (
+        "local_aggregation",
+        [*LOCAL, "--recluster-every", "2", "--cluster-seeds", "redrawn"],
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("loss", METHODS)
-def test_two_ranks_equal_one(loss: str, tmp_path: Path) -> None:
-    """Weights, bank, momenta, log and augmented images after an epoch on two ranks are those on one."""
-    command = [*TINY, *METHODS[loss], "--knn-every", "1", "--epochs", "1", "--output"]
+@pytest.mark.parametrize("method", METHODS)
+def test_two_ranks_equal_one(method: str, tmp_path: Path) -> None:
+    """Weights, bank, momenta, clusterings, log and augmented images on two ranks are those on one."""
+    script, options = METHODS[method]
     for world in (1, 2):
-        for process in launch(world, [*command, str(tmp_path / f"{world}")], tmp_path / f"images{world}"):
+        command = [*TINY, "--no-amp", *options, "--output", str(tmp_path / f"{world}")]
+        for process in launch(world, command, tmp_path / f"images{world}", script=script):
             assert process.wait().code == 0, process.err
             assert "error" not in process.err.lower()
-    assert len(list((tmp_path / "images1").iterdir())) == 4
+    assert len(list((tmp_path / "images1").iterdir())) == (4 if script == "npid" else 8)
     for file in sorted((tmp_path / "images1").iterdir()):
         step = file.name.split("-")[0]
         halves = [torch.load(tmp_path / "images2" / f"{step}-{rank}") for rank in (0, 1)]
@@ -87,7 +101,7 @@ def test_two_ranks_equal_one(loss: str, tmp_path: Path) -> None:
     counts = [saved["state"]["totals"].pop("counts") for saved in (one, two)]
     assert counts[0] == counts[1]
     close(one, two)
-    assert len(log(tmp_path / "1")) == len(log(tmp_path / "2")) == 2
+    assert len(log(tmp_path / "1")) == len(log(tmp_path / "2")) > 1
     for a, b in zip(log(tmp_path / "1")[1:], log(tmp_path / "2")[1:], strict=True):
         assert a == pytest.approx(b, abs=1e-4)
 

@@ -127,6 +127,33 @@ def test_killed_thirty_times(loss: str, tmp_path: Path) -> None:
     assert kill_often(30, tmp_path / "undisturbed", tmp_path, method) > 5
 
 
+@pytest.mark.parametrize("options", [[], ["--recluster-every", "2", "--cluster-on", "center-crop"]], ids=" ".join)
+def test_clusterings_survive(options: list[str], tmp_path: Path) -> None:
+    """Local Aggregation killed within its second epoch of clusters: same labels, bank, weights and log in the end."""
+    command = [*OFTEN, "--warmup-epochs", "1", "--m", "8", "--k", "20", "--epochs", "3", *options, "--output"]
+    assert run("local_aggregation", [*command, tmp_path / "undisturbed"]).code == 0
+    assert run("local_aggregation", [*command, tmp_path / "killed"], before=die_within).code == -signal.SIGKILL
+    saved = common.load_checkpoint(tmp_path / "killed" / "checkpoint.pth")
+    assert saved["epoch"] == 2 and saved["step"] > 0
+    labels = saved["state"]["clusters"]["labels"]
+    assert labels.dtype == torch.int32 and len(labels.unique()) > 1
+    last = run("local_aggregation", [*command, tmp_path / "killed"])
+    assert last.code == 0 and "resumed" in last.out
+    same_runs(tmp_path / "undisturbed", tmp_path / "killed")
+
+
+def die_within() -> None:
+    """A kill after the second step of the third epoch, before its clusters are renewed."""
+    original = common.Run.after_step
+
+    def after_step(self: common.Run, state: dict[str, object], at: int, now: int, loss: torch.Tensor) -> None:
+        original(self, state, at, now, loss)
+        if (at, now) == (2, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    common.Run.after_step = after_step  # type: ignore[method-assign]
+
+
 def stop_at(epoch: int, step: int, number: int) -> Callable[[], None]:
     """Have the process signal itself just before the boundary of a step."""
     original = common.Run.after_step
