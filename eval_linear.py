@@ -58,7 +58,7 @@ import common
 # "linear" is the base of all; a preset lists what differs. Grids are lists: what is best on held-out images is taken.
 
 CONV = [f"conv{i}" for i in range(1, 6)]
-LAYERS = [*CONV, "backbone", "head"]
+LAYERS = [*CONV, "pool5", "backbone", "head"]
 VOC = dict(data="voc07", train_crops=1)
 FINETUNE = dict(protocol="finetune", lr=[0.01], weight_decay=[1e-4], schedule="step", train_crops=1)
 PRESETS: dict[str, dict[str, Any]] = {
@@ -71,12 +71,13 @@ PRESETS: dict[str, dict[str, Any]] = {
                         lr_drops=[60, 80]),  # CLD on ImageNet
     "svm": dict(protocol="svm", train_crops=1, cost=[0.01, 0.1, 1.0, 10.0]),  # NPID, Tables 2 and 3
     "svm-head": dict(protocol="svm", layers=["head"], train_crops=1, test_crops=1, cost=[0.01, 0.1, 1.0, 10.0]),
-    "mlp": dict(protocol="mlp", layers=["conv5"], train_crops=10, lr=[0.01], weight_decay=[1e-4]),  # thesis, Table 5.2
+    "mlp": dict(protocol="mlp", layers=["pool5"], train_crops=10, lr=[0.01], weight_decay=[1e-4]),  # thesis, Table 5.2
     "finetune": dict(FINETUNE, labels=[0.01, 0.02, 0.04, 0.1, 0.2], balanced=False, epochs=70, lr_drops=[30, 60],
                      test_crops=1),
     "finetune-cld": dict(FINETUNE, labels=[0.01, 0.1], epochs=20, head_factor=[100.0], lr_drops=[12, 16],
                          lr_drop_factor=0.2, test_crops=1),
-    "lowshot": dict(FINETUNE, per_class=[4, 16, 64], draws=10, lr=[0.001, 0.01], epochs=70, lr_drops=[30, 60]),
+    "lowshot": dict(FINETUNE, per_class=[4, 16, 64], draws=10, lr=[0.001, 0.01], epochs=70, lr_drops=[30, 60],
+                    holdout=0.25),
     # 80,000 steps of 16 images, the rate halved each 5,000; the 150,000 of the published "all" with its own solver
     # likewise. Of the conv part the batch statistics are fixed.
     "voc07": dict(VOC, protocol="voc07", trainable="fc", epochs=256, batch_size=16, lr=[0.003], weight_decay=[1e-6],
@@ -108,8 +109,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--weights", metavar="FILE|random", help="the same as the first argument")
     what.add_argument("--protocol", choices=list(PROTOCOLS), default="linear", help="linear probes; linear svm; mlp on "
                       "frozen convolutions; finetune; voc07: several classes an image; voc07-svm")
-    what.add_argument("--layers", choices=LAYERS, nargs="+", default=CONV, help="features to classify; backbone: its "
-                      "output, pooled for ResNets; head: the unit embedding")
+    what.add_argument("--layers", choices=LAYERS, nargs="+", default=CONV, help="features to classify; pool5: what "
+                      "fc6 of AlexNet and VGG16 sees, else conv5; backbone: its output, of ResNets the mean of the "
+                      "last map; head: the unit embedding")
     what.add_argument("--layer-size", type=common.COUNT, default=10_000, metavar="N", help="average a stage's map "
                       "until it has at most N numbers")
     what.add_argument("--train-crops", type=int, choices=[1, 2, 10], default=2, help="the centre, with its mirror "
@@ -276,7 +278,8 @@ def say_draw(name: str, targets: Tensor, rows: Tensor, seed: int, draw: int) -> 
     content = rows.numpy().tobytes() + targets[rows].numpy().tobytes()
     facts["checksum"] = hashlib.blake2b(content, digest_size=8).hexdigest()
     text = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items())
-    print(f"{name}: of {len(targets):,} images {text}, seed {seed}", flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{name}: of {len(targets):,} images {text}, seed {seed}", flush=True)
     return facts
 
 
@@ -337,9 +340,15 @@ def pool(maps: Sequence[Tensor], stage: int, layer_size: int) -> Tensor:
 def layer_features(encoder: common.Encoder, images: Tensor, layers: Sequence[str], layer_size: int) -> list[Tensor]:
     """The features of each layer, (B, d) float32, of normalised images (B, 3, S, S)."""
     found = dict[str, Tensor]()
-    if set(layers) & set(CONV):
-        maps = encoder.backbone.stages(images)  # type: ignore[operator]
+    if {*CONV, "pool5"} & set(layers):
+        network: Any = encoder.backbone
+        maps = network.stages(images)
         found |= {name: pool(maps, stage, layer_size) for stage, name in enumerate(CONV) if name in layers}
+        if "pool5" in layers and isinstance(network, common.PlainNet):
+            above = network.features[network.stage_ends[-1] + 1 :]
+            found["pool5"] = network.avgpool(above(maps[4])).flatten(1).float()
+        elif "pool5" in layers:
+            found["pool5"] = pool(maps, 4, layer_size)
     if "backbone" in layers:
         found["backbone"] = encoder.backbone(images).float()
     if "head" in layers:
@@ -420,6 +429,14 @@ def cached_features(
             fill(mapped, files, keys, first, encode, crops_of(data, torch.arange(first, len(data)), crops,
                                                               args.image_batch, device))
     return dict(zip(args.layers, mapped, strict=True))
+
+
+def both_features(
+    args: argparse.Namespace, encoder: common.Encoder, task: Task, device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The features of the training and of the test images, by layer."""
+    return (cached_features(args, encoder, task.train, "train", args.train_crops, device),
+            cached_features(args, encoder, task.test, "test", args.test_crops, device))
 
 
 def rows_done(path: Path, key: dict[str, Any]) -> int:
@@ -660,8 +677,6 @@ def probe_scores(probes: Probes, count: int, layer: Layer) -> tuple[Tensor, Tens
 def linear(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task: Task) -> dict[str, Any]:
     """Linear probes on every layer (section 5.3 of the thesis; Table 1 of LA): all rates and decays at once."""
     classes, labels = len(task.train.classes), task.train_targets
-    train = cached_features(args, encoder, task.train, "train", args.train_crops, run.device)
-    test = cached_features(args, encoder, task.test, "test", args.test_crops, run.device)
     every = torch.arange(len(labels))
     held = draw_labels(labels, max(1, round(args.holdout * len(labels))), True, args.seed, "holdout")
     fitted = every[~torch.isin(every, held)]
@@ -670,6 +685,7 @@ def linear(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, t
     run.args.epochs = len(jobs) * args.epochs
     run.args.batch_size = min(args.batch_size, len(fitted))
     run.describe(task.train, **describe(args, encoder), grid=len(grid), held_out=len(held))
+    train, test = both_features(args, encoder, task, run.device)
     probes, ledger = Probes(), Ledger()
     state: dict[str, Any] = dict(probes=probes, ledger=ledger)
     first_epoch, first_step = run.resume(state, run.steps_per_epoch(len(every)))
@@ -855,6 +871,9 @@ def cross_validate(x: Tensor, targets: Tensor, args: argparse.Namespace, key: Se
             else:
                 merits[number] += (scores.argmax(1) == targets[rows].argmax(1)).double().mean().item()
     best: Tensor = costs[merits.argmax(0)]
+    if len(costs) > 2 and best.mode().values.item() in (args.cost[0], args.cost[-1]):
+        print(f"note: the best cost, {best.mode().values.item():g}, is at the end of the grid: widen --C, or "
+              "--normalize", file=sys.stderr)
     return best
 
 
@@ -884,12 +903,11 @@ def svm_draws(args: argparse.Namespace, task: Task) -> list[tuple[dict[str, Any]
 
 def svm(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task: Task) -> dict[str, Any]:
     """One-vs-rest linear SVM on every layer (NPID, Tables 1 to 3; VOC07 and its low-shot variant)."""
-    train = cached_features(args, encoder, task.train, "train", args.train_crops, run.device)
-    test = cached_features(args, encoder, task.test, "test", args.test_crops, run.device)
     found = svm_draws(args, task)
     jobs = [(layer, number) for layer in args.layers for number in range(len(found))]
     run.args.epochs = len(jobs)
     run.describe(task.train, **describe(args, encoder))
+    train, test = both_features(args, encoder, task, run.device)
     ledger = Ledger()
     state: dict[str, Any] = dict(ledger=ledger)
     first, _ = run.resume(state, 1)
@@ -1007,6 +1025,9 @@ def train_networks(
     criterion: Any = masked_bce if multi else F.cross_entropy
     grid = list(itertools.product(args.lr, args.weight_decay, args.head_factor))
     search = every_epoch or len(grid) > 1
+    fewest = min(len(rows) for _, rows in found) - search
+    if fewest < run.world:
+        raise common.Fault(f"{fewest + search} labelled images are too few{' to choose by' * search}: take more")
     jobs = [Job(draw, setting) for draw in range(len(found)) for setting in [*(grid if search else ()), None]]
     run.args.epochs = len(jobs) * args.epochs
     run.describe(task.train, **describe(args, encoder), trainings=len(jobs))
@@ -1082,10 +1103,9 @@ def train_networks(
 
 def mlp(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task: Task) -> dict[str, Any]:
     """Three new fully connected layers on frozen convolutions (thesis, Tables 4.1 and 5.2)."""
-    train, test = (cached_features(args, encoder, data, split, crops, run.device)[args.layers[0]] for data, split, crops
-                   in ((task.train, "train", args.train_crops), (task.test, "test", args.test_crops)))
-    here = Layer(train, args, run.device)
-    there = Layer(test, args, run.device, here)
+    train, test = both_features(args, encoder, task, run.device)
+    here = Layer(train[args.layers[0]], args, run.device)
+    there = Layer(test[args.layers[0]], args, run.device, here)
     hidden = args.hidden or max(16, 64 * (args.width or encoder.options.get("width", 64)))
     model = run.place(Classifier(hidden_layers(here.size, hidden, args.dropout), hidden, len(task.train.classes)))
 
@@ -1201,7 +1221,8 @@ def main(args: argparse.Namespace) -> None:
     if args.checkpoint != "random":
         encoder = common.load_encoder(path, args.arch, args.width, None, device,
                                       "head" if "head" in args.layers else "auto")
-        print(f"{path}: {encoder.describe()}", flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{path}: {encoder.describe()}", flush=True)
         if "head" in args.layers and encoder.head is None:
             raise common.Fault(f"{path} has no head: --layers takes {', '.join(LAYERS[:-1])}")
     settings = argparse.Namespace(**{key: value for key, value in vars(args).items() if key not in MACHINE})
@@ -1211,7 +1232,7 @@ def main(args: argparse.Namespace) -> None:
     if encoder is None:
         torch.manual_seed(args.seed)
         encoder = common.untrained_encoder(args.arch or "resnet18", args.width or 64, task.train.small, device)
-    args.test_crops = args.test_crops or (1 if task.train.small else 10)
+    args.test_crops = run.args.test_crops = args.test_crops or (1 if task.train.small else 10)
     encoder.backbone.to(memory_format=torch.channels_last)
     result = PROTOCOLS[args.protocol](args, run, encoder, task)
     run.close()

@@ -95,6 +95,17 @@ def test_sizes_of_others(arch: str) -> None:
     assert all(8000 <= eval_linear.pool(maps, stage, 10_000).shape[1] <= 10_000 for stage in range(5))
 
 
+def test_pool5_is_what_fc6_sees() -> None:
+    """Of AlexNet and VGG16: with fc6 and fc7 on top of it, the network's own output."""
+    for arch in ("alexnet", "vgg16"):
+        torch.manual_seed(0)
+        encoder = common.untrained_encoder(arch, 4, True, CPU)
+        images = torch.randn(2, 3, 32, 32)
+        (found,) = eval_linear.layer_features(encoder, images, ["pool5"], 10_000)
+        network: Any = encoder.backbone
+        torch.testing.assert_close(F.relu(network.classifier(found)), network(images))
+
+
 def options(tmp_path: Path, *words: str) -> argparse.Namespace:
     return eval_linear.parse_args(["random", "--preset", "smoke", "--output", str(tmp_path), *words])
 
@@ -113,7 +124,7 @@ def encoder_and_data(seed: int = 0, count: int = 24) -> tuple[common.Encoder, co
 def test_cached_features_are_the_networks(kind: str, tmp_path: Path) -> None:
     """What is cached for each layer and crop is what the network says of it, to the rounding of the type."""
     encoder, data = encoder_and_data()
-    args = options(tmp_path, "--feature-type", kind, "--no-amp", "--layers", "conv1", "conv5", "backbone", "head",
+    args = options(tmp_path, "--feature-type", kind, "--no-amp", "--layers", "conv1", "pool5", "backbone", "head",
                    "--image-batch", "10")
     found = features(args, encoder, data, 2)
     images = data.normalize(torch.cat(list(data.centers(torch.arange(24), 24, CPU))))
@@ -571,7 +582,7 @@ def test_real_voc_images(trained: Path, tmp_path: Path) -> None:
 
 
 RESUMED = [
-    ["--epochs", "8"],
+    ["--epochs", "6", "--lr", "0.01", "0.1", "1", "--weight-decay", "0", "0.01"],
     ["--protocol", "finetune", "--labels", "0.5", "--lr", "0.01", "0.02", "--weight-decay", "0.0001", "--epochs", "6"],
 ]
 
