@@ -704,7 +704,7 @@ def linear(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, t
         steps, start = run.steps_per_epoch(len(rows)), first_step if epoch == first_epoch else 0
         if local == start == 0:
             probes.reset(len(settings), classes, here.size, run.device)
-            began = time.perf_counter()
+            began = time.perf_counter() if search else began
         decays = torch.tensor([decay for _, decay in settings], device=run.device)
         order = rows[run.permutation(epoch, len(rows))]
         views = torch.randint(args.train_crops, (len(rows),), generator=run.generator("views", epoch))

@@ -594,7 +594,7 @@ def test_killed_run_resumes(words: list[str], trained: Path, tmp_path: Path) -> 
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
         path = shutil.copy(trained, tmp_path / name / "checkpoint.pth")
-        command = [path, *SMALL, tmp_path, *words, "--save-minutes", "0.00001"]
+        command = [path, *SMALL, tmp_path, *words, "--save-minutes", "0.003"]
         if name == "killed":
             first = start("eval_linear", command)
             first.wait_for('{"layer": "conv1"' if "--protocol" not in words else '"training": 2')
