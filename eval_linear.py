@@ -502,13 +502,14 @@ class Layer:
         self.mean: Tensor | None = like.mean if like else None
         self.scale: Tensor | None = like.scale if like else None
         if args.normalize == "standard" and like is None:
+            place = torch.device("cpu") if device.type == "mps" else device  # which has no float64
             count, total, squares = 0, torch.zeros(()), torch.zeros(())
             for part in torch.split(self.values, 1024):
-                part = part.to(device).flatten(0, 1).double()
+                part = part.to(place).flatten(0, 1).double()
                 count, total, squares = count + len(part), total + part.sum(0), squares + part.square().sum(0)
-            self.mean = (total / count).float()
+            self.mean = (total / count).float().to(device)
             spread = (squares / count - (total / count).square()).clamp(min=0).sqrt()
-            self.scale = 1 / spread.clamp(min=1e-3 * spread.mean() + 1e-12).float()
+            self.scale = (1 / spread.clamp(min=1e-3 * spread.mean() + 1e-12)).float().to(device)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -543,8 +544,9 @@ def free_memory(device: torch.device) -> float:
     """Bytes that a device has free, or a guess."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    with contextlib.suppress(OSError, ValueError):
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * float(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
     return 4e9
 
 
@@ -567,7 +569,7 @@ def mean_ap(scores: Tensor, targets: Tensor) -> dict[str, Any]:
     from sklearn.metrics import average_precision_score
 
     rows = list[tuple[float, float, float]]()
-    for score, target in zip(scores.double().cpu().T, targets.T, strict=True):
+    for score, target in zip(scores.cpu().double().T, targets.T, strict=True):
         known, total = target != 0, int((target > 0).sum())
         right, score = target[known] > 0, score[known]
         rows.append((common.average_precision(score, right, total, True),
@@ -752,7 +754,7 @@ def choose(
         row, column = divmod(int(table.flatten().argmax()), len(grid))
         found[key] = [*grid[column], first + row + 1, round(table[row, column].item(), 2)]
     top = found["best"]
-    if top[3] <= 150 / classes:
+    if top[3] <= 120 / classes:
         print(f"note: {name} is near chance ({top[3]} % of held-out images): features of another scale need other "
               "--lr, or --normalize", file=sys.stderr)
     elif len(rates) > 2 and top[0] in (min(rates), max(rates)):
@@ -847,7 +849,7 @@ def cross_validate(x: Tensor, targets: Tensor, args: argparse.Namespace, key: Se
     """The cost (C,) of each class: one for all that classifies most left-out images right, or, of several classes an
     image, the one of the best average precision for each. The middle one if a fold would lack a class."""
     count = targets.shape[1]
-    costs = torch.tensor(args.cost)
+    costs = torch.tensor(args.cost, dtype=torch.float64)
     if len(costs) == 1 or ((targets > 0).sum(0) < args.folds).any():
         return costs[len(costs) // 2].repeat(count)
     several = bool(((targets > 0).sum(1) != 1).any())

@@ -535,6 +535,19 @@ def test_voc07_of_alexnet(voc: Path, tmp_path: Path) -> None:
         assert 0.005 < weights[f"{name}.weight"].std() < 0.015
 
 
+def test_batch_normalisation_may_train(trained: Path, voc: Path, tmp_path: Path) -> None:
+    """--train-batchnorm: of the convolutions scale and shift train too, and nothing else."""
+    path = Path(shutil.copy(trained, tmp_path / "checkpoint.pth"))
+    evaluate(path, "--protocol", "voc07", "--data", "shapes", "--trainable", "fc", "--train-batchnorm", "--lr", 0.01,
+             "--weight-decay", 0, "--workers", 0, data_dir=voc)
+    before = common.load_encoder(path, None, None, None, CPU, "auto").backbone.state_dict()
+    (after,) = tmp_path.glob("eval_linear/smoke-*/checkpoint.pth")
+    weights = common.load_checkpoint(after)["state"]["model"]
+    assert not torch.equal(weights["body.layer1.0.bn1.weight"], before["layer1.0.bn1.weight"])
+    for name in ("conv1.weight", "layer1.0.conv1.weight", "layer1.0.bn1.running_mean"):
+        assert torch.equal(weights[f"body.{name}"], before[name])
+
+
 @pytest.mark.parametrize("shots", [[], ["--per-class", "1", "2", "--draws", "2"]])
 def test_voc07_svm(shots: list[str], trained: Path, voc: Path, tmp_path: Path) -> None:
     """SVM on VOC's classes, and with few images of each; 0-targets are left out."""
