@@ -9,7 +9,7 @@ there is nothing else to install. The preset is the protocol.
     python eval_detection.py resnet50.pth --arch resnet50 --preset voc0712    # CLD, MoCo: trainval07+12, 24k iterations
     python eval_detection.py runs/cld-imagenet-seed0/checkpoint.pth --preset voc07           # trainval07, 9k iterations
     torchrun --nproc-per-node 8 eval_detection.py runs/cld-imagenet-seed0/checkpoint.pth --preset voc0712
-    python eval_detection.py vgg16.pth --preset voc07-la-vgg16                # Local Aggregation: Faster R-CNN, VGG16
+    python eval_detection.py vgg16_bn.pth --preset voc07-la-vgg16             # Local Aggregation: Faster R-CNN, VGG16
     python eval_detection.py alexnet.pth --preset voc07-fast-alexnet --proposals voc_2007_trainval.mat voc_2007_test.mat
     python eval_detection.py runs/npid-shapes-seed0/checkpoint.pth --data my_folder      # any folder in VOC's layout
     python eval_detection.py resnet50.pth --arch resnet50 --preset voc0712 --batch-size 8     # half the rate, twice the

@@ -627,3 +627,25 @@ def test_data_faults(folder: Path, tmp_path: Path) -> None:
     for name in "abc":
         assert not (tmp_path / name / "checkpoint.pth").exists()
 
+
+@pytest.mark.gpu
+def test_gpu(folder: Path, tmp_path: Path) -> None:
+    """The same run in bfloat16 on a GPU."""
+    words = tiny(folder, tmp_path / "out", "--amp")
+    words[words.index("cpu")] = "cuda"
+    process = run("eval_detection", words)
+    assert process.code == 0, process.err
+    assert 0 <= json.loads(process.out.splitlines()[-1])["ap50_voc07"] <= 100
+
+
+@pytest.mark.slow
+def test_bfloat16(folder: Path, tmp_path: Path) -> None:
+    """Autocast leaves boxes and scores in float32, and the losses of the first steps to a few percent."""
+    losses = []
+    for amp in ("--amp", "--no-amp"):
+        words = [word for word in tiny(folder, tmp_path / amp, "--log-every", 1) if word != "--no-amp"]
+        words[words.index("--width") + 1] = "16"
+        assert run("eval_detection", [*words, amp]).code == 0
+        losses.append([row["loss"] for row in log(tmp_path / amp)[1:]])
+        assert torch.load(tmp_path / amp / "detections.pth")["found"]["boxes"].dtype == torch.float32
+    assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]

@@ -268,3 +268,12 @@ def test_presets_parse(preset: str) -> None:
     args = eval_segmentation.parse_args(["random", "--preset", preset])
     for key, value in (eval_segmentation.PRESETS["voc12"] | eval_segmentation.PRESETS[preset]).items():
         assert getattr(args, key) == value
+
+@pytest.mark.gpu
+def test_gpu(folder: Path, tmp_path: Path) -> None:
+    """The same run in bfloat16 on a GPU."""
+    words = tiny(folder, tmp_path / "out", "--amp")
+    words[words.index("cpu")] = "cuda"
+    process = run("eval_segmentation", words)
+    assert process.code == 0, process.err
+    assert 0 < json.loads(process.out.splitlines()[-1])["miou"] < 100

@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import re
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -154,6 +156,31 @@ def test_faults(folder: Path, tmp_path: Path) -> None:
     fails("b.jpg .damaged or empty")
     (folder / "ImageSets/Main/train.txt").write_text("\n")
     fails("train.txt lists no images")
+
+
+def test_download(rendered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not there is fetched by torchvision, once; without a network one line says what to do."""
+    wanted, asked = options("voc0712", data_dir=tmp_path), list[tuple[str, str]]()
+
+    def fetch(root: str, download: bool, year: str, image_set: str) -> None:
+        asked.append((year, image_set))
+        if len(asked) == 4:
+            raise OSError("no network")
+        place = Path(root) / "VOCdevkit" / f"VOC{year}"
+        shutil.copytree(rendered, place, dirs_exist_ok=True)
+        for annotation in (place / "Annotations").iterdir():
+            annotation.write_text(re.sub("<name>class.", "<name>dog", annotation.read_text()))
+
+    monkeypatch.setattr("torchvision.datasets.VOCDetection", fetch)
+    data = common.load_voc(wanted, "train")
+    assert asked == [("2007", "trainval"), ("2012", "trainval")] and len(data) == 24
+    assert data.classes == common.VOC_CLASSES and {image.labels[0].item() for image in data.images} == {11}
+    assert {image.path.parts[-3] for image in data.images} == {"VOC2007", "VOC2012"}
+    common.load_voc(wanted, "train")
+    assert len(common.load_voc(wanted, "test")) == 6 and len(asked) == 2
+    with pytest.raises(common.Fault, match=r"could not be downloaded .no network.: name its folder"):
+        asked.append(("", ""))
+        common.load_voc(options("voc12", data_dir=tmp_path / "other"), "train")
 
 
 def slow_precision(scores: list[float], right: list[bool], total: int, eleven_points: bool) -> float:
