@@ -2608,7 +2608,8 @@ def load_voc(args: argparse.Namespace, split: str, task: str = "Main", classes: 
         classes, places = VOC_CLASSES, []
         for year, name in VOC_LISTS[args.data][test]:
             root = args.data_dir / "VOCdevkit" / f"VOC{year}"
-            _download(args, "VOCDetection", root / "ImageSets" / task / f"{name}.txt", year=year, image_set=name)
+            files = root / "ImageSets" / task / f"{wanted or name}.txt"
+            _download(args, "VOCDetection", files, year=year, image_set=name)
             places.append((root, wanted or name))
     else:
         root = _voc_root(args)

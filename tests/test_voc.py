@@ -239,6 +239,8 @@ def test_real_images(tmp_path: Path) -> None:
     with tarfile.open(PACKS / "voc2007_test7_real.tar") as tar:
         tar.extractall(tmp_path, filter="data")
     data = common.load_voc(options("voc07", data_dir=tmp_path / "voc07_7"), "test")
+    same = common.load_voc(options("voc07", data_dir=tmp_path / "voc07_7", train_list="test"), "train")
+    assert same.identity() == data.identity()
     truth, flags = ({line.split()[0]: line.split()[1:] for line in (PACKS / name).read_text().splitlines()}
                     for name in ("voc07_test.txt", "voc07_test_difficult.txt"))
     assert len(data) == 7 and data.classes == common.VOC_CLASSES
