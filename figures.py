@@ -949,6 +949,9 @@ def draw_queue(points: dict[str, dict[int, list[float]]]) -> Figure:
         axes.set_xticks(sorted(sizes), [f"{size:,}" for size in sorted(sizes)])
         axes.minorticks_off()
         axes.margins(0.12, 0.15)
+        low, high = axes.get_ylim()
+        room = max(0.0, 4 - (high - low)) / 2  # four points at least: a small difference should look small
+        axes.set_ylim(low - room, high + room)
     return figure
 
 
@@ -980,10 +983,10 @@ def draw_labels(curves: dict[str, list[tuple[float, float, float]]], x: str, y: 
     for number, (name, points) in enumerate(curves.items()):
         labels, means, deviations = zip(*sorted(points), strict=True)
         axes.errorbar(labels, means, deviations, **look(number), capsize=3, markersize=4, label=name)
-        for where, mean in zip(labels, means, strict=True):
+        for where, mean, deviation in zip(labels, means, deviations, strict=True):
             above = mean >= max(v for other in curves.values() for at, v, _ in other if at == where)
-            axes.annotate(f"{mean:.1f}", (where, mean), (0, 6 if above else -12), textcoords="offset points",
-                          ha="center", fontsize=7, color=COLORS[number % 7])
+            axes.annotate(f"{mean:.1f}", (where, mean + deviation * (1 if above else -1)), (0, 6 if above else -12),
+                          textcoords="offset points", ha="center", fontsize=7, color=COLORS[number % 7])
     axes.set(xscale="log", xlabel=x, ylabel=y, title="all layers fine-tuned")
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()

@@ -9,6 +9,7 @@ that is empty after it is cut to its image is left out, and counted.
 
 import argparse
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -32,11 +33,15 @@ def crop_boxes(table: Path, scenes: Path, out: Path) -> tuple[int, int]:
     return written, left_out
 
 
-if __name__ == "__main__":
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path, metavar="boxes.csv")
     parser.add_argument("scenes", type=Path, metavar="SCENES")
     parser.add_argument("out", type=Path, metavar="OUT")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    args = parse_args()
     written, left_out = crop_boxes(args.table, args.scenes, args.out)
     print(f"{written} crops, {left_out} empty boxes left out")
