@@ -8,6 +8,7 @@ clusterings) builds on that: cluster the descriptors of all images, then learn t
     an epoch of cross-entropy on y, with mini-batches drawn uniformly over the clusters            (3.2)
 
     python deepcluster.py                                  # rendered shapes, for a first try
+    python deepcluster.py --preset demo                    # the same in small, on a CPU
     python deepcluster.py --data cifar10                   # ResNet-18, RGB, many more clusters than classes
     python deepcluster.py --data cifar10 --clustering pic --sigma median
     python deepcluster.py --data imagenet                  # AlexNet, Sobel, 10,000 clusters: 44.0 in Table 5.2
@@ -64,6 +65,8 @@ FLICKR = dict(knn_every=0)  # YFCC100M has no labels
 PART = dict(images_per_epoch=1_200_000)
 LABELS = dict(data="imagenet", clustering="labels", sampling="images", epochs=90, knn_every=1)
 CIFAR = dict(arch="resnet18", sobel=False, batch_size=128, lr=0.05, weight_decay=5e-4, epochs=200, min_crop=0.2)
+# Few images give few updates: small batches, and two epochs for each new last layer to learn.
+THIN = dict(CIFAR, num_clusters=250, subset=5000, width=16, epochs=30, batch_size=32, reassign_every=2, knn_every=5)
 PRESETS: dict[str, dict[str, Any]] = {
     "imagenet": dict(arch="alexnet", clustering="kmeans", num_clusters=10_000, sobel=True, feature_dim=256, dropout=0.5,
                      batch_size=256, lr=0.02, schedule="constant", weight_decay=1e-5, epochs=500, min_crop=0.08),
@@ -102,8 +105,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cifar100": dict(CIFAR, data="cifar100", num_clusters=1000),
     "stl10": dict(CIFAR, data="stl10", num_clusters=1000),
     "shapes": dict(CIFAR, data="shapes", num_clusters=1000),
-    "cifar10-thin": dict(CIFAR, data="cifar10", num_clusters=250, subset=5000, width=16, epochs=30, knn_every=5),
-    "demo": dict(CIFAR, data="shapes", num_clusters=250, subset=5000, width=16, epochs=30, knn_every=5),
+    "cifar10-thin": dict(THIN, data="cifar10"),
+    "demo": dict(THIN, data="shapes"),
     "smoke": dict(CIFAR, data="shapes", num_clusters=20, subset=256, test_subset=100, width=4, epochs=2, batch_size=32,
                   knn_every=1),
 }  # fmt: skip
