@@ -401,13 +401,13 @@ def cached_features(
     amp = common.amp_default(device) if args.amp is None else args.amp
     kind = args.feature_type or ("bfloat16" if amp else "float32")
 
-    def encode(images: Tensor) -> list[Tensor]:
+    def encode(images: Tensor, layers: Sequence[str]) -> list[Tensor]:
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            return layer_features(encoder, images.to(memory_format=torch.channels_last), args.layers, args.layer_size)
+            return layer_features(encoder, images.to(memory_format=torch.channels_last), layers, args.layer_size)
 
-    probe = encode(torch.zeros(1, 3, data.size, data.size, device=device))
+    probe = encode(torch.zeros(1, 3, data.size, data.size, device=device), args.layers)
     checksums = dict(weights=weights_checksum(encoder), images=images_checksum(data))
-    files, keys, done = list[Path](), list[dict[str, Any]](), list[int]()
+    files, keys = list[Path](), list[dict[str, Any]]()
     for layer, sample in zip(args.layers, probe, strict=True):
         key = dict(checksums, data=data.identity(), crops=crops, layer=layer, layer_size=args.layer_size,
                    size=sample.shape[1], type=kind, amp=amp, format=1)  # fmt: skip
@@ -416,18 +416,23 @@ def cached_features(
         keys.append(key)
     args.features.mkdir(parents=True, exist_ok=True)
     with (args.features / "lock").open("w") as lock:  # of two runs at once the second finds what the first has made
-        fcntl.lockf(lock, fcntl.LOCK_EX)
-        mapped = list[Tensor]()
-        for path, key in zip(files, keys, strict=True):
-            done.append(rows_done(path, key))
-            mapped.append(open_features(path, (len(data), crops, key["size"]), getattr(torch, kind), args))
-        first = min(done)
-        if first < len(data):
-            gigabytes = sum(values.nbytes for values in mapped) / 1e9
-            print(f"features of {len(data):,} {split} images, {crops} crops, {', '.join(args.layers)}: {gigabytes:.2f} "
-                  f"GB in {args.features}" + f", going on at image {first:,}" * (first > 0), flush=True)
-            fill(mapped, files, keys, first, encode, crops_of(data, torch.arange(first, len(data)), crops,
-                                                              args.image_batch, device))
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print(f"waiting for another run that writes features to {args.features}", flush=True)
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        done = [rows_done(path, key) for path, key in zip(files, keys, strict=True)]
+        mapped = [open_features(path, (len(data), crops, key["size"]), getattr(torch, kind))
+                  for path, key in zip(files, keys, strict=True)]
+        todo = [number for number, rows in enumerate(done) if rows < len(data)]
+        if todo:
+            layers, first = [args.layers[number] for number in todo], min(done[number] for number in todo)
+            gigabytes = sum(mapped[number].nbytes for number in todo) / 1e9
+            print(f"features of {len(data):,} {split} images, {crops} crops, {', '.join(layers)}: {gigabytes:.2f} GB "
+                  f"in {args.features}" + f", going on at image {first:,}" * (first > 0), flush=True)
+            batches = crops_of(data, torch.arange(first, len(data)), crops, args.image_batch, device)
+            fill([(mapped[number], files[number], keys[number]) for number in todo], first,
+                 lambda images: encode(images, layers), batches)
     return dict(zip(args.layers, mapped, strict=True))
 
 
@@ -448,7 +453,7 @@ def rows_done(path: Path, key: dict[str, Any]) -> int:
         return 0
 
 
-def open_features(path: Path, shape: tuple[int, ...], kind: torch.dtype, args: argparse.Namespace) -> Tensor:
+def open_features(path: Path, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
     """A file as a tensor; a new one takes its room on the disk at once: a full disk must not show in the middle."""
     size = math.prod(shape) * kind.itemsize
     if not path.exists() or path.stat().st_size != size:
@@ -463,24 +468,26 @@ def open_features(path: Path, shape: tuple[int, ...], kind: torch.dtype, args: a
 
 
 def fill(
-    mapped: list[Tensor], files: list[Path], keys: list[dict[str, Any]], first: int,
-    encode: Callable[[Tensor], list[Tensor]], batches: Iterator[Tensor],
+    parts: list[tuple[Tensor, Path, dict[str, Any]]], first: int, encode: Callable[[Tensor], list[Tensor]],
+    batches: Iterator[Tensor],
 ) -> None:
-    """Write the features of all crops from row `first` on."""
+    """Write the features of all crops from row `first` on into the tensors (N, V, d) that map the files."""
     from tqdm import tqdm
 
     def mark(rows: int) -> None:
-        for path, key in zip(files, keys, strict=True):
+        for _, path, key in parts:
+            with path.open("rb+") as file:  # rows that the disk does not have must not be taken for done
+                os.fsync(file.fileno())
             temporary = path.with_suffix(".tmp")
             temporary.write_text(json.dumps(dict(rows=rows, key=key)))
             temporary.replace(path.with_suffix(".json"))
 
     row, marked = first, time.monotonic()
-    bar = tqdm(total=len(mapped[0]), initial=first, unit="image", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    bar = tqdm(total=len(parts[0][0]), initial=first, unit="image", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     try:
         for views in batches:
             count = len(views)
-            for values, found in zip(mapped, encode(views.flatten(0, 1)), strict=True):
+            for (values, _, _), found in zip(parts, encode(views.flatten(0, 1)), strict=True):
                 values[row : row + count] = found.view(count, -1, values.shape[2]).to(values.device, values.dtype)
             row += count
             bar.update(count)

@@ -491,6 +491,8 @@ def test_features_serve_all_protocols(checkpoint: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out.count("features of ") == 2
     evaluate(checkpoint, "--protocol", "svm")
     assert "features of " not in capsys.readouterr().out
+    evaluate(checkpoint, "--protocol", "svm", "--layers", "conv1", "head")
+    assert "crops, head: " in capsys.readouterr().out
 
 
 def test_foreign_weights(tmp_path: Path) -> None:
