@@ -843,23 +843,26 @@ def line_search(w: Tensor, step: Tensor, y: Tensor, outputs: Tensor, change: Ten
 
 def fit_svms(x: Tensor, targets: Tensor, costs: Tensor, positive_weight: float) -> Tensor:
     """Weights (A, C, d) for costs (A, C) of C classes, in blocks that bound the memory. x: (N, d); targets: (N, C)."""
-    flat = costs.flatten()
-    found = list[Tensor]()
+    flat, found = costs.flatten(), list[Tensor]()
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # in TF32 the gradient would never get small
     for block in torch.split(torch.arange(len(flat)), max(1, int(2e8 / len(x)))):
         y = targets[:, block % targets.shape[1]].to(x)
         weight = torch.where(y > 0, positive_weight, 1.0) * (y != 0)
         found.append(fit_svm(x, torch.where(y == 0, 1.0, y), weight.to(x) * flat[block].to(x)))
+    torch.set_float32_matmul_precision(precision)
     return torch.cat(found).view(*costs.shape, -1)
 
 
-def cross_validate(x: Tensor, targets: Tensor, args: argparse.Namespace, key: Sequence[int | str]) -> Tensor:
-    """The cost (C,) of each class: one for all that classifies most left-out images right, or, of several classes an
-    image, the one of the best average precision for each. The middle one if a fold would lack a class."""
+def cross_validate(
+    x: Tensor, targets: Tensor, args: argparse.Namespace, several: bool, key: Sequence[int | str]
+) -> Tensor:
+    """The cost (C,) of each class: one for all that classifies most left-out images right, or, where an image may have
+    `several` classes, the one of the best average precision for each. The middle one if a fold would lack a class."""
     count = targets.shape[1]
     costs = torch.tensor(args.cost, dtype=torch.float64)
     if len(costs) == 1 or ((targets > 0).sum(0) < args.folds).any():
         return costs[len(costs) // 2].repeat(count)
-    several = bool(((targets > 0).sum(1) != 1).any())
     order = torch.randperm(len(x), generator=common.generator(*key, "folds"))
     if not several:
         order = order[targets.argmax(1).cpu()[order].argsort(stable=True)]
@@ -933,7 +936,7 @@ def svm(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task
         x = torch.cat([here.crops(part).flatten(0, 1) for part in torch.split(rows, 1024)])
         x = F.pad(x, (0, 1), value=1.0)  # the intercept is a weight like the others
         targets = targets.repeat_interleave(args.train_crops, 0).to(run.device)
-        cost = cross_validate(x, targets, args, (args.seed, number))
+        cost = cross_validate(x, targets, args, task.train_targets.ndim == 2, (args.seed, number))
         weight = fit_svms(x, targets, cost[None], args.positive_weight)[0]
         scores = torch.cat([(F.pad(there.crops(part), (0, 1), value=1.0) @ weight.T).mean(1)
                             for part in torch.split(torch.arange(len(there)), 256)])

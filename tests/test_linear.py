@@ -320,11 +320,11 @@ def test_cost_by_cross_validation(tmp_path: Path) -> None:
     targets = 2 * F.one_hot(labels, 2) - 1
     args = options(tmp_path, "--C", "1e-5", "1e-4", "100")
     padded = F.pad(x, (0, 1), value=1.0)
-    chosen = eval_linear.cross_validate(padded, targets, args, (0,))
+    chosen = eval_linear.cross_validate(padded, targets, args, False, (0,))
     assert chosen[0] == chosen[1] and chosen[0] < 1
-    assert eval_linear.cross_validate(padded[:4], targets[:4], args, (0,)).tolist() == pytest.approx([1e-4] * 2)
+    assert eval_linear.cross_validate(padded[:4], targets[:4], args, False, (0,)).tolist() == pytest.approx([1e-4] * 2)
     several = torch.stack([targets[:, 0], torch.where(x[:, 0] > 0, 1, -1)], 1)
-    chosen = eval_linear.cross_validate(padded, several, args, (0,))
+    chosen = eval_linear.cross_validate(padded, several, args, True, (0,))
     assert chosen[1] > 1e-5  # what can be learnt wants more
 
 
