@@ -565,6 +565,9 @@ class Run:
         if weights and not torch.stack([w.detach().isfinite().all() for w in weights]).all():
             raise Fault(f"weights are not finite (epoch {epoch}, step {step}): lower --lr; the last checkpoint in "
                         f"{self.output}, if any, is good")  # fmt: skip
+        for part in state.values():
+            if isinstance(part, Totals):
+                part.collect(self)
         if self.rank == 0:
             log = self.output / "log.jsonl"
             write_checkpoint(self.output / "checkpoint.pth", dict(
@@ -583,20 +586,21 @@ class Run:
         """Give the signals, the ranks and the output folder back."""
         if self.bar is not None:
             self.bar.close()
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
         if self.world > 1:
             self.barrier()
             dist.destroy_process_group()
+        for number, handler in self.previous.items():  # only now: a launcher's may end this rank, others still need it
+            signal.signal(number, handler)
         if self.rank == 0:
             self.lock.close()
 
 
 class Totals:
-    """Sums of figures on the device, read once an epoch; part of the checkpoint."""
+    """Sums of figures on the device, read once an epoch; part of the checkpoint, with those of every rank."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.counts, self.sums = device, dict[str, int](), dict[str, Tensor]()
+        self.collect(None)
 
     def add(self, **figures: Tensor) -> None:
         for name, value in figures.items():
@@ -609,12 +613,20 @@ class Totals:
         self.counts, self.sums = {}, {}
         return means
 
+    def collect(self, run: Run | None) -> None:
+        """Before state_dict, on all ranks: sums of (ranks,), so that each goes on with its own."""
+        sums = torch.stack([*self.sums.values(), torch.zeros((), device=self.device)])[None]
+        columns = (sums if run is None else run.gather(sums)[0]).unbind(1)
+        self.collected = dict(zip(self.sums, columns, strict=False))
+
     def state_dict(self) -> dict[str, Any]:
-        return dict(counts=dict(self.counts), sums=dict(self.sums))
+        return dict(counts=dict(self.counts), sums=self.collected)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.counts = dict(state["counts"])
-        self.sums = {name: total.to(self.device) for name, total in state["sums"].items()}
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.sums = {name: (totals[rank] if len(totals) == world else totals.mean()).to(self.device)
+                     for name, totals in state["sums"].items()}  # fmt: skip
 
 
 def learning_rate(args: argparse.Namespace, progress: float) -> float:
@@ -682,10 +694,12 @@ def memory_gb(device: torch.device) -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
 
 
-def git_commit() -> str:
-    """The commit of this code, with -dirty if it was changed; "unknown" outside a repository."""
+def git_commit(folder: Path = ROOT) -> str:
+    """The commit of the code in a folder, with -dirty if it was changed; "unknown" outside a repository."""
+    with contextlib.suppress(OSError):
+        return (folder / "COMMIT").read_text()  # of a submission's snapshot
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     return "unknown"
 

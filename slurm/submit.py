@@ -1,0 +1,419 @@
+"""Submit any of the scripts, or your own copy of one, to SLURM; a job that is pre-empted or out of time goes on.
+
+    python slurm/submit.py --nodes 2 --gpus 8 local_aggregation.py --preset imagenet-resnet50
+    python slurm/submit.py --gpus 8 --partition long --account vision --slurm qos=high mem=400G npid.py --data imagenet
+    python slurm/submit.py --sweep lr=0.01,0.03 seed=0,1,2 npid.py --data cifar10                 # a job array of six
+    python slurm/submit.py --then "eval_knn.py --k 200 20" npid.py --data cifar10                 # after each success
+    python slurm/submit.py --cluster local --gpus 2 npid.py --data cifar10                        # without SLURM
+
+Options of the submission stand before the script, those of the script after it; the latter are parsed before anything
+is submitted. The modules and packages beside the script are copied to the job's folder, and the job runs that copy:
+what you edit while it waits, or between two of its attempts, does not reach it. The working directory stays yours.
+
+At the time limit (--grace seconds before it) and at pre-emption (USR2, or TERM while the job still counts as running)
+the run saves at the next step, puts itself back into the queue, and goes on from that step. scancel saves as well, and
+ends it. Submitting the same command again continues a run that has ended for any reason.
+
+Evaluations named by --then run on one GPU of one node. {output} in them is the run's folder; without it
+{output}/checkpoint.pth is the first argument. --sweep adds --KEY VALUE to the script's options for each combination;
+each has an output of its own.
+"""
+
+import argparse
+import contextlib
+import datetime
+import importlib
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import submitit
+import submitit.helpers
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402
+
+GRACE = 300  # seconds: an epoch's clustering on a large set has to end within it
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def pair(text: str) -> tuple[str, str]:
+    """An argparse type: KEY=VALUE, dashes of the key as underscores."""
+    key, equals, value = text.partition("=")
+    if not (key and equals and value):
+        raise argparse.ArgumentTypeError(f"{text} is not KEY=VALUE")
+    return key.replace("-", "_"), value
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = common.parser(__doc__)
+    parser.usage = "submit.py [options] SCRIPT [its options]"
+    parser.add_argument("--cluster", choices=["slurm", "local", "debug"], default="slurm",
+                        help="local: processes of this machine, in the foreground; debug: in this process")
+    parser.add_argument("--nodes", type=common.COUNT, default=1, metavar="N", help="machines")
+    parser.add_argument("--gpus", type=common.COUNT_OR_ZERO, metavar="N", help="GPUs of each node, each with a task, "
+                        "all visible to all its tasks; default: 1, and on a local machine all that it has")
+    parser.add_argument("--tasks", type=common.COUNT, metavar="N", help="tasks of each node; default: its GPUs, or 1")
+    parser.add_argument("--hours", type=common.number(float, 0, 10_000, open_low=True), default=24, help="time limit "
+                        "of one attempt; on SLURM rounded up to minutes")
+    parser.add_argument("--grace", type=common.COUNT, metavar="SECONDS", help=f"a job is told to save this long before "
+                        f"its time is over; default: {GRACE}, or a quarter of the time if that is less")
+    parser.add_argument("--requeues", type=common.COUNT_OR_ZERO, default=100, metavar="N", help="how many times a job "
+                        "that is out of time goes on; pre-emptions do not count")
+    parser.add_argument("--partition", help="SLURM's")
+    parser.add_argument("--account", help="SLURM's")
+    parser.add_argument("--constraint", help="SLURM's: features that the nodes must have")
+    parser.add_argument("--slurm", type=pair, nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                        help="any other option of sbatch, such as qos=high mem=400G cpus_per_task=12 exclusive=true; "
+                             "also setup=COMMAND, before the tasks start, and array_parallelism=N")
+    parser.add_argument("--sweep", type=pair, nargs="+", action="extend", default=[], metavar="KEY=V1,V2",
+                        help="all combinations as a job array")
+    parser.add_argument("--then", action="append", default=[], metavar="COMMAND", help="a script and its options, once "
+                        "the run has succeeded; may be given again")
+    # The first word that is a script ends the options: --sweep and --slurm take as many words as there are.
+    here = (i for i, word in enumerate(words) if word.endswith(".py") and (i == 0 or words[i - 1] != "--then"))
+    end = next(here, len(words))
+    args = parser.parse_args(words[:end])
+    if end == len(words):
+        parser.error("which script? name one, such as npid.py")
+    args.script, args.argv = Path(words[end]), words[end + 1 :]
+    seconds = 3600 * args.hours
+    if args.grace and args.grace >= seconds:
+        parser.error(f"--grace {args.grace} is not less than the {seconds:.0f} s of --hours {args.hours:g}")
+    args.grace = args.grace or max(1, min(GRACE, int(seconds / 4)))
+    return args
+
+
+# ---- what is submitted -----------------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """Options of a script, and the folder that they give its output."""
+
+    argv: list[str]
+    output: str | None  # None: it does not train
+
+
+def combinations(sweep: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """The words that each run of a sweep has more: lr=1,2 and seed=0 -> --lr 1 --seed 0, --lr 2 --seed 0."""
+    axes = [[[f"--{key.replace('_', '-')}", value] for value in values.split(",")] for key, values in sweep]
+    return [[word for option in choice for word in option] for choice in itertools.product(*axes)]
+
+
+def snapshot(folder: Path, place: Path) -> None:
+    """Copy what a script in `folder` can import from there, and say of which commit it is."""
+    place.mkdir(parents=True)
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".py":
+            shutil.copy2(path, place)
+        elif (path / "__init__.py").is_file():
+            shutil.copytree(path, place / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+    (place / "COMMIT").write_text(common.git_commit(folder))
+
+
+# Runs in a process of its own, from the snapshot: what is missing there, or mistyped, shows before the job waits.
+CHECK = """
+import importlib, json, sys
+sys.path[0], found = sys.argv[1], []
+for script, commands in json.loads(sys.argv[2]):
+    try:
+        module = importlib.import_module(script[:-3])
+    except ImportError as error:
+        sys.exit(f"submit.py: error: {script}: {error}; only modules and packages beside the script go with it")
+    if not hasattr(module, "parse_args") or not hasattr(module, "main"):
+        sys.exit(f"submit.py: error: {script} has no parse_args(argv) and main(args)")
+    for argv in commands:
+        sys.argv = [script, *argv]
+        args = module.parse_args(argv)
+        trains = hasattr(args, "accumulate")
+        found.append([str(args.output), args.batch_size, args.accumulate] if trains else [None, 0, 1])
+print(json.dumps(found))
+"""
+
+
+def check(code: Path, scripts: list[tuple[str, list[list[str]]]]) -> list[tuple[str | None, int, int]]:
+    """(output, batch size, parts of a batch) of each command, None, 0, 1 if it does not train; wrong options exit."""
+    done = subprocess.run([sys.executable, "-c", CHECK, str(code), json.dumps(scripts)], stdout=subprocess.PIPE,
+                          text=True, check=False)  # fmt: skip
+    if done.returncode or not done.stdout.startswith("[["):  # what is wrong has been said; or --help
+        print(done.stdout, end="", flush=True)
+        sys.exit(2 if done.returncode else 0)
+    return [(output, batch_size, parts) for output, batch_size, parts in json.loads(done.stdout)]
+
+
+def follower(command: str) -> list[str]:
+    """The words of a --then command, with {output} in them."""
+    words = shlex.split(command)
+    return words if "{output}" in command else [*words[:1], "{output}/checkpoint.pth", *words[1:]]
+
+
+def runs_of(code: Path, args: argparse.Namespace, ranks: int) -> list[tuple[str, list[Run]]]:
+    """What is to run: the script, once or once for each combination of the sweep, then each --then command for each."""
+    script, added, then = args.script.name, combinations(args.sweep), [follower(command) for command in args.then]
+    for name in (Path(words[0]).name for words in then):
+        if not (code / name).is_file():
+            raise common.Fault(f"--then {name}: there is no such script beside {script}")
+    found = check(code, [(script, [args.argv + words for words in added]),
+                         *((Path(words[0]).name, [words[1:]]) for words in then)])  # fmt: skip
+    runs = []
+    for words, (output, batch_size, parts) in zip(added, found[: len(added)], strict=True):
+        argv = args.argv + words
+        if output is None and (then or ranks > 1):
+            raise common.Fault(f"{script} does not train, so it runs as one task, without --then: use --gpus 1")
+        if batch_size % (ranks * parts):
+            raise common.Fault(f"--batch-size {batch_size} must divide by ranks x accumulate = {ranks} x {parts}")
+        if words and output:
+            typed = any(word.split("=")[0] == "--output" for word in args.argv)
+            told = () if typed else ("--preset", "--seed")  # default names tell these already
+            options = zip(words[::2], words[1::2], strict=True)
+            names = [f"{key[2:]}={value}" for key, value in options if key not in told]
+            output = str(Path(output).with_name("-".join([Path(output).name, *names]).replace("/", "_")))
+            argv = [*argv, "--output", output]
+        runs.append(Run(argv, output))
+    named = [run.output for run in runs if run.output]
+    if len(set(named)) < len(named):
+        raise common.Fault("two runs of the sweep have the same output: is there a value twice, or --output swept?")
+    groups = [(script, runs)]
+    for name, *argv in then:
+        some = [Run([word.replace("{output}", run.output or "") for word in argv], run.output) for run in runs]
+        groups.append((Path(name).name, some))
+    return groups
+
+
+# ---- in the job ------------------------------------------------------------------------------------------------------
+# Job is pickled with its code, so that the job does not depend on this file; it must not use `common` from here.
+
+
+def state() -> str:
+    """What SLURM calls this job: RUNNING, CANCELLED, ...; "" if it cannot be asked."""
+    command = ["scontrol", "show", "job", "-o", os.environ.get("SLURM_JOB_ID", "")]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        found = re.search(r"JobState=(\w+)", subprocess.run(command, capture_output=True, text=True, timeout=60).stdout)
+        return found[1] if found else ""
+    return ""
+
+
+def ending(script: str, again: str, rank: int, requeue: Any) -> Callable[[int, FrameType | None], None]:
+    """What a signal does, and what a script does with it after its checkpoint, then without a frame."""
+    owner = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a worker that inherited this; SLURM signals them too
+            return
+        if rank and frame is not None:  # before training: rank 0 decides
+            return
+        for other in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(other, signal.SIG_IGN)
+        if number == signal.SIGTERM and state() != "RUNNING":  # cancelled
+            raise SystemExit(128 + number)
+        if rank:  # an error code would end rank 0 before it has asked
+            raise SystemExit(0)
+        try:
+            requeue(signal.SIGUSR2, frame)
+        except (OSError, subprocess.SubprocessError, submitit.core.utils.UncompletedJobError) as error:
+            print(f"{script}: error: not requeued ({error}); this continues: {again}", file=sys.stderr)
+            raise SystemExit(1) from None
+
+    return end
+
+
+class Job(submitit.helpers.Checkpointable):
+    """A script and its options, run from a snapshot. Back from the queue the script itself finds its checkpoint."""
+
+    def __init__(self, code: Path, script: str, run: Run, again: str) -> None:
+        self.code, self.script, self.run, self.again = str(code), script, run, again
+        self.attempt = 1
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        self.attempt += 1
+        return submitit.helpers.DelayedSubmission(self)
+
+    def __call__(self) -> None:
+        env = submitit.JobEnvironment()
+        attempt = max(self.attempt, int(os.environ.get("SLURM_RESTART_COUNT", "0")) + 1)
+        # All GPUs of the node stay visible: LOCAL_RANK then names the device, as under torchrun.
+        world = submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        # Processes of the last attempt may linger: each has another port, below those that systems hand out.
+        os.environ["MASTER_PORT"] = str(20_000 + zlib.crc32(f"{env.job_id} {attempt}".encode()) % 12_000)
+        try:
+            socket.getaddrinfo(world.master_addr, None)
+        except OSError:  # a node whose name only SLURM knows; srun starts the tasks from the first
+            os.environ["MASTER_ADDR"] = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", world.master_addr)
+        if env.cluster != "debug":
+            end = ending(self.script, self.again, world.rank, signal.getsignal(env._usr_sig()))
+            if env._usr_sig() != signal.SIGUSR2:  # $SUBMITIT_PREEMPT_SIGNAL; scripts listen to USR2
+                signal.signal(env._usr_sig(), lambda *_: os.kill(os.getpid(), signal.SIGUSR2))
+            signal.signal(signal.SIGTERM, end)
+            signal.signal(signal.SIGUSR2, end)
+        sys.argv = [self.script, *self.run.argv]
+        if attempt > 1 and self.has_begun():
+            sys.argv = [word for word in sys.argv if word != "--overwrite"]
+        sys.path.insert(0, self.code)
+        sys.modules.pop("common", None)  # --cluster debug: the one of this file
+        script, shared = importlib.import_module(Path(self.script).stem), importlib.import_module("common")
+        if world.rank == 0:
+            print(f"job {env.job_id}, attempt {attempt}: {shlex.join(sys.argv)}", flush=True)
+        try:
+            shared.launch(script.main, script.parse_args)
+        except SystemExit as stop:
+            if stop.code == 2 and world.rank == 0 and env.num_nodes > 1:
+                # Where the other nodes live their ranks end too, and srun ends this one at once. For a node that died
+                # srun would wait until SLURM has noticed, for minutes.
+                time.sleep(5)
+                subprocess.run(["scancel", "--batch", "--signal=KILL", env.raw_job_id], check=False)
+            raise
+
+    def has_begun(self) -> bool:
+        """Whether an earlier attempt has come to a checkpoint, which --overwrite must not remove."""
+        checkpoint = Path(self.run.output or ".") / "checkpoint.pth"
+        return checkpoint.exists() and checkpoint.stat().st_mtime > Path(self.code).stat().st_mtime
+
+
+# ---- submission ------------------------------------------------------------------------------------------------------
+
+
+def executor(args: argparse.Namespace, folder: Path, nodes: int, gpus: int, tasks: int) -> Any:
+    """submitit's executor of jobs of this size."""
+    if args.cluster == "debug":
+        return submitit.DebugExecutor(folder)
+    if args.cluster == "local":
+        local = submitit.LocalExecutor(folder, max_num_timeout=args.requeues)
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        visible = [int(one) for one in seen.split(",")] if re.fullmatch(r"\d+(,\d+)*", seen) else ()
+        local.update_parameters(nodes=nodes, gpus_per_node=gpus, tasks_per_node=tasks, timeout_min=60 * args.hours,
+                                signal_delay_s=args.grace, visible_gpus=visible)
+        return local
+    try:
+        slurm = submitit.SlurmExecutor(folder, max_num_timeout=args.requeues)
+    except RuntimeError:
+        raise common.Fault("no SLURM here, srun is missing: use --cluster local") from None
+    own: dict[str, Any] = dict(
+        time=max(1, math.ceil(60 * args.hours)), nodes=nodes, ntasks_per_node=tasks,
+        gpus_per_node=gpus or None, partition=args.partition, account=args.account, constraint=args.constraint,
+        signal_delay_s=args.grace, srun_args=["--kill-on-bad-exit=1"],  # a rank that dies ends the job
+    )  # fmt: skip
+    rest: dict[str, Any] = dict(requeue=True)
+    for key, value in args.slurm:
+        if key == "setup":
+            own[key] = [*own.get(key, []), value]
+        elif key == "srun_args":
+            own[key] = [*own[key], *shlex.split(value)]
+        else:
+            where = own if key in submitit.SlurmExecutor._valid_parameters() else rest
+            where[key] = True if value == "true" else int(value) if key == "array_parallelism" else value
+    slurm.update_parameters(additional_parameters=rest, **own)
+    return slurm
+
+
+def main(args: argparse.Namespace) -> None:
+    if not args.script.is_file():
+        raise common.Fault(f"no script {args.script}")
+    if args.cluster != "slurm" and args.nodes > 1:
+        raise common.Fault(f"--cluster {args.cluster} has one node: leave --nodes out")
+    if args.gpus is None:
+        args.gpus = 1 if args.cluster == "slurm" else torch.cuda.device_count()
+    tasks = 1 if args.cluster == "debug" else args.tasks or max(1, args.gpus)
+    with tempfile.TemporaryDirectory() as temporary:
+        code = Path(temporary) / "code"
+        snapshot(args.script.resolve().parent, code)
+        groups = runs_of(code, args, args.nodes * tasks)
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        place = Path(groups[0][1][0].output or "runs/evaluation").parent / "slurm"
+        folder = (place / f"{args.script.stem}-{stamp}-{os.getpid()}").resolve()
+        shutil.copytree(code, folder / "code")
+    again = shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
+    jobs = [[Job(folder / "code", name, run, again) for run in some] for name, some in groups]
+    try:
+        first = executor(args, folder, args.nodes, args.gpus, tasks)
+        then = executor(args, folder, 1, min(1, args.gpus), 1)
+        if args.cluster == "slurm":
+            return submit(folder, first, then, jobs)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    for some in zip(*jobs, strict=True):
+        for i, job in enumerate(some):
+            run_here(folder, then if i else first, job)
+
+
+def submit(folder: Path, first: Any, then: Any, jobs: list[list[Job]]) -> None:
+    """The training runs as a job or an array, and after each success its evaluations."""
+    numbers, training = list[str](), list[Any]()
+    try:
+        for executor, some in zip([first] + [then] * (len(jobs) - 1), jobs, strict=True):
+            name: dict[str, Any] = dict(job_name=Path(some[0].script).stem)
+            if numbers:  # each run of an array has its own evaluation, which waits for it alone
+                name["dependency"] = f"{'aftercorr' if len(some) > 1 else 'afterok'}:{numbers[0]}"
+                more = then.parameters["additional_parameters"] | dict(kill_on_invalid_dep="yes")
+                name["additional_parameters"] = more
+            executor.update_parameters(**name)
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit shows sbatch's, and raises with it
+                submitted = executor.submit_array(some)
+            numbers.append(submitted[0].job_id.split("_")[0])
+            training = training or submitted
+    except submitit.core.utils.FailedJobError as error:
+        if numbers:
+            subprocess.run(["scancel", *numbers], check=False)
+        reason = "; ".join(re.sub("^sbatch: (error: |fatal: )?", "", line) for line in str(error).splitlines())
+        raise common.Fault(f"sbatch refuses: {reason}") from None
+    for job, one in zip(training, jobs[0], strict=True):
+        print(f"job {job.job_id}: {shlex.join([one.script, *one.run.argv])}")
+        if one.run.output:
+            print(f"    output {one.run.output}")
+        print(f"    log    tail -F {job.paths.stdout}")
+    for number, some in zip(numbers[1:], jobs[1:], strict=True):
+        print(f"job {number}, once {'each' if len(some) > 1 else 'that'} has succeeded: {some[0].script}")
+    print(f"folder {folder}\nstate  squeue -j {','.join(numbers)}\nstop   scancel {' '.join(numbers)}  (saves first)\n"
+          "The same command, submitted again, continues.", flush=True)  # fmt: skip
+
+
+def run_here(folder: Path, executor: Any, job: Job) -> None:
+    """Run a job on this machine to its end, which Ctrl-C brings about after a checkpoint."""
+    print(f"{shlex.join([job.script, *job.run.argv])}")
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by what starts now
+    started = executor.submit(job)
+    signal.signal(signal.SIGINT, handler)
+    if isinstance(started, submitit.DebugJob):
+        started.results()
+        return
+    print(f"    log    tail -F {started.paths.stdout}\nfolder {folder}", flush=True)
+    process, stopped = started._process, False
+    while process.poll() is None:
+        try:
+            time.sleep(0.2)
+        except KeyboardInterrupt:
+            stopped = True
+            process.terminate()
+    if stopped:
+        raise KeyboardInterrupt
+    if not all(task.paths.result_pickle.exists() for task in (started.task(i) for i in range(started.num_tasks))):
+        error = started.paths.stderr
+        lines = [line for line in error.read_text().splitlines() if "error: " in line] if error.exists() else []
+        reason = f" ({lines[-1]})" if lines else ""
+        raise common.Fault(f"{job.script} did not finish{reason}: see {error}; the same command continues")
+
+
+if __name__ == "__main__":
+    common.launch(main, parse_args)

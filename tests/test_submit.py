@@ -1,0 +1,236 @@
+"""One launcher for every script: nothing wrong waits in a queue, and no step is lost by a time-out or a pre-emption."""
+
+import functools
+import importlib
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import ROOT, TINY, Process, checkpoint, log, same, start
+
+import common
+
+submit = importlib.import_module("slurm.submit")
+SUBMIT = [sys.executable, str(ROOT / "slurm" / "submit.py")]
+
+
+# before the queue
+
+
+def test_options_of_submission_and_script() -> None:
+    """The first script named ends the submission's options, whatever stands in --then; the rest is the script's."""
+    args = submit.parse_args(["--nodes", "2", "--then", "eval_knn.py", "--sweep", "lr=1,2", "seed=0", "npid.py", "--lr",
+                              "1", "other.py"])  # fmt: skip
+    assert (args.nodes, args.then, args.sweep) == (2, ["eval_knn.py"], [("lr", "1,2"), ("seed", "0")])
+    assert (args.script, args.argv) == (Path("npid.py"), ["--lr", "1", "other.py"])
+    assert args.grace == submit.GRACE and submit.parse_args(["--hours", "0.1", "npid.py"]).grace == 90
+
+
+WRONG = [([], "which script"), (["--hours", "0", "npid.py"], "--hours"), (["--slurm", "qos", "npid.py"], "KEY=VALUE"),
+         (["--hours", "1", "--grace", "3600", "npid.py"], "--grace"), (["--nodes", "0", "npid.py"], "--nodes")]
+
+
+@pytest.mark.parametrize(("argv", "words"), WRONG, ids=[words for _, words in WRONG])
+def test_wrong_submissions(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Options of the submission that make no sense end with code 2 and one line."""
+    with pytest.raises(SystemExit) as stop:
+        submit.parse_args(argv)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and words in lines[0]
+
+
+def test_combinations() -> None:
+    """A sweep is the product of its values; without one there is one run."""
+    assert submit.combinations([]) == [[]]
+    assert submit.combinations([("bank_momentum", "0,0.5"), ("H", "3")]) == [
+        ["--bank-momentum", "0", "--H", "3"], ["--bank-momentum", "0.5", "--H", "3"]]  # fmt: skip
+
+
+def submitted(argv: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """`python slurm/submit.py argv` in `folder`, within this process."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["slurm/submit.py", *argv])
+    submit.main(submit.parse_args(argv))
+
+
+NPID = str(ROOT / "npid.py")
+REFUSED = [
+    ([NPID, "--learning-rate", "1"], "npid.py: error: unrecognized arguments: --learning-rate 1"),
+    (["--then", "eval_knn.py --tua 1", NPID], "eval_knn.py: error: unrecognized arguments: --tua 1"),
+    (["--nodes", "3", "--gpus", "5", NPID], "--batch-size 128 must divide by ranks x accumulate = 15 x 1"),
+    (["--sweep", "tau=0.1,0.1", "--cluster", "slurm", NPID], "same output"),
+    (["--gpus", "2", str(ROOT / "eval_knn.py"), "random"], "eval_knn.py does not train, so it runs as one task"),
+    (["missing.py"], "no script missing.py"),
+    (["--cluster", "local", "--nodes", "2", NPID], "--cluster local has one node"),
+    (["--then", "eval_nothing.py", NPID], "there is no such script beside npid.py"),
+]
+
+
+@pytest.mark.parametrize(("argv", "words"), REFUSED, ids=[words for _, words in REFUSED])
+def test_refused_before_submission(
+    argv: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Mistyped options of the script or of what follows it, and numbers that do not fit, leave nothing behind."""
+    with pytest.raises((SystemExit, common.Fault)) as stop:
+        submitted(argv, monkeypatch, tmp_path)
+    said = capfd.readouterr().err + str(stop.value)
+    assert words in said and "Traceback" not in said
+    assert isinstance(stop.value, common.Fault) or stop.value.code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An sbatch that keeps what it is given as 1.sh, 2.sh, ...; the folder of those."""
+    tools, kept = tmp_path / "tools", tmp_path / "kept"
+    tools.mkdir()
+    kept.mkdir()
+    (tools / "srun").write_text("")
+    (tools / "sbatch").write_text(f'#!/bin/sh\nn=$(($(ls {kept} | wc -l) + 1))\ncp "$1" {kept}/$n.sh\n'
+                                  'grep -q partition=none "$1" && echo "sbatch: error: no partition" >&2 && exit 1\n'
+                                  'echo "Submitted batch job $n"\n')  # fmt: skip
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    return kept
+
+
+def test_what_sbatch_gets(fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                          capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """Nodes, GPUs, time, the rest of sbatch's options, a sweep as an array, what follows as one that depends on it."""
+    (tmp_path / "here").mkdir()
+    submitted(["--nodes", "2", "--gpus", "8", "--hours", "1.01", "--partition", "long", "--account", "vision",
+               "--constraint", "a100", "--slurm", "qos=high", "mem=400G", "exclusive=true", "setup=module load cuda",
+               "array_parallelism=2", "switches=1", "--sweep", "lr=0.01,0.03", "seed=0,1", "--then",
+               "eval_knn.py --k 20", NPID, "--data", "cifar10"], monkeypatch, tmp_path / "here")  # fmt: skip
+    text = (fake_slurm / "1.sh").read_text()
+    for line in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "time=61", "partition=long", "account=vision",
+                 "constraint=a100", "qos=high", "mem=400G", "exclusive", "switches=1", "requeue", "array=0-3%2",
+                 "signal=USR2@300", "job-name=npid"):  # fmt: skip
+        assert f"#SBATCH --{line}\n" in text, (line, text)
+    assert "\nmodule load cuda\n" in text and "--kill-on-bad-exit=1" in text and "gpus-per-task" not in text
+    then = (fake_slurm / "2.sh").read_text()
+    for line in ("nodes=1", "gpus-per-node=1", "dependency=aftercorr:1", "kill-on-invalid-dep=yes", "array=0-3%2"):
+        assert f"#SBATCH --{line}\n" in then, (line, then)
+    out = capsys.readouterr().out
+    for name in ("seed0-lr=0.01", "seed1-lr=0.01", "seed0-lr=0.03", "seed1-lr=0.03"):
+        assert f"output runs/npid-cifar10-{name}\n" in out
+    (folder,) = (tmp_path / "here" / "runs" / "slurm").iterdir()
+    assert f"folder {folder}" in out and "tail -F" in out and "scancel 1 2" in out and "squeue -j 1,2" in out
+    assert {file.name for file in (folder / "code").iterdir()} >= {"npid.py", "common.py", "eval_knn.py", "COMMIT"}
+    assert common.git_commit(folder / "code") == common.git_commit(ROOT)
+    with pytest.raises(common.Fault, match=r"^sbatch refuses: no partition$"):
+        submitted(["--partition", "none", NPID], monkeypatch, tmp_path / "here")
+    assert [file.name for file in (tmp_path / "here" / "runs" / "slurm").iterdir()] == [folder.name]
+
+
+def test_no_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without SLURM the submission says what to do."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(common.Fault, match="use --cluster local"):
+        submitted(["--gpus", "1", NPID], monkeypatch, tmp_path)
+
+
+def test_groups_wait_long() -> None:
+    """A rank may cluster for two hours while the others wait in a collective, of gloo or of NCCL."""
+    done: dict[str, Any] = {}
+    original = common.dist.init_process_group
+    common.dist.init_process_group = lambda backend, **options: done.update(options, backend=backend)
+    try:
+        os.environ["WORLD_SIZE"] = "2"
+        with pytest.raises((ValueError, RuntimeError)):  # there is no group to ask for ranks
+            common.Run(common.argparse.Namespace(device="cpu"))
+    finally:
+        common.dist.init_process_group = original
+        del os.environ["WORLD_SIZE"]
+    assert done["timeout"].total_seconds() >= 7200 and done["backend"] == "gloo"
+
+
+# without SLURM
+
+
+def undisturbed(folder: Path, script: str, argv: list[str]) -> list[Process]:
+    """Two ranks that nobody stops."""
+    port = random.Random(str(folder)).randint(12_000, 19_000)
+    return [start(script, [*argv, "--output", folder], functools.partial(two_ranks, rank, port)) for rank in (0, 1)]
+
+
+def two_ranks(rank: int, port: int) -> None:
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+
+
+def copy_with_pauses(folder: Path, script: str, seconds: float) -> Path:
+    """A user's copy beside a common.py of its own: it waits in each step, and tells its port."""
+    shutil.copy(ROOT / "common.py", folder)
+    text = (ROOT / f"{script}.py").read_text()
+    text = text.replace("optimizer.zero_grad()", f"optimizer.zero_grad(); time.sleep({seconds})")
+    told = "    import os\n    print('port', os.environ['MASTER_PORT'], flush=True)\n"
+    text = text.replace("    run = common.Run(args)\n", f"    run = common.Run(args)\n{told}")
+    path = folder / "mine.py"
+    path.write_text(text)
+    shutil.copy(ROOT / "eval_knn.py", folder)
+    return path
+
+
+def same_results(a: Path, b: Path) -> None:
+    """Assert that two runs ended with the same checkpoint and log, whatever their script is called."""
+    same(checkpoint(a), checkpoint(b))
+    assert log(a)[1:] == log(b)[1:] and len(log(a)) > 1
+
+
+def test_local_time_out(tmp_path: Path) -> None:
+    """Two local tasks that run out of time go on at the step where they stopped, with the code that was submitted, on
+    another port, without --overwrite; what follows them runs once they have succeeded."""
+    reference = undisturbed(tmp_path / "whole", "npid", [*TINY, "--epochs", "10"])
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import npid"], cwd=ROOT, check=True)
+    limit = 5 + round(2.5 * (time.monotonic() - began))  # a busy machine takes long to start anything
+    script, here = copy_with_pauses(tmp_path, "npid", limit / 40), tmp_path / "here"  # of 40 steps
+    here.mkdir()
+    command = [*SUBMIT, "--cluster", "local", "--gpus", "0", "--tasks", "2", "--hours", str((limit + 6) / 3600),
+               "--grace", "6", "--then", "eval_knn.py --k 20", str(script), *TINY, "--epochs", "10",
+               "--overwrite"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout and "mine.py" in process.stdout.readline()
+    line = process.stdout.readline()
+    for name in ("mine.py", "common.py", "eval_knn.py"):
+        (tmp_path / name).write_text("raise SystemExit(9)\n")
+    _, errors = process.communicate(timeout=8 * limit + 120)
+    text = Path(line.split("tail -F ")[1].strip()).read_text()
+    assert process.returncode == 0, (errors, text)
+    assert "attempt 2" in text and "resumed: " in text and "--overwrite" in text.split("attempt 2")[0]
+    assert "--overwrite" not in text.split("attempt 2")[1]
+    steps = re.findall(r"resumed: .* at epoch (\d+), step (\d+)", text)
+    assert steps and sorted(steps) == steps
+    ports = re.findall(r"port (\d+)", text)
+    assert len(set(ports)) == len(ports) > 1
+    for rank in reference:
+        assert rank.wait().code == 0, rank.err
+    output = here / "runs" / "mine-smoke-seed0"
+    same_results(tmp_path / "whole", output)
+    result = json.loads((output / "eval.jsonl").read_text())
+    assert result["checkpoint"] == "runs/mine-smoke-seed0/checkpoint.pth"
+
+
+def test_debug(tmp_path: Path) -> None:
+    """--cluster debug runs in the foreground, in one process, and a fault is one line and code 2."""
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "import argparse, pathlib\nimport common\n\n\ndef parse_args(argv=None):\n    options = common.parser(None)\n"
+        "    options.add_argument('word')\n    return options.parse_args(argv)\n\n\ndef main(args):\n"
+        "    pathlib.Path('out').write_text(args.word)\n    raise common.Fault('that is all')\n"
+    )
+    shutil.copy(ROOT / "common.py", tmp_path)
+    done = subprocess.run([*SUBMIT, "--cluster", "debug", "mine.py", "hello"], cwd=tmp_path, capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == "mine.py: error: that is all", done.stderr
+    assert (tmp_path / "out").read_text() == "hello"
