@@ -113,7 +113,7 @@ class Run(NamedTuple):
     """Options of a script, and the folder that they give its output."""
 
     argv: list[str]
-    output: str | None  # None: it does not train
+    output: str | None  # None: wherever its checkpoint is
 
 
 def combinations(sweep: Sequence[tuple[str, str]]) -> list[list[str]]:
@@ -147,20 +147,30 @@ for script, commands in json.loads(sys.argv[2]):
     for argv in commands:
         sys.argv = [script, *argv]
         args = module.parse_args(argv)
-        trains = hasattr(args, "accumulate")
-        found.append([str(args.output), args.batch_size, args.accumulate] if trains else [None, 0, 1])
+        trains, output = hasattr(args, "knn_every"), getattr(args, "output", None)
+        output = str(output) if output and (trains or "output" in args.typed) else None
+        found.append([trains, output, getattr(args, "batch_size", None) or 0, getattr(args, "accumulate", 0)])
 print(json.dumps(found))
 """
 
 
-def check(code: Path, scripts: list[tuple[str, list[list[str]]]]) -> list[tuple[str | None, int, int]]:
-    """(output, batch size, parts of a batch) of each command, None, 0, 1 if it does not train; wrong options exit."""
+class Facts(NamedTuple):
+    """What a script makes of its options."""
+
+    trains: bool
+    output: str | None  # None: wherever its checkpoint is
+    batch_size: int  # 0: not fixed
+    parts: int  # of a batch; 0: the script runs as one task
+
+
+def check(code: Path, scripts: list[tuple[str, list[list[str]]]]) -> list[Facts]:
+    """Facts of each command; options that are wrong end the submission."""
     done = subprocess.run([sys.executable, "-c", CHECK, str(code), json.dumps(scripts)], stdout=subprocess.PIPE,
                           text=True, check=False)  # fmt: skip
     if done.returncode or not done.stdout.startswith("[["):  # what is wrong has been said; or --help
         print(done.stdout, end="", flush=True)
         sys.exit(2 if done.returncode else 0)
-    return [(output, batch_size, parts) for output, batch_size, parts in json.loads(done.stdout)]
+    return [Facts(*row) for row in json.loads(done.stdout)]
 
 
 def follower(command: str) -> list[str]:
@@ -178,13 +188,16 @@ def runs_of(code: Path, args: argparse.Namespace, ranks: int) -> list[tuple[str,
     found = check(code, [(script, [args.argv + words for words in added]),
                          *((Path(words[0]).name, [words[1:]]) for words in then)])  # fmt: skip
     runs = []
-    for words, (output, batch_size, parts) in zip(added, found[: len(added)], strict=True):
-        argv = args.argv + words
-        if output is None and (then or ranks > 1):
-            raise common.Fault(f"{script} does not train, so it runs as one task, without --then: use --gpus 1")
-        if batch_size % (ranks * parts):
-            raise common.Fault(f"--batch-size {batch_size} must divide by ranks x accumulate = {ranks} x {parts}")
-        if words and output:
+    for words, facts in zip(added, found[: len(added)], strict=True):
+        argv, output = args.argv + words, facts.output
+        if then and not facts.trains:
+            raise common.Fault(f"--then is for what comes after training, and {script} does not train")
+        if ranks > 1 and not facts.parts:
+            raise common.Fault(f"{script} runs as one task, not as {ranks}: use --nodes 1 --gpus 1")
+        if facts.parts and facts.batch_size % (ranks * facts.parts):
+            raise common.Fault(f"--batch-size {facts.batch_size} must divide by ranks x accumulate = "
+                               f"{ranks} x {facts.parts}")  # fmt: skip
+        if words and output and facts.trains:
             typed = any(word.split("=")[0] == "--output" for word in args.argv)
             told = () if typed else ("--preset", "--seed")  # default names tell these already
             options = zip(words[::2], words[1::2], strict=True)
@@ -193,11 +206,11 @@ def runs_of(code: Path, args: argparse.Namespace, ranks: int) -> list[tuple[str,
             argv = [*argv, "--output", output]
         runs.append(Run(argv, output))
     named = [run.output for run in runs if run.output]
-    if len(set(named)) < len(named):
+    if len(set(named)) < len(named) or len({tuple(run.argv) for run in runs}) < len(runs):
         raise common.Fault("two runs of the sweep have the same output: is there a value twice, or --output swept?")
     groups = [(script, runs)]
     for name, *argv in then:
-        some = [Run([word.replace("{output}", run.output or "") for word in argv], run.output) for run in runs]
+        some = [Run([word.replace("{output}", run.output or "") for word in argv], None) for run in runs]
         groups.append((Path(name).name, some))
     return groups
 
@@ -286,9 +299,9 @@ class Job(submitit.helpers.Checkpointable):
             raise
 
     def has_begun(self) -> bool:
-        """Whether an earlier attempt has come to a checkpoint, which --overwrite must not remove."""
-        checkpoint = Path(self.run.output or ".") / "checkpoint.pth"
-        return checkpoint.exists() and checkpoint.stat().st_mtime > Path(self.code).stat().st_mtime
+        """Whether an earlier attempt may have come to a checkpoint, which --overwrite must not remove."""
+        start, output = Path(self.code).stat().st_mtime, self.run.output
+        return not output or any(file.stat().st_mtime > start for file in Path(output).rglob("checkpoint.pth"))
 
 
 # ---- submission ------------------------------------------------------------------------------------------------------

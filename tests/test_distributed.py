@@ -230,3 +230,27 @@ def test_torchrun_ends_with_its_rank(tmp_path: Path) -> None:
     finally:
         process.kill()
     same(checkpoint(tmp_path / "a")["data"]["images"], 64)
+
+
+def interrupted(world: int, rank: int, port: int, folder: Path) -> None:
+    """A stop in the middle of the second epoch, by a signal to the last rank alone."""
+    rank_of(world, rank, port, folder)
+    original = common.Run.after_step
+
+    def after_step(self: common.Run, *args: Any) -> None:
+        if self.rank == world - 1 and args[1:3] == (1, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, *args)
+
+    common.Run.after_step = after_step  # type: ignore[method-assign]
+
+
+def test_two_ranks_resume(tmp_path: Path) -> None:
+    """Two ranks, stopped within an epoch by a signal to one of them, end with the bits and log of two undisturbed."""
+    command = [*TINY, "--loss", "nce", "--m", "8", "--z", "ema", "--epochs", "3", "--output"]
+    for output, patches in (("whole", [rank_of]), ("parts", [interrupted, rank_of])):
+        for patch in patches:
+            for process in launch(2, [*command, str(tmp_path / output)], tmp_path / "images", patch):
+                assert process.wait().code == (143 if patch is interrupted else 0), process.err
+    same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
+    assert log(tmp_path / "whole") == log(tmp_path / "parts") and len(log(tmp_path / "whole")) == 4

@@ -28,15 +28,19 @@ def test_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if script == "mine.py":
         script = "npid.py"  # the README copies it
     monkeypatch.setattr(sys, "argv", [script, *options])
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     try:
-        importlib.import_module(Path(script).stem).parse_args(options)
+        args = module.parse_args(options)
+        if script == "slurm/submit.py":  # it parses the script's options when it submits
+            for inner in [[str(args.script), *args.argv], *map(module.follower, args.then)]:
+                importlib.import_module(Path(inner[0]).stem).parse_args(inner[1:])
     except SystemExit as stop:
         assert stop.code == 0 and "--help" in options
 
 
 def test_there_are_commands() -> None:
     """The test above has something to test, for each script that is there."""
-    for script in ("npid.py", "local_aggregation.py", "eval_knn.py", "eval_linear.py", "figures.py"):
+    for script in ("npid.py", "local_aggregation.py", "eval_knn.py", "eval_linear.py", "figures.py", "slurm/submit.py"):
         assert any(script in command for command in COMMANDS)
 
 

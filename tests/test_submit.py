@@ -67,7 +67,7 @@ REFUSED = [
     (["--then", "eval_knn.py --tua 1", NPID], "eval_knn.py: error: unrecognized arguments: --tua 1"),
     (["--nodes", "3", "--gpus", "5", NPID], "--batch-size 128 must divide by ranks x accumulate = 15 x 1"),
     (["--sweep", "tau=0.1,0.1", "--cluster", "slurm", NPID], "same output"),
-    (["--gpus", "2", str(ROOT / "eval_knn.py"), "random"], "eval_knn.py does not train, so it runs as one task"),
+    (["--gpus", "2", str(ROOT / "eval_knn.py"), "random"], "eval_knn.py runs as one task, not as 2"),
     (["missing.py"], "no script missing.py"),
     (["--cluster", "local", "--nodes", "2", NPID], "--cluster local has one node"),
     (["--then", "eval_nothing.py", NPID], "there is no such script beside npid.py"),
@@ -196,8 +196,8 @@ def test_local_time_out(tmp_path: Path) -> None:
     limit = 5 + round(2.5 * (time.monotonic() - began))  # a busy machine takes long to start anything
     script, here = copy_with_pauses(tmp_path, "npid", limit / 40), tmp_path / "here"  # of 40 steps
     here.mkdir()
-    command = [*SUBMIT, "--cluster", "local", "--gpus", "0", "--tasks", "2", "--hours", str((limit + 6) / 3600),
-               "--grace", "6", "--then", "eval_knn.py --k 20", str(script), *TINY, "--epochs", "10",
+    command = [*SUBMIT, "--cluster", "local", "--gpus", "0", "--tasks", "2", "--hours", str((limit + 60) / 3600),
+               "--grace", "60", "--then", "eval_knn.py --k 20", str(script), *TINY, "--epochs", "10",
                "--overwrite"]  # fmt: skip
     process = subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout and "mine.py" in process.stdout.readline()
