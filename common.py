@@ -275,7 +275,7 @@ class Draw:
 FREE_OPTIONS = {
     "output", "overwrite", "preset", "typed", "data", "data_dir", "val_dir", "cache", "workers", "max_bad_images",
     "device", "amp", "compile", "save_minutes", "knn_every", "knn_features", "test_subset", "epochs", "checkpoint",
-    "eval_every", "log_every", "test_list",
+    "eval_every", "log_every", "test_list", "shard_bank",
 }  # fmt: skip
 NEVER = 2**62  # a step
 
@@ -565,8 +565,8 @@ class Run:
         if weights and not torch.stack([w.detach().isfinite().all() for w in weights]).all():
             raise Fault(f"weights are not finite (epoch {epoch}, step {step}): lower --lr; the last checkpoint in "
                         f"{self.output}, if any, is good")  # fmt: skip
-        for part in state.values():
-            if isinstance(part, Totals):
+        for part in state.values():  # what the ranks have in parts
+            if hasattr(part, "collect"):
                 part.collect(self)
         if self.rank == 0:
             log = self.output / "log.jsonl"

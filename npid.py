@@ -32,7 +32,7 @@ log.jsonl has, for each epoch: loss; chance_loss, which is ln N, that of equal p
 import argparse
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,8 +108,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="horizontal flips")
     method.add_argument("--knn-features", choices=["bank", "clean"], default="bank", help="train features of the kNN "
                         "monitor: the bank (free; augmented, up to an epoch old) or recomputed without augmentation")
+    method.add_argument("--shard-bank", action="store_true", help="each rank keeps its share of the bank's rows alone "
+                        "(softmax): 512 N / ranks bytes; the same result, one more exchange a step")
     common.add_training_options(parser)
-    return common.parse(parser, PRESETS, argv)
+    args = common.parse(parser, PRESETS, argv)
+    if args.shard_bank and (args.loss != "softmax" or args.proximal_weight):
+        parser.error("--shard-bank goes with --loss softmax, without --proximal-weight")
+    return args
 
 
 # ---- augmentation ----------------------------------------------------------------------------------------------------
@@ -215,6 +220,72 @@ class Normalizer(nn.Module):
         return self.log_z
 
 
+# ---- a bank in parts -------------------------------------------------------------------------------------------------
+
+
+class ShardedBank(common.MemoryBank):
+    """The bank with each rank's share of the rows alone, for more images than a GPU holds; in checkpoints it is whole.
+
+    features: (rows, D) from `start` on, of `size` in all. Every rank has the same rows as in the whole bank.
+    """
+
+    def __init__(self, run: common.Run, size: int, dim: int, generator: torch.Generator) -> None:
+        super().__init__(0, dim)
+        rows = run.rows(size)
+        self.size, self.start, self.run = size, rows.start, run
+        parts = []
+        for begin in range(0, size, 16_384):  # drawn in parts the numbers are the same, and never all in memory
+            end = min(begin + 16_384, size)
+            part = torch.randn(end - begin, dim, generator=generator)
+            parts.append(F.normalize(part, dim=1)[max(0, rows.start - begin) : max(0, rows.stop - begin)])
+        self.features = torch.cat(parts)
+        self.whole = torch.empty(0)
+
+    def update(self, z: Tensor, index: Tensor, momentum: float) -> None:
+        """Those of the whole batch, z (B, D) and index (B,), whose slots are here."""
+        own = (index >= self.start) & (index < self.start + len(self.features))
+        super().update(z[own], index[own] - self.start, momentum)
+
+    def gathered(self) -> Tensor:
+        """All rows, (size, D): on every rank."""
+        share = -(-self.size // self.run.world)
+        (parts,) = self.run.gather(F.pad(self.features, (0, 0, 0, share - len(self.features)))[None])
+        counts = [(r + 1) * self.size // self.run.world - r * self.size // self.run.world for r in range(len(parts))]
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    def collect(self, run: common.Run) -> None:
+        """Before state_dict, on all ranks."""
+        self.whole = self.gathered().cpu()
+
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        whole, self.whole = self.whole, torch.empty(0)
+        return dict(features=whole)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        self.features.copy_(state_dict["features"][self.start : self.start + len(self.features)])
+
+
+def sharded_softmax(z: Tensor, index: Tensor, bank: ShardedBank, temperature: float) -> Tensor:
+    """common.bank_softmax, exact, over a bank in parts: z (B, D) and index (B,) of this rank; returns (B,).
+
+    Each rank attends with the queries of all to its own rows. The parts merge by their log-sum-exp.
+    """
+    run, batch = bank.run, len(z)
+    queries, slots = run.gather(z.detach().float(), index)
+    with torch.autocast(z.device.type, enabled=False):
+        output, lse = common.bank_attention(queries, bank.features, temperature)
+    place = slots - bank.start
+    here = (place >= 0) & (place < len(bank.features))
+    positive = bank.features[place.clamp(0, len(bank.features) - 1)] * here[:, None]
+    (parts,) = run.gather(torch.cat([output, lse[:, None], positive], 1)[None])
+    outputs, lses, positives = torch.split(parts[:, run.rank * batch :][:, :batch], [z.shape[1], 1, z.shape[1]], 2)
+    output, lse = common.merge(list(zip(outputs, lses[..., 0], strict=True)))
+    own = positives.sum(0)
+    loss = lse - (z.detach() * own).sum(1) / temperature
+    value: Tensor = loss + ((z - z.detach()) * (output - own) / temperature).sum(1)
+    return value
+
+
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
@@ -234,7 +305,11 @@ def main(args: argparse.Namespace) -> None:
     num_classes = len(data) if args.loss == "parametric" else 0
     encoder = run.place(Encoder(args.arch, args.width, data.small, args.feature_dim, num_classes))
     model = run.parallel(encoder)
-    bank = common.MemoryBank(len(data), args.feature_dim, run.generator("bank")).to(run.device)
+    bank: common.MemoryBank
+    if args.shard_bank:
+        bank = ShardedBank(run, len(data), args.feature_dim, run.generator("bank")).to(run.device)
+    else:
+        bank = common.MemoryBank(len(data), args.feature_dim, run.generator("bank")).to(run.device)
     normalizer = Normalizer().to(run.device)
     optimizer = torch.optim.SGD(encoder.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
     totals = common.Totals(run.device)
@@ -267,7 +342,9 @@ def main(args: argparse.Namespace) -> None:
                 with run.autocast():
                     feature = model(part)
                 f = F.normalize(feature)
-                if args.loss == "softmax":
+                if isinstance(bank, ShardedBank):
+                    losses = sharded_softmax(f, i, bank, args.temperature)
+                elif args.loss == "softmax":
                     losses = common.bank_softmax(f, i, bank.features, args.temperature)
                 elif encoder.classes is not None:
                     losses = parametric_softmax(feature, i, encoder.classes)
@@ -303,7 +380,9 @@ def main(args: argparse.Namespace) -> None:
         if test and (epoch + 1 == args.epochs or (epoch + 1) % args.knn_every == 0):
             encoder.eval()
             run.broadcast(encoder)
-            features = bank.features if args.knn_features == "bank" else common.extract(run, data, embed)
+            features = bank.gathered() if isinstance(bank, ShardedBank) else bank.features
+            if args.knn_features == "clean":
+                features = common.extract(run, data, embed)
             row |= common.knn_monitor(features, data, common.extract(run, test, embed), test, args.temperature)
         run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=optimizer.param_groups[0]["lr"], **row,
                 images_per_second=round(images_per_second), seconds=round(time.perf_counter() - began, 1),

@@ -74,6 +74,7 @@ LOCAL = ["--m", "8", "--k", "20", "--warmup-epochs", "1", "--knn-every", "2", "-
 METHODS = {
     "softmax": ("npid", ["--loss", "softmax", "--accumulate", "2", "--knn-every", "1", "--epochs", "1"]),
     "nce": ("npid", ["--loss", "nce", "--m", "8", "--z", "ema", "--knn-every", "1", "--epochs", "1"]),
+    "shards": ("npid", ["--loss", "softmax", "--shard-bank", "--accumulate", "2", "--knn-every", "1", "--epochs", "1"]),
     # Three clusterings for two ranks: one of them makes two, the other one.
     "local aggregation": ("local_aggregation", LOCAL),
     "local aggregation, often": (
@@ -254,3 +255,53 @@ def test_two_ranks_resume(tmp_path: Path) -> None:
                 assert process.wait().code == (143 if patch is interrupted else 0), process.err
     same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
     assert log(tmp_path / "whole") == log(tmp_path / "parts") and len(log(tmp_path / "whole")) == 4
+
+
+def shards(rank: int, world: int, store: str, folder: Path) -> None:
+    """A rank's losses, gradients and rows of a bank in parts, to a file."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    fake = common.Run.__new__(common.Run)
+    fake.rank, fake.world = rank, world
+    bank = npid.ShardedBank(fake, SLOTS, 16, common.generator("bank"))
+    share = fake.rows(len(QUERIES))
+    z = QUERIES[share].clone().requires_grad_()
+    losses = npid.sharded_softmax(z, INDEX[share], bank, 0.07)
+    losses.sum().backward()
+    before = bank.features.clone()
+    bank.update(QUERIES, INDEX, 0.5)
+    bank.collect(fake)
+    torch.save([losses.detach(), z.grad, before, bank.state_dict()["features"]], folder / str(rank))
+    torch.distributed.destroy_process_group()
+
+
+SLOTS = 20_003  # divides by neither 2 nor 4
+QUERIES = torch.nn.functional.normalize(torch.randn(16, 16, generator=common.generator("queries")), dim=1)
+INDEX = torch.randint(SLOTS, (16,), generator=common.generator("index"))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_bank_in_parts(world: int, tmp_path: Path) -> None:
+    """Rows, losses, gradients and updates of a bank in parts are those of the whole bank, to 1e-6; none has it all."""
+    context = torch.multiprocessing.get_context("forkserver")
+    store = str(tmp_path / "store")
+    ranks = [context.Process(target=shards, args=(rank, world, store, tmp_path)) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+        assert process.exitcode == 0
+    found = [torch.load(tmp_path / str(rank)) for rank in range(world)]
+    bank = common.MemoryBank(SLOTS, 16, common.generator("bank"))
+    assert torch.equal(torch.cat([rows for _, _, rows, _ in found]), bank.features)
+    assert max(len(rows) for _, _, rows, _ in found) == -(-SLOTS // world)
+    z = QUERIES.clone().requires_grad_()
+    losses = common.bank_softmax(z, INDEX, bank.features, 0.07)
+    losses.sum().backward()
+    torch.testing.assert_close(torch.cat([loss for loss, _, _, _ in found]), losses.detach(), atol=1e-6, rtol=1e-6)
+    assert z.grad is not None
+    gradients = torch.cat([gradient for _, gradient, _, _ in found])
+    torch.testing.assert_close(0.07 * gradients, 0.07 * z.grad, atol=1e-6, rtol=1e-6)
+    bank.update(QUERIES, INDEX, 0.5)
+    for _, _, _, whole in found:
+        assert torch.equal(whole, bank.features)

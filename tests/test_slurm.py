@@ -84,7 +84,8 @@ def test_preempted_three_times(script: str, pair: Cluster, tmp_path: Path) -> No
 
 def test_array_and_evaluations(pair: Cluster, tmp_path: Path) -> None:
     """An array of four and an evaluation for each, which begins once its own run has succeeded."""
-    sent = Sent(tmp_path, *TWO[2:], "--sweep", "lr=0.01,0.02", "seed=0,1", "--then", "eval_knn.py --k 20",
+    sent = Sent(tmp_path, *TWO[2:], "--sweep", "lr=0.01,0.02", "seed=0,1", "--then",
+                "eval_knn.py --k 20 --subset 64 --test-subset 20",
                 ROOT / "npid.py", *TINY, "--epochs", "2")  # fmt: skip
     training, evaluation = sent.numbers[0], sent.numbers[-1]
     for i in range(4):

@@ -197,8 +197,8 @@ def test_local_time_out(tmp_path: Path) -> None:
     script, here = copy_with_pauses(tmp_path, "npid", limit / 40), tmp_path / "here"  # of 40 steps
     here.mkdir()
     command = [*SUBMIT, "--cluster", "local", "--gpus", "0", "--tasks", "2", "--hours", str((limit + 60) / 3600),
-               "--grace", "60", "--then", "eval_knn.py --k 20", str(script), *TINY, "--epochs", "10",
-               "--overwrite"]  # fmt: skip
+               "--grace", "60", "--then", "eval_knn.py --k 20 --subset 64 --test-subset 20", str(script), *TINY,
+               "--epochs", "10", "--overwrite"]  # fmt: skip
     process = subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout and "mine.py" in process.stdout.readline()
     line = process.stdout.readline()
