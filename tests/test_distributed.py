@@ -16,6 +16,7 @@ import torch
 from helpers import ROOT, TINY, Process, checkpoint, log, one_line, run, same, start
 
 import common
+import npid
 
 
 def evaluation_mode(script: str, folder: Path) -> None:
