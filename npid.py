@@ -226,36 +226,43 @@ class Normalizer(nn.Module):
 class ShardedBank(common.MemoryBank):
     """The bank with each rank's share of the rows alone, for more images than a GPU holds; in checkpoints it is whole.
 
-    features: (rows, D) from `start` on, of `size` in all. Every rank has the same rows as in the whole bank.
+    features: (rows, D) from `start` on, of `size` in all: the same rows as in the whole bank.
     """
+
+    CHUNK = 16_384  # rows drawn or sent at once
 
     def __init__(self, run: common.Run, size: int, dim: int, generator: torch.Generator) -> None:
         super().__init__(0, dim)
         rows = run.rows(size)
         self.size, self.start, self.run = size, rows.start, run
-        parts = []
-        for begin in range(0, size, 16_384):  # drawn in parts the numbers are the same, and never all in memory
-            end = min(begin + 16_384, size)
-            part = torch.randn(end - begin, dim, generator=generator)
-            parts.append(F.normalize(part, dim=1)[max(0, rows.start - begin) : max(0, rows.stop - begin)])
-        self.features = torch.cat(parts)
+        self.features = torch.empty(rows.stop - rows.start, dim)
         self.whole = torch.empty(0)
+        for begin in range(0, size, self.CHUNK):  # every rank draws all of them, so that they are those of the whole
+            part = F.normalize(torch.randn(min(self.CHUNK, size - begin), dim, generator=generator), dim=1)
+            first, last = max(begin, rows.start), min(begin + len(part), rows.stop)
+            if first < last:
+                self.features[first - rows.start : last - rows.start] = part[first - begin : last - begin]
 
     def update(self, z: Tensor, index: Tensor, momentum: float) -> None:
         """Those of the whole batch, z (B, D) and index (B,), whose slots are here."""
         own = (index >= self.start) & (index < self.start + len(self.features))
         super().update(z[own], index[own] - self.start, momentum)
 
-    def gathered(self) -> Tensor:
-        """All rows, (size, D): on every rank."""
-        share = -(-self.size // self.run.world)
-        (parts,) = self.run.gather(F.pad(self.features, (0, 0, 0, share - len(self.features)))[None])
-        counts = [(r + 1) * self.size // self.run.world - r * self.size // self.run.world for r in range(len(parts))]
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    def gathered(self, whole: Tensor) -> Tensor:
+        """Fill `whole` (size, D) with all rows, wherever it is; where it is empty, help the other ranks to."""
+        world, share = self.run.world, -(-self.size // self.run.world)
+        for begin in range(0, share, self.CHUNK):
+            rows = self.features[begin : min(begin + self.CHUNK, share)]
+            padding = min(self.CHUNK, share - begin) - len(rows)
+            (parts,) = self.run.gather(F.pad(rows, (0, 0, 0, padding))[None])
+            for rank, part in enumerate(parts if len(whole) else ()):
+                first, last = rank * self.size // world + begin, (rank + 1) * self.size // world
+                whole[first : min(first + len(part), last)] = part[: max(0, last - first)]
+        return whole
 
     def collect(self, run: common.Run) -> None:
-        """Before state_dict, on all ranks."""
-        self.whole = self.gathered().cpu()
+        """Before state_dict, on all ranks: the rows come to the memory of the first one's processor."""
+        self.whole = self.gathered(torch.empty(self.size if run.rank == 0 else 0, self.features.shape[1]))
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
         whole, self.whole = self.whole, torch.empty(0)
@@ -380,9 +387,12 @@ def main(args: argparse.Namespace) -> None:
         if test and (epoch + 1 == args.epochs or (epoch + 1) % args.knn_every == 0):
             encoder.eval()
             run.broadcast(encoder)
-            features = bank.gathered() if isinstance(bank, ShardedBank) else bank.features
             if args.knn_features == "clean":
                 features = common.extract(run, data, embed)
+            elif isinstance(bank, ShardedBank):
+                features = bank.gathered(torch.empty(len(data), args.feature_dim, device=run.device))
+            else:
+                features = bank.features
             row |= common.knn_monitor(features, data, common.extract(run, test, embed), test, args.temperature)
         run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=optimizer.param_groups[0]["lr"], **row,
                 images_per_second=round(images_per_second), seconds=round(time.perf_counter() - began, 1),

@@ -39,6 +39,7 @@ ReturnToService=2
 MpiDefault=none
 SwitchType=switch/none
 KillWait=30
+MinJobAge=3600
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
 AccountingStoragePort={dbd}

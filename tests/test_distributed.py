@@ -271,12 +271,15 @@ def shards(rank: int, world: int, store: str, folder: Path) -> None:
     losses.sum().backward()
     before = bank.features.clone()
     bank.update(QUERIES, INDEX, 0.5)
+    everywhere = bank.gathered(torch.empty(SLOTS, 16))
     bank.collect(fake)
-    torch.save([losses.detach(), z.grad, before, bank.state_dict()["features"]], folder / str(rank))
+    saved = bank.state_dict()["features"]
+    assert torch.equal(everywhere, saved) if rank == 0 else len(saved) == 0
+    torch.save([losses.detach(), z.grad, before, everywhere], folder / str(rank))
     torch.distributed.destroy_process_group()
 
 
-SLOTS = 20_003  # divides by neither 2 nor 4
+SLOTS = 70_003  # divides by neither 2 nor 4, and takes more than one exchange
 QUERIES = torch.nn.functional.normalize(torch.randn(16, 16, generator=common.generator("queries")), dim=1)
 INDEX = torch.randint(SLOTS, (16,), generator=common.generator("index"))
 
