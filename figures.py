@@ -1295,11 +1295,15 @@ def draw_detections(saved: dict[str, Any], pictures: Sequence[tuple[int, Any]], 
             color = RIGHT if found["right"][row] else WRONG if found["counted"][row] else "0.6"
             text = f"{classes[found['labels'][row]]} {found['scores'][row]:.2f}".replace("0.", ".")
             frames.append((found["boxes"][row], color, "-", text))
-        for (x1, y1, x2, y2), color, dashes, text in ((frame[0].tolist(), *frame[1:]) for frame in frames):
+        for box, color, dashes, text in frames:
+            x1, y1, x2, y2 = box.tolist()
             axes.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, edgecolor=color,
                                      linestyle=dashes, linewidth=1.4))  # fmt: skip
-            axes.text(x1, y1 - 1, text, fontsize=5, color="white", va="bottom", clip_on=True,
-                      bbox=dict(facecolor=color, edgecolor="none", pad=0.5) if text else None)
+            if not text:
+                continue
+            above = y1 > 0.05 * pixels.height
+            axes.text(x1, y1 - 1 if above else y1 + 1, text, fontsize=5, color="white", clip_on=True,
+                      va="bottom" if above else "top", bbox=dict(facecolor=color, edgecolor="none", pad=0.5))
     axes = figure.add_subplot(grid[:, columns:])
     axes.set(title="Precision and recall, overlap 0.5", xlabel="recall in %", ylabel="precision in %",
              xlim=(0, 100), ylim=(0, 102))  # fmt: skip
