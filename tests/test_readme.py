@@ -80,6 +80,7 @@ def test_figures_equal_the_logs(name: str) -> None:
         result = json.loads(line)
         for entry in result.get("knn", []) + result.get("layers", []):
             logged.add(f"{entry['top1']:.1f}" if "top1" in entry else "")
+        logged |= {f"{result[key]:.1f}" for key in ("ap50_voc07", "ap", "miou") if key in result}
     shown = [row for row in rows() if any(f"results/{name}/" in cell for cell in row)]
     for row in shown:
         for cell in row:
