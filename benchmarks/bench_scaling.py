@@ -3,7 +3,9 @@
     python benchmarks/bench_scaling.py [--rounds 3] [npid.py's options]
 
 Prints one JSON line and adds it to results/bench.jsonl. Both take the same batch for each rank (weak scaling).
-  ratio_*            images a second of two ranks / of one; 2 is ideal
+  ratio_*            images a second of two ranks / of one; 2 is ideal, on two idle cores
+  cpu_ratio          processor time for an image on one rank / on two: the same without waiting, for busy machines; 1 is
+                     ideal, and what is missing is the cost of the collectives
   gradients_ms       all-reduce of the network's gradients, alone
   gather_ms          all-gather of the features and indices for the bank, alone
   agree_ms           all-reduce of the one number by which ranks agree to go on or to save
@@ -27,18 +29,33 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import common  # noqa: E402
+import npid  # noqa: E402
 
 EACH = 64  # images of a rank's batch
-NETWORK = ["--preset", "shapes", "--subset", "2048", "--epochs", "2", "--knn-every", "0", "--save-minutes", "0"]
+NETWORK = ["--preset", "shapes", "--subset", "1024", "--epochs", "2", "--knn-every", "0", "--save-minutes", "0"]
 
 
-def train(ranks: int, options: list[str]) -> float:
-    """Images a second in the second epoch."""
+def train(ranks: int, options: list[str]) -> tuple[float, float]:
+    """Of the second epoch: images a second, and images in a second of the processors' time."""
     with tempfile.TemporaryDirectory() as folder:
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(ROOT / "npid.py"),
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), __file__, "--train",
                    *NETWORK, "--batch-size", str(EACH * ranks), "--output", folder, *options]  # fmt: skip
         subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        return float(json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[-1])["images_per_second"])
+        _, before, after = map(json.loads, (Path(folder) / "log.jsonl").read_text().splitlines())
+        steps = after["step"] - before["step"]
+        return after["images_per_second"], steps * EACH / (after["cpu_seconds"] - before["cpu_seconds"])
+
+
+def train_rank() -> None:
+    """One rank of npid.py, whose log tells its processor time too."""
+    original = common.Run.log
+
+    def log(self: common.Run, **row: object) -> None:
+        original(self, **row, cpu_seconds=time.process_time())
+
+    common.Run.log = log  # type: ignore[method-assign]
+    sys.argv.remove("--train")
+    common.launch(npid.main, npid.parse_args)
 
 
 def collectives(parameters: int) -> dict[str, float]:
@@ -65,9 +82,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--collectives", type=int, help=argparse.SUPPRESS)
-    args, options = parser.parse_known_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    if "--train" in sys.argv:
+        return train_rank()
+    args, options = parser.parse_known_args()
     if args.collectives:
         print(json.dumps(collectives(args.collectives)), flush=True)
         return
@@ -78,11 +97,12 @@ def main() -> None:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, "--collectives"]
     command = [sys.executable, *command, str(parameters)]
     told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    ratios = [two / one for one, two in pairs]
+    ratios = [two[0] / one[0] for one, two in pairs]
     record = dict(
         benchmark="scaling", case=f"npid, ResNet-18 width {width}, {EACH} images a rank: 2 gloo ranks / 1",
         ratio_min=round(min(ratios), 3), ratio_median=round(statistics.median(ratios), 3),
-        ratio_max=round(max(ratios), 3), one_rank=round(statistics.median(one for one, _ in pairs)),
+        ratio_max=round(max(ratios), 3), one_rank=round(statistics.median(one[0] for one, _ in pairs)),
+        cpu_ratio=round(statistics.median(two[1] / one[1] for one, two in pairs), 3),
         rounds=args.rounds, parameters=parameters,
         **json.loads(re.findall(r"^\{.*\}$", told, re.M)[0]), cpu=common.device_name(common.CPU), threads=1,
         load=round(os.getloadavg()[0], 1), torch=torch.__version__, device="cpu",

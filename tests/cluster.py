@@ -51,6 +51,7 @@ NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2} CPUs=4 RealMemory=4
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20 OverSubscribe=NO
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=OFF
 """
+ENDS = ["COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEPENDENCY"]
 DBD_CONF = """
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
@@ -167,6 +168,7 @@ class Cluster:
 
         def arrived() -> bool:
             now = self.state(job)
+            assert now in states or now not in ENDS, f"job {job} is {now}"
             if now == "PENDING":
                 subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], capture_output=True)
             return now in states
