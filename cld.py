@@ -315,10 +315,10 @@ def patches(images: Tensor, draw: common.Draw) -> Tensor:
     cell = images.shape[3] // 3
     size = max(1, 3 * cell // 4)  # 64 of 85 pixels
     offset = (draw(9, 2) * (cell - size + 1)).long()
-    corner = offset + cell * torch.cartesian_prod(torch.arange(3), torch.arange(3)).to(images.device)
+    corner = offset + cell * torch.cartesian_prod(*2 * [torch.arange(3, device=images.device)])
     boxes = F.pad(corner, (0, 2), value=size).unbind(1)
     cut = torch.stack([common.resized_crop(images, box, size) for box in boxes], 1)
-    return cut[torch.arange(len(cut))[:, None], draw(9).argsort(1)]
+    return cut[torch.arange(len(cut), device=cut.device)[:, None], draw(9).argsort(1)]
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------

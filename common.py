@@ -25,6 +25,7 @@ import ctypes
 import dataclasses
 import datetime
 import fcntl
+import functools
 import hashlib
 import io
 import json
@@ -265,7 +266,8 @@ class Draw:
 
     def __call__(self, *shape: int) -> Tensor:
         """The next numbers in [0, 1): (rows, *shape). Drawn on the CPU, so that all devices see the same."""
-        numbers = torch.rand(self.batch_size, *shape, generator=self.source)[self.rows]
+        pinned = self.device.type == "cuda"  # a copy from other memory may wait for all that the GPU has to do
+        numbers = torch.rand(self.batch_size, *shape, generator=self.source, pin_memory=pinned)[self.rows]
         return numbers.to(self.device, non_blocking=True)
 
 
@@ -831,7 +833,7 @@ class ImageSet:
 
     def normalize(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> zero mean and unit variance a channel, by the data set's figures."""
-        mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (self.mean, self.std))
+        mean, std = (_channels(tuple(values), images.device) for values in (self.mean, self.std))
         return (images - mean) / std
 
     def batches(
@@ -843,6 +845,8 @@ class ImageSet:
         decode only what it needs; all other augmentation belongs to the script.
         """
         rows, batch = run.rows(run.args.batch_size), run.args.batch_size
+        if self.pixels is not None:
+            order = order.to(self.pixels.device)  # once: a copy in each step would wait for the device
 
         def numbers(step: int) -> list[Tensor]:
             draw = Draw(run.generator("crop", epoch, step), batch, rows, run.device if self.pixels is not None else CPU)
@@ -852,7 +856,7 @@ class ImageSet:
         indices = (order[step * batch : (step + 1) * batch][rows] for step in steps)
         if self.pixels is not None:
             for step, index in zip(steps, indices, strict=True):
-                pixels = self.pixels[index.to(self.pixels.device)].to(run.device, non_blocking=True)
+                pixels = self.pixels[index].to(run.device, non_blocking=True)
                 boxes = [crop_boxes(u, pixels.shape[2], pixels.shape[3], crop.scale, crop.ratio) for u in numbers(step)]
                 run.seed_step(epoch, step)
                 yield step, index.to(run.device), torch.stack([resized_crop(pixels, box, crop.size) for box in boxes])
@@ -862,7 +866,8 @@ class ImageSet:
             for step, (index, images, bad) in zip(steps, self._loader(items, run.device), strict=True):
                 self._report(index, bad)
                 run.seed_step(epoch, step)
-                yield step, index.to(run.device), images.to(run.device, non_blocking=True).transpose(0, 1).float() / 255
+                index, images = (part.to(run.device, non_blocking=True) for part in (index, images))
+                yield step, index, images.transpose(0, 1).float() / 255
 
     def centers(self, rows: Tensor, batch_size: int, device: torch.device) -> Iterator[Tensor]:
         """The images at `rows` in batches (b, 3, S, S) in [0, 1], without augmentation.
@@ -904,6 +909,12 @@ class ImageSet:
         for row in index[bad].tolist():
             if self.bad is not None:
                 self.bad.add(self.path(row))
+
+
+@functools.cache
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(C, 1, 1), copied to the device once: each copy waits for it."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 class BadImages:

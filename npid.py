@@ -214,8 +214,9 @@ class Normalizer(nn.Module):
     @torch.no_grad()
     def update(self, estimate: Tensor, momentum: float) -> Tensor:
         """Z <- momentum * Z + (1 - momentum) * estimate, the first estimate whole; returns log Z."""
-        shares = torch.tensor([momentum, 1 - momentum], device=estimate.device).log()
-        mixed = (torch.stack([self.log_z, estimate]) + shares).logsumexp(0)
+        mixed = self.log_z
+        if momentum < 1:
+            mixed = torch.logaddexp(self.log_z + math.log(momentum), estimate + math.log(1 - momentum))
         self.log_z = torch.where(self.log_z.isnan(), estimate, mixed)
         return self.log_z
 

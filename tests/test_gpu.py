@@ -1,0 +1,127 @@
+"""On a CUDA device: every method trains and resumes, bfloat16 and compilation change little, no step waits for it.
+
+What can be claimed of a GPU without one is tested on the CPU: that the data path asks for no value and copies nothing.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import TINY, log, run
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cld
+import common
+import npid
+
+METHODS = ["npid", "local_aggregation", "deepcluster", "cld"]
+ON_GPU = ["--device", "cuda"]
+
+
+@pytest.fixture
+def cuda() -> None:
+    """A CUDA device, or no test."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+class Waits(TorchDispatchMode):
+    """Notes what would keep the host waiting for a GPU: values that are read, constants that are copied to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh"):
+            self.found.append(name)
+        return func(*args, **kwargs or {})
+
+
+def steps(device: str, output: Path, count: int) -> Iterator[Callable[[], None]]:
+    """The parts of NPID's and CLD's steps around the network, ready to be called."""
+    args = npid.parse_args([*TINY, "--device", device, "--output", str(output)])
+    work = common.Run(args)
+    data = common.load(args, "pretrain", work.device)
+    bank = common.MemoryBank(len(data), 16, work.generator("bank")).to(work.device)
+    normalizer, totals = npid.Normalizer().to(work.device), common.Totals(work.device)
+    batches = data.batches(work, work.permutation(0, len(data)), common.Crop(data.size, npid.SCALE), 0)
+
+    def step() -> None:
+        number, index, (images,) = next(batches)
+        images = data.normalize(npid.augment(images, work.draw(0, number), False, True))
+        images = data.normalize(cld.augment(images, work.draw(0, number), "mocov2", 1, False))
+        z = F.normalize(images.flatten(1)[:, :16]).requires_grad_()
+        losses = common.bank_softmax(z, index, bank.features, 0.1)
+        losses.mean().backward()
+        normalizer.update(npid.estimate_log_z(losses[:, None], len(data)), 0.99)
+        groups = cld.group(torch.stack([z, z]), 4, 3)
+        totals.add(loss=cld.group_loss(torch.stack([z, z]), groups, 0.1)[0].mean())
+        if device == "cuda":
+            bank.update(z.detach(), index, 0.5)  # which on a CPU looks at the range of the indices
+
+    for _ in range(count):
+        yield step
+    work.lock.close()
+
+
+def test_no_step_asks_for_values(tmp_path: Path) -> None:
+    """From the second step on, nothing around the network reads a value or copies a constant to the device."""
+    first, second = steps("cpu", tmp_path, 2)
+    first()
+    with Waits() as waits:
+        second()
+    assert waits.found == []
+
+
+def test_waits_are_seen() -> None:
+    """The test above would notice them."""
+    with Waits() as waits:
+        torch.zeros(2).sum().item()
+        torch.tensor([1.0])
+    assert waits.found == ["_local_scalar_dense", "lift_fresh"]
+
+
+@pytest.mark.gpu
+def test_no_step_waits_for_the_gpu(cuda: None, tmp_path: Path) -> None:
+    """The same on a GPU, by PyTorch's own watch over synchronising calls."""
+    first, second, third = steps("cuda", tmp_path, 3)
+    first()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second()
+        third()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_trains_on_a_gpu(method: str, cuda: None, tmp_path: Path) -> None:
+    """Each method's losses on a GPU in float32 are the CPU's, nearly; the checkpoint of one resumes on the other."""
+    losses = {}
+    for device in ("cpu", "cuda"):
+        words = [*TINY, "--device", device, "--no-amp", "--epochs", "1", "--output", tmp_path / device]
+        done = run(method, words)
+        assert done.code == 0, done.err
+        losses[device] = log(tmp_path / device)[1]["loss"]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=2e-2)
+    done = run(method, [*TINY, "--device", "cuda", "--no-amp", "--epochs", "2", "--output", tmp_path / "cpu"])
+    assert done.code == 0 and "resumed" in done.out, done.err
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--amp"], ["--compile", "--no-amp"], ["--amp", "--accumulate", "2"]])
+def test_options_of_a_gpu(options: list[str], cuda: None, tmp_path: Path) -> None:
+    """bfloat16, compilation and split batches end with nearly the loss of plain float32."""
+    losses = []
+    for name, words in (("plain", ["--no-amp"]), ("other", options)):
+        done = run("npid", [*TINY, *ON_GPU, *words, "--epochs", "2", "--output", tmp_path / name])
+        assert done.code == 0, done.err
+        losses.append(log(tmp_path / name)[-1]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=5e-2)
