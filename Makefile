@@ -2,7 +2,7 @@ PYTHON ?= python3
 CONSTRAINTS ?=
 RUN = .venv/bin/python
 
-.PHONY: install demo test test-all bench lint
+.PHONY: install demo test test-all test-gpu bench lint
 
 install: .venv/installed
 
@@ -22,6 +22,9 @@ test: install  ## ten minutes at most
 
 test-all: install  ## also the long ones; with CIFAR-10 if $$DATA_DIR has it
 	$(RUN) -m pytest -q -m "not gpu"
+
+test-gpu: install  ## what needs a CUDA device
+	$(RUN) -m pytest -q -m gpu
 
 bench: install  ## ratios against the plain way of doing the same, to results/bench.jsonl
 	$(RUN) benchmarks/bench.py

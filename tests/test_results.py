@@ -1,0 +1,187 @@
+"""The rows of the README's table: made in pieces, published without the machine's paths, written into the table."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import npid
+from tools import tiny_imagenet
+
+FAKE = '''
+import json, signal, sys, time
+from pathlib import Path
+out = Path(sys.argv[sys.argv.index("--output") + 1] if "--output" in sys.argv else Path(sys.argv[1]).parent)
+def stop(*_):
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+if "--output" in sys.argv:
+    log = out / "log.jsonl"
+    if not log.exists():
+        log.write_text(json.dumps(dict(device="a device", command=" ".join(sys.argv[1:]))) + "\\n")
+    while len(log.read_text().splitlines()) < 4 and "fail" not in sys.argv:
+        with log.open("a") as file:
+            file.write(json.dumps(dict(epoch=1)) + "\\n")
+        time.sleep(0.05)
+        if "slow" in sys.argv:
+            time.sleep(60)
+    sys.exit(7 if "fail" in sys.argv else 0)
+with (out / "eval.jsonl").open("a") as file:
+    file.write(json.dumps(dict(checkpoint=sys.argv[1], knn_top1=81.26) | {sys.argv[2]: 70.04}) + "\\n")
+'''
+
+
+@pytest.fixture(scope="module")
+def run() -> ModuleType:
+    """results/run.py as a module."""
+    spec = importlib.util.spec_from_file_location("results_run", common.ROOT / "results/run.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["results_run"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def fake(run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Two rows whose scripts only write logs; the words that name their folders."""
+    script = tmp_path / "fake.py"
+    script.write_text(FAKE)
+    steps = (f"{script} {{run}}/checkpoint.pth svm_top1", f"{script} {{run}}/checkpoint.pth linear_top1")
+    row = run.Row("A method", "Images", f"{script} --preset smoke", "80.0", "75.4", steps)
+    monkeypatch.setattr(run, "ROWS", {"one": row, "two": row, "large": row._replace(steps=())})
+    return ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results"), "--data-dir", str(tmp_path)]
+
+
+def call(run: ModuleType, words: list[str]) -> int:
+    """The exit code of `python results/run.py words`."""
+    with pytest.raises(SystemExit) as stop:
+        run.main(run.parse_args(words))
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def facts(tmp_path: Path, name: str) -> dict[str, Any]:
+    return dict(json.loads((tmp_path / "results" / name / "row.json").read_text()))
+
+
+def test_rows_are_made_in_order_and_once(run: ModuleType, fake: list[str], tmp_path: Path,
+                                         capfd: pytest.CaptureFixture[str]) -> None:
+    """All rows with steps are trained, evaluated and published without the machine's paths; a second call does
+    nothing; rows that are too large are left alone."""
+    assert call(run, fake) == 0
+    capfd.readouterr()
+    for name in ("one", "two"):
+        made = facts(tmp_path, name)
+        assert made["finished"] and made["device"] == "a device" and made["images"] == "rendered"
+        assert len(made["steps"]) == 3 and all(step.startswith("python ") for step in made["steps"])
+        for path in (tmp_path / "results" / name).iterdir():
+            assert str(tmp_path) not in path.read_text(), path
+        lines = (tmp_path / "results" / name / "eval.jsonl").read_text().splitlines()
+        assert [json.loads(line)["checkpoint"] for line in lines] == 2 * [f"runs/rows/{name}/checkpoint.pth"]
+    assert not (tmp_path / "results/large").exists()
+    assert call(run, fake) == 0
+    assert capfd.readouterr().out.split("\n")[:2] == ["one: finished", "two: finished"]
+
+
+def test_a_row_is_made_in_pieces(run: ModuleType, fake: list[str], tmp_path: Path) -> None:
+    """When its minutes are over a row stops cleanly with exit code 3; the same command goes on where it was."""
+    assert call(run, [*fake, "one", "--minutes", "0.05", "--", "slow"]) == 3
+    log = tmp_path / "results/one/log.jsonl"
+    first = log.read_text() if log.exists() else ""  # a busy machine may not even have started the script
+    assert not facts(tmp_path, "one")["finished"] and len(first.splitlines()) < 4
+    assert call(run, [*fake, "one"]) == 0
+    assert facts(tmp_path, "one")["finished"] and log.read_text().startswith(first)
+
+
+def test_a_row_that_fails_is_named(run: ModuleType, fake: list[str], tmp_path: Path,
+                                   capfd: pytest.CaptureFixture[str]) -> None:
+    """A step that fails ends its row, not the others; with the row named it is an error of one line."""
+    assert call(run, [*fake, "--", "fail"]) == 1
+    assert "one: left out: exit code 7" in capfd.readouterr().err
+    with pytest.raises(common.Fault, match="exit code 7"):
+        run.main(run.parse_args([*fake, "one", "--", "fail"]))
+    assert not facts(tmp_path, "two")["finished"]
+
+
+def test_unknown_encodings_have_to_be_said(run: ModuleType, tmp_path: Path) -> None:
+    """Figures of images that are not the official files are not made without saying what they are."""
+    row = run.ROWS["cifar10-npid"]
+    args = run.parse_args(["--data-dir", str(tmp_path)])
+    assert run.encoding(row, args) == "original"  # to be downloaded
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py/test_batch").write_bytes(b"others")
+    with pytest.raises(common.Fault, match="JPEG quality 75"):
+        run.encoding(row, args)
+    args.images = "PNG"
+    assert run.encoding(row, args) == run.encoding(run.ROWS["tiny32-npid"], args) == "PNG"
+
+
+def test_table_holds_figures_of_finished_rows(run: ModuleType, fake: list[str], tmp_path: Path) -> None:
+    """The table takes a finished row's figures from its eval.jsonl and says "not run" of the others; writing it
+    changes nothing else of the page."""
+    call(run, [*fake, "one"])
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text("Before.\n\n| paper | data |\n| --- | --- |\n| old | old |\n\nAfter.\n")
+    run.write_table(readme, results)
+    one, two = readme.read_text().splitlines()[4:6]
+    assert "| 80.0 | 81.3 | 75.4 | 70.0 | 70.0 |" in one and "(results/one/log.jsonl)" in one and "rendered" in one
+    assert "| 80.0 | not run | 75.4 | not run | not run |" in two and two.endswith("| |")
+    page = readme.read_text()
+    assert page.startswith("Before.\n\n| paper |") and page.endswith(" |\n\nAfter.\n")
+    run.write_table(readme, results)
+    assert readme.read_text() == page
+
+
+def test_bad_words(run: ModuleType, fake: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A row that does not exist, and one that is too large, are errors of one line."""
+    for words, said in ((["three"], "no row three"), (["large"], "torchrun --nproc-per-node 8")):
+        with pytest.raises(SystemExit) as stop:
+            run.parse_args([*fake, *words])
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_readme_has_this_table(run: ModuleType) -> None:
+    """The README's table is the one that `python results/run.py --table` writes."""
+    assert run.table(common.ROOT / "results") in (common.ROOT / "README.md").read_text()
+
+
+def test_tiny_imagenet_becomes_folders(tmp_path: Path) -> None:
+    """The set as it is published becomes train/ and val/ with a folder for each class, each pixel a mean of four."""
+    source, pixels = tmp_path / "tiny-imagenet-200", np.zeros((64, 64, 3), np.uint8)
+    pixels[::2, :, 0], pixels[:, ::2, 1] = 100, 200
+    for path in ("train/n1/images/n1_0.JPEG", "train/n2/images/n2_0.JPEG", "val/images/val_0.JPEG"):
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(source / path, "PNG")
+    (source / "val/val_annotations.txt").write_text("val_0.JPEG\tn2\t0\t0\t9\t9\n")
+    assert tiny_imagenet.convert(source, tmp_path / "out", 32) == 3
+    args = npid.parse_args(["--data", str(tmp_path / "out"), "--device", "cpu"])
+    train, test = (common.load(args, split, torch.device("cpu")) for split in ("pretrain", "test"))
+    assert (train.size, train.small, train.classes, test.labels.tolist()) == (32, True, ["n1", "n2"], [1])
+    assert train.pixels is not None and train.pixels.shape == (2, 3, 32, 32)
+    assert [part.unique().tolist() for part in train.pixels.unbind(1)] == [[50], [100], [0]]
+
+
+@pytest.mark.slow
+def test_a_real_row(run: ModuleType, fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NPID in miniature, stopped on its way, goes on, is evaluated by kNN, linear probe and SVM, and drawn."""
+    few = "--subset 64 --test-subset 40"
+    steps = (f"{run.KNN} {few} --k 20", f"{run.LINEAR} {few} --epochs 2", f"{run.SVM} {few}", run.CURVES)
+    row = run.Row("NPID", "shapes", f"npid.py --preset smoke {few} --epochs 40 --knn-every 0", "80.8", "75.4", steps)
+    monkeypatch.setattr(run, "ROWS", {"mini": row})
+    for minutes in ("0.25", "9"):
+        code = call(run, [*fake, "mini", "--minutes", minutes])
+    assert code == 0 and facts(tmp_path, "mini")["finished"]
+    log = (tmp_path / "results/mini/log.jsonl").read_text()
+    assert [json.loads(line)["epoch"] for line in log.splitlines()[1:]] == list(range(1, 41))
+    assert run.figures("mini", tmp_path / "results").keys() == {"knn", "linear", "svm"}
+    assert (tmp_path / "results/mini/curves.png").exists()
+    assert str(tmp_path) not in log + (tmp_path / "results/mini/eval.jsonl").read_text()
