@@ -1012,7 +1012,8 @@ def label_curves(
         untrained |= {"untrained": points[True]} if True in points else {}
     words = "{epochs} epochs, {test_images:,} test images of {data}".format_map(lines[-1])
     draws = sorted({entry["draws"] for row in lines for entry in row["draws"]})
-    note = f"eval_linear.py --preset {preset}: {words}; mean and deviation of {'/'.join(map(str, draws))} draws."
+    spread = f"mean and deviation of {'/'.join(map(str, draws))} draws" if max(draws) > 1 else "one draw of each"
+    note = f"eval_linear.py --preset {preset}: {words}; {spread}."
     names = legend(sources)
     return dict(zip(names, sources, strict=True)), dict(zip(names, own, strict=True)) | untrained, note
 
@@ -1217,7 +1218,8 @@ def draw_ablation(table: Table, ours: dict[str, dict[str, list[float]]]) -> Figu
 def ablation(args: argparse.Namespace) -> None:
     """A table of a paper as bars, the paper's figures beside ours (--table)."""
     found = {name: (*read_log(name)[:2], read_eval(name)) for name in args.runs}
-    presets = {name: source.options["preset"].removeprefix("thin-") for name, (source, *_) in found.items()}
+    presets = {name: source.options["preset"].removeprefix("thin-").removesuffix("-thin")
+               for name, (source, *_) in found.items()}
 
     def row_of(name: str, table: Table) -> str | None:
         if found[name][0].options["script"] != table.script:

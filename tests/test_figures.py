@@ -560,6 +560,8 @@ def test_ablation(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     thin = evaluated(run, tmp_path / "thin", lines, preset="thin-cifar10-shared", script="cld")
     draw("ablation", thin, "--out", tmp_path / "cld.png")
     assert seen[1][:2] == ("CLD, Table A.2: parts of the method, CIFAR-10", {"knn": {"shared branch": [60.0]}})
+    draw("ablation", evaluated(run, tmp_path / "suffix", lines, preset="cifar10-thin"), "--out", tmp_path / "thin.png")
+    assert seen.pop()[1]["svm"] == {"exact softmax": [55.0]}
     nearest = evaluated(run, tmp_path / "la", lines, preset="table4-nearest", script="local_aggregation")
     draw("ablation", nearest, "--table", "la-5", "--out", tmp_path / "la.png")
     assert seen[2][1] == {"nn": {"(1, 10k)": [50.0]}}
