@@ -3,6 +3,9 @@
 What can be claimed of a GPU without one is tested on the CPU: that the data path asks for no value and copies nothing.
 """
 
+import argparse
+import importlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -125,3 +128,43 @@ def test_options_of_a_gpu(options: list[str], cuda: None, tmp_path: Path) -> Non
         assert done.code == 0, done.err
         losses.append(log(tmp_path / name)[-1]["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=5e-2)
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Any:
+    """benchmarks/gpu.py as a module."""
+    return importlib.import_module("benchmarks.gpu")
+
+
+def test_benchmarks_in_miniature(gpu: Any, tmp_path: Path) -> None:
+    """Each record has its time, work and shares; a candidate that cannot run here is a record with its error."""
+    output = tmp_path / "gpu.jsonl"
+    args = argparse.Namespace(device="cpu", tiny=True, output=output, jpegs=None)
+    for name in ("ceilings", "softmax", "la-search"):
+        gpu.BENCHMARKS[name][0](gpu.Bench(args, name))
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    softmax = {record["way"]: record for record in records if record["case"] == "N=600" and "way" in record}
+    ours = softmax["bank_softmax, forward and backward"]
+    assert {"flop_share", "bytes_share", "times_plain", "met"} <= ours.keys()
+    assert softmax["chunked float32"]["lse_error"] < 1e-5 and softmax["chunked bfloat16, 8192 rows"]["lse_error"] < 2e-2
+    assert "NotImplementedError" in softmax["flash bfloat16, 132 heads"]["error"]
+    assert records[0]["case"] == "matmul bfloat16" and records[-1]["way"] == "bfloat16 products, topk"
+
+
+def test_benchmark_heads_merge_exactly(gpu: Any) -> None:
+    """Attention over pseudo-heads with a rest that no head takes equals the loop over the whole bank."""
+    z, bank = (F.normalize(torch.randn(rows, 16), dim=1) for rows in (5, 103))
+
+    def operator(query: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = query @ keys.mT / gpu.TAU
+        return scores.softmax(3) @ keys, scores.logsumexp(3)
+
+    torch.testing.assert_close(gpu.in_heads(operator, 7)(z, bank), common.bank_attention(z, bank, gpu.TAU), atol=1e-5,
+                               rtol=1e-5)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_profile_on_paper_is_the_page(gpu: Any) -> None:
+    """The tables of benchmarks/README.md are those that the benchmark prints."""
+    page = (common.ROOT / "benchmarks/README.md").read_text()
+    assert all(part.strip() in page for part in gpu.paper().split("\n\n"))

@@ -1,0 +1,805 @@
+"""Speed on one GPU, as a share of its own measured ceilings and against the plain PyTorch way of doing the same.
+
+    python benchmarks/gpu.py --minutes 9               # all of it on a CUDA device, into results/gpu.jsonl
+    python benchmarks/gpu.py ceilings softmax step     # some of it
+    python benchmarks/gpu.py --device cpu --tiny       # the same code in miniature, on any machine
+    python benchmarks/gpu.py --paper                   # the profile of benchmarks/README.md: work, bytes, least times
+
+The ceilings come first: products of large matrices, a copy, a kernel that does nothing, a copy from the host. Every
+benchmark then runs in a process of its own with a time limit, so that one that fails, hangs or loses the device costs
+no other; within it each candidate that fails is a record with its error. A record has the median seconds of a call,
+its operations and bytes where they are known, their shares of the ceilings, the aim, and how many times faster than
+"plain" it is. Records are JSON lines; a short table is printed.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import unittest.mock
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import common
+import local_aggregation
+import npid
+
+TAU = 0.07
+
+
+class Sizes(NamedTuple):
+    """How large everything is: as on ImageNet, or in miniature."""
+
+    square: int = 8192  # of the matrices of the ceilings
+    copy: int = 1 << 30  # float32 numbers
+    images: int = 1_281_167
+    many: int = 10_000_000
+    batch: int = 256
+    clusters: tuple[int, ...] = (10_000, 30_000)
+    queries: int = 50_000
+    neighbors: int = 200
+    background: int = 4096
+    small: int = 50_000  # images of 32 px
+    small_batch: int = 128
+    large: int = 4096  # images of 256 px on the device
+    width: int = 64
+    files: int = 2000  # JPEGs
+    rounds: int = 7
+    seconds: float = 0.05  # of a round, at least
+
+
+TINY = Sizes(64, 1 << 12, 600, 1200, 8, (12, 20), 50, 10, 32, 128, 16, 8, 4, 8, 2, 0.0)
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """The device, its ceilings, and where records go."""
+
+    def __init__(self, args: argparse.Namespace, name: str) -> None:
+        self.args, self.name, self.device = args, name, common.pick_device(args.device)
+        self.sizes = TINY if args.tiny else Sizes()
+        self.facts = dict(device=common.device_name(self.device), torch=torch.__version__)
+        self.ceilings: dict[str, float] = {}
+        self.plain: dict[str, float] = {}
+        for line in args.output.read_text().splitlines() if args.output.exists() else ():
+            record = json.loads(line)
+            if record["benchmark"] == "ceilings" and record["device"] == self.facts["device"] and "rate" in record:
+                self.ceilings[record["case"]] = record["rate"]
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, work: Callable[[], Any]) -> float:
+        """Median time of a call: rounds of as many calls as fill them, with one wait at each end."""
+        began = time.perf_counter()
+        for _ in range(2):
+            work()
+        self.wait()
+        once = (time.perf_counter() - began) / 2
+        began = time.perf_counter()
+        work()
+        self.wait()
+        once = min(once, time.perf_counter() - began)
+        calls = max(1, min(1000, round(self.sizes.seconds / max(once, 1e-6))))
+        rounds = []
+        for _ in range(self.sizes.rounds if once < 1 else 2):
+            began = time.perf_counter()
+            for _ in range(calls):
+                work()
+            self.wait()
+            rounds.append((time.perf_counter() - began) / calls)
+        return statistics.median(rounds)
+
+    def write(self, **record: Any) -> None:
+        line = dict(benchmark=self.name, **record, **self.facts)
+        with self.args.output.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(*(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in line.items()
+                if key not in self.facts), flush=True)  # fmt: skip
+
+    def case(
+        self, case: str, way: str, work: Callable[[], Any], *, flop: float = 0, read: float = 0, kind: str = "bfloat16",
+        per: float = 0, aim: float = 0, times: float = 1, **facts: Any,
+    ) -> float | None:
+        """Record one way of doing a case. flop, read: operations, bytes of a call; kind: of the products; per: images
+        of a call; aim: seconds, or images/s if `per`; times: what the time is multiplied with; way "plain" comes first.
+        """
+        try:
+            took = self.seconds(work) * times
+        except Exception as error:  # a candidate that does not work here is a result
+            self.write(case=case, way=way, error=f"{type(error).__name__}: {str(error).splitlines()[:1]}"[:300])
+            return None
+        finally:
+            if self.device.type == "cuda":
+                with contextlib.suppress(RuntimeError):
+                    torch.cuda.empty_cache()
+        record: dict[str, Any] = dict(case=case, way=way, seconds=took)
+        if per:
+            record |= dict(images_per_second=per / took)
+        if aim:
+            record |= dict(aim=aim, met=per / took >= aim if per else took <= aim)
+        for key, amount, ceiling in (("flop", flop, f"matmul {kind}"), ("bytes", read, "copy")):
+            if amount:
+                record |= {key: amount, f"{key}_per_second": amount / took}
+                if ceiling in self.ceilings:
+                    record[f"{key}_share"] = amount / took / self.ceilings[ceiling]
+        if way == "plain":
+            self.plain[case] = took
+        elif case in self.plain:
+            record["times_plain"] = self.plain[case] / took
+        if self.device.type == "cuda":
+            record["memory_gb"] = common.memory_gb(self.device)
+            torch.cuda.reset_peak_memory_stats()
+        self.write(**record, **facts)
+        return took
+
+    def unit(self, rows: int, dim: int = 128, seed: int = 0) -> Tensor:
+        source = torch.Generator(self.device).manual_seed(seed)
+        return F.normalize(torch.randn(rows, dim, device=self.device, generator=source), dim=1)
+
+
+@contextlib.contextmanager
+def tf32() -> Iterator[None]:
+    """Products of float32 in TF32."""
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def in_tf32(work: Callable[[], Any]) -> Callable[[], Any]:
+    def call() -> Any:
+        with tf32():
+            return work()
+
+    return call
+
+
+# ---- ceilings --------------------------------------------------------------------------------------------------------
+
+
+def ceilings(bench: Bench) -> None:
+    """FLOP/s of products, bytes/s of a copy (read and written) and from pinned host memory, seconds of a launch."""
+    size = bench.sizes.square
+    for kind, dtype in (("bfloat16", torch.bfloat16), ("tf32", torch.float32), ("float32", torch.float32)):
+        a, b = (torch.randn(size, size, device=bench.device, dtype=dtype) for _ in range(2))
+        out = torch.empty_like(a)
+
+        def product(a: Tensor = a, b: Tensor = b, out: Tensor = out) -> None:
+            torch.mm(a, b, out=out)
+
+        took = bench.seconds(in_tf32(product) if kind == "tf32" else product)
+        bench.write(case=f"matmul {kind}", seconds=took, rate=2 * size**3 / took)
+    source = torch.randn(bench.sizes.copy, device=bench.device)
+    target = torch.empty_like(source)
+    took = bench.seconds(lambda: target.copy_(source))
+    bench.write(case="copy", seconds=took, rate=2 * source.nbytes / took)
+    one = torch.zeros(1, device=bench.device)
+    took = bench.seconds(lambda: [one.add_(1) for _ in range(100)]) / 100
+    bench.write(case="launch", seconds=took, rate=1 / took)
+    if bench.device.type == "cuda":
+        host = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
+        there = torch.empty_like(host, device=bench.device)
+        took = bench.seconds(lambda: there.copy_(host, non_blocking=True))
+        bench.write(case="copy from the host", seconds=took, rate=host.nbytes / took)
+
+
+# ---- the exact softmax over the bank ---------------------------------------------------------------------------------
+
+Attention = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def chunked_half(z: Tensor, bank: Tensor, chunk: int = 16384) -> tuple[Tensor, Tensor]:
+    """common's loop with products of bfloat16 and the rest in float32. bank: bfloat16."""
+    query = (z / TAU).to(bank.dtype)
+    peak = z.new_full((len(z), 1), -math.inf)
+    total, output = torch.zeros_like(peak), torch.zeros_like(z)
+    for keys in torch.split(bank, chunk):
+        logits = (query @ keys.T).float()
+        new_peak = torch.maximum(peak, logits.amax(1, keepdim=True))
+        weights = logits.sub_(new_peak).exp_()
+        decay = (peak - new_peak).exp_()
+        total = total * decay + weights.sum(1, keepdim=True)
+        output = output * decay + (weights.to(bank.dtype) @ keys).float()
+        peak = new_peak
+    return output / total, (peak + total.log())[:, 0]
+
+
+def in_heads(operator: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], heads: int) -> Attention:
+    """Attention with the bank cut into pseudo-heads, so that all multiprocessors have work, merged by LSE.
+
+    operator: q, k = v (1, heads, rows, D) -> O (1, heads, B, D) and LSE (1, heads, B or more).
+    """
+
+    def attention(z: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
+        query, dim, parts = z.to(bank.dtype), z.shape[1], []
+        rows = len(bank) // heads
+        for keys in (bank[: heads * rows].view(1, heads, rows, dim), bank[heads * rows :].view(1, 1, -1, dim)):
+            if keys.shape[2]:
+                output, lse = operator(query.expand(1, keys.shape[1], *query.shape), keys)
+                lse = lse.reshape(keys.shape[1], -1)[:, : len(z)].float()
+                parts += list(zip(output[0].float(), lse, strict=True))
+        return common.merge(parts)
+
+    return attention
+
+
+def flash(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    found = torch.ops.aten._scaled_dot_product_flash_attention(query, keys, keys, 0.0, False, False, scale=1 / TAU)
+    return found[0], found[1]
+
+
+def efficient(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    found = torch.ops.aten._scaled_dot_product_efficient_attention(query, keys, keys, None, True, scale=1 / TAU)
+    return found[0], found[1]
+
+
+def cudnn(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    found = torch.ops.aten._scaled_dot_product_cudnn_attention(query, keys, keys, None, True, scale=1 / TAU)
+    return found[0], found[1]
+
+
+def flex() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda query, keys: compiled(query, keys, keys, scale=1 / TAU, return_lse=True)
+
+
+def softmax(bench: Bench) -> None:
+    """O and LSE at N = 1.28M and 10M, B = 256, D = 128: candidates side by side, with their errors against float64."""
+    for count, aim in ((bench.sizes.images, 1e-3), (bench.sizes.many, 8e-3)):
+        z, bank = bench.unit(bench.sizes.batch, seed=1), bench.unit(count)
+        index = torch.randint(count, (len(z),), device=bench.device)
+        half, case = bank.bfloat16(), f"N={count}"
+        work = dict(flop=4.0 * len(z) * count * 128, aim=aim)
+        logits = [(z[:16].double() / TAU) @ part.double().T for part in torch.split(bank, 1 << 17)]
+        lse = torch.stack([part.logsumexp(1) for part in logits]).logsumexp(0)
+        output = sum((part - lse[:, None]).exp() @ rows.double()
+                     for part, rows in zip(logits, torch.split(bank, 1 << 17), strict=True))  # fmt: skip
+        del logits
+
+        def plain(z: Tensor = z, bank: Tensor = bank, index: Tensor = index) -> Tensor:
+            z = z.clone().requires_grad_()
+            return torch.autograd.grad(F.cross_entropy((z @ bank.T).float() / TAU, index), z)[0]
+
+        def ours(z: Tensor = z, bank: Tensor = bank, index: Tensor = index) -> Tensor:
+            z = z.clone().requires_grad_()
+            return torch.autograd.grad(common.bank_softmax(z, index, bank, TAU).mean(), z)[0]
+
+        bench.case(case, "plain", plain, kind="float32", read=4.0 * bank.numel(), **work)
+        bench.case(case, "plain, bfloat16 logits", lambda h=half, z=z, p=plain: p(z.bfloat16(), h), **work)
+        bench.case(case, "bank_softmax, forward and backward", ours, kind="float32", read=4.0 * bank.numel(), **work)
+        ways: dict[str, tuple[Attention, Tensor]] = {
+            "chunked float32": (lambda z, v: common._chunked_attention(z, v, TAU), bank),
+            "chunked tf32": (lambda z, v: in_tf32(lambda: common._chunked_attention(z, v, TAU))(), bank),
+            **{f"chunked bfloat16, {rows} rows": (lambda z, v, rows=rows: chunked_half(z, v, rows), half)
+               for rows in (8192, 32768, 131072)},
+            "efficient float32, 132 heads": (in_heads(efficient, 132), bank),
+            "efficient bfloat16, 132 heads": (in_heads(efficient, 132), half),
+        }  # fmt: skip
+        fused = [("flash", flash), ("cudnn", cudnn)] + [("flex", flex())] * (bench.device.type == "cuda")
+        for name, operator in fused:
+            for heads in (66, 132, 264, 528) if name == "flash" else (66, 132):
+                ways[f"{name} bfloat16, {heads} heads"] = (in_heads(operator, heads), half)
+        ways["flash from a float32 bank"] = (lambda z, v: in_heads(flash, 132)(z, v.bfloat16()), bank)
+        for name, (attention, v) in ways.items():
+            try:
+                with torch.no_grad():
+                    o, s = attention(z, v)
+                errors = dict(lse_error=float((s[:16].double() - lse).abs().max()),
+                              output_error=float((o[:16].double() - output).norm() / output.norm()))  # fmt: skip
+            except Exception as error:
+                bench.write(case=case, way=name, error=f"{type(error).__name__}: {str(error).splitlines()[:1]}"[:300])
+                continue
+            kind = "float32" if name.endswith("float32") else "tf32" if "tf32" in name else "bfloat16"
+            bench.case(case, name, lambda a=attention, v=v, z=z: a(z, v), kind=kind, read=float(v.nbytes), **work,
+                       **errors)  # fmt: skip
+
+
+# ---- clustering and search -------------------------------------------------------------------------------------------
+
+
+def kmeans(bench: Bench) -> None:
+    """20 iterations over N = 1.28M rows, D = 128: one assignment in several ways, then the whole."""
+    x = bench.unit(bench.sizes.images)
+    for k, aim in zip(bench.sizes.clusters, (1.0, 3.0), strict=True):
+        centroids = x[torch.randperm(len(x), device=bench.device)[:k]]
+        case, flop = f"assignment, k={k}", 2.0 * x.numel() * k
+        exact = common.assign(x, centroids)[0]
+
+        def plain(c: Tensor = centroids) -> Tensor:
+            return torch.cat([torch.cdist(part, c).argmin(1) for part in torch.split(x, 16384)])
+
+        def by_products(dtype: torch.dtype, chunk: int, c: Tensor = centroids) -> Tensor:
+            keys, offset = c.to(dtype), -0.5 * c.square().sum(1)
+            return torch.cat([torch.addmm(offset.to(dtype), part.to(dtype), keys.T).max(1).indices
+                              for part in torch.split(x, chunk)])  # fmt: skip
+
+        bench.case(case, "plain", plain, flop=flop, kind="float32")
+        bench.case(case, "assign", lambda c=centroids: common.assign(x, c), flop=flop, kind="float32")
+        for dtype in (torch.float32, torch.bfloat16):
+            for chunk in (1024, 4096, 16384):
+                call = lambda d=dtype, n=chunk, f=by_products: f(d, n)  # noqa: E731
+                call = in_tf32(call) if dtype == torch.float32 else call
+                kind = "tf32" if dtype == torch.float32 else "bfloat16"
+                same = float((call() == exact).float().mean())
+                bench.case(case, f"{kind}, chunks of {chunk}", call, flop=flop, kind=kind, labels_equal=same)
+        labels = exact
+        bench.case(f"sums, k={k}", "cluster_sums", lambda k=k, labels=labels: common.cluster_sums(x, labels, k),
+                   read=float(x.nbytes))  # fmt: skip
+        for name, wrap in (("float32", lambda f: f), ("tf32", in_tf32)):
+            bench.case(f"20 iterations, k={k}", name, wrap(lambda k=k: common.kmeans(x, k)), flop=21 * flop, kind=name,
+                       aim=aim)  # fmt: skip
+
+
+def knn(bench: Bench) -> None:
+    """The 200 nearest of 1.28M for 50,000 queries, D = 128."""
+    q, keys, k = bench.unit(bench.sizes.queries, seed=1), bench.unit(bench.sizes.images), bench.sizes.neighbors
+    case, flop = f"{len(q)} x {len(keys)}, K={k}", 2.0 * len(q) * keys.numel()
+    few = q[: max(1, len(q) // 16)]
+
+    def plain() -> list[Any]:
+        return [(part @ keys.T).topk(k) for part in torch.split(few, 512)]
+
+    bench.case(case, "plain", plain, flop=flop, kind="float32", aim=1.0, times=len(q) / len(few))
+    bench.case(case, "neighbors", lambda: common.neighbors(q, keys, k), flop=flop, kind="float32", aim=1.0)
+    bench.case(case, "neighbors, tf32", in_tf32(lambda: common.neighbors(q, keys, k)), flop=flop, kind="tf32", aim=1.0)
+
+
+def la_search(bench: Bench) -> None:
+    """Local Aggregation's background neighbours: k = 4096 of 1.28M for a batch of 128."""
+    z, bank, k = bench.unit(bench.sizes.small_batch, seed=1), bench.unit(bench.sizes.images), bench.sizes.background
+    index = torch.randint(len(bank), (len(z),), device=bench.device)
+    half, work = bank.bfloat16(), dict(flop=2.0 * len(z) * bank.numel(), aim=5e-3)
+    case = f"{len(z)} x {len(bank)}, k={k}"
+    bench.case(case, "plain", lambda: (z @ bank.T).topk(k), kind="float32", read=float(bank.nbytes), **work)
+    bench.case(case, "nearest", lambda: local_aggregation.nearest(z, index, bank, k), kind="float32",
+               read=float(bank.nbytes), **work)  # fmt: skip
+    bench.case(case, "nearest, tf32", in_tf32(lambda: local_aggregation.nearest(z, index, bank, k)), kind="tf32",
+               read=float(bank.nbytes), **work)  # fmt: skip
+    bench.case(case, "bfloat16 products, topk", lambda: (z.bfloat16() @ half.T).topk(k), read=float(half.nbytes),
+               **work)  # fmt: skip
+
+
+# ---- training steps --------------------------------------------------------------------------------------------------
+
+
+class Columns:
+    """A `Draw` that hands out the columns of one tensor (B, n) in turn: what a captured graph reads."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers, self.used = numbers, 0
+
+    def __call__(self, *shape: int) -> Tensor:
+        count = math.prod(shape)
+        found = self.numbers[:, self.used : self.used + count]
+        self.used += count
+        return found.reshape(len(found), *shape)
+
+
+DRAWN = common.CROP_NUMBERS + 9 + 1 + 1  # numbers that NPID's augmentation takes for an image
+
+
+class Step:
+    """NPID's training step on images of the device, in parts that can be compiled or captured."""
+
+    def __init__(self, bench: Bench, arch: str, count: int, side: int, batch: int, rows: int, amp: bool = True,
+                 plain: bool = False, fused: bool = False) -> None:  # fmt: skip
+        device, size = bench.device, 32 if side == 32 else 224
+        self.device, self.batch, self.plain, self.size = device, batch, plain, size
+        self.photographs, self.amp = side > 32, amp and not plain
+        self.pixels = torch.randint(256, (count, 3, side, side), dtype=torch.uint8, device=device)
+        self.encoder = npid.Encoder(arch, bench.sizes.width, side == 32, 128).to(device).train()
+        if not plain:
+            self.encoder.to(memory_format=torch.channels_last)
+        self.augment: Callable[..., Tensor] = npid.augment
+        self.bank = common.MemoryBank(rows, 128, torch.Generator().manual_seed(0)).to(device)
+        options = dict(fused=True) if fused else {}
+        self.sgd = torch.optim.SGD(self.encoder.parameters(), 0.03, momentum=0.9, weight_decay=5e-4, **options)
+        self.data = common.ImageSet("bench", size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), torch.zeros(count), [],
+                                    torch.arange(count), self.pixels)  # fmt: skip
+        self.index = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.numbers = torch.zeros(batch, DRAWN, device=device)
+        self.order, self.turn = torch.randperm(min(count, rows), device=device), 0
+        self.source = torch.Generator().manual_seed(0)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def body(self) -> Tensor:
+        """All that the device does, from `index` and `numbers` to the bank."""
+        draw = Columns(self.numbers)
+        pixels = self.pixels[self.index]
+        height, width = pixels.shape[2:]
+        boxes = common.crop_boxes(draw(common.CROP_NUMBERS), height, width, npid.SCALE, (3 / 4, 4 / 3))
+        images = common.resized_crop(pixels, boxes, self.size)
+        images = self.data.normalize(self.augment(images, draw, self.photographs, True))
+        self.sgd.zero_grad()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            feature = self.encoder(images)
+        z = F.normalize(feature)
+        if self.plain:
+            loss = F.cross_entropy(z @ self.bank.features.T / TAU, self.index)
+        else:
+            loss = common.bank_softmax(z, self.index, self.bank.features, TAU).mean()
+        loss.backward()
+        self.sgd.step()
+        self.bank.update(z.detach(), self.index, 0.5)
+        return loss.detach()
+
+    def capture(self) -> None:
+        """The whole step as one CUDA graph."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.body()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.body()
+
+    def __call__(self) -> None:
+        """One step as the script makes it: numbers drawn on the CPU, images by the epoch's order."""
+        self.turn = (self.turn + self.batch) % (len(self.order) - self.batch + 1)
+        pinned = self.device.type == "cuda"
+        self.index.copy_(self.order[self.turn : self.turn + self.batch])
+        drawn = torch.rand(self.batch, DRAWN, generator=self.source, pin_memory=pinned)
+        self.numbers.copy_(drawn, non_blocking=True)
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self.body()
+
+
+def work_of(step: Step) -> tuple[float, int, float]:
+    """Operations, operators and bytes (all that operators read and write) of a step's body, counted on this device."""
+    with FlopCounterMode(display=False) as counter, Traffic() as traffic:
+        step.body()
+    return float(counter.get_total_flops()), traffic.calls, traffic.bytes
+
+
+class Traffic(TorchDispatchMode):
+    """Operators that compute something, and the bytes that they read and write if none are fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.bytes, self.names = 0, 0.0, Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        if not func.is_view and not func._schema.name.startswith(("aten::detach", "prim::", "aten::empty")):
+            seen = {id(x): x for x in torch.utils._pytree.tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}
+            self.calls, self.bytes = self.calls + 1, self.bytes + sum(float(x.nbytes) for x in seen.values())
+            self.names[func._schema.name] += 1
+        return out
+
+
+def training(bench: Bench, case: str, aim: float, arch: str, count: int, side: int, batch: int, rows: int) -> None:
+    """One step in several ways, the plain one first; and what the profiler says of two."""
+
+    def build(**options: Any) -> Step:
+        torch.backends.cudnn.benchmark = options.pop("search", True)
+        return Step(bench, arch, count, side, batch, rows, **options)
+
+    def compiled(step: Step, mode: str | None, augment: bool) -> Step:
+        step.encoder.compile(mode=mode)
+        if augment:
+            step.augment = torch.compile(npid.augment)
+        return step
+
+    def captured(step: Step) -> Step:
+        step.capture()
+        return step
+
+    ways: dict[str, Callable[[], Step]] = {
+        "plain": lambda: build(plain=True),
+        "plain, bfloat16": lambda: build(),
+        "eager, no cudnn search": lambda: build(search=False),
+        "eager, fused SGD": lambda: build(fused=True),
+        "compiled network": lambda: compiled(build(fused=True), None, False),
+        "compiled network and augmentation": lambda: compiled(build(fused=True), None, True),
+        "reduce-overhead": lambda: compiled(build(fused=True), "reduce-overhead", True),
+        "CUDA graph": lambda: captured(build(fused=True)),
+        "CUDA graph, compiled": lambda: captured(compiled(build(fused=True), None, True)),
+        "CUDA graph, compiled, float32": lambda: captured(compiled(build(fused=True, amp=False), None, True)),
+    }
+    ways["eager"] = ways.pop("plain, bfloat16")  # the script as it stands
+    if bench.device.type != "cuda":
+        ways = {name: way for name, way in ways.items() if name.split(",")[0] in ("plain", "eager")}
+    flop, calls, traffic = work_of(build())
+    bench.write(case=case, way="counted", operators=calls, flop=flop, unfused_bytes=traffic, images=batch)
+    for name, make in ways.items():
+        try:
+            began = time.perf_counter()
+            step = make()
+            step()
+            bench.wait()
+        except Exception as error:
+            bench.write(case=case, way=name, error=f"{type(error).__name__}: {str(error).splitlines()[:1]}"[:300])
+            continue
+        kind = "float32" if not step.amp else "bfloat16"
+        bench.case(case, name, step, flop=flop, per=batch, aim=aim, kind=kind,
+                   first_seconds=round(time.perf_counter() - began, 1))  # fmt: skip
+        if name in ("eager", "CUDA graph, compiled"):
+            with contextlib.suppress(Exception):
+                bench.write(case=case, way=f"profile of {name}", **profile(bench, step))
+        del step
+
+
+def profile(bench: Bench, step: Step, count: int = 10) -> dict[str, Any]:
+    """Kernels and their time in a step, with the longest of them."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if bench.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as found:
+        for _ in range(count):
+            step()
+        bench.wait()
+    on_device = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    spent, calls = Counter[str](), Counter[str]()
+    for event in on_device:
+        spent[event.name] += event.device_time_total
+        calls[event.name] += 1
+    top = [f"{name[:70]} x{calls[name] / count:g} {took / count:.0f} us" for name, took in spent.most_common(15)]
+    return dict(kernels=len(on_device) / count, busy_seconds=sum(spent.values()) / count / 1e6, top=top)
+
+
+def step(bench: Bench) -> None:
+    """NPID on CIFAR-10's sizes: ResNet-18, N = 50,000 images of 32 px."""
+    s = bench.sizes
+    for batch in (s.small_batch, 4 * s.small_batch):
+        training(bench, f"ResNet-18, 32 px, B={batch}", 40_000, "resnet18", s.small, 32, min(batch, s.small), s.small)
+
+
+def resnet50(bench: Bench) -> None:
+    """NPID on ImageNet's sizes from device-resident images: ResNet-50 at 224 px, bank of 1.28M."""
+    s = bench.sizes
+    side = 64 if bench.args.tiny else 256
+    training(bench, f"ResNet-50, 224 px, B={s.batch}", 2500, "resnet50", max(s.large, s.batch), side, s.batch, s.images)
+
+
+def scripts(bench: Bench) -> None:
+    """The scripts themselves on rendered images at CIFAR's settings: images/s of the last of some epochs."""
+    root = Path(__file__).resolve().parent.parent
+    small = ["--data", "shapes", "--epochs", "3", "--knn-every", "0", "--device", bench.device.type, "--subset"]
+    small += ["200", "--width", "4"] if bench.args.tiny else ["20000"]
+    runs = {"npid.py": [], "npid.py --no-amp": [], "npid.py --compile": [], "npid.py --preset cifar10-nce4096": [],
+            "local_aggregation.py": ["--warmup-epochs", "0"], "deepcluster.py": [], "cld.py": [],
+            "cld.py --preset cifar10-moco-cld": []}  # fmt: skip
+    for name, words in list(runs.items())[: 1 if bench.args.tiny else None]:
+        script, *options = name.split()
+        preset = [] if "--preset" in options else ["--preset", "cifar10"]
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, str(root / script), *preset, *options, *small, *words, "--output", folder]
+            done = subprocess.run(command, capture_output=True, text=True)
+            log = Path(folder) / "log.jsonl"
+            rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+            size = (Path(folder) / "checkpoint.pth").stat().st_size if len(rows) > 1 else 0
+        if done.returncode or len(rows) < 2:
+            bench.write(case=name, error=done.stderr[-300:])
+            continue
+        keys = ("images_per_second", "seconds", "memory_gb", "loss", "cluster_seconds")
+        bench.write(case=name, aim=40_000 if script == "npid.py" else None, checkpoint_mb=size / 1e6,
+                    **{key: rows[-1][key] for key in keys if key in rows[-1]})  # fmt: skip
+
+
+def checkpoint(bench: Bench) -> None:
+    """A checkpoint of ResNet-18 with its momentum and a bank of 50,000: what each epoch pays for it."""
+    made = Step(bench, "resnet18", bench.sizes.small_batch, 32, bench.sizes.small_batch, bench.sizes.small)
+    made()
+    state = dict(encoder=made.encoder.state_dict(), sgd=made.sgd.state_dict(), bank=made.bank.state_dict())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "checkpoint.pth"
+        bench.case("ResNet-18", "write_checkpoint", lambda: common.write_checkpoint(path, state))
+        bench.write(case="ResNet-18", way="size", megabytes=path.stat().st_size / 1e6)
+
+
+# ---- decoding --------------------------------------------------------------------------------------------------------
+
+
+def draw_jpegs(folder: Path, count: int, width: int = 500, height: int = 375) -> None:
+    """JPEGs of ImageNet's usual size and about its bytes: noise of all scales, quality 90."""
+    from PIL import Image
+
+    folder.mkdir(exist_ok=True)
+    source = torch.Generator().manual_seed(0)
+    for number in range(min(count, 32)):
+        pixels = torch.zeros(3, height, width)
+        for scale in range(2, 9):
+            noise = torch.randn(1, 3, 2**scale, 2**scale, generator=source)
+            pixels += F.interpolate(noise, (height, width), mode="bicubic")[0] * 0.75**scale
+        pixels = (128 + 45 * pixels / pixels.std()).clamp(0, 255).to(torch.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=90)
+        for copy in range(number, count, 32):
+            (folder / f"{copy:05d}.jpg").write_bytes(buffer.getvalue())
+
+
+def decode(bench: Bench) -> None:
+    """Images/s that workers decode from JPEG folders: on one core with and without draft mode, then on all."""
+    from PIL.JpegImagePlugin import JpegImageFile
+
+    with tempfile.TemporaryDirectory() as place:
+        folder = bench.args.jpegs or Path(place) / "jpegs"
+        if not bench.args.jpegs:
+            draw_jpegs(folder, bench.sizes.files)
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+        paths = paths[: bench.sizes.files]
+        size = statistics.mean(path.stat().st_size for path in paths)
+        facts = dict(files=len(paths), mean_bytes=size, drawn=not bench.args.jpegs)
+        crop, draw = common.Crop(224, (0.2, 1.0)), torch.rand(len(paths), 1, common.CROP_NUMBERS)
+
+        few = paths[:300]
+
+        def one_core() -> None:
+            for path, numbers in zip(few, draw, strict=False):
+                common.random_crops(path, crop, numbers)
+
+        def whole() -> None:
+            for path in few:
+                common.central_square(path, 224)
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        per = dict(per=len(few), **facts)
+        with unittest.mock.patch.object(JpegImageFile, "draft", lambda *_: None):
+            bench.case("training crop, one core", "plain", one_core, **per)
+        bench.case("training crop, one core", "draft mode", one_core, **per)
+        bench.case("central crop, one core", "draft mode", whole, **per)
+        torch.set_num_threads(threads)
+
+        words = ["--data", str(folder), "--batch-size", str(min(64, len(paths))), "--device", bench.device.type,
+                 "--output", str(Path(place) / "run"), "--cache", "none", "--image-size", "224"]  # fmt: skip
+        args = npid.parse_args(words)
+        run = common.Run(args)
+        data = common.load(args, "pretrain", run.device)
+
+        def epoch() -> None:
+            for _ in data.batches(run, torch.arange(len(data)), crop, 0):
+                pass
+
+        bench.case(f"training crop, {args.workers} workers", "draft mode", epoch,
+                   per=len(data) // args.batch_size * args.batch_size, aim=2500, **facts)  # fmt: skip
+        run.lock.close()
+
+
+# ---- the profile on paper --------------------------------------------------------------------------------------------
+
+SHEETS = {"H100 SXM": (989e12, 67e12, 3.35e12), "H200": (989e12, 67e12, 4.8e12)}  # bf16, fp32 FLOP/s; bytes/s
+
+
+def paper() -> str:
+    """Operations, bytes and the least times on paper of every figure, as tables for benchmarks/README.md."""
+    s = Sizes()
+    bank, many = 4.0 * s.images * 128, 4.0 * s.many * 128
+    rows: list[tuple[str, float, float, str, str]] = [
+        ("exact softmax, N = 1.28M, B = 256, bank in bfloat16", 4.0 * 256 * s.images * 128, bank / 2, "bf16", "1 ms"),
+        ("the same, bank in float32", 4.0 * 256 * s.images * 128, bank, "fp32", "1 ms"),
+        ("exact softmax, N = 10M, bank in bfloat16", 4.0 * 256 * s.many * 128, many / 2, "bf16", "8 ms"),
+        ("k-means, N = 1.28M, m = 10,000, 20 iterations", 21 * 2.0 * s.images * 128 * 10_000, 41 * bank, "bf16", "1 s"),
+        ("the same in float32", 21 * 2.0 * s.images * 128 * 10_000, 41 * bank, "fp32", "1 s"),
+        ("k-means, m = 30,000", 21 * 2.0 * s.images * 128 * 30_000, 41 * bank, "bf16", "3 s"),
+        ("the same in float32 ", 21 * 2.0 * s.images * 128 * 30_000, 41 * bank, "fp32", "3 s"),
+        ("kNN, 50,000 x 1.28M, K = 200, float32", 2.0 * s.queries * s.images * 128,
+         bank + 4 * 50_000 * 128 + 12 * 50_000 * 200, "fp32", "1 s"),
+        ("kNN with all similarities written and read", 2.0 * s.queries * s.images * 128, 8.0 * s.queries * s.images,
+         "fp32", "1 s"),
+        ("LA's search, B = 128, k = 4096, float32", 2.0 * 128 * s.images * 128, bank, "fp32", "5 ms"),
+        ("LA's search with all similarities written and read", 2.0 * 128 * s.images * 128,
+         bank + 8.0 * 128 * s.images, "fp32", "5 ms"),
+    ]  # fmt: skip
+    names = " | ".join(SHEETS)
+    text = f"| figure | FLOP | bytes | {names} | aim |\n| --- | --- | --- | --- | --- | --- |\n"
+    for name, flop, moved, kind, aim in rows:
+        least = [max(flop / sheet[0 if kind == "bf16" else 1], moved / sheet[2]) for sheet in SHEETS.values()]
+        text += f"| {name.strip()} | {flop:.3g} | {moved:.3g} | {' | '.join(map(duration, least))} | {aim} |\n"
+    text += f"\n| step of NPID | operators | FLOP | bytes | {names} | images/s | aim |\n"
+    text += "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
+    for name, arch, side, batch, count, aim in (
+        ("ResNet-18, 32 px, B = 128, N = 50,000", "resnet18", 32, 128, s.small, "40,000"),
+        ("ResNet-50, 224 px, B = 256, N = 1.28M", "resnet50", 256, 256, s.images, "2,500"),
+    ):
+        flop, calls, moved = on_meta(arch, side, batch, count)
+        least = [max(flop / sheet[0], moved / sheet[2]) for sheet in SHEETS.values()]
+        images = " to ".join(f"{batch / took:,.0f}" for took in least)
+        text += (f"| {name} | {calls} | {flop:.3g} | {moved:.3g} | {' | '.join(map(duration, least))} | {images} | "
+                 f"{aim} |\n")  # fmt: skip
+    return text
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds >= 0.1 else f"{1e3 * seconds:.2g} ms"
+
+
+def on_meta(arch: str, side: int, batch: int, count: int) -> tuple[float, int, float]:
+    """Operations, operators and bytes of a step whose tensors have shapes and no memory; the network in bfloat16."""
+    args = argparse.Namespace(device="cpu", tiny=False, output=Path(os.devnull))
+    bench = Bench(args, "paper")
+    bench.device = torch.device("meta")
+    without = unittest.mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    with torch.device("meta"), without:  # which has no autocast
+        made = Step(bench, arch, batch, side, batch, count, amp=False)
+        made.encoder.to(torch.bfloat16)
+        augment = made.augment
+        made.augment = lambda *rest: augment(*rest).bfloat16()
+        made.data = made.data.__class__(**{**vars(made.data), "mean": (0.0,), "std": (1.0,)})
+        made.sgd = torch.optim.SGD(made.encoder.parameters(), 0.03, momentum=0.9, weight_decay=5e-4, foreach=True)
+        made.body()  # momentum buffers
+        return work_of(made)
+
+
+# ---- all of it -------------------------------------------------------------------------------------------------------
+
+BENCHMARKS: dict[str, tuple[Callable[[Bench], None], float]] = {  # and seconds that it may take
+    "ceilings": (ceilings, 60), "softmax": (softmax, 150), "step": (step, 240), "la-search": (la_search, 60),
+    "knn": (knn, 60), "kmeans": (kmeans, 120), "scripts": (scripts, 240), "resnet50": (resnet50, 180),
+    "checkpoint": (checkpoint, 60), "decode": (decode, 90),
+}  # fmt: skip
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = common.parser(__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default: all")
+    parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"], help="what is measured")
+    parser.add_argument("--tiny", action="store_true", help="in miniature: for tests")
+    parser.add_argument("--minutes", type=common.POSITIVE, default=9.0, help="for all; what does not fit is left out")
+    parser.add_argument("--jpegs", type=Path, metavar="DIR", help="for decode; default: drawn ones of 500 x 375")
+    parser.add_argument("--output", type=Path, default=Path("results/gpu.jsonl"), help="JSON lines, appended")
+    parser.add_argument("--paper", action="store_true", help="print the profile on paper and end")
+    parser.add_argument("--child", action="store_true", help="run one benchmark in this process")
+    args = parser.parse_args(argv)
+    if unknown := set(args.names) - set(BENCHMARKS):
+        parser.error(f"no benchmark {', '.join(unknown)}: {', '.join(BENCHMARKS)}")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.paper:
+        print(paper(), end="")
+        return
+    if args.child:
+        (name,) = args.names
+        BENCHMARKS[name][0](Bench(args, name))
+        return
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * args.minutes
+    for name in args.names or BENCHMARKS:
+        limit = min(BENCHMARKS[name][1], end - time.monotonic())
+        command = [sys.executable, __file__, name, "--child", "--device", args.device, "--output", str(args.output)]
+        command += ["--tiny"] * args.tiny + (["--jpegs", str(args.jpegs)] if args.jpegs else [])
+        problem, began = "", time.monotonic()
+        try:
+            if limit < 5:
+                problem = "no time was left"
+            elif code := subprocess.run(command, timeout=limit).returncode:
+                problem = f"exit code {code}"
+        except subprocess.TimeoutExpired:
+            problem = f"stopped after {limit:.0f} s"
+        print(f"-- {name}: {problem or 'done'}, {time.monotonic() - began:.0f} s", flush=True)
+        if problem:
+            with args.output.open("a") as file:
+                file.write(json.dumps(dict(benchmark=name, case="", error=problem, device=args.device)) + "\n")
+
+
+if __name__ == "__main__":
+    common.launch(main, parse_args)
