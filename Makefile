@@ -2,7 +2,7 @@ PYTHON ?= python3
 CONSTRAINTS ?=
 RUN = .venv/bin/python
 
-.PHONY: install demo test test-all test-gpu bench lint
+.PHONY: install demo test test-all test-gpu faults soak bench lint
 
 install: .venv/installed
 
@@ -25,6 +25,12 @@ test-all: install  ## also the long ones; with CIFAR-10 if $$DATA_DIR has it
 
 test-gpu: install  ## what needs a CUDA device
 	$(RUN) -m pytest -q -m gpu
+MINUTES ?= 20
+faults: install  ## attacks on every script, at random, for MINUTES; the counts go to tests/README.md
+	PYTHONPATH=.:tests $(RUN) tests/faults/campaign.py --add --minutes $(MINUTES) --seed $$(date +%s)
+
+soak: install  ## NPID, then Local Aggregation, for MINUTES: memory, files and log have to stay flat
+	PYTHONPATH=.:tests $(RUN) tests/faults/soak.py --minutes $(MINUTES)
 
 bench: install  ## ratios against the plain way of doing the same, to results/bench.jsonl
 	$(RUN) benchmarks/bench.py

@@ -24,6 +24,7 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import errno
 import fcntl
 import functools
 import hashlib
@@ -39,6 +40,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -68,9 +70,15 @@ class Fault(Exception):
 def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], argparse.Namespace]) -> None:
     """Run a script: bad input, a full disk or too little memory end with one line and exit code 2, not a traceback."""
     code, wait = 2, float(os.environ.get("RANK", "0") != "0")
+    args = argparse.Namespace()
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold what the terminal's encoding has not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return main(parse_args())
+        args = parse_args()
+        return main(args)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not meet what follows
         problem, code = "interrupted", 130
     except Fault as fault:
         problem = str(fault)
@@ -79,9 +87,12 @@ def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], 
         if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in reason or "Socket" in reason):
             problem, wait = "another rank ended: see its message", 3.0
         elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in reason:
-            problem = "out of memory: lower --batch-size, split each batch with --accumulate, or use --cache none"
+            problem = f"out of memory: {less_memory(args)}"
         elif reason.startswith("DataLoader worker"):
             problem = f"{reason.splitlines()[0]}: lower --workers"
+        elif isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer goes there
+            problem = "nobody reads the output any more: the same command, with its output to a file, continues"
         elif isinstance(error, OSError):
             problem = f"{error.strerror or error}: {error.filename or 'input or output failed'}"
         else:
@@ -92,6 +103,34 @@ def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], 
     clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # the progress bar's line
     print(f"{clear}{Path(sys.argv[0]).name}: error: {problem}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def less_memory(args: argparse.Namespace) -> str:
+    """Which of the script's options take less memory."""
+    ways = dict(batch_size="lower --batch-size", image_batch="lower --image-batch",
+                accumulate="split each batch with --accumulate", cache="use --cache none")  # fmt: skip
+    known = [way for key, way in ways.items() if hasattr(args, key)] or ["end other programs"]
+    return ", ".join(known[:-1]) + ", or " * (len(known) > 1) + known[-1]
+
+
+def way_out(error: OSError) -> str:
+    """What helps where a file could not be written."""
+    return "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a whole line to a file, or nothing of it. What comes after half a line of others starts a new one."""
+    with path.open("ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        torn = size > 0 and (file.seek(size - 1), file.read(1))[1] != b"\n"
+        try:
+            file.write(b"\n" * torn + line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(file.fileno(), size)
+            raise
 
 
 # ---- 2. options ------------------------------------------------------------------------------------------------------
@@ -443,12 +482,10 @@ class Run:
             print(line, flush=True)
             path = self.output / "log.jsonl"
             try:
-                with path.open("a") as file:
-                    file.write(line + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
+                append_line(path, line)
             except OSError as error:
-                raise Fault(f"cannot write {path} ({error.strerror}): make room, then run the same command") from None
+                raise Fault(f"cannot write {path} ({error.strerror}): {way_out(error)}, then run the same "
+                            "command") from None  # fmt: skip
 
     def resume(self, state: dict[str, Any], steps: int) -> tuple[int, int]:
         """Load the checkpoint of `output` into `state` if there is one; returns (epoch, step) to go on with.
@@ -476,7 +513,8 @@ class Run:
                             "--output") from None  # fmt: skip
             if self.rank == 0:
                 if log.exists():
-                    os.truncate(log, min(saved["log_size"], log.stat().st_size))
+                    with log.open("rb+") as file:  # a log that something else has cut ends with a whole line
+                        file.truncate(file.read(saved["log_size"]).rfind(b"\n") + 1)
                 what = "already finished" if epoch == self.args.epochs else "resumed"
                 print(f"{what}: {path} at epoch {epoch}, step {step} of {steps}", flush=True)
         elif self.rank == 0:
@@ -488,7 +526,7 @@ class Run:
 
             done = epoch * steps + step
             self.bar = tqdm(total=self.args.epochs * steps, initial=done, unit="step", dynamic_ncols=True)
-        if epoch == step == 0:
+        if epoch == step == 0 or (self.rank == 0 and not (log.exists() and log.stat().st_size)):
             self.log(**self.header)
         self.previous = {number: signal.signal(number, self._on_signal)
                          for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}  # fmt: skip
@@ -725,7 +763,7 @@ def write_checkpoint(path: Path, content: Any) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise Fault(f"cannot write {path} ({error.strerror}): make room, then run the same command; the last "
+        raise Fault(f"cannot write {path} ({error.strerror}): {way_out(error)}, then run the same command; the last "
                     "checkpoint, if any, is whole") from None  # fmt: skip
     with contextlib.suppress(OSError):  # not every file system knows how to flush a folder
         folder = os.open(path.parent, os.O_RDONLY)
@@ -733,16 +771,33 @@ def write_checkpoint(path: Path, content: Any) -> None:
         os.close(folder)
 
 
+def check_archive(file: Path | io.BytesIO) -> None:
+    """Compare what torch.save wrote with its checksums, which torch.load does not look at; ValueError if they differ.
+
+    A bit that has flipped in a weight would show as nothing but a worse result.
+    """
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if (name := archive.testzip()) is not None:
+                raise ValueError(f"{name} is damaged")
+
+
+def load_plain(path: Path) -> Any:
+    """A file of plain tensors, numbers and strings, on the CPU. Garbage raises almost anything; nothing in it runs."""
+    check_archive(path)
+    with warnings.catch_warnings(action="ignore"):  # of a pickle protocol that is not ours
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint of ours: plain tensors, numbers and strings, nothing that could run code."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of a pickle protocol that is not ours
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = load_plain(path)
         return {key: saved[key] for key in ("options", "data", "git", "epoch", "step", "log_size", "state")}
     except OSError as error:
         raise Fault(f"cannot read {path} ({error.strerror})") from None
     except Exception:  # garbage makes the unpickler raise almost anything
-        raise Fault(f"{path} is truncated or no checkpoint of these scripts: remove it, or choose another "
+        raise Fault(f"{path} is damaged, truncated or no checkpoint of these scripts: remove it, or choose another "
                     "--output") from None  # fmt: skip
 
 
@@ -1221,8 +1276,16 @@ def _folder(args: argparse.Namespace, split: str) -> ImageSet:
 def _image_files(place: Path, without: Path | None) -> list[str]:
     """Sorted names of the image files below `place`, hidden ones and those in `without` left out."""
     files = []
-    for folder, folders, names in os.walk(place, followlinks=True):
-        folders[:] = [name for name in folders if name[0] != "." and Path(folder, name) != without]
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    def leads_back(path: Path) -> bool:
+        return path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
+
+    for folder, folders, names in os.walk(place, followlinks=True, onerror=fail):
+        folders[:] = [name for name in folders if name[0] != "." and Path(folder, name) != without
+                      and not leads_back(Path(folder, name))]  # fmt: skip
         inner = f"{folder}/"[len(f"{place}/") :]
         files += [inner + name for name in names if name[0] != "." and Path(name).suffix.lower() in SUFFIXES]
     if not files:
@@ -2450,6 +2513,8 @@ def load_encoder(
     if ours and "encoder" not in saved["state"]:
         raise Fault(f"{path} was written by {options.get('script')}: take the backbone.pth beside it")
     weights = saved["state"]["encoder"] if ours else _state_dict(saved, path)
+    if not all(isinstance(weight, Tensor) for weight in weights.values()):
+        raise Fault(f"{path} is damaged: among its weights is something else")
     arch = arch or options.get("arch")
     if arch is None:
         raise Fault(f"{path} does not say its architecture: name it with --arch")
@@ -2511,8 +2576,9 @@ def _load_inert(content: bytes, path: Path) -> Any:
     """What a file holds; objects of its authors' own classes, as old checkpoints have them, are skipped, not made."""
     for options in (dict(weights_only=True), dict(weights_only=False, pickle_module=_InertPickle)):
         with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):  # garbage raises almost anything
+            check_archive(io.BytesIO(content))
             return torch.load(io.BytesIO(content), map_location="cpu", **options)
-    raise Fault(f"{path} is truncated or no PyTorch checkpoint")
+    raise Fault(f"{path} is damaged, truncated or no PyTorch checkpoint")
 
 
 def _state_dict(saved: Any, path: Path) -> dict[str, Tensor]:

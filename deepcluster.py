@@ -608,7 +608,12 @@ def assign_images(args: argparse.Namespace) -> None:
     options, known = argparse.Namespace(**saved["options"]), saved["data"]
     if options.script != args.script or not (args.output / CLUSTERS).exists():
         raise common.Fault(f"{args.output} holds no run of {args.script} that has ended: no {CLUSTERS} there")
-    clusters = torch.load(args.output / CLUSTERS, map_location=device, weights_only=True)
+    try:
+        clusters = common.load_plain(args.output / CLUSTERS)
+        clusters = {key: clusters[key].to(device) for key in ("centroids", "projection", "offset")}
+    except Exception:  # garbage makes the unpickler raise almost anything
+        raise common.Fault(f"{args.output / CLUSTERS} is damaged: remove it and checkpoint.pth, and train "
+                           "again") from None  # fmt: skip
     args.data, args.subset, args.image_size = args.assign, None, known["size"]
     data = common.load(args, "pretrain", device)
     data.mean, data.std = tuple(known["mean"]), tuple(known["std"])

@@ -687,8 +687,7 @@ def learning_rate(args: argparse.Namespace, step: int) -> float:
 
 def append(line: str, folder: Path) -> None:
     try:
-        with (folder / "eval.jsonl").open("a") as file:
-            file.write(line + "\n")
+        common.append_line(folder / "eval.jsonl", line)
     except OSError as error:
         print(f"note: cannot write {folder / 'eval.jsonl'} ({error.strerror})", file=sys.stderr)
 

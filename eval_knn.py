@@ -108,8 +108,7 @@ def main(args: argparse.Namespace) -> None:
     line = json.dumps(result)
     if not untrained:
         try:
-            with (path.parent / "eval.jsonl").open("a") as file:
-                file.write(line + "\n")
+            common.append_line(path.parent / "eval.jsonl", line)
         except OSError as error:
             print(f"note: cannot write {path.parent / 'eval.jsonl'} ({error.strerror})", file=sys.stderr)
     print(line, flush=True)

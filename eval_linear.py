@@ -43,6 +43,7 @@ import os
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -396,7 +397,8 @@ def cached_features(
     """The features (N, V, d) of each of --layers, mapped from files that are made if they are not there.
 
     A file belongs to one set of weights, images, crops and one layer: its name is a checksum of these, the .json beside
-    it spells them out and says how many rows are done, so that a killed pass goes on.
+    it spells them out and says how many rows are done, with their checksum: a killed pass goes on, a damaged one is
+    made anew.
     """
     amp = common.amp_default(device) if args.amp is None else args.amp
     kind = args.feature_type or ("bfloat16" if amp else "float32")
@@ -421,9 +423,9 @@ def cached_features(
         except OSError:
             print(f"waiting for another run that writes features to {args.features}", flush=True)
             fcntl.lockf(lock, fcntl.LOCK_EX)
-        done = [rows_done(path, key) for path, key in zip(files, keys, strict=True)]
         mapped = [open_features(path, (len(data), crops, key["size"]), getattr(torch, kind))
                   for path, key in zip(files, keys, strict=True)]
+        done = [rows_done(*each) for each in zip(files, keys, mapped, strict=True)]
         todo = [number for number, rows in enumerate(done) if rows < len(data)]
         if todo:
             layers, first = [args.layers[number] for number in todo], min(done[number] for number in todo)
@@ -444,13 +446,24 @@ def both_features(
             cached_features(args, encoder, task.test, "test", args.test_crops, device))
 
 
-def rows_done(path: Path, key: dict[str, Any]) -> int:
-    """How many rows of a feature file are there; none if it is not of this key."""
+def rows_done(path: Path, key: dict[str, Any], values: Tensor) -> int:
+    """How many rows of a feature file are there; none if it is not of this key, or has changed since."""
     try:
         found = json.loads(path.with_suffix(".json").read_text())
-        return int(found["rows"]) if found["key"] == key and path.exists() else 0
+        rows = int(found["rows"]) if found["key"] == key else 0
+        if not rows or found["crc"] == checksum(values[:rows]):
+            return rows
+        print(f"note: {path} is damaged and made anew", file=sys.stderr, flush=True)
     except (OSError, ValueError, KeyError, TypeError):
-        return 0
+        pass
+    return 0
+
+
+def checksum(rows: Tensor, crc: int = 0) -> int:
+    """CRC-32 of rows (N, V, d), after those of which `crc` is."""
+    for part in torch.split(rows, 1024):
+        crc = zlib.crc32(part.contiguous().view(torch.uint8).numpy().data, crc)
+    return crc
 
 
 def open_features(path: Path, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
@@ -464,7 +477,8 @@ def open_features(path: Path, shape: tuple[int, ...], kind: torch.dtype) -> Tens
         path.with_suffix(".json").unlink(missing_ok=True)
         with path.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, size) if hasattr(os, "posix_fallocate") else file.truncate(size)
-    return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=kind).view(shape)
+    content = np.memmap(path, np.uint8, "r+")  # torch.from_file takes no names of other bytes than UTF-8
+    return torch.from_numpy(content).view(kind).view(shape)
 
 
 def fill(
@@ -475,20 +489,21 @@ def fill(
     from tqdm import tqdm
 
     def mark(rows: int) -> None:
-        for _, path, key in parts:
+        for (_, path, key), crc in zip(parts, sums, strict=True):
             with path.open("rb+") as file:  # rows that the disk does not have must not be taken for done
                 os.fsync(file.fileno())
             temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(dict(rows=rows, key=key)))
+            temporary.write_text(json.dumps(dict(rows=rows, crc=crc, key=key)))
             temporary.replace(path.with_suffix(".json"))
 
-    row, marked = first, time.monotonic()
+    row, marked, sums = first, time.monotonic(), [checksum(values[:first]) for values, _, _ in parts]
     bar = tqdm(total=len(parts[0][0]), initial=first, unit="image", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     try:
         for views in batches:
             count = len(views)
-            for (values, _, _), found in zip(parts, encode(views.flatten(0, 1)), strict=True):
+            for i, ((values, _, _), found) in enumerate(zip(parts, encode(views.flatten(0, 1)), strict=True)):
                 values[row : row + count] = found.view(count, -1, values.shape[2]).to(values.device, values.dtype)
+                sums[i] = checksum(values[row : row + count], sums[i])
             row += count
             bar.update(count)
             if time.monotonic() - marked > 30:
@@ -1264,8 +1279,7 @@ def main(args: argparse.Namespace) -> None:
     line = json.dumps(facts | result)
     place = (args.output if args.checkpoint == "random" else path.parent) / "eval.jsonl"
     try:
-        with place.open("a") as file:
-            file.write(line + "\n")
+        common.append_line(place, line)
     except OSError as error:
         print(f"note: cannot write {place} ({error.strerror})", file=sys.stderr)
     print(line, flush=True)

@@ -1255,7 +1255,7 @@ def read_detections(name: str) -> dict[str, Any]:
     if not path.exists():
         path = max(Path(name).glob("detection-*/detections.pth"), key=lambda file: file.stat().st_mtime, default=path)
     try:
-        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        saved: dict[str, Any] = common.load_plain(path)
         return {key: saved[key] for key in ("found", "truth", "classes", "images", "result", "git")}
     except OSError as error:
         raise common.Fault(f"cannot read {path} ({error.strerror}): name the folder of a run of "

@@ -27,7 +27,10 @@ TINY = [
 
 started: list[ForkServerProcess] = []
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["helpers", "eval_knn", "eval_linear", "eval_detection", "eval_segmentation"])
+_context.set_forkserver_preload([
+    "helpers", "local_aggregation", "deepcluster", "cld", "eval_knn", "eval_linear", "eval_detection",
+    "eval_segmentation", "figures",
+])  # fmt: skip
 
 
 @dataclasses.dataclass

@@ -194,6 +194,21 @@ def test_killed_pass_goes_on(tmp_path: Path) -> None:
         assert torch.equal(features(args, encoder, data)[0], whole) and len(seen) == 14
 
 
+@pytest.mark.parametrize("how", ["a bit", "cut", "no file"])
+def test_damaged_features_are_made_anew(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A feature file of another length, or with a bit that has changed, is not taken for what it was."""
+    args, (encoder, data) = options(tmp_path, "--layers", "conv5", "--image-batch", "5"), encoder_and_data()
+    (whole,) = [values.clone() for values in features(args, encoder, data)]
+    path = next((tmp_path / "features").glob("*.bin"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content if how == "a bit" else content[:-4])
+    if how == "no file":
+        path.unlink()
+    assert torch.equal(features(args, encoder, data)[0], whole)
+    assert ("is damaged and made anew" in capsys.readouterr().err) == (how == "a bit")
+
+
 # linear probes
 
 
