@@ -25,6 +25,7 @@ test-all: install  ## also the long ones; with CIFAR-10 if $$DATA_DIR has it
 
 test-gpu: install  ## what needs a CUDA device
 	$(RUN) -m pytest -q -m gpu
+
 MINUTES ?= 20
 faults: install  ## attacks on every script, at random, for MINUTES; the counts go to tests/README.md
 	PYTHONPATH=.:tests $(RUN) tests/faults/campaign.py --add --minutes $(MINUTES) --seed $$(date +%s)
