@@ -20,6 +20,8 @@ import eval_knn
 import eval_linear
 import npid
 
+CPU = torch.device("cpu")
+
 
 def images(folder: Path, count: int, side: int = 16) -> Path:
     """A class of `count` small images."""
@@ -266,6 +268,52 @@ def test_damaged_checkpoint(kind: str, trained: Path, tmp_path: Path) -> None:
     one_line(run("eval_knn", [path, "--arch", "resnet18"]), str(path))
     assert path.read_bytes() == content and not (tmp_path / "executed").exists()
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"checkpoint.pth", "lock"}
+
+
+def test_flipped_bit_is_found(trained: Path, tmp_path: Path) -> None:
+    """A bit that has flipped in a weight, of which PyTorch takes no notice, is: the checkpoint is refused."""
+    content = bytearray((trained / "checkpoint.pth").read_bytes())
+    weight = torch.load(trained / "checkpoint.pth")["state"]["bank"]["features"].numpy().tobytes()
+    content[content.index(weight) + 100] ^= 16
+    path = tmp_path / "checkpoint.pth"
+    path.write_bytes(content)
+    torch.load(path)
+    for load in (common.load_checkpoint, lambda path: common.load_encoder(path, None, None, None, CPU, "auto")):
+        with pytest.raises(common.Fault, match="is damaged"):
+            load(path)
+
+
+def test_lines_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line is added whole or, where the disk is full, not at all; after half a line of others a new one starts."""
+    path = tmp_path / "lines"
+    path.write_text("half")
+    common.append_line(path, "a")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(os, "fsync", full)
+        common.append_line(path, "b")
+    common.append_line(path, "c")
+    assert path.read_text() == "half\na\nc\n"
+
+
+def test_links_that_lead_back(tmp_path: Path) -> None:
+    """A link to a folder above is no folder of images: each is found once; other links are followed."""
+    images(tmp_path / "data" / "a", 3)
+    images(tmp_path / "elsewhere", 2)
+    (tmp_path / "data" / "a" / "loop").symlink_to(tmp_path / "data", target_is_directory=True)
+    (tmp_path / "data" / "b").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert common._image_files(tmp_path / "data", None) == ["a/0.png", "a/1.png", "a/2.png", "b/0.png", "b/1.png"]
+
+
+def test_what_takes_less_memory() -> None:
+    """Only options that the script has are named."""
+    every = common.less_memory(npid.parse_args([]))
+    assert every == "lower --batch-size, split each batch with --accumulate, or use --cache none"
+    assert "--accumulate" not in common.less_memory(eval_knn.parse_args(["random"]))
+    assert "--" not in common.less_memory(argparse.Namespace())
 
 
 # in the middle of a run
