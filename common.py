@@ -86,7 +86,8 @@ def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], 
         reason = str(error)
         if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in reason or "Socket" in reason):
             problem, wait = "another rank ended: see its message", 3.0
-        elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in reason:
+        elif (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in reason
+              or "calculation overflowed" in reason):  # so much that its bytes cannot be counted
             problem = f"out of memory: {less_memory(args)}"
         elif reason.startswith("DataLoader worker"):
             problem = f"{reason.splitlines()[0]}: lower --workers"
@@ -171,7 +172,7 @@ SHARE = number(float, 0, 1)
 def part(text: str) -> float:
     """An argparse type: a number of images (1, 2, ...) or a share of them (0.1 is 10 %)."""
     value = POSITIVE(text)
-    if value >= 1 and value != int(value):
+    if value >= 1 and (value != int(value) or value > 2**53):
         raise argparse.ArgumentTypeError(f"{text} is neither a number of images nor a share below 1")
     return float(value)
 

@@ -792,7 +792,7 @@ def numeric_options(name: str) -> list[tuple[str, Any]]:
 
 
 def closed_output(world: World, name: str, draw: random.Random) -> int:
-    """Whoever reads the output may leave (`| head`): no traceback, and the same command goes on."""
+    """Whoever reads the output may leave, as head does: no traceback, and the same command goes on."""
     world.end(name)
     out = world.fresh(name)
     process = world.run(name, out, before=functools.partial(close_stdout, draw.randint(0, 3)))
