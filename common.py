@@ -2084,7 +2084,7 @@ def assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, float]:
         return labels, F.mse_loss(rows, centroids.index_select(0, labels), reduction="sum").double()
 
     if screen:  # many short operators: torch's threads share each better than workers share the interpreter
-        chunk = min(4096, max(256, (1 << 23) // len(centroids)))
+        chunk = min(4096, max(256, (1 << 21) // len(centroids)))
         found = [work(rows) for rows in torch.split(x, chunk)]
     else:
         chunk = 16384 if x.device.type == "cuda" else 1024  # of 256 to 4,096 the fastest on a CPU
