@@ -872,7 +872,7 @@ class ImageSet:
             content.update(self.pixels[list(sample)].cpu().numpy().tobytes())
         elif self.files is not None:
             content.update(self.files.tobytes())
-            content.update(repr([self.path(row).stat().st_size for row in sample]).encode())
+            content.update(repr([file_size(self.path(row)) for row in sample]).encode())
         return dict(name=self.name, images=len(self), size=self.size, mean=list(self.mean), std=list(self.std),
                     small=self.small, classes=len(self.classes), checksum=content.hexdigest())  # fmt: skip
 
@@ -971,6 +971,14 @@ class ImageSet:
 def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
     """(C, 1, 1), copied to the device once: each copy waits for it."""
     return torch.tensor(values, device=device).view(-1, 1, 1)
+
+
+def file_size(path: Path) -> int:
+    """Bytes; -1 for a link that leads nowhere, which counts as an unreadable image."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 class BadImages:

@@ -214,8 +214,11 @@ def die_in_write(seed: int) -> None:
         return len(calls) == when
 
     def cut(descriptor: int) -> None:
-        if Path(f"/proc/self/fd/{descriptor}").readlink().is_file() and struck():
-            os.ftruncate(descriptor, draw.randint(0, os.fstat(descriptor).st_size))
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if path.is_file() and struck():
+            content = path.read_bytes()
+            least = content[:-1].rfind(b"\n") + 1 if path.suffix == ".jsonl" else 0  # only the last line is new
+            os.ftruncate(descriptor, draw.randint(least, len(content)))
             os.kill(os.getpid(), signal.SIGKILL)
         fsync(descriptor)
 
