@@ -180,7 +180,7 @@ sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]
 from pathlib import Path
 import torch, common, npid, test_distributed
 torch.set_num_threads(1)
-test_distributed.evaluation_mode(Path(sys.argv.pop(1)))
+test_distributed.evaluation_mode("npid", Path(sys.argv.pop(1)))
 sys.argv[0] = "npid.py"
 common.launch(npid.main, npid.parse_args)
 """
@@ -215,7 +215,7 @@ def test_torchrun_terminated_then_one_rank(tmp_path: Path) -> None:
     epochs = str(saved["epoch"] + 1)
     for output in ("a", "b"):
         done = run("npid", [*TINY, "--no-amp", "--output", tmp_path / output, "--epochs", epochs],
-                   functools.partial(evaluation_mode, tmp_path / "images"))  # fmt: skip
+                   functools.partial(evaluation_mode, "npid", tmp_path / "images"))  # fmt: skip
         assert done.code == 0, done.err
     close(checkpoint(tmp_path / "a")["state"]["bank"], checkpoint(tmp_path / "b")["state"]["bank"])
 
