@@ -2080,24 +2080,28 @@ def kmeans(
         return run(x, init.to(x).clone(), iterations, seed, spherical)
 
 
-def assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, float]:
-    """The nearest centroid of each row, (N,) int64, by float32 scores, and the sum of squared distances."""
+CHUNK = {"cuda": 16384}  # rows at once; elsewhere 1,024, of 256 to 4,096 the fastest on a CPU
+
+
+def nearest(x: Tensor, centroids: Tensor, low: list[_Int8] | None = None) -> Tensor:
+    """The nearest centroid of each row, (N,) int64, by float32 scores.
+
+    low: low_chunks(x, len(centroids)), from whoever needs them more than once.
+    """
     offset = -0.5 * centroids.square().sum(1)
-    screen = _screen(centroids, offset) if x.device.type == "cpu" and HAS_INT8 else None
+    low = low_chunks(x, len(centroids)) if low is None else low
+    if low and (labels := _nearest_screened(x, centroids, offset, low)) is not None:
+        return labels
+    parts = torch.split(x, CHUNK.get(x.device.type, 1024))
+    return torch.cat(in_parts(lambda rows: torch.addmm(offset, rows, centroids.T).max(1).indices, parts, x.device))
 
-    def work(rows: Tensor) -> tuple[Tensor, Tensor]:
-        labels = screen(rows) if screen else None
-        if labels is None:
-            labels = torch.addmm(offset, rows, centroids.T).max(1).indices
-        return labels, F.mse_loss(rows, centroids.index_select(0, labels), reduction="sum").double()
 
-    if screen:  # many short operators: torch's threads share each better than workers share the interpreter
-        chunk = min(4096, max(256, (1 << 21) // len(centroids)))
-        found = [work(rows) for rows in torch.split(x, chunk)]
-    else:
-        chunk = 16384 if x.device.type == "cuda" else 1024  # of 256 to 4,096 the fastest on a CPU
-        found = in_parts(work, torch.split(x, chunk), x.device)
-    return torch.cat([labels for labels, _ in found]), float(torch.stack([total for _, total in found]).sum())
+def assign(x: Tensor, centroids: Tensor, low: list[_Int8] | None = None) -> tuple[Tensor, float]:
+    """nearest(x, centroids, low), and the sum of squared distances, k-means' objective."""
+    labels, chunk = nearest(x, centroids, low), CHUNK.get(x.device.type, 1024)
+    parts = zip(torch.split(x, chunk), torch.split(labels, chunk), strict=True)
+    totals = [F.mse_loss(rows, centroids.index_select(0, found), reduction="sum").double() for rows, found in parts]
+    return labels, float(torch.stack(totals).sum())
 
 
 HAS_BFLOAT16: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
@@ -2121,15 +2125,20 @@ def _int8(x: Tensor) -> _Int8:
     return _Int8(rounded.to(torch.int8), scale, torch.sub(x, rounded, alpha=scale).norm(dim=1), x.norm(dim=1))
 
 
-def _reach(rows: _Int8, keys: _Int8) -> Tensor:
+def _worst(keys: _Int8) -> tuple[float, float, float]:
+    """The keys' scale, largest error, and largest norm."""
+    return keys.scale, float(keys.error.max()), float((keys.norm + keys.error).max())
+
+
+def _reach(rows: _Int8, scale: float, error: float, norm: float) -> Tensor:
     """How far below a score, in units of the product of both scales, an equal one can lie in 8 bits, (N,) int32.
 
-    A product is off by |x| |c - c~| + |x - c~| |c~| at most, and by 1/sqrt(D) of that as a standard deviation when
-    the errors of rounding point anywhere; six of them are allowed for on both sides.
+    A product is off by a = |x| |c - c~| and b = |x - x~| |c~| at most; by sqrt((a^2 + b^2) / D) as a standard deviation
+    when the errors of rounding point anywhere, and six of them are allowed for of the difference of two such errors.
     """
-    share = min(1.0, 6 / math.sqrt(rows.values.shape[1]))
-    error = share * (rows.norm * keys.error.max() + rows.error * (keys.norm + keys.error).max())
-    return (2 * error / (rows.scale * keys.scale) + 3).ceil_().int()
+    a, b = rows.norm * error, rows.error * norm
+    likely = torch.hypot(a, b).mul_(6 / math.sqrt(2 * rows.values.shape[1]))
+    return torch.minimum(a.add_(b), likely).mul_(2 / (rows.scale * scale)).add_(3).ceil_().int()
 
 
 def _where(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -2140,44 +2149,57 @@ def _where(mask: Tensor) -> tuple[Tensor, Tensor]:
     return row.index_select(0, entry), 8 * word.index_select(0, entry) + place
 
 
-def _screen(centroids: Tensor, offset: Tensor) -> Callable[[Tensor], Tensor | None]:
+def low_chunks(x: Tensor, k: int) -> list[_Int8]:
+    """Chunks of x (N, D) in 8 bits whose products with k centroids stay in the cache; none without instructions."""
+    if x.device.type != "cpu" or not HAS_INT8:
+        return []
+    return [_int8(rows) for rows in torch.split(x, min(4096, max(256, (1 << 21) // k)))]
+
+
+def _nearest_screened(x: Tensor, centroids: Tensor, offset: Tensor, low: list[_Int8]) -> Tensor | None:
     """Labels by float32 scores of the few centroids that a product in 8 bits leaves over; None if they are many."""
-    k, keys = len(centroids), _int8(centroids)
+    k, keys, start = len(centroids), _int8(centroids), 0
+    worst = _worst(keys)
     strips = -(-k // 256) * 16  # strip j holds the columns j, j + strips, ...: 16 of them
     columns = F.pad(keys.values, (0, 0, 0, 16 * strips - k)).T
-
-    def labels(rows: Tensor) -> Tensor | None:
-        low = _int8(rows)
-        if not math.isfinite(low.scale * keys.scale):
+    room = torch.empty(len(low[0].values), 16 * strips, dtype=torch.int32)
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for rows in low:
+        if not math.isfinite(rows.scale * keys.scale):
             return None
-        addend = (offset / (low.scale * keys.scale)).clamp_(min=-(2**24)).round_().int()  # float32 holds them exactly
-        scores = torch._int_mm(low.values, columns).add_(F.pad(addend, (0, 16 * strips - k), value=-(2**30)))
-        scores = scores.view(-1, 16, strips)
+        addend = (offset / (rows.scale * keys.scale)).clamp_(min=-(2**24)).round_().int()  # float32 holds them exactly
+        scores = torch._int_mm(rows.values, columns, out=room[: len(rows.values)])
+        scores = scores.add_(F.pad(addend, (0, 16 * strips - k), value=-(2**30))).view(-1, 16, strips)
         peaks = scores.amax(1)
-        least = peaks.amax(1) - _reach(low, keys)
+        least = peaks.amax(1) - _reach(rows, *worst)
         row, strip = _where(peaks >= least[:, None])
-        if len(row) > 4 * len(rows):
+        if len(row) > 4 * len(rows.values):
             return None
-        entry, place = (scores[row, :, strip] >= least[row, None]).nonzero().unbind(1)
-        row, column = row.index_select(0, entry), place * strips + strip.index_select(0, entry)
-        found = torch.empty(len(rows), dtype=torch.int64).index_put_((row,), column)
-        several = (row.bincount(minlength=len(rows)) > 1)[row]
-        row, column = row[several], column[several]
-        exact = (rows.index_select(0, row) * centroids.index_select(0, column)).sum(1) + offset[column]
-        top = torch.full((len(rows),), -math.inf).scatter_reduce_(0, row, exact, "amax")
-        found[row] = k
-        tied = torch.where(exact == top[row], column, k)  # of equally near centroids the first, as max does
-        return found.scatter_reduce_(0, row, tied, "amin")
-
-    return labels
+        found.append((row + start, strip, scores[row, :, strip] >= least.index_select(0, row)[:, None]))
+        start += len(rows.values)
+    row, strip, near = map(torch.cat, zip(*found, strict=True))
+    entry, place = _where(near)
+    row, column = row.index_select(0, entry), place * strips + strip.index_select(0, entry)
+    labels = torch.empty(len(x), dtype=torch.int64).index_put_((row,), column)
+    several = (row.bincount(minlength=len(x)) > 1).index_select(0, row).nonzero()[:, 0]
+    row, column = row.index_select(0, several), column.index_select(0, several)
+    exact = offset[column] + torch.cat([
+        (x.index_select(0, some) * centroids.index_select(0, their)).sum(1)  # large temporaries cost page faults
+        for some, their in zip(torch.split(row, 2048), torch.split(column, 2048), strict=True)
+    ])  # fmt: skip
+    top = torch.full((len(x),), -math.inf).scatter_reduce_(0, row, exact, "amax")
+    labels[row] = k
+    tied = torch.where(exact == top[row], column, k)  # of equally near centroids the first, as max does
+    return labels.scatter_reduce_(0, row, tied, "amin")
 
 
 def _kmeans_torch(x: Tensor, centroids: Tensor, iterations: int, seed: int, spherical: bool) -> KMeans:
     random = np.random.default_rng([seed, 1])
     k, empty, splits = len(centroids), 0, 0
     objective: list[float] = []
+    low = low_chunks(x, k)
     for _ in range(iterations):
-        labels, total = assign(x, centroids)
+        labels, total = assign(x, centroids, low)
         objective.append(total)
         sums, counts = cluster_sums(x, labels, k)
         means = sums / counts.clamp(min=1).unsqueeze(1)
@@ -2186,7 +2208,7 @@ def _kmeans_torch(x: Tensor, centroids: Tensor, iterations: int, seed: int, sphe
         centroids = torch.where(counts.unsqueeze(1) > 0, means, centroids)
         empty = split_empty(centroids, counts, random)
         splits += empty
-    labels, total = assign(x, centroids)
+    labels, total = assign(x, centroids, low)
     return KMeans(labels.int(), centroids, [*objective, total], empty, splits, f"torch {x.device.type}")
 
 
@@ -2301,19 +2323,20 @@ def _neighbors(queries: Tensor, keys: Tensor, k: int, exclude: Tensor | None) ->
 
 def _neighbors_screened(queries: Tensor, keys: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
     """The k best keys by float32 products of those that a product in 8 bits leaves over, about 1.5 k of them."""
-    low_keys, block = _int8(keys), 4096  # keys whose products with a chunk of queries stay in the cache
+    low_keys, block = _int8(keys), 2048  # keys whose products with a chunk of queries stay in the cache
     strips, blocks = block // 16, -(-len(keys) // block)  # a strip: 16 neighbouring keys
     last = len(keys) - (blocks - 1) * block
     columns = F.pad(low_keys.values, (0, 0, 0, block - last)).view(blocks, block, -1).transpose(1, 2)
-    wanted = k + (exclude is not None)
-    chunk = min(128, max(16, (1 << 24) // len(keys)))
+    wanted, worst = k + (exclude is not None), _worst(low_keys)
+    chunk = min(512, max(16, (1 << 25) // len(keys)))
     scores = torch.empty(blocks, chunk, block, dtype=torch.int32)
     peaks = torch.empty(chunk, blocks, strips, dtype=torch.int32)
     found = []
     for start in range(0, len(queries), chunk):
         rows = queries[start : start + chunk]
         itself = None if exclude is None else exclude[start : start + chunk]
-        low, n = _int8(rows), len(rows)
+        n, largest = len(rows), rows.abs().amax(1, keepdim=True)
+        low = _int8(rows / largest.clamp_(min=1e-30))  # a query's own scale does not change its order of keys
         if not math.isfinite(low.scale * low_keys.scale):
             return _neighbors(queries, keys, k, exclude)
         for j, table in enumerate(scores[:, :n]):
@@ -2322,7 +2345,7 @@ def _neighbors_screened(queries: Tensor, keys: Tensor, k: int, exclude: Tensor |
                 table[:, last:] = -(2**30)
             torch.amax(table.view(n, strips, 16), 2, out=peaks[:n, j])
         tops = peaks[:n].view(n, 4, -1).amax(1).topk(wanted, sorted=False).values
-        least = tops.amin(1) - _reach(low, low_keys)  # of wanted strips' maxima, so that as many keys reach it
+        least = tops.amin(1) - _reach(low, *worst)  # of wanted strips' maxima, so that as many keys reach it
         row, strip = _where(peaks[:n].view(n, -1) >= least[:, None])
         line = (strip // strips * chunk + row) * strips + strip % strips
         entry, place = _where(scores.view(-1, 16).index_select(0, line) >= least.index_select(0, row)[:, None])

@@ -391,8 +391,9 @@ def kmeans_half(x: Tensor, k: int, seed: int, iterations: int = 20) -> tuple[Ten
     """Lloyd's k-means from k random rows of x (N, D), no cluster left empty: labels (N,), empties of the last step."""
     random = np.random.default_rng(seed)
     centroids = x[torch.from_numpy(random.permutation(len(x))[:k]).to(x.device)]
+    low = common.low_chunks(x, k)
     for iteration in range(iterations + 1):
-        labels, empties = fill_empty(common.assign(x, centroids)[0], k, random)
+        labels, empties = fill_empty(common.nearest(x, centroids, low), k, random)
         if iteration < iterations:
             sums, counts = common.cluster_sums(x, labels, k)
             centroids = sums / counts[:, None]
@@ -626,7 +627,7 @@ def assign_images(args: argparse.Namespace) -> None:
         h = encoder.activate(h) if options.descriptors == "after" else h
         return whiten(h, clusters["projection"], clusters["offset"])
 
-    labels, _ = common.assign(common.extract(device, data, embed), clusters["centroids"])
+    labels = common.nearest(common.extract(device, data, embed), clusters["centroids"])
     path, part = args.output / "assigned.csv", args.output / "assigned.tmp"
     with part.open("w", newline="", errors="surrogateescape") as file:
         csv.writer(file).writerows([("path", "cluster"), *zip(image_names(data), labels.tolist(), strict=True)])

@@ -65,7 +65,8 @@ def test_screen_gives_up_on_ties() -> None:
     """When all centroids are alike the screen rules nothing out; the first one is then the label."""
     x = cloud(300, 16)
     centroids = x[:1].repeat(64, 1)
-    assert common._screen(centroids, -0.5 * centroids.square().sum(1))(x) is None
+    low = [common._int8(x)]
+    assert common._nearest_screened(x, centroids, -0.5 * centroids.square().sum(1), low) is None
     assert not common.assign(x, centroids)[0].any()
 
 
