@@ -2278,18 +2278,26 @@ def _kmeans_faiss(x: Tensor, centroids: Tensor, iterations: int, seed: int, sphe
 
 @torch.no_grad()
 def neighbors(
-    queries: Tensor, keys: Tensor, k: int, *, exclude: Tensor | None = None, backend: str = "torch"
+    queries: Tensor,
+    keys: Tensor,
+    k: int,
+    *,
+    exclude: Tensor | None = None,
+    best_first: bool = True,
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     """The k rows of keys (N, D) of largest inner product, best first: similarity (Q, k) and index (Q, k).
 
-    exclude: (Q,) row of keys that each query leaves out, itself for instance.
+    exclude: (Q,) row of keys that each query leaves out, itself for instance. Not best_first: in any order, which
+    spares a sort that costs as much as the search when k is in the thousands.
     """
     if not 1 <= k <= len(keys) - (exclude is not None):
         raise Fault(f"neighbours: {k} wanted, but there are {len(keys) - (exclude is not None)} candidates")
     if backend == "faiss":
         return _neighbors_faiss(queries, keys, k, exclude)
     queries, keys = queries.detach().float(), keys.detach().float()
-    work = _neighbors_screened if queries.device.type == "cpu" and HAS_INT8 and len(keys) >= 128 * k else _neighbors
+    screened = queries.device.type == "cpu" and HAS_INT8 and len(keys) >= 128 * k
+    work = _neighbors_screened if screened else functools.partial(_neighbors, best_first=best_first)
     every = torch.arange(len(queries), device=queries.device)
     workers = torch.get_num_threads() if queries.device.type == "cpu" else 1
     found = in_parts(
@@ -2300,12 +2308,15 @@ def neighbors(
     return torch.cat([similarity for similarity, _ in found]), torch.cat([index for _, index in found])
 
 
-def _neighbors(queries: Tensor, keys: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+def _neighbors(
+    queries: Tensor, keys: Tensor, k: int, exclude: Tensor | None, best_first: bool = True
+) -> tuple[Tensor, Tensor]:
     """The k best keys from all products: those in the k strips of keys with the largest maxima."""
     width = max(1, math.isqrt(len(keys) // k))  # keys a strip
     strips = -(-len(keys) // width)
     chunk = max(1, (1 << 24 if queries.device.type == "cpu" else 1 << 29) // (width * strips))
-    scores = queries.new_full((min(chunk, len(queries)), width * strips), -math.inf)
+    scores = queries.new_empty(min(chunk, len(queries)), width * strips)
+    scores[:, len(keys) :] = -math.inf
     similarity = queries.new_empty(len(queries), k)
     index = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
     for start in range(0, len(queries), chunk):
@@ -2316,7 +2327,8 @@ def _neighbors(queries: Tensor, keys: Tensor, k: int, exclude: Tensor | None) ->
             table.scatter_(1, exclude[out, None], -math.inf)
         table = table.view(-1, width, strips)
         column = table.amax(1).topk(k, sorted=False).indices
-        similarity[out], place = table.gather(2, column[:, None].expand(-1, width, -1)).flatten(1).topk(k)
+        candidates = table.gather(2, column[:, None].expand(-1, width, -1)).flatten(1)
+        similarity[out], place = candidates.topk(k, sorted=best_first)
         index[out] = place // k * strips + column.gather(1, place % k)
     return similarity, index
 

@@ -221,20 +221,23 @@ class Clusters(nn.Module):
         """Whether images share a cluster in some clustering: index (B,), columns (c,) or (B, c) -> (B, c) bool."""
         same = torch.zeros(len(index), columns.shape[-1], dtype=torch.bool, device=index.device)
         for labels in self.labels:
-            same |= labels[columns] == labels[index, None]
+            # One list of columns for each image: gather is five times faster than indexing, on a CPU.
+            theirs = labels.expand(len(columns), -1).gather(1, columns) if columns.ndim > 1 else labels[columns]
+            same |= theirs == labels[index, None]
         return same
 
 
 def nearest(z: Tensor, index: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """B_i: the k slots nearest to z (B, D) in the bank (N, D), nearest first, and always i.
+    """B_i: the k slots nearest to z (B, D) in the bank (N, D), in any order, and always i.
 
-    Where i is not among them, it takes the place of the k-th. Returns slots (B, k), their similarities (B, k) and
+    Where i is not among them, it takes the place of the farthest. Returns slots (B, k), their similarities (B, k) and
     whether i had to be put in (B,).
     """
-    similarity, slots = common.neighbors(z, bank, k)
+    similarity, slots = common.neighbors(z, bank, k, best_first=False)
     missing = (slots != index[:, None]).all(1)
-    slots[:, -1] = torch.where(missing, index, slots[:, -1])
-    similarity[:, -1] = torch.where(missing, (z * bank[index].float()).sum(1), similarity[:, -1])
+    last, own = similarity.argmin(1, keepdim=True), (z * bank[index].float()).sum(1)
+    slots.scatter_(1, last, torch.where(missing, index, slots.gather(1, last)[:, 0])[:, None])
+    similarity.scatter_(1, last, torch.where(missing, own, similarity.gather(1, last)[:, 0])[:, None])
     return slots, similarity, missing
 
 

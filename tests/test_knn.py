@@ -76,6 +76,16 @@ def test_screened_neighbors_of_many_alike() -> None:
     assert torch.equal(index % 2, (torch.arange(5) % 2)[:, None].expand(5, 40))
 
 
+def test_neighbors_in_any_order(device: str) -> None:
+    """Without an order the same neighbours are found, each with its own similarity."""
+    queries, keys = unit(23, 32, 0, device), unit(4999, 32, 1, device)
+    expected, best = common.neighbors(queries, keys, 200)
+    similarity, index = common.neighbors(queries, keys, 200, best_first=False)
+    torch.testing.assert_close(similarity.sort(1, descending=True).values, expected)
+    assert torch.equal(index.sort(1).values, best.sort(1).values)
+    torch.testing.assert_close((queries @ keys.T).gather(1, index), similarity, atol=1e-6, rtol=0)
+
+
 def test_neighbors_do_not_depend_on_the_chunk() -> None:
     """Queries searched one by one find what they find together."""
     queries, keys = unit(40, 16, 0), unit(3000, 16, 1)

@@ -137,14 +137,14 @@ def test_identical_clusterings_count_once() -> None:
 
 
 def test_itself_is_always_among_the_nearest_and_listed_once() -> None:
-    """nearest() lists i exactly once, in the place of the k-th if it is not among the k nearest, and says so."""
+    """nearest() lists i exactly once, in the place of the farthest if it is not among the k nearest, and says so."""
     z, bank, index = unit(B, D), unit(N, D, seed=2), torch.arange(B)
     bank[0] = z[0]  # one image that is its own nearest
     slots, similarity, missing = la.nearest(z, index, bank, 3)
     assert ((slots == index[:, None]).sum(1) == 1).all() and not missing[0] and missing.any()
     assert torch.allclose(similarity, torch.einsum("bd,bkd->bk", z, bank[slots]), atol=1e-6)
-    true = (z @ bank.T).topk(3).indices
-    assert torch.equal(slots[:, :2], true[:, :2])
+    for listed, true in zip(slots.tolist(), (z @ bank.T).topk(3).indices.tolist(), strict=True):
+        assert set(true[:2]) <= set(listed)
 
 
 def run_rows(output: Path, *options: str) -> list[dict[str, Any]]:
