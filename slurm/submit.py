@@ -403,7 +403,7 @@ def submit(folder: Path, first: Any, then: Any, jobs: list[list[Job]]) -> None:
 
 
 def run_here(folder: Path, executor: Any, job: Job) -> None:
-    """Run a job on this machine to its end, which Ctrl-C brings about after a checkpoint."""
+    """Run a job on this machine to its end, which Ctrl-C and TERM bring about after a checkpoint."""
     print(f"{shlex.join([job.script, *job.run.argv])}")
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by what starts now
     started = executor.submit(job)
@@ -412,15 +412,19 @@ def run_here(folder: Path, executor: Any, job: Job) -> None:
         started.results()
         return
     print(f"    log    tail -F {started.paths.stdout}\nfolder {folder}", flush=True)
-    process, stopped = started._process, False
-    while process.poll() is None:
-        try:
-            time.sleep(0.2)
-        except KeyboardInterrupt:
-            stopped = True
-            process.terminate()
+    process, stopped = started._process, list[int]()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped.append(number)
+        process.terminate()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    process.wait()
     if stopped:
-        raise KeyboardInterrupt
+        print(f"submit.py: error: stopped, {started.paths.stderr} says where; the same command continues",
+              file=sys.stderr)  # fmt: skip
+        raise SystemExit(128 + stopped[0])
     if not all(task.paths.result_pickle.exists() for task in (started.task(i) for i in range(started.num_tasks))):
         error = started.paths.stderr
         lines = [line for line in error.read_text().splitlines() if "error: " in line] if error.exists() else []

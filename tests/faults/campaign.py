@@ -822,6 +822,61 @@ def close_stdout(lines: int) -> None:
     sys.stdout.write = counted  # type: ignore[method-assign]
 
 
+def tasks(folder: Path) -> list[int]:
+    """The processes that run a local job of this folder."""
+    found = list[int]()
+    for place in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            words = (place / "cmdline").read_bytes().decode(errors="replace")
+            if "submitit.core._submit" in words and str(folder) in words:
+                found.append(int(place.name))
+    return found
+
+
+def submission(world: World, name: str, draw: random.Random) -> int:
+    """The job killed, the submission stopped by TERM or Ctrl-C or killed (then its job goes on alone), a full disk:
+    an exit code and one line, no folder half-made; the same command ends as the undisturbed script does."""
+    world.end("npid")
+    how = draw.choice(["job killed", "term", "int", "killed", "full disk"])
+    disk = world.root / f"disk{world.count}"
+    with small_disk(disk, draw.randint(8, 1200)) if how == "full disk" else contextlib.nullcontext():
+        out = world.fresh("npid", disk / "out" if how == "full disk" else None)
+        command = [sys.executable, ROOT / "slurm" / "submit.py", "--cluster", "local", "--gpus", "0", "--hours", "0.1",
+                   ROOT / "npid.py", *world.argv("npid", out / "run")]  # fmt: skip
+        start = functools.partial(subprocess.Popen[str], list(map(str, command)), cwd=out, text=True,
+                                  env=os.environ | dict(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE)  # fmt: skip
+        process, end = start(), time.monotonic() + DEADLINE
+        if how != "full disk":
+            while not tasks(out):
+                assert process.poll() is None and time.monotonic() < end, "no job"
+                time.sleep(0.05)
+            time.sleep(draw.uniform(0, 3 + world.seconds["npid"]))
+        for victim in tasks(out) if how == "job killed" else [process.pid] * (how != "full disk"):
+            numbers = dict(term=signal.SIGTERM, int=signal.SIGINT)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, numbers.get(how, signal.SIGKILL))
+        _, error = process.communicate(timeout=DEADLINE)
+        assert "Traceback" not in error and process.returncode in (0, 2, 130, 143, -signal.SIGKILL), (how, error)
+        if process.returncode not in (0, -signal.SIGKILL):
+            lines = [line for line in error.splitlines() if ": error: " in line]
+            assert len(lines) == 1 and lines == error.splitlines()[-1:], (how, error)
+        if how == "full disk":
+            made = out / "run" / "slurm"
+            assert "No space left on device" in error or process.returncode == 0, error
+            assert all((folder / "code" / "COMMIT").exists() for folder in made.parent.glob("slurm/*")), "half a folder"
+            subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        while tasks(out):
+            assert time.monotonic() < end, "the job does not end"
+            time.sleep(0.05)
+        again = start()
+        assert again.wait(DEADLINE) == 0, again.communicate()
+        again.communicate()
+        assert not list(out.rglob("*.tmp"))
+        same(world.end("npid"), found("npid", out / "run"))
+    return 1
+
+
 class Unable(Exception):
     """This machine cannot make this fault."""
 
@@ -856,6 +911,7 @@ FAULTS = [
     Fault("out of memory", [*METHODS, *NETWORK], no_memory),
     Fault("any number for any numeric option", [n for n in EVERY if n != "figures curves"], odd_option, 3),
     Fault("output closed", EVERY, closed_output),
+    Fault("a submission attacked", ["submit"], submission, 3),
 ]
 
 

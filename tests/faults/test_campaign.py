@@ -25,7 +25,7 @@ SHORT = {
     "any number for any numeric option": ["eval_knn", "eval_linear"],
     "output closed": ["eval_knn"],
 }
-LONG_ONLY = {"no HOME, locale, read-only installation", "a rank killed"}
+LONG_ONLY = {"a submission attacked", "no HOME, locale, read-only installation", "a rank killed"}
 PAIRS = [(fault, script) for fault in campaign.FAULTS for script in SHORT.get(fault.name, [])]
 
 
