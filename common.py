@@ -2548,8 +2548,9 @@ def load_encoder(
 
     Checkpoints of ours say arch and width themselves; small: whether a foreign file has the 3x3 stem (None: as its
     weights fit). `layer`: "head", "backbone", or "auto": the head of checkpoints of ours, the backbone of foreign
-    files, whose last layer may be a classifier. Under 95 % of the backbone's weights found, or any of another shape,
-    is a Fault: numbers of a half-loaded network look like results.
+    files, whose last layer may be a classifier. An AlexNet or VGG16 that has fc6 and no fc7 ends there. Under 95 % of
+    the backbone's weights found, or any of another shape, is a Fault: numbers of a half-loaded network look like
+    results.
     """
     try:
         content = path.read_bytes()
@@ -2570,8 +2571,12 @@ def load_encoder(
     channels = 2 if any(w.ndim == 4 and w.shape[1] == 2 for w in weights.values()) else 3  # 2: DeepCluster's Sobel
     for stem in [data["small"]] if ours else [False, True] if small is None else [small]:
         network = backbone(arch, width, stem, channels)
+        weights, prefix = _strip(weights, network.state_dict())
+        if isinstance(network, PlainNet):
+            *_, fc6, fc7 = (name for name in network.state_dict() if name.endswith(".weight"))
+            if fc6 in weights and fc7 not in weights:
+                del network.classifier[-3:]
         target = network.state_dict()
-        weights, prefix = _strip(weights, target)
         if all(weights[name].shape == value.shape for name, value in target.items() if name in weights):
             break
     matched = {name: weights[name] for name in target if name in weights and weights[name].shape == target[name].shape}

@@ -366,11 +366,12 @@ def split(network: nn.Module, args: argparse.Namespace) -> tuple[list[nn.Module]
     for layer in layers[:start]:
         if isinstance(layer, nn.Conv2d | nn.MaxPool2d):
             stride *= layer.stride if isinstance(layer.stride, int) else layer.stride[0]
-    fc6, fc7 = (layer for layer in network.classifier if isinstance(layer, nn.Linear))
+    linear = [layer for layer in network.classifier if isinstance(layer, nn.Linear)]  # fc6 and, mostly, fc7
     drop = nn.Dropout(args.dropout)
-    head = nn.Sequential(nn.Flatten(), fc6, nn.ReLU(inplace=True), drop, fc7, nn.ReLU(inplace=True), drop)
+    hidden = [part for layer in linear for part in (layer, nn.ReLU(inplace=True), drop)]
+    head = nn.Sequential(nn.Flatten(), *hidden)
     channels = [layer.out_channels for layer in layers if isinstance(layer, nn.Conv2d)][-1]
-    return stages, head, stride, round((fc6.in_features / channels) ** 0.5), network.dim
+    return stages, head, stride, round((linear[0].in_features / channels) ** 0.5), network.dim
 
 
 class Anchors(AnchorGenerator):  # type: ignore[misc]

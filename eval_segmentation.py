@@ -265,13 +265,14 @@ class Segmenter(nn.Module):
                 stages.append(nn.Sequential(*[network.front] * (not start), *layers[start : end + 1]))
                 start = end + 1
             channels = [layer.out_channels for layer in layers if isinstance(layer, nn.Conv2d)][-1]
-            linear = [layer for layer in network.classifier if isinstance(layer, nn.Linear)]
-            fc = [convolution(layer, inputs) for layer, inputs in zip(linear, (channels, network.dim), strict=True)]
+            linear = [layer for layer in network.classifier if isinstance(layer, nn.Linear)]  # fc6 and, mostly, fc7
+            fc = [convolution(layer, inputs) for layer, inputs in zip(linear, (channels, network.dim), strict=False)]
             drop, act = nn.Dropout(args.dropout), nn.ReLU(inplace=True)
+            hidden = [part for layer in fc for part in (layer, act, drop)]
             score = nn.Conv2d(network.dim, 1 + num_classes, 1)
             nn.init.zeros_(score.weight)  # as in the first FCN
             nn.init.zeros_(score.bias)  # type: ignore[arg-type]
-            head = nn.Sequential(*layers[start:], fc[0], act, drop, fc[1], act, drop, score)
+            head = nn.Sequential(*layers[start:], *hidden, score)
         if args.freeze > len(stages):
             raise common.Fault(f"--freeze {args.freeze}: this network has {len(stages)} stages")
         self.trunk, self.head = nn.Sequential(*stages), head

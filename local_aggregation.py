@@ -33,8 +33,9 @@ Differences from the paper and from the existing codes:
 log.jsonl has, beside NPID's keys: la_loss; close_size, mean |C_i|; skewness, mean distance of v_i to the centre of C_i
 (section 5.2); intersection, mean |B_i and C_i|, and alone, the share of images with nothing but themselves in it;
 forced, the share that had to be put into their own B_i; objective, empty and splits of the k-means; nmi with the
-clustering before; cluster_seconds; local_density and background_density (Fig. 2: mean similarity to the 30 nearest, and
-to ranks 1000 to 4096, or the same shares of fewer images).
+clustering before; cluster_seconds; and, each --knn-every epochs and after the last, local_density and
+background_density (Fig. 2: mean similarity to the 30 nearest, and to ranks 1000 to 4096, or the same shares of fewer
+images).
 """
 
 import argparse
@@ -170,6 +171,12 @@ def fit_to(count: int, args: argparse.Namespace) -> list[str]:
                      "image has a close neighbour but itself; tens of images a cluster are usual")
     if args.background == "nearest" and args.k > count // 4:
         notes.append(f"warning: k = {args.k} is {100 * args.k / count:.0f} % of the images: B_i is hardly local")
+    if args.background == "clusters" and args.background_clusters[1] > count:
+        raise common.Fault(f"--background-clusters {' '.join(map(str, args.background_clusters))}: more clusters than "
+                           f"the {count} images")
+    if args.warmup_epochs >= args.epochs:
+        notes.append(f"warning: with --warmup-epochs {args.warmup_epochs} all {args.epochs} epochs are NPID's, none is "
+                     "Local Aggregation's")
     return notes
 
 
@@ -241,6 +248,12 @@ def nearest(z: Tensor, index: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Ten
     return slots, similarity, missing
 
 
+def most_similar(similarity: Tensor, count: int) -> Tensor:
+    """C_i = N_k' (Table 5): which of B_i are the `count` nearest, (B, k) bool. similarity: (B, k), in any order."""
+    places = similarity.topk(min(count, similarity.shape[1])).indices
+    return torch.zeros_like(similarity, dtype=torch.bool).scatter_(1, places, True)
+
+
 # ---- loss ------------------------------------------------------------------------------------------------------------
 # The bank takes no gradient, so that of L_i is known: (mean of v over B_i - mean of v over C_i and B_i) / tau, the
 # means weighted by the softmax of v.f / tau over the set. No graph of the (B, k) or (B, N) similarities is kept.
@@ -289,7 +302,9 @@ def local_aggregation_dense(
 
 def noise_scores(z: Tensor, noise: Tensor, bank: Tensor, tau: float) -> Tensor:
     """v_j . f / tau of the noise slots (B, m), for the paper's warm start."""
-    return (z @ bank.float().T).gather(1, noise) / tau
+    if 16 * noise.shape[1] > len(bank):  # many draws: all products at once beat gathering rows
+        return (z @ bank.float().T).gather(1, noise) / tau
+    return torch.einsum("bd,bmd->bm", z, bank[noise].float()) / tau
 
 
 def nce(positive: Tensor, noise: Tensor, log_z: Tensor, num_images: int) -> Tensor:
@@ -359,7 +374,7 @@ def dbscan(features: Tensor, radius: float) -> Tensor:
 def health(clusters: Clusters, before: Tensor, bank: Tensor, rows: Tensor) -> dict[str, float]:
     """Figures of a clustering, over the sampled images `rows` (R,) where not over all.
 
-    before: the labels (H, N) of last time.
+    before: the labels (H, N) of last time; there is no NMI with images that were all alone.
     """
     from sklearn.metrics import normalized_mutual_info_score
 
@@ -368,10 +383,13 @@ def health(clusters: Clusters, before: Tensor, bank: Tensor, rows: Tensor) -> di
         close = clusters.same(part, torch.arange(len(bank), device=bank.device)).float()
         sizes.append(close.sum(1))
         distances.append((close @ bank.float() / sizes[-1][:, None] - bank[part].float()).norm(dim=1))
-    nmi = normalized_mutual_info_score(before[0].cpu().numpy(), clusters.labels[0].cpu().numpy(),
-                                       average_method="arithmetic")
-    return dict(close_size=round(torch.cat(sizes).mean().item(), 2),
-                skewness=round(torch.cat(distances).mean().item(), 4), nmi=round(float(nmi), 4))
+    figures = dict(close_size=round(torch.cat(sizes).mean().item(), 2),
+                   skewness=round(torch.cat(distances).mean().item(), 4))
+    if int(before[0].max()) + 1 < len(bank):
+        nmi = normalized_mutual_info_score(before[0].cpu().numpy(), clusters.labels[0].cpu().numpy(),
+                                           average_method="arithmetic")
+        figures["nmi"] = round(float(nmi), 4)
+    return figures
 
 
 @torch.no_grad()
@@ -431,7 +449,7 @@ def main(args: argparse.Namespace) -> None:
 
             warm = epoch >= args.warmup_epochs
             due = step == 0 or (args.recluster_every and step % args.recluster_every == 0)
-            if warm and args.close == "clusters" and due:
+            if warm and due and "clusters" in (args.close, args.background):
                 clustering_began = time.perf_counter()
                 features = bank.features
                 if args.cluster_on == "center-crop":
@@ -440,14 +458,16 @@ def main(args: argparse.Namespace) -> None:
                     features = common.extract(run, data, embed)
                     encoder.train()
                 key = (epoch, step) if args.cluster_seeds == "redrawn" else ()
-                how: dict[str, Any] = (dict(method="dbscan", radius=args.dbscan_radius)
-                                       if args.clustering == "dbscan" else kmeans)
-                before = clusters.labels
-                clusters.labels, figures = cluster(run, features, args.H, args.m, ("close", *key), **how)
+                figures = dict[str, float]()
                 if args.background == "clusters":
                     count, number = args.background_clusters
                     background.labels, _ = cluster(run, features, count, number, ("background", *key), **kmeans)
-                figures |= health(clusters, before, bank.features, sample)
+                if args.close == "clusters":
+                    how: dict[str, Any] = (dict(method="dbscan", radius=args.dbscan_radius)
+                                           if args.clustering == "dbscan" else kmeans)
+                    before = clusters.labels
+                    clusters.labels, figures = cluster(run, features, args.H, args.m, ("close", *key), **how)
+                    figures |= health(clusters, before, bank.features, sample)
                 figures["cluster_seconds"] = round(time.perf_counter() - clustering_began, 2)
                 totals.add(**{name: torch.tensor(value, device=run.device) for name, value in figures.items()})
 
@@ -476,7 +496,7 @@ def main(args: argparse.Namespace) -> None:
                     slots, similarity, missing = nearest(f.detach(), i, bank.features, args.k)
                     close = clusters.same(i, slots)
                     if args.close == "nearest":
-                        close[:, : args.close_neighbors] = True
+                        close |= most_similar(similarity, args.close_neighbors)
                     losses = local_aggregation(f, slots, similarity, close, bank.features, args.temperature)
                     size = close.sum(1)
                     totals.add(forced=missing.float().mean())
@@ -499,11 +519,13 @@ def main(args: argparse.Namespace) -> None:
 
         images_per_second = (steps - start) * args.batch_size / (time.perf_counter() - began)
         row: dict[str, float] = totals.means(run)
-        if test and (epoch + 1 == args.epochs or (epoch + 1) % args.knn_every == 0):
+        monitored = epoch + 1 == args.epochs or (epoch + 1) % (args.knn_every or args.epochs) == 0
+        if monitored and test:
             encoder.eval()
             run.broadcast(encoder)
             features = bank.features if args.knn_features == "bank" else common.extract(run, data, embed)
             row |= common.knn_monitor(features, data, common.extract(run, test, embed), test, args.temperature)
+        if monitored and len(data) > 2:
             local, around = density(bank.features, sample)
             row |= dict(local_density=local.mean().item(), background_density=around.mean().item())
         run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=optimizer.param_groups[0]["lr"], **row,

@@ -116,6 +116,35 @@ def test_sobel_survives_save_and_load(arch: str, tmp_path: Path) -> None:
         assert torch.equal(loaded.backbone(images), encoder.backbone(images))
 
 
+@pytest.mark.parametrize("sobel", [False, True])
+@pytest.mark.parametrize(("arch", "head"), [
+    *itertools.product(("alexnet", "vgg16"), ("full", "2fc", "no-relu")),
+    *itertools.product(("resnet18", "resnet50"), ("full", "2fc", "no-relu", "map", "pooled")),
+])  # fmt: skip
+def test_every_head_is_read_by_the_evaluations(arch: str, head: str, sobel: bool, tmp_path: Path) -> None:
+    """Checkpoint and backbone.pth of any head: no weight is missing, and the backbone computes what it computed."""
+    encoder = dc.Encoder(arch, 4, True, 32, head, sobel, 0.5).eval()
+    torch.save(encoder.backbone.state_dict(), tmp_path / "backbone.pth")
+    torch.save(dict(options=dict(arch=arch, width=4, head=head, script="deepcluster"), data=dict(small=True),
+                    state=dict(encoder=encoder.state_dict())), tmp_path / "checkpoint.pth")  # fmt: skip
+    images = torch.randn(2, 3, 32, 32, generator=seeded())
+    for name, said in (("checkpoint.pth", None), ("backbone.pth", arch)):
+        loaded = common.load_encoder(tmp_path / name, said, 4, None, common.CPU, "auto")
+        assert loaded.report["missing"] == [] and loaded.head is None
+        assert all(name.startswith("mlp.") for name in loaded.report["unexpected"])
+        with torch.no_grad():
+            assert torch.equal(loaded.backbone(images), encoder.backbone(images))
+
+
+def test_a_lost_fc6_is_refused(tmp_path: Path) -> None:
+    """A plain network may end with fc6, but not without it, nor with half of a layer."""
+    weights = common.backbone("alexnet", 4, True).state_dict()
+    for lost in (["classifier.1.weight", "classifier.4.weight"], ["classifier.1.weight"]):
+        torch.save({name: w for name, w in weights.items() if name not in lost}, tmp_path / "file.pth")
+        with pytest.raises(common.Fault, match=r"% of the weights"):
+            common.load_encoder(tmp_path / "file.pth", "alexnet", 4, True, common.CPU, "auto")
+
+
 @pytest.mark.parametrize(
     ("arch", "head", "size", "dim"),
     [("alexnet", "full", 32, 256), ("alexnet", "2fc", 32, 256), ("vgg16", "no-relu", 32, 256),

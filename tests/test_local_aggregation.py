@@ -12,6 +12,7 @@ from torch import Tensor
 
 import common
 import local_aggregation as la
+import npid
 
 N, B, D, TAU = 60, 5, 8, 0.1
 
@@ -180,8 +181,61 @@ def test_every_ablation_trains(options: list[str], tmp_path: Path) -> None:
     assert math.isfinite(rows[0]["npid_loss"]) and math.isfinite(rows[1]["la_loss"]) and rows[1]["la_loss"] > 0
 
 
+def test_nearest_close_set_is_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--close nearest: C_i is i and the k' most similar of B_i, in whatever order the search lists them."""
+    seen, loss = [], la.local_aggregation
+
+    def watched(z: Tensor, slots: Tensor, similarity: Tensor, close: Tensor, *rest: Any) -> Tensor:
+        seen.append((similarity, close))
+        return loss(z, slots, similarity, close, *rest)
+
+    monkeypatch.setattr(la, "local_aggregation", watched)
+    run_rows(tmp_path / "run", "--close", "nearest", "--close-neighbors", "5", "--k", "40", "--epochs", "2")
+    assert len(seen) == 8
+    for similarity, close in seen:
+        for row, members in zip(similarity.tolist(), close.tolist(), strict=True):
+            order = sorted(range(40), key=lambda j: -row[j])
+            assert all(members[j] for j in order[:5]) and sum(members) in (5, 6)
+    assert la.most_similar(torch.tensor([[0.1, 0.9, 0.5]]), 2).tolist() == [[False, True, True]]
+    assert la.most_similar(torch.rand(2, 3), 9).all()
+
+
+def test_background_clusters_without_close_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--close self --background clusters: B_i shares a cluster with i, and is not all images for want of clusters."""
+    seen, loss = [], la.local_aggregation_dense
+
+    def watched(z: Tensor, index: Tensor, background: la.Clusters, *rest: Any) -> tuple[Tensor, Tensor]:
+        seen.append(len(background.labels.unique()))
+        return loss(z, index, background, *rest)
+
+    monkeypatch.setattr(la, "local_aggregation_dense", watched)
+    options = ["--close", "self", "--background", "clusters", "--background-clusters", "2", "5", "--epochs", "2"]
+    rows = run_rows(tmp_path / "run", *options)
+    assert seen and set(seen) == {5} and rows[1]["intersection"] == 1
+
+
+def test_figures_do_not_need_labels(tmp_path: Path) -> None:
+    """Without a kNN monitor the last epoch has densities; the first clustering has no NMI, the second one has."""
+    rows = run_rows(tmp_path / "run")
+    assert ["local_density" in row for row in rows] == [False, False, True] and "knn_top1" not in rows[2]
+    assert ["nmi" in row for row in rows] == [False, False, True] and 0 < rows[2]["nmi"] <= 1
+
+
+@pytest.mark.parametrize("m", [3, 40])
+def test_warm_start_by_nce_is_that_of_npid(m: int) -> None:
+    """Scores of few noise images are gathered, of many taken from all products: both, and the loss, equal npid.py's."""
+    z, bank = unit(B, D), unit(N, D, seed=2)
+    noise = torch.randint(N, (B, m), generator=torch.Generator().manual_seed(3))
+    scores = la.noise_scores(z, noise, bank, TAU)
+    assert torch.allclose(scores, torch.einsum("bd,bmd->bm", z, bank[noise]) / TAU, atol=1e-5)
+    positive, log_z = (z * bank[:B]).sum(1) / TAU, torch.tensor(4.7)
+    expected = npid.nce(positive, scores, log_z, N)
+    torch.testing.assert_close(la.nce(positive, scores, log_z, N), expected)
+
+
 @pytest.mark.parametrize("options", [
     ["--m", "300"], ["--k", "300"], ["--H", "0"], ["--close", "nearest", "--background", "all"],
+    ["--background", "clusters"],
 ])  # fmt: skip
 def test_sizes_that_do_not_fit_are_refused(options: list[str], tmp_path: Path) -> None:
     """m or k larger than N, or no clustering at all: a fault that names the option, before anything is trained."""
@@ -199,6 +253,12 @@ def test_defaults_shrink_to_the_data_and_typed_values_do_not() -> None:
     args = la.parse_args(["--preset", "imagenet", "--data", "somewhere", "--m", "6000"])
     la.fit_to(10_000, args)
     assert (args.m, args.k) == (6000, 1000)
+
+
+def test_a_run_that_ends_in_its_warm_start_is_warned() -> None:
+    """As many warm-up epochs as epochs leave none for Local Aggregation: a warning, and none with one more epoch."""
+    notes = [la.fit_to(50_000, la.parse_args(["--data", "cifar10", "--epochs", str(n)])) for n in (10, 11)]
+    assert len(notes[0]) == 1 and "--warmup-epochs 10" in notes[0][0] and notes[1] == []
 
 
 def test_a_bank_that_is_not_finite_is_not_clustered() -> None:
