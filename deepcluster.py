@@ -33,8 +33,8 @@ log.jsonl has, for each epoch: loss; chance_loss, ln of the number of clusters; 
 filled; singletons before they were redistributed; largest_share of the images; nmi_previous, NMI with the last
 clustering; pca_variance, the share that is kept; seconds of each part, 0 where a resumed epoch did not repeat it. From
 labels, each --knn-every epochs: ratio_edge, the ratio edge intra-class of section 4.1 in percent, and nmi_labels, both
-of what was clustered, that is of the network before the epoch (in the first row: untrained); knn_top1 of descriptors
-after the epoch. assignments/epochNNNN.npz holds `cluster`, a number for each line of assignments/images.txt.
+of what was clustered last, that is of the network before (in the first row: untrained); knn_top1 of descriptors after
+the epoch. assignments/epochNNNN.npz holds `cluster`, a number for each line of assignments/images.txt.
 """
 
 import argparse
@@ -589,8 +589,14 @@ def image_names(data: common.ImageSet) -> list[str]:
 
 
 def save_assignments(folder: Path, epoch: int, labels: Tensor, names: list[str]) -> None:
-    """assignments/images.txt once, and epochNNNN.npz with `cluster`, -1 for images that were not clustered."""
+    """assignments/images.txt and epochNNNN.npz with `cluster`, -1 for images that were not clustered.
+
+    The first epoch removes those of a run that was in the folder before.
+    """
     folder.mkdir(exist_ok=True)
+    if epoch == 1:
+        for old in [folder / "images.txt", *folder.glob("epoch*.npz")]:
+            old.unlink(missing_ok=True)
     if not (folder / "images.txt").exists():
         (folder / "images.tmp").write_text("".join(f"{name}\n" for name in names), errors="surrogateescape")
         (folder / "images.tmp").replace(folder / "images.txt")
@@ -613,8 +619,8 @@ def assign_images(args: argparse.Namespace) -> None:
         clusters = common.load_plain(args.output / CLUSTERS)
         clusters = {key: clusters[key].to(device) for key in ("centroids", "projection", "offset")}
     except Exception:  # garbage makes the unpickler raise almost anything
-        raise common.Fault(f"{args.output / CLUSTERS} is damaged: remove it and checkpoint.pth, and train "
-                           "again") from None  # fmt: skip
+        raise common.Fault(f"{args.output / CLUSTERS} is damaged: remove it, and the command that trained the network "
+                           "writes it again") from None  # fmt: skip
     args.data, args.subset, args.image_size = args.assign, None, known["size"]
     data = common.load(args, "pretrain", device)
     data.mean, data.std = tuple(known["mean"]), tuple(known["std"])
@@ -638,10 +644,11 @@ def assign_images(args: argparse.Namespace) -> None:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def fit_sizes(args: argparse.Namespace, num_images: int) -> None:
+def fit_sizes(args: argparse.Namespace, num_images: int) -> str:
     """Lower --k and --feature-dim where they are only defaults and leave fewer than 10 images to a cluster or number.
 
     As many white directions as images make all images equally far from each other, and every clustering meaningless.
+    Returns what to tell the user.
     """
     k, dim = args.num_clusters, args.feature_dim
     if args.clustering == "kmeans" and "num_clusters" in args.typed and k > num_images:
@@ -650,9 +657,10 @@ def fit_sizes(args: argparse.Namespace, num_images: int) -> None:
         args.num_clusters = max(1, num_images // 20)
     if "feature_dim" not in args.typed and 10 * dim > num_images:
         args.feature_dim = max(1, num_images // 10)
-    if (args.num_clusters, args.feature_dim) != (k, dim):
-        print(f"--k {k} --feature-dim {dim}, the preset's, are too many for {num_images:,} images: now --k "
-              f"{args.num_clusters} --feature-dim {args.feature_dim}", flush=True)  # fmt: skip
+    if (args.num_clusters, args.feature_dim) == (k, dim):
+        return ""
+    return (f"--k {k} --feature-dim {dim}, the preset's, are too many for {num_images:,} images: now --k "
+            f"{args.num_clusters} --feature-dim {args.feature_dim}\n")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -666,10 +674,12 @@ def main(args: argparse.Namespace) -> None:
     if "images_per_epoch" in args.typed and trained < args.images_per_epoch:
         raise common.Fault(f"--images-per-epoch {args.images_per_epoch} is more than the {len(data)} images")
     pool_size = len(data) if args.cluster_pool else trained
-    fit_sizes(args, pool_size)
+    note = fit_sizes(args, pool_size)
     if args.clustering == "labels" and (data.labels < 0).any():
         raise common.Fault("--clustering labels: not every image has a class")
     run.describe(data)
+    if run.rank == 0:
+        print(note, end="", flush=True)
     steps = args.updates_per_epoch or run.steps_per_epoch(trained)
 
     torch.manual_seed(args.seed)
@@ -682,17 +692,22 @@ def main(args: argparse.Namespace) -> None:
     state = dict(encoder=encoder, optimizer=optimizer, top=top, clusters=clusters, totals=totals)
     first_epoch, first_step = run.resume(state, steps)
     names = image_names(data) if run.rank == 0 else []
+    if run.rank == 0 and first_epoch < args.epochs:
+        (run.output / CLUSTERS).unlink(missing_ok=True)  # its centroids belong to an earlier network
 
     def encode(images: Tensor) -> Tensor:
         h: Tensor = encoder(images)
         return encoder.activate(h) if args.descriptors == "after" else h
+
+    def monitored(epoch: int) -> bool:
+        """Whether there are figures from labels after so many epochs."""
+        return test is not None and (epoch == args.epochs or epoch % args.knn_every == 0)
 
     scale, ratio = CROPS[args.crop]
     crop = common.Crop(data.size, (args.min_crop, 1.0) if args.crop == "random-sized" else scale, ratio)
     for epoch in range(first_epoch, args.epochs):
         start = first_step if epoch == first_epoch else 0
         began, seconds = time.perf_counter(), dict(descriptor_seconds=0.0, pca_seconds=0.0, cluster_seconds=0.0)
-        monitor = test is not None and (epoch + 1 == args.epochs or (epoch + 1) % args.knn_every == 0)
 
         if start == 0 and (epoch == 0 or (args.clustering != "labels" and epoch % args.reassign_every == 0)):
             pool, images_of_pool = torch.arange(len(data)), data
@@ -713,11 +728,11 @@ def main(args: argparse.Namespace) -> None:
                     elif args.empties == "half":
                         labels, figures["empties"] = kmeans_half(x, args.num_clusters, seed)
                     else:
-                        found = common.kmeans(x, args.num_clusters, seed=seed, backend=args.kmeans)
-                        labels, figures["empties"] = found.labels, found.empty
+                        result = common.kmeans(x, args.num_clusters, seed=seed, backend=args.kmeans)
+                        labels, figures["empties"] = result.labels, result.empty
                     seconds["cluster_seconds"] = round(time.perf_counter() - clock, 2)
                     figures["pca_variance"] = variance
-                    if monitor or (test is not None and epoch == 0):
+                    if (epoch == 0 and test) or any(map(monitored, range(epoch + 1, epoch + 1 + args.reassign_every))):
                         figures |= label_figures(x, labels.cpu(), data.labels[pool])
                 labels = rank0(run, labels.long().to(run.device)).cpu()
                 if not (labels >= 0).any():
@@ -765,7 +780,7 @@ def main(args: argparse.Namespace) -> None:
 
         train_seconds = time.perf_counter() - began_training
         row: dict[str, float] = totals.means(run) | clusters.figures
-        if monitor and test is not None:
+        if monitored(epoch + 1) and test is not None:
             encoder.eval()
             run.broadcast(encoder)
             row |= knn(run, data, test, encode, encoder.dim, args.feature_dim)
@@ -779,12 +794,13 @@ def main(args: argparse.Namespace) -> None:
         run.save(state, epoch + 1, 0)
 
     # For --assign: the means of the last clusters among the descriptors of the final network.
-    encoder.eval()
-    run.broadcast(encoder)
-    x, projection, offset, *_ = describe(run, data, encode, encoder.dim, args.feature_dim)
-    centroids = cluster_means(x, clusters.pseudo_labels)
-    if run.rank == 0:
-        common.write_checkpoint(run.output / CLUSTERS, dict(centroids=centroids, projection=projection, offset=offset))
+    if run.agree(not (run.output / CLUSTERS).exists()):  # else the run had ended before
+        encoder.eval()
+        run.broadcast(encoder)
+        x, projection, offset, *_ = describe(run, data, encode, encoder.dim, args.feature_dim)
+        found = dict(centroids=cluster_means(x, clusters.pseudo_labels), projection=projection, offset=offset)
+        if run.rank == 0:
+            common.write_checkpoint(run.output / CLUSTERS, found)
     run.finish(encoder.backbone)
 
 

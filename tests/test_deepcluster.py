@@ -728,6 +728,15 @@ def test_reassignment_and_parts(tmp_path: Path) -> None:
     assert train(tmp_path / "d", "--images-per-epoch", "65") == 2
 
 
+def test_figures_of_clusters_that_serve_several_epochs(tmp_path: Path) -> None:
+    """With --reassign-every 3 an epoch with a monitor has the figures of its clustering, made before it."""
+    assert train(tmp_path / "run", "--epochs", "5", "--reassign-every", "3", "--knn-every", "5") == 0
+    rows = rows_of(tmp_path / "run")
+    assert ["knn_top1" in row for row in rows] == [False] * 4 + [True]
+    assert all("ratio_edge" in row and "nmi_labels" in row for row in rows)
+    assert rows[0]["ratio_edge"] == rows[2]["ratio_edge"] and rows[3]["ratio_edge"] == rows[4]["ratio_edge"]
+
+
 def test_other_clusterings(tmp_path: Path) -> None:
     """Faiss, and centroids that are split as Faiss does it; all figures of an epoch are there."""
     pytest.importorskip("faiss")
@@ -770,6 +779,37 @@ def folder_of(path: Path, images: list[Any]) -> Path:
     for i, pixels in enumerate(images):
         Image.fromarray(pixels).save(path / f"{i:03d}.png")
     return path
+
+
+def no_description() -> None:
+    def fail(*args: Any) -> None:
+        raise AssertionError("descriptors again")
+
+    dc.describe = fail  # type: ignore[assignment]
+
+
+def test_nothing_of_an_earlier_run_is_left(tmp_path: Path) -> None:
+    """--overwrite with other images: their names, their assignments, and no centroids until the new run has ended."""
+    noise = np.random.default_rng(0).integers(0, 256, (80, 16, 16, 3), dtype=np.uint8)
+    first, second = folder_of(tmp_path / "first", [*noise[:40]]), folder_of(tmp_path / "second", [*noise[40:]])
+    run, options = tmp_path / "run", ["--subset", "40", "--k", "4", "--epochs", "2", "--overwrite", "--data"]
+    assert train(run, *options, str(first)) == 0 and (run / dc.CLUSTERS).exists()
+    assert train(run, *options, str(second), before=killed_after(0, 1)) == 9
+    names = (run / "assignments/images.txt").read_text().splitlines()
+    assert names == [str(file) for file in sorted(second.iterdir())]
+    assert [path.name for path in (run / "assignments").glob("*.npz")] == ["epoch0001.npz"]
+    assert train(run, "--assign", str(first)) == 2
+
+
+def test_finished_run_computes_nothing(tmp_path: Path) -> None:
+    """Started again, a finished run does not describe all images anew, unless clusters.pth is gone: then as it was."""
+    run = tmp_path / "run"
+    assert train(run, "--epochs", "1") == 0
+    found = torch.load(run / dc.CLUSTERS, weights_only=True)
+    assert train(run, "--epochs", "1", before=no_description) == 0
+    (run / dc.CLUSTERS).unlink()
+    assert train(run, "--epochs", "1", before=no_description) == 1
+    assert train(run, "--epochs", "1") == 0 and same(found, torch.load(run / dc.CLUSTERS, weights_only=True))
 
 
 def test_equal_images(tmp_path: Path) -> None:
