@@ -6,9 +6,12 @@ RUN = .venv/bin/python
 
 install: .venv/installed
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt tools/torchrun.py
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -r requirements.txt
+	{ head -n 1 .venv/bin/torchrun; cat tools/torchrun.py; } > .venv/torchrun  # the script's options are its own
+	chmod +x .venv/torchrun
+	mv .venv/torchrun .venv/bin/torchrun
 	touch $@
 
 demo: install  ## NPID on the embedded data set: train, evaluate, draw

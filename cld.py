@@ -212,7 +212,8 @@ def long_tailed(data: common.ImageSet, ratio: float, seed: int) -> common.ImageS
 
 def listed(data: common.ImageSet, path: Path) -> common.ImageSet:
     """The images of a folder that a list names, such as ImageNet-100's or ImageNet-LT's; lines: path [class]."""
-    lines = [re.fullmatch(r"(.+?)(?:\s+(\d+))?", line.strip()) for line in path.read_text().splitlines()]
+    text = path.read_text(errors="surrogateescape")  # as names of files are read
+    lines = [re.fullmatch(r"(.+?)(?:\s+(\d+))?", line.strip()) for line in text.splitlines()]
     wanted = {line[1]: int(line[2] or -1) for line in lines if line}
     rows, given, found = list[int](), list[int](), set[str]()
     if data.files is None:

@@ -657,10 +657,9 @@ def fit_sizes(args: argparse.Namespace, num_images: int) -> str:
         args.num_clusters = max(1, num_images // 20)
     if "feature_dim" not in args.typed and 10 * dim > num_images:
         args.feature_dim = max(1, num_images // 10)
-    if (args.num_clusters, args.feature_dim) == (k, dim):
-        return ""
-    return (f"--k {k} --feature-dim {dim}, the preset's, are too many for {num_images:,} images: now --k "
-            f"{args.num_clusters} --feature-dim {args.feature_dim}\n")
+    sizes = {"--k": (k, args.num_clusters), "--feature-dim": (dim, args.feature_dim)}
+    return "".join(f"{name} {new}, lowered from {old} for {num_images:,} images\n"
+                   for name, (old, new) in sizes.items() if new != old)
 
 
 def main(args: argparse.Namespace) -> None:

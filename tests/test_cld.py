@@ -610,6 +610,9 @@ def test_file_list_chooses_files_and_folders(tmp_path: Path) -> None:
     path.write_text("n9\n")
     with pytest.raises(common.Fault, match="n9"):
         cld.listed(data, path)
+    odd = b"caf\xe9.jpg"  # a name that is no UTF-8
+    path.write_bytes(odd + b" 0\n")
+    assert len(cld.listed(images_of([0], files=np.array([odd]), root=Path("/set")), path)) == 1
 
 
 def test_instances_give_many_correlated_views() -> None:

@@ -1,5 +1,6 @@
 """Two ranks do what one does with the whole batch, and neither outlives the other."""
 
+import argparse
 import functools
 import importlib
 import os
@@ -13,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.run
 from helpers import ROOT, TINY, Process, checkpoint, log, one_line, run, same, start
 
 import common
 import npid
+import tools.torchrun
 
 
 def evaluation_mode(script: str, folder: Path) -> None:
@@ -218,6 +221,16 @@ def test_torchrun_terminated_then_one_rank(tmp_path: Path) -> None:
                    functools.partial(evaluation_mode, "npid", tmp_path / "images"))  # fmt: skip
         assert done.code == 0, done.err
     close(checkpoint(tmp_path / "a")["state"]["bank"], checkpoint(tmp_path / "b")["state"]["bank"])
+
+
+def test_torchrun_leaves_a_scripts_options_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--m and the like after the script's name are the script's, whatever torchrun's own options start with."""
+    seen: list[argparse.Namespace] = []
+    monkeypatch.setattr(torch.distributed.run, "run", seen.append)
+    options = ["--arch", "resnet18", "--H", "10", "--m", "30000", "--m=3", "--ma"]
+    tools.torchrun.main(["--nproc-per-node", "2", "local_aggregation.py", *options])
+    assert seen[0].training_script == "local_aggregation.py" and seen[0].training_script_args == options
+    assert seen[0].nproc_per_node == "2"
 
 
 @pytest.mark.slow

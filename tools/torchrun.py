@@ -1,0 +1,31 @@
+"""torchrun whose own options cannot be abbreviated, so that `--m` after a script's name is the script's.
+
+    python tools/torchrun.py --nproc-per-node 2 local_aggregation.py --arch resnet18 --H 10 --m 30000
+
+Some versions of Python, 3.11 among them, take `--m` wherever it stands for a short form of torchrun's --master-port,
+--max-restarts and others, and call it ambiguous. `make install` puts this file in the place of .venv/bin/torchrun.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from torch.distributed import run
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    get_args_parser = run.get_args_parser
+
+    def without_abbreviations() -> argparse.ArgumentParser:
+        parser = get_args_parser()
+        parser.allow_abbrev = False
+        return parser
+
+    run.get_args_parser = without_abbreviations
+    try:
+        run.main(argv)
+    finally:
+        run.get_args_parser = get_args_parser
+
+
+if __name__ == "__main__":
+    main()
