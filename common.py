@@ -2568,7 +2568,8 @@ def load_encoder(
     if arch is None:
         raise Fault(f"{path} does not say its architecture: name it with --arch")
     width = width or options.get("width", 64)
-    channels = 2 if any(w.ndim == 4 and w.shape[1] == 2 for w in weights.values()) else 3  # 2: DeepCluster's Sobel
+    channels = next((w.shape[1] for w in weights.values() if w.ndim == 4), 3)  # 2: DeepCluster's Sobel
+    channels = 2 if channels == 2 else 3
     for stem in [data["small"]] if ours else [False, True] if small is None else [small]:
         network = backbone(arch, width, stem, channels)
         weights, prefix = _strip(weights, network.state_dict())

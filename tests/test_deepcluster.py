@@ -105,12 +105,14 @@ def test_sobel_of_a_constant_is_zero_inside() -> None:
     assert torch.equal(sobel(ramp.transpose(2, 3))[0, 1, 1:-1, 1:-1], x.T)
 
 
+@pytest.mark.parametrize("sobel", [True, False])
+@pytest.mark.parametrize("width", [2, 4])  # layers of two channels are no Sobel filter
 @pytest.mark.parametrize("arch", ["alexnet", "resnet18"])
-def test_sobel_survives_save_and_load(arch: str, tmp_path: Path) -> None:
-    """A backbone that was trained on gradients is loaded with its Sobel filter, by any evaluation."""
-    encoder = dc.Encoder(arch, 4, True, 32, "full" if arch == "alexnet" else "pooled", True, 0.0).eval()
+def test_sobel_survives_save_and_load(arch: str, width: int, sobel: bool, tmp_path: Path) -> None:
+    """A backbone that was trained on gradients is loaded with its Sobel filter, by any evaluation, others without."""
+    encoder = dc.Encoder(arch, width, True, 32, "full" if arch == "alexnet" else "pooled", sobel, 0.0).eval()
     torch.save(encoder.backbone.state_dict(), tmp_path / "backbone.pth")
-    loaded = common.load_encoder(tmp_path / "backbone.pth", arch, 4, True, torch.device("cpu"), "auto")
+    loaded = common.load_encoder(tmp_path / "backbone.pth", arch, width, True, torch.device("cpu"), "auto")
     images = torch.randn(2, 3, 32, 32, generator=seeded())
     with torch.no_grad():
         assert torch.equal(loaded.backbone(images), encoder.backbone(images))

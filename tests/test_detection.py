@@ -270,6 +270,19 @@ def test_trunk_and_head(arch: str, small: bool) -> None:
             torch.testing.assert_close(head(maps), network(images))
 
 
+@pytest.mark.parametrize("arch", ["vgg16", "alexnet"])
+def test_head_without_fc7(arch: str) -> None:
+    """Of a plain network that ends with fc6, as DeepCluster's head of two layers, fc6 alone is the head."""
+    network = common.backbone(arch, 4, True)
+    whole = eval_detection.split(network, options())[1]
+    del network.classifier[-3:]
+    *_, head, _, side, dim = eval_detection.split(network, options())
+    with torch.no_grad():
+        feature = head.eval()(maps := torch.rand(3, 32 if arch == "vgg16" else 16, side, side))
+        torch.testing.assert_close(feature, whole.eval()[:4](maps))  # type: ignore[index]
+    assert feature.shape == (3, dim)
+
+
 def test_anchors() -> None:
     """Anchors stand a stride apart in float32, even of a bfloat16 map that does not divide its image."""
     anchors = eval_detection.Anchors([16, 32], 4)

@@ -115,6 +115,17 @@ def test_strides(arch: str, small: bool, stride: int) -> None:
     assert scores.shape[1] == 7 and abs(scores.shape[2] - 256 / stride) <= 1
 
 
+@pytest.mark.parametrize("arch", ["vgg16", "alexnet"])
+def test_head_without_fc7(arch: str) -> None:
+    """Of a plain network that ends with fc6, as DeepCluster's head of two layers, fc6 alone precedes the scores."""
+    network = common.backbone(arch, 4, True)
+    del network.classifier[-3:]
+    model = eval_segmentation.Segmenter(network, 6, options()).eval()
+    assert model(torch.rand(1, 3, 64, 64)).shape[1] == 7
+    convolutions = [layer for layer in model.head.modules() if isinstance(layer, nn.Conv2d)]
+    assert [layer.out_channels for layer in convolutions] == [network.dim, 7]
+
+
 def test_fc_as_convolution() -> None:
     """fc6 as a convolution gives at the middle of a map what the linear layer gives of it."""
     layer, maps = nn.Linear(5 * 7 * 7, 11), torch.randn(2, 5, 7, 7)
