@@ -52,7 +52,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed.nn.functional as differentiable
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.v2 import RandAugment
@@ -492,12 +492,26 @@ def group_figures(z: Tensor, groups: Groups) -> dict[str, Tensor]:
                 inter=(pairs / (count * (count - 1)).clamp(min=1)).mean())  # fmt: skip
 
 
-def gathered(z: Tensor, world: int) -> Tensor:
+class Gathered(torch.autograd.Function):
     """f_G of all ranks, (V, B, D), for groups of the whole batch; each of them sends this rank its gradient."""
-    if world == 1:
-        return z
-    parts = differentiable.all_gather(z.contiguous())  # type: ignore[no-untyped-call]
-    return torch.cat(parts, 1)
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, z)
+        return torch.cat(parts, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size(), 1)[dist.get_rank()]
+
+
+def gathered(z: Tensor, world: int) -> Tensor:
+    """z (V, B, D) of all ranks."""
+    features: Tensor = z if world == 1 else Gathered.apply(z.contiguous())
+    return features
 
 
 # ---- hosts -----------------------------------------------------------------------------------------------------------
