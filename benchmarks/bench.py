@@ -24,6 +24,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import bench_cld
+import bench_deepcluster
+
 import common
 import eval_linear
 import local_aggregation
@@ -365,6 +368,19 @@ def bench_svm(args: argparse.Namespace) -> list[Record]:
     return [record | {"target": None, "same_answers": agree}]
 
 
+def bench_of_deepcluster(args: argparse.Namespace) -> list[Record]:
+    """The clustering part of DeepCluster's epoch against Faiss, and PIC's parts: bench_deepcluster.py."""
+    device = torch.device(args.device)
+    clustering = bench_deepcluster.clustering(50_000, 512, 1000, device, min(args.repeats, 7))
+    return [clustering | {"target": 2.5}, bench_deepcluster.pic(50_000, 512, device)]
+
+
+def bench_of_cld(args: argparse.Namespace) -> list[Record]:
+    """CLD's step against two bare passes, and its k-means against Faiss: bench_cld.py."""
+    options = ["--device", args.device, "--repeats", str(args.repeats)]
+    return list(bench_cld.records(bench_cld.parse_args(options)))
+
+
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Record]]] = {
     "softmax": bench_softmax,
     "nce": bench_nce,
@@ -375,6 +391,8 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Record]]] = {
     "la-clustering": bench_la_clustering,
     "linear": bench_linear,
     "svm": bench_svm,
+    "deepcluster": bench_of_deepcluster,
+    "cld": bench_of_cld,
 }
 
 

@@ -10,12 +10,14 @@ Both sides of a ratio are measured in turn, so that a busy machine slows them al
   speedup_of_kmeans Faiss on both views of a batch, features to the host and labels back included / ours; 5 is the aim
 """
 
+import argparse
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +58,7 @@ def faiss_kmeans(z: Tensor, k: int, iterations: int) -> Tensor:
     return torch.from_numpy(np.stack(found)).to(z.device)
 
 
-def main() -> None:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--batch-size", type=common.COUNT, default=64)
     parser.add_argument("--k", type=common.COUNT, default=32, help="groups")
@@ -64,15 +66,19 @@ def main() -> None:
     parser.add_argument("--images", type=common.COUNT, default=50_000, help="rows of the bank")
     parser.add_argument("--repeats", type=common.COUNT, default=5)
     common.add_device_options(parser)
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def records(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """k-means, then the step."""
     device = common.pick_device(args.device)
     facts = dict(device=common.device_name(device), threads=torch.get_num_threads(), torch=torch.__version__,
                  batch_size=args.batch_size, k=args.k)  # fmt: skip
 
     z = F.normalize(torch.randn(2, args.batch_size, 128, device=device), dim=2)
     ours, theirs = in_turn(50, device, lambda: cld.em_labels(z, args.k, 5), lambda: faiss_kmeans(z, args.k, 5))
-    print(json.dumps(dict(facts, kmeans_ms=round(1e3 * ours, 3), faiss_ms=round(1e3 * theirs, 3),
-                          speedup_of_kmeans=round(theirs / ours, 2))), flush=True)  # fmt: skip
+    yield dict(facts, case=f"k-means of two views of {args.batch_size}, k={args.k}", kmeans_ms=round(1e3 * ours, 3),
+               faiss_ms=round(1e3 * theirs, 3), speedup_of_kmeans=round(theirs / ours, 2))  # fmt: skip
 
     encoder = cld.Encoder("resnet18", args.width, True, 128, "linear", groups=True).to(device)
     host = cld.Npid(common.MemoryBank(args.images, 128).to(device), 0.1, 0.5)
@@ -107,9 +113,11 @@ def main() -> None:
         step(torch.stack([cld.augment(images, draw, "plain", view, False) for view, images in enumerate(cut)]))
 
     passes, steps, whole = in_turn(args.repeats, device, bare, step, augmented)
-    print(json.dumps(dict(facts, width=args.width, bare_s=round(passes, 4), step_s=round(steps, 4),
-                          step_ratio=round(steps / passes, 3), augmented_ratio=round(whole / passes, 3))))  # fmt: skip
+    yield dict(facts, case=f"NPID+CLD, ResNet-18 width {args.width}, B = {args.batch_size}: step / two bare passes",
+               bare_s=round(passes, 4), step_s=round(steps, 4), step_ratio=round(steps / passes, 3),
+               augmented_ratio=round(whole / passes, 3))  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    for record in records(parse_args()):
+        print(json.dumps(record), flush=True)
