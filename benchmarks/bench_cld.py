@@ -72,6 +72,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def records(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """k-means, then the step."""
     device = common.pick_device(args.device)
+    if device.type == "cpu":
+        common.keep_freed_memory()  # as a run does
     facts = dict(device=common.device_name(device), threads=torch.get_num_threads(), torch=torch.__version__,
                  batch_size=args.batch_size, k=args.k)  # fmt: skip
 
