@@ -688,30 +688,47 @@ def filters(args: argparse.Namespace) -> None:
 STAGES = ["conv1", "conv2", "conv3", "conv4", "conv5"]
 
 
-def ascend(
-    fire: Callable[[Tensor], Tensor], images: Tensor, steps: int, rate: float = 0.2, decay: float = 1e-3
-) -> Tensor:
-    """Images (B, 3, S, S) after `steps` of ascent on fire(images) (B,), each by its gradient of unit RMS times `rate`.
+def rms(images: Tensor) -> Tensor:
+    """Root of the mean square of each image: (B, 3, S, S) -> (B, 1, 1, 1)."""
+    return images.square().mean((1, 2, 3), keepdim=True).sqrt()
 
-    Regularised as in the thesis: the image decays (L2), and every 5 steps it is blurred. The rate falls to zero.
+
+def ascend(
+    fire: Callable[[Tensor], Tensor], images: Tensor, steps: int, rate: float = 0.5, contrast: float = 1000.0
+) -> Tensor:
+    """Images (B, 3, S, S) after `steps` of ascent on fire(images) (B,), each by its gradient of `rate` the image's RMS.
+
+    Regularised as in the thesis, by the L2 norm and a blur every 5 steps; but the norm is set, not penalised: it grows
+    by the same factor at each step, to an RMS of `contrast`. Left to itself it stays small in many channels: grey fires
+    them by their bias, and all that is near to grey less. A step that ends in silence, where no gradient is, is taken
+    again at a quarter of its length and of its growth; an image that has to do so often ends below `contrast`.
     """
-    sigma = torch.full((len(images),), 0.4, device=images.device)
-    for step in range(steps):
+    sigma, first = torch.full((len(images),), 0.4, device=images.device), rms(images)
+    last, slope, size, way, last_way = images, images * 0, first**0, first * 0, first * 0
+    for step in range(1, steps + 1):
         images = images.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(fire(images).sum(), images)
-        rms = gradient.square().mean((1, 2, 3), keepdim=True).sqrt()
-        images = images.detach() * (1 - decay) + rate * (1 - step / steps) * gradient / rms.clamp(min=1e-12)
-        if step % 5 == 4:
+        activation = fire(images)
+        (gradient,) = torch.autograd.grad(activation.sum(), images)
+        live = (activation.detach() > 0)[:, None, None, None]
+        last, slope = torch.where(live, images.detach(), last), torch.where(live, gradient, slope)
+        last_way, size = torch.where(live, way, last_way), torch.where(live, (1.5 * size).clamp(max=1), size / 4)
+        images = last + rate * size * rms(last) * slope / rms(slope).clamp(min=1e-12)
+        if step % 5 == 0:
             images = common.gaussian_blur(images, sigma, 5)
-    return images
+        way = (last_way + size / steps).clamp(max=1)
+        images = images * (first * (contrast / first) ** way / rms(images))
+    with torch.no_grad():
+        return torch.where((fire(images) > 0)[:, None, None, None], images, last)
 
 
 class Channel(NamedTuple):
-    """A channel's image by ascent (3, S, S) in [0, 1], its mean activation on noise and on it, its 9 images."""
+    """A channel's image by ascent (3, S, S) in [0, 1]; its mean activation on noise, on noise of that image's contrast
+    and on that image; its 9 images."""
 
     title: str
     optimum: Tensor
     before: float
+    loud: float
     after: float
     images: Tensor
 
@@ -734,7 +751,7 @@ def draw_maximize(rows: dict[str, list[Channel]]) -> Figure:
             x, y = 6.9 * column, 4.1 * row
             axes.imshow(channel.optimum.movedim(0, 2).numpy(), extent=(x, x + 3, y + 3, y))
             axes.text(x, y - 0.08, channel.title, fontsize=6, va="bottom")
-            raised = f"{channel.before:.2g} → {channel.after:.2g}"
+            raised = " → ".join(f"{v:.2g}" if v < 10 else f"{v:,.0f}" for v in (channel.before, channel.after))
             axes.text(x + 6.15, y - 0.08, raised, fontsize=6, va="bottom", ha="right")
             for place, image in enumerate(channel.images):
                 left, top = x + 3.15 + place % 3, y + place // 3
@@ -760,13 +777,14 @@ def maximize(args: argparse.Namespace) -> None:
     size, rows, offset = args.image_size or encoders[0].data.get("size", data.size), dict[str, list[Channel]](), 0
     for stage in wanted:
         maps = network.stages(torch.zeros(1, 3, size, size, device=device))[stage].shape[1]
-        alive = (fired[:, offset : offset + maps].amax(0) > 0).nonzero()[:, 0]
         source = common.generator(args.seed, "maximize", stage)
-        chosen = alive[torch.randperm(len(alive), generator=source)[: args.channels]].sort().values
         # Of 16 noise images the one on which a channel fires most: one that is silent has no gradient.
         noise = 0.35 * torch.randn(16, 3, size, size, generator=source).to(device)
-        rest = network.stages(noise)[stage].mean((2, 3))[:, chosen.to(device)]
+        rest = network.stages(noise)[stage].mean((2, 3))
+        alive = ((fired[:, offset : offset + maps].amax(0) > 0) & (rest.amax(0) > 0).cpu()).nonzero()[:, 0]
+        chosen = alive[torch.randperm(len(alive), generator=source)[: args.channels]].sort().values
         channel, place = chosen.to(device), torch.arange(len(chosen), device=device)
+        rest = rest[:, channel]
 
         def fire(images: Tensor, stage: int = stage, channel: Tensor = channel, place: Tensor = place) -> Tensor:
             activation: Tensor = network.stages(images)[stage][place, channel].mean((1, 2))
@@ -775,19 +793,25 @@ def maximize(args: argparse.Namespace) -> None:
         optimum = ascend(fire, noise[rest.argmax(0)], args.steps)
         with torch.no_grad():
             after = fire(optimum).tolist()
+            loud = [network.stages(noise / rms(noise) * contrast)[stage][:, index].mean().item()
+                    for index, contrast in zip(chosen.tolist(), rms(optimum), strict=True)]
         shown, channels = stretch(optimum).cpu(), list[Channel]()
         for number, index in enumerate(chosen.tolist()):
             top = fired[:, offset + index].topk(min(9, len(data))).indices
             before = rest[:, number].mean().item()
             images = torch.cat(list(data.centers(top, 9, device))).cpu()
-            channels.append(Channel(f"channel {index}", shown[number], before, after[number], images))
+            channels.append(Channel(f"channel {index}", shown[number], before, loud[number], after[number], images))
         rows[STAGES[stage]], offset = channels, offset + maps
-    raised = sorted(channel.after / max(channel.before, 1e-12) for channels in rows.values() for channel in channels)
-    note = (f"Large: an image after {args.steps} steps of ascent on the mean activation of a channel, from noise; L2 "
-            f"penalty, blur every 5 steps; its contrast is stretched. Above it the channel, drawn by seed {args.seed}, "
-            f"and its activation on noise and on the image: {raised[len(raised) // 2]:.0f} times as much in the "
-            f"median, {raised[0]:.0f} at least. Small: "
-            f"the 9 of {len(data):,} training images with the highest mean activation.")
+    drawn = [channel for channels in rows.values() for channel in channels]
+    raised, above = (sorted(channel.after / max(level, 1e-12) for channel, level in zip(drawn, levels, strict=True))
+                     for levels in ([c.before for c in drawn], [c.loud for c in drawn]))
+    note = (f"Large: an image after {args.steps} steps of ascent on the mean activation of a channel, from noise of "
+            f"0.35 times the training images' contrast to 1,000 times at most, blurred every 5 steps; shown at one "
+            f"contrast. Above it the channel, drawn by seed {args.seed} from those that neither noise nor the training "
+            f"images leave silent, and its activation on the noise and on the image: {raised[len(raised) // 2]:,.0f} "
+            f"times as much in the median, {raised[0]:,.0f} at least; compared with noise of the image's contrast "
+            f"{above[len(above) // 2]:,.0f} and {above[0]:.1f}. Small: the 9 of {len(data):,} training images with the "
+            f"highest mean activation.")
     runs = dict(zip(legend(sources), sources, strict=True))
     save(draw_maximize(rows), "What fires a channel most", note, runs, args.out)
 
