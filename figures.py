@@ -694,7 +694,7 @@ def rms(images: Tensor) -> Tensor:
 
 
 def ascend(
-    fire: Callable[[Tensor], Tensor], images: Tensor, steps: int, rate: float = 0.5, contrast: float = 1000.0
+    fire: Callable[[Tensor], Tensor], images: Tensor, steps: int, rate: float = 0.2, contrast: float = 1000.0
 ) -> Tensor:
     """Images (B, 3, S, S) after `steps` of ascent on fire(images) (B,), each by its gradient of `rate` the image's RMS.
 
