@@ -426,6 +426,7 @@ def main() -> None:
         "--output", type=Path, default=Path("results/bench.jsonl"), help="JSON lines, appended"
     )
     args = parser.parse_args()
+    common.keep_freed_memory()  # as every run does
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for name in args.names or BENCHMARKS:
         for record in BENCHMARKS[name](args):

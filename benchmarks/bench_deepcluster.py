@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    common.keep_freed_memory()  # as every run does
     device = torch.device(args.device)
     for record in (clustering(args.images, 512, min(1000, args.images // 50), device, args.repeats),
                    pic(args.images, 512, device)):  # fmt: skip
