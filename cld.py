@@ -631,7 +631,11 @@ def warm_up(progress: float, epochs: int) -> float:
 
 def load(args: argparse.Namespace, split: str, run: common.Run) -> common.ImageSet:
     """common.load, then what --file-list, --imbalance and --instances make of it."""
-    data, chosen = common.load(args, split, run.device), args.val_list if split == "test" else args.file_list
+    chosen, part = (args.val_list, args.test_subset) if split == "test" else (args.file_list, args.subset)
+    if chosen and part:
+        raise common.Fault(f"{chosen} names the images: no --{'test-' * (split == 'test')}subset beside it, "
+                           "not from a preset either")
+    data = common.load(args, split, run.device)
     if chosen:
         data = listed(data, chosen)
     if args.imbalance and split != "test":

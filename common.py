@@ -262,8 +262,8 @@ def parse(
 ) -> argparse.Namespace:
     """Defaults < preset `base` < preset (by --preset, else by --data) < command line. Bad presets are errors."""
     default = options.get_default("data")
-    options.add_argument("--preset", choices=list(presets), help="a row of the README's table; default: the preset "
-                         "that carries the data set's name")
+    options.add_argument("--preset", choices=list(presets), help="a row of a paper's table (README.md, PAPERS.md); "
+                         "default: the preset that carries the data set's name")
     first = _Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=list(presets))
     first.add_argument("--data", default=default)

@@ -615,6 +615,12 @@ def test_file_list_chooses_files_and_folders(tmp_path: Path) -> None:
     assert len(cld.listed(images_of([0], files=np.array([odd]), root=Path("/set")), path)) == 1
 
 
+def test_file_list_or_subset(tmp_path: Path) -> None:
+    """A list and a share of the images, at odds about which, are an error."""
+    with pytest.raises(common.Fault, match="no --subset beside it"):
+        train(tmp_path / "run", "--subset", "64", "--file-list", str(tmp_path / "list.txt"))
+
+
 def test_instances_give_many_correlated_views() -> None:
     """Views of one instance are nearer to each other than to those of others, and share its class; all differ."""
     data = images_of([0] * 60, pixels=torch.zeros(60, 3, 32, 32, dtype=torch.uint8))
