@@ -120,12 +120,20 @@ def way_out(error: OSError) -> str:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a whole line to a file, or nothing of it. What comes after half a line of others starts a new one."""
+    """Add a JSON line to a file, or nothing of it. Half a line, left by a kill, goes; a whole one is ended first."""
     with path.open("ab+") as file:
         size = file.seek(0, os.SEEK_END)
-        torn = size > 0 and (file.seek(size - 1), file.read(1))[1] != b"\n"
+        file.seek(max(0, size - (1 << 20)))
+        last = file.read().rpartition(b"\n")[2]
+        with contextlib.suppress(ValueError):
+            json.loads(last)
+            line = f"\n{line}"
+            last = b""
+        if last:
+            size -= len(last)
+            file.truncate(size)
         try:
-            file.write(b"\n" * torn + line.encode() + b"\n")
+            file.write(line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         except OSError:

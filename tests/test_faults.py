@@ -284,19 +284,23 @@ def test_flipped_bit_is_found(trained: Path, tmp_path: Path) -> None:
 
 
 def test_lines_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line is added whole or, where the disk is full, not at all; after half a line of others a new one starts."""
+    """A line is added whole or, where the disk is full, not at all; half a line before it goes, a whole one is ended."""
     path = tmp_path / "lines"
-    path.write_text("half")
-    common.append_line(path, "a")
+    path.write_text('{"half": ')
+    common.append_line(path, "1")
+    path.write_text(path.read_text() + '{"whole": 2}')
+    common.append_line(path, "3")
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch, pytest.raises(OSError):
         patch.setattr(os, "fsync", full)
-        common.append_line(path, "b")
-    common.append_line(path, "c")
-    assert path.read_text() == "half\na\nc\n"
+        common.append_line(path, "4")
+    common.append_line(path, "5")
+    path.write_text(path.read_text() + '{"half')
+    common.append_line(path, "6")
+    assert path.read_text() == '1\n{"whole": 2}\n3\n5\n6\n'
 
 
 def test_links_that_lead_back(tmp_path: Path) -> None:
