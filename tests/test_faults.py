@@ -284,7 +284,7 @@ def test_flipped_bit_is_found(trained: Path, tmp_path: Path) -> None:
 
 
 def test_lines_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line is added whole or, where the disk is full, not at all; half a line before it goes, a whole one is ended."""
+    """A line is added whole or, where the disk is full, not at all; half a line before it goes, a whole one ends."""
     path = tmp_path / "lines"
     path.write_text('{"half": ')
     common.append_line(path, "1")
