@@ -1235,7 +1235,7 @@ def draw_ablation(table: Table, ours: dict[str, dict[str, list[float]]]) -> Figu
         axes.margins(x=0.18)
         axes.grid(visible=False, axis="y")
     handles = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper right", ncols=2)
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper")
     return figure
 
 
