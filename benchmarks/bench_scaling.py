@@ -14,7 +14,6 @@ Prints one JSON line and adds it to results/bench.jsonl. Both take the same batc
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -88,7 +87,11 @@ def main() -> None:
         return train_rank()
     args, options = parser.parse_known_args()
     if args.collectives:
-        print(json.dumps(collectives(args.collectives)), flush=True)
+        told = json.dumps(collectives(args.collectives))
+        if common.dist.get_rank() == 0:
+            print(told, flush=True)
+        common.dist.barrier()  # nobody leaves while another still talks
+        common.dist.destroy_process_group()
         return
     pairs = [(train(1, options), train(2, options)) for _ in range(args.rounds)]
     width = int(options[options.index("--width") + 1]) if "--width" in options else 64
@@ -96,7 +99,7 @@ def main() -> None:
     parameters = sum(p.numel() for p in network.parameters()) + 128 * (network.dim + 1)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, "--collectives"]
     command = [sys.executable, *command, str(parameters)]
-    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     ratios = [two[0] / one[0] for one, two in pairs]
     record = dict(
         benchmark="scaling", case=f"npid, ResNet-18 width {width}, {EACH} images a rank: 2 gloo ranks / 1",
@@ -104,7 +107,7 @@ def main() -> None:
         ratio_max=round(max(ratios), 3), one_rank=round(statistics.median(one[0] for one, _ in pairs)),
         cpu_ratio=round(statistics.median(two[1] / one[1] for one, two in pairs), 3),
         rounds=args.rounds, parameters=parameters,
-        **json.loads(re.findall(r"^\{.*\}$", told, re.M)[0]), cpu=common.device_name(common.CPU), threads=1,
+        **json.loads(told.strip().splitlines()[-1]), cpu=common.device_name(common.CPU), threads=1,
         load=round(os.getloadavg()[0], 1), torch=torch.__version__, device="cpu",
     )  # fmt: skip
     line = json.dumps(record)
