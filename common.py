@@ -2051,7 +2051,7 @@ def in_parts(work: Callable[[Part], Result], parts: Sequence[Part], device: torc
 
 @dataclasses.dataclass
 class KMeans:
-    """labels: (N,) int32, nearest of centroids (k, D); objective: after 0, 1, ... iterations."""
+    """labels: (N,) int32, nearest of centroids (k, D); objective: after 0, 1, ... iterations, fewer at a fixed point."""
 
     labels: Tensor
     centroids: Tensor
@@ -2206,9 +2206,12 @@ def _kmeans_torch(x: Tensor, centroids: Tensor, iterations: int, seed: int, sphe
     k, empty, splits = len(centroids), 0, 0
     objective: list[float] = []
     low = low_chunks(x, k)
-    for _ in range(iterations):
-        labels, total = assign(x, centroids, low)
+    labels = torch.full((len(x),), -1, device=x.device)
+    for iteration in range(iterations + 1):
+        before, (labels, total) = labels, assign(x, centroids, low)
         objective.append(total)
+        if iteration == iterations or (empty == 0 and torch.equal(labels, before)):
+            break
         sums, counts = cluster_sums(x, labels, k)
         means = sums / counts.clamp(min=1).unsqueeze(1)
         if spherical:
@@ -2216,8 +2219,7 @@ def _kmeans_torch(x: Tensor, centroids: Tensor, iterations: int, seed: int, sphe
         centroids = torch.where(counts.unsqueeze(1) > 0, means, centroids)
         empty = split_empty(centroids, counts, random)
         splits += empty
-    labels, total = assign(x, centroids, low)
-    return KMeans(labels.int(), centroids, [*objective, total], empty, splits, f"torch {x.device.type}")
+    return KMeans(labels.int(), centroids, objective, empty, splits, f"torch {x.device.type}")
 
 
 def cluster_sums(x: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:

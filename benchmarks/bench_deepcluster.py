@@ -44,8 +44,9 @@ def seconds(function: Callable[[], Any], device: torch.device) -> float:
 
 def whitened(h: Tensor, dim: int = 256) -> Tensor:
     """x (N, dim), as describe() makes it of descriptors that fit into memory."""
-    total, square = deepcluster.moments(torch.split(h, 4096), h.shape[1], h.device)
-    projection, offset, _ = deepcluster.pca_whiten(len(h), total, square, dim)
+    projection, offset, _, span = deepcluster.pca_of(h, dim)
+    if span < deepcluster.MILD:
+        projection, offset = projection.float(), offset.float()
     return torch.cat([deepcluster.whiten(rows, projection, offset) for rows in torch.split(h, 4096)])
 
 

@@ -203,7 +203,7 @@ def test_last_layer_has_plain_sgd() -> None:
 
 
 def projected(h: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, float]:
-    projection, offset, variance = dc.pca_whiten(len(h), *dc.moments(torch.split(h, 64), h.shape[1], h.device), dim)
+    projection, offset, variance, _ = dc.pca_whiten(*dc.moments(torch.split(h, 64), h.shape[1], h.device), dim)
     return dc.whiten(h, projection, offset), projection, offset, variance
 
 
@@ -222,6 +222,21 @@ def test_whitened_covariance_is_the_identity(n: int, d: int, dim: int) -> None:
     torch.testing.assert_close(agreement, torch.eye(keep, dtype=torch.float64), atol=1e-5, rtol=0)
     assert variance == pytest.approx(float(s[:keep].square().sum() / s.square().sum()))
     torch.testing.assert_close(x.norm(dim=1), torch.ones(n))
+
+
+@pytest.mark.parametrize(("smallest", "mean", "precision"), [(0.1, 1.0, torch.float32), (1e-4, 1.0, torch.float64),
+                                                            (0.1, 1e3, torch.float64)])
+def test_precision_follows_the_descriptors(smallest: float, mean: float, precision: torch.dtype) -> None:
+    """Small directions and long means get products of float64; both ways the descriptors are white to 1e-3."""
+    scale = torch.logspace(0, math.log10(smallest), 20, dtype=torch.float64).float()
+    h = torch.randn(9000, 20, generator=seeded()) * scale + mean
+    projection, offset, _, span = dc.pca_of(h, 20)
+    assert (span < dc.MILD) == (precision == torch.float32)
+    length = math.sqrt(20 * mean**2 + float(scale.square().sum()))
+    assert span == pytest.approx(length / smallest, rel=0.05)
+    projection, offset = projection.to(precision), offset.to(precision)
+    white = (h.to(precision) @ projection - offset).double()
+    torch.testing.assert_close(white.T @ white / len(h), torch.eye(20, dtype=torch.float64), atol=1e-3, rtol=0)
 
 
 def test_rank_deficient_descriptors() -> None:
@@ -286,7 +301,7 @@ def test_streamed_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dc, "ONE_PASS", 0)
     monkeypatch.setattr(common, "extract", watched)
     streamed = dc.describe(FakeRun(), data, encode, 50, 12)  # type: ignore[arg-type]
-    torch.testing.assert_close(streamed[0].abs(), whole.abs(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(streamed[0] @ streamed[0].T, whole @ whole.T, atol=1e-5, rtol=0)
     assert largest[0] == 12 and streamed[3] == variance
     monkeypatch.setattr(dc, "WIDEST", 30)
     x, projection, offset, *_ = dc.describe(FakeRun(), data, encode, 50, 12)  # type: ignore[arg-type]
