@@ -371,8 +371,9 @@ def bench_svm(args: argparse.Namespace) -> list[Record]:
 def bench_of_deepcluster(args: argparse.Namespace) -> list[Record]:
     """The clustering part of DeepCluster's epoch against Faiss, and PIC's parts: bench_deepcluster.py."""
     device = torch.device(args.device)
-    clustering = bench_deepcluster.clustering(50_000, 512, 1000, device, min(args.repeats, 7))
-    return [clustering | {"target": 2.5}, bench_deepcluster.pic(50_000, 512, device)]
+    grouped, ungrouped = (bench_deepcluster.clustering(50_000, 512, 1000, device, min(args.repeats, 7), groups)
+                          for groups in (500, 50_000))
+    return [grouped | {"target": 2.5}, ungrouped, bench_deepcluster.pic(50_000, 512, device)]
 
 
 def bench_of_cld(args: argparse.Namespace) -> list[Record]:
