@@ -418,9 +418,10 @@ def run_here(folder: Path, executor: Any, job: Job) -> None:
         stopped.append(number)
         process.terminate()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     process.wait()
+    for number, handler in before.items():  # between this job and the next a signal ends submit.py itself
+        signal.signal(number, handler)
     if stopped:
         print(f"submit.py: error: stopped, {started.paths.stderr} says where; the same command continues",
               file=sys.stderr)  # fmt: skip

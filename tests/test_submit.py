@@ -7,10 +7,12 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -219,6 +221,18 @@ def test_local_time_out(tmp_path: Path) -> None:
     same_results(tmp_path / "whole", output)
     result = json.loads((output / "eval.jsonl").read_text())
     assert result["checkpoint"] == "runs/mine-smoke-seed0/checkpoint.pth"
+
+
+def test_signals_between_local_jobs(tmp_path: Path) -> None:
+    """Once a local job has ended, Ctrl-C and TERM are what they were before it: none is lost before the next."""
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    paths = SimpleNamespace(stdout=tmp_path / "out", stderr=tmp_path / "err", result_pickle=tmp_path)
+    started = SimpleNamespace(paths=paths, _process=done, num_tasks=1, task=lambda i: SimpleNamespace(paths=paths))
+    executor = SimpleNamespace(submit=lambda job: started)
+    job = SimpleNamespace(script="npid.py", run=SimpleNamespace(argv=[]))
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    submit.run_here(tmp_path, executor, job)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_debug(tmp_path: Path) -> None:
