@@ -2051,7 +2051,7 @@ def in_parts(work: Callable[[Part], Result], parts: Sequence[Part], device: torc
 
 @dataclasses.dataclass
 class KMeans:
-    """labels: (N,) int32, nearest of centroids (k, D); objective: after 0, 1, ... iterations, fewer at a fixed point."""
+    """labels: (N,) int32, nearest of centroids (k, D); objective: after 0, 1, ... iterations up to a fixed point."""
 
     labels: Tensor
     centroids: Tensor

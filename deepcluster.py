@@ -306,11 +306,11 @@ def moments(
 
 
 def pca_whiten(total: Tensor, square: Tensor, count: int, dim: int) -> tuple[Tensor, Tensor, float, float]:
-    """Projection (d, q) and offset (q,): h @ projection - offset is white; the share of the variance it keeps; the span.
+    """Projection (d, q) and offset (q,): h @ projection - offset is white; variance kept; span.
 
     total: (d,) and square: (d, d) of `count` rows; q = min(dim, d, count - 1). Directions whose variance is nothing but
-    the rounding of float32 descriptors are projected to zero. Span: descriptors' length over their deviation in the
-    smallest direction kept; float32 is off by 6e-8 of the former.
+    the rounding of float32 descriptors are projected to zero. Variance kept: its share. Span: the length of descriptors
+    over their deviation in the smallest direction kept; float32 is off by 6e-8 of the former.
     """
     mean = total / count
     values, vectors = torch.linalg.eigh(square / count - mean.outer(mean))
