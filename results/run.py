@@ -15,6 +15,7 @@ Exit code 0: all rows asked for are finished; 1: some could not be made; 3: time
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -188,6 +189,9 @@ def make(name: str, args: argparse.Namespace, deadline: float) -> bool:
     train = row.train.replace("data/", f"{args.data_dir}/").split()
     train += ["--data-dir", str(args.data_dir), "--output", str(folder), *args.added]
     steps = [train, *(step.format(run=folder, results=args.results / name).split() for step in row.steps)]
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"{name}: without pictures, which need matplotlib", flush=True)
+        steps = [step for step in steps if step[0] != "figures.py"]
     (args.results / name).mkdir(parents=True, exist_ok=True)
     for number, step in enumerate(steps):
         if number < len(facts["steps"]):

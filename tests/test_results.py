@@ -112,6 +112,16 @@ def test_a_row_that_fails_is_named(run: ModuleType, fake: list[str], tmp_path: P
     assert not facts(tmp_path, "two")["finished"]
 
 
+def test_a_row_without_pictures(run: ModuleType, fake: list[str], monkeypatch: pytest.MonkeyPatch,
+                                tmp_path: Path) -> None:
+    """Where matplotlib is missing a row is finished without its pictures."""
+    row = run.ROWS["one"]
+    monkeypatch.setitem(run.ROWS, "one", row._replace(steps=(*row.steps, "figures.py curves {run} --out x.png")))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert call(run, [*fake, "one"]) == 0
+    assert facts(tmp_path, "one")["finished"] and len(facts(tmp_path, "one")["steps"]) == 3
+
+
 def test_unknown_encodings_have_to_be_said(run: ModuleType, tmp_path: Path) -> None:
     """Figures of images that are not the official files are not made without saying what they are."""
     row = run.ROWS["cifar10-npid"]
