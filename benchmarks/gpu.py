@@ -513,8 +513,8 @@ def training(bench: Bench, case: str, aim: float, arch: str, count: int, side: i
 
     ways: dict[str, Callable[[], Step]] = {
         "plain": lambda: build(plain=True),
-        "plain, bfloat16": lambda: build(),
-        "eager, no cudnn search": lambda: build(search=False),
+        "eager": lambda: build(search=False),  # the script as it stands
+        "eager, cudnn search": lambda: build(),
         "eager, fused SGD": lambda: build(fused=True),
         "compiled network": lambda: compiled(build(fused=True), None, False),
         "compiled network and augmentation": lambda: compiled(build(fused=True), None, True),
@@ -523,7 +523,6 @@ def training(bench: Bench, case: str, aim: float, arch: str, count: int, side: i
         "CUDA graph, compiled": lambda: captured(compiled(build(fused=True), None, True)),
         "CUDA graph, compiled, float32": lambda: captured(compiled(build(fused=True, amp=False), None, True)),
     }
-    ways["eager"] = ways.pop("plain, bfloat16")  # the script as it stands
     if bench.device.type != "cuda":
         ways = {name: way for name, way in ways.items() if name.split(",")[0] in ("plain", "eager")}
     flop, calls, traffic = work_of(build())
