@@ -12,7 +12,7 @@ a test of its own holds it. Nothing happens at import. In order of use:
      7  augmentation  batched, on the device, one draw an image
      8  backbones     AlexNet, VGG16, ResNet
      9  bank          MemoryBank, bank_softmax
-    10  clustering    kmeans, neighbors
+    10  clustering    kmeans, neighbors, nmi
     11  evaluation    knn_accuracy, load_encoder
     12  VOC           load_voc: boxes, classes and masks;  average_precision
 """
@@ -87,6 +87,7 @@ def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], 
         if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in reason or "Socket" in reason):
             problem, wait = "another rank ended: see its message", 3.0
         elif (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in reason
+              or "out of memory" in reason or "ALLOC_FAILED" in reason  # of CUDA itself and of its libraries
               or "calculation overflowed" in reason):  # so much that its bytes cannot be counted
             problem = f"out of memory: {less_memory(args)}"
         elif reason.startswith("DataLoader worker"):
@@ -530,11 +531,8 @@ class Run:
             log.unlink(missing_ok=True)
         self.barrier()
         self.steps, self.start = steps, time.monotonic()
-        if self.rank == 0 and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            done = epoch * steps + step
-            self.bar = tqdm(total=self.args.epochs * steps, initial=done, unit="step", dynamic_ncols=True)
+        if self.rank == 0:
+            self.bar = progress(total=self.args.epochs * steps, initial=epoch * steps + step, unit="step")
         if epoch == step == 0 or (self.rank == 0 and not (log.exists() and log.stat().st_size)):
             self.log(**self.header)
         self.previous = {number: signal.signal(number, self._on_signal)
@@ -628,7 +626,8 @@ class Run:
     def finish(self, backbone: nn.Module) -> None:
         """Write backbone.pth, the plain weights under torchvision's names, and give the signals back."""
         if self.rank == 0:
-            write_checkpoint(self.output / "backbone.pth", backbone.state_dict())
+            weights = {name: weight.cpu() for name, weight in backbone.state_dict().items()}  # for any machine
+            write_checkpoint(self.output / "backbone.pth", weights)
         self.close()
 
     def close(self) -> None:
@@ -642,6 +641,16 @@ class Run:
             signal.signal(number, handler)
         if self.rank == 0:
             self.lock.close()
+
+
+def progress(**options: Any) -> Any:
+    """A progress bar by tqdm; None where nobody sees it, or tqdm is not installed."""
+    if sys.stderr.isatty():
+        with contextlib.suppress(ImportError):
+            from tqdm import tqdm
+
+            return tqdm(dynamic_ncols=True, **options)
+    return None
 
 
 class Totals:
@@ -2268,8 +2277,8 @@ def _kmeans_faiss(x: Tensor, centroids: Tensor, iterations: int, seed: int, sphe
     )  # never a sub-sample
     faiss.copy_array_to_vector(centroids.cpu().numpy().ravel(), clustering.centroids)
     index, device = faiss.IndexFlatL2(rows.shape[1]), "cpu"
-    if faiss.get_num_gpus() > 0:
-        index, device = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index), "gpu"
+    if x.device.type == "cuda" and faiss.get_num_gpus() > 0:  # this rank's own GPU
+        index, device = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), x.device.index or 0, index), "gpu"
     clustering.train(rows, index)
     stats = [clustering.iteration_stats.at(i) for i in range(clustering.iteration_stats.size())]
     found = faiss.vector_to_array(clustering.centroids).reshape(-1, rows.shape[1])
@@ -2447,6 +2456,20 @@ def knn_accuracy(
     return {
         key: (100 * int(hit[0]) / len(queries), 100 * int(hit[1]) / len(queries)) for key, hit in hits.items()
     }
+
+
+def nmi(a: Tensor, b: Tensor, geometric: bool = False) -> float:
+    """I(a; b) / mean of H(a) and H(b), of two labellings (N,) of integers: in [0, 1], 1 if neither splits anything."""
+    first, second = (torch.unique(labels.cpu(), return_inverse=True)[1] for labels in (a, b))
+    both = first * (int(second.max()) + 1) + second
+    shares = [torch.unique(labels, return_counts=True)[1].double() / len(labels) for labels in (first, second, both)]
+    of_a, of_b, of_both = (-torch.xlogy(share, share).sum().item() for share in shares)
+    if len(shares[0]) == len(shares[1]) == 1:
+        return 1.0
+    information = of_a + of_b - of_both
+    if information < 1e-12:
+        return 0.0
+    return information / (math.sqrt(of_a * of_b) if geometric else (of_a + of_b) / 2)
 
 
 # ---- 11. encoders from files, evaluation -----------------------------------------------------------------------------

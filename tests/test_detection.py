@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +335,21 @@ def test_frozen_stays(folder: Path, tmp_path: Path) -> None:
                 assert not moved, name
             elif not norm or "running" in name:
                 assert moved, name
+
+
+def test_frozen_normalisations_stay_on_several_gpus() -> None:
+    """Synchronised ones, too, keep their statistics with --bn frozen."""
+    model: Any = eval_detection.Detector(common.backbone("resnet18", 4, True), 3, options(bn="frozen"))
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model).train()
+    norms = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
+    assert model.training and norms and not any(module.training for module in norms)
+
+
+def test_coco_figures_are_left_out_without_their_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that has ended does not lose VOC's figures."""
+    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    none = Detections(torch.zeros(0), torch.zeros(0, 4), torch.zeros(0), torch.zeros(0))
+    assert eval_detection.coco_precision(none, common.VocSet("x", [], [])) == {}
 
 
 def test_boxes_follow_the_image() -> None:

@@ -2,9 +2,11 @@
 
 import argparse
 import errno
+import functools
 import os
 import pickle
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -425,16 +427,46 @@ def test_output_in_use(train: list[str]) -> None:
     first.wait()
 
 
-def out_of_memory() -> None:
+def out_of_memory(error: Exception) -> None:
     def fail(*args: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...\nmore lines")
+        raise error
 
     common.bank_softmax = fail  # type: ignore[assignment]
 
 
-def test_out_of_memory(train: list[str]) -> None:
-    """Too little memory ends with one line that names what to lower."""
-    one_line(run("npid", train, before=out_of_memory), "--batch-size", "--accumulate")
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...\nmore lines"),
+    RuntimeError("CUDA error: out of memory\nmore lines"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+])  # fmt: skip
+def test_out_of_memory(error: Exception, train: list[str]) -> None:
+    """Too little memory, whoever asked for it, ends with one line that names what to lower."""
+    one_line(run("npid", train, before=functools.partial(out_of_memory, error)), "--batch-size", "--accumulate")
+
+
+OPTIONAL = ["sklearn", "scipy", "tqdm", "faiss", "pycocotools", "submitit", "matplotlib"]
+
+
+def test_optional_libraries_are_optional() -> None:
+    """Every method and evaluation starts without what only some of their options need."""
+    code = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL})); import npid, local_aggregation, deepcluster"
+    code += ", cld, eval_knn, eval_linear, eval_detection, eval_segmentation"
+    subprocess.run([sys.executable, "-c", code], cwd=common.ROOT, check=True)
+
+
+def without_libraries() -> None:
+    sys.modules.update(dict.fromkeys(OPTIONAL))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["local_aggregation", "deepcluster"])
+def test_trains_without_optional_libraries(method: str, tmp_path: Path) -> None:
+    """Clustering and its figures need none of them; what does says so in one line."""
+    words = [*TINY, "--epochs", "2", "--knn-every", "1", "--output", str(tmp_path)]
+    process = run(method, words, before=without_libraries)
+    assert process.code == 0, process.err
+    if method == "local_aggregation":
+        again = [*words, "--warmup-epochs", "0", "--clustering", "dbscan", "--overwrite"]
+        one_line(run(method, again, before=without_libraries), "scikit-learn", "--clustering kmeans")
 
 
 def killed_worker() -> None:

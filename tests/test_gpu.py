@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, log, run
+from helpers import TINY, log, run, start
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cld
@@ -89,6 +90,17 @@ def test_waits_are_seen() -> None:
     assert waits.found == ["_local_scalar_dense", "lift_fresh"]
 
 
+def test_weights_are_saved_for_any_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """backbone.pth of a run on a GPU holds tensors of the CPU: torch.load reads it where there is no GPU."""
+    saved: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr(common, "write_checkpoint", lambda path, content: saved.update(content))
+    work = common.Run(npid.parse_args([*TINY, "--output", str(tmp_path)]))
+    work.previous = {}
+    with FakeTensorMode():
+        work.finish(torch.nn.Linear(2, 3, device="cuda"))
+    assert {weight.device.type for weight in saved.values()} == {"cpu"}
+
+
 @pytest.mark.gpu
 def test_no_step_waits_for_the_gpu(cuda: None, tmp_path: Path) -> None:
     """The same on a GPU, by PyTorch's own watch over synchronising calls."""
@@ -124,7 +136,7 @@ def test_options_of_a_gpu(options: list[str], cuda: None, tmp_path: Path) -> Non
     """bfloat16, compilation and split batches end with nearly the loss of plain float32."""
     losses = []
     for name, words in (("plain", ["--no-amp"]), ("other", options)):
-        done = run("npid", [*TINY, *ON_GPU, *words, "--epochs", "2", "--output", tmp_path / name])
+        done = start("npid", [*TINY, *ON_GPU, *words, "--epochs", "2", "--output", tmp_path / name]).wait(300)
         assert done.code == 0, done.err
         losses.append(log(tmp_path / name)[-1]["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=5e-2)

@@ -180,6 +180,15 @@ def test_run(folder: Path, tmp_path: Path) -> None:
     assert not torch.equal(after["layer2.0.conv1.weight"], before["layer2.0.conv1.weight"])
 
 
+def test_frozen_normalisations_stay_on_several_gpus() -> None:
+    """Synchronised ones, too, keep their statistics with --bn frozen."""
+    network = common.backbone("resnet18", 4, True)
+    model: Any = eval_segmentation.Segmenter(network, 6, options(bn="frozen"))
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model).train()
+    norms = [module for module in model.trunk.modules() if isinstance(module, nn.SyncBatchNorm)]
+    assert model.training and norms and not any(module.training for module in norms)
+
+
 @pytest.mark.parametrize("arch", ["alexnet", "vgg16"])
 def test_plain_networks(arch: str, folder: Path, tmp_path: Path) -> None:
     """FCN-32s of AlexNet and VGG16 runs, normalisations frozen, and its backbone keeps torchvision's names."""
