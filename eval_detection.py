@@ -756,9 +756,10 @@ def main(args: argparse.Namespace) -> None:
         run.after_step(state, 0, step, loss)
     if not finished:
         run.save(state, 0, args.iterations)
-        more = training_batches(run, data, args, range(args.iterations, args.iterations + args.precise_bn))
-        model.train()
-        precise_statistics(model, (batch_of(images) for _, images in more), run)
+        if args.precise_bn:
+            more = training_batches(run, data, args, range(args.iterations, args.iterations + args.precise_bn))
+            model.train()
+            precise_statistics(model, (batch_of(images) for _, images in more), run)
         run.broadcast(model)
         run.save(state, 1, 0)
 

@@ -314,7 +314,8 @@ def test_boundary_anchors() -> None:
 
 
 def test_frozen_stays(folder: Path, tmp_path: Path) -> None:
-    """After training, frozen stages, and with --bn frozen all normalisations, have their old bits; the rest moved."""
+    """After training, frozen stages, and with --bn frozen all normalisations, have their old bits; the rest moved.
+    Without --precise-bn the running statistics of training stay."""
     torch.manual_seed(0)
     network = common.backbone("resnet18", 4, True)
     for name, value in network.state_dict().items():
@@ -322,11 +323,13 @@ def test_frozen_stays(folder: Path, tmp_path: Path) -> None:
             value += torch.rand_like(value)
     file = tmp_path / "net.pth"
     torch.save(network.state_dict(), file)
-    for bn in ("frozen", "tuned"):
-        words = tiny(folder, tmp_path / bn, "--freeze", 3, "--bn", bn, "--no-extra-bn", "--arch", "resnet18",
-                     "--width", 4, "--lr", 0.05, "--warmup", 0, network=str(file))
+    for bn, precise in (("frozen", 2), ("tuned", 2), ("tuned", 0)):
+        output = tmp_path / f"{bn}{precise}"
+        words = tiny(folder, output, "--freeze", 3, "--bn", bn, "--no-extra-bn", "--arch", "resnet18", "--width", 4,
+                     "--lr", 0.05, "--warmup", 0, "--precise-bn", precise, network=str(file))
         assert run("eval_detection", words).code == 0
-        after = torch.load(tmp_path / bn / "backbone.pth")
+        after = torch.load(output / "backbone.pth")
+        assert not any((value == 1).all() for name, value in after.items() if name.endswith("running_var"))
         for name, value in network.state_dict().items():
             still = name.startswith(("conv1", "bn1", "layer1", "layer2"))
             norm = "bn" in name or "downsample.1" in name
