@@ -783,6 +783,9 @@ def maximize(args: argparse.Namespace) -> None:
         rest = network.stages(noise)[stage].mean((2, 3))
         alive = ((fired[:, offset : offset + maps].amax(0) > 0) & (rest.amax(0) > 0).cpu()).nonzero()[:, 0]
         chosen = alive[torch.randperm(len(alive), generator=source)[: args.channels]].sort().values
+        if not len(chosen):
+            offset += maps
+            continue
         channel, place = chosen.to(device), torch.arange(len(chosen), device=device)
         rest = rest[:, channel]
 
@@ -803,6 +806,8 @@ def maximize(args: argparse.Namespace) -> None:
             channels.append(Channel(f"channel {index}", shown[number], before, loud[number], after[number], images))
         rows[STAGES[stage]], offset = channels, offset + maps
     drawn = [channel for channels in rows.values() for channel in channels]
+    if not drawn:
+        raise common.Fault(f"{args.runs[0]}: no channel of {', '.join(args.stages)} fires on both noise and images")
     raised, above = (sorted(channel.after / max(level, 1e-12) for channel, level in zip(drawn, levels, strict=True))
                      for levels in ([c.before for c in drawn], [c.loud for c in drawn]))
     note = (f"Large: an image after {args.steps} steps of ascent on the mean activation of a channel, from noise of "

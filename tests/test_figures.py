@@ -636,6 +636,7 @@ def spoilt(run: Path, folder: Path) -> None:
     (folder / "text.pth").write_text("no checkpoint")
     (folder / "short.pth").write_bytes((run / "checkpoint.pth").read_bytes()[:5000])
     shutil.copy(run / "backbone.pth", folder)
+    torch.save({name: 0 * value for name, value in torch.load(run / "backbone.pth").items()}, folder / "dead.pth")
 
 
 FOREIGN = "backbone.pth --arch resnet18 --width 4 --image-size 32"
@@ -668,6 +669,7 @@ BAD = [
     ("filters text.pth", "no PyTorch checkpoint"),
     ("maximize RUN random", "one network"),
     ("maximize RUN --stages conv6", "invalid choice"),
+    ("maximize dead.pth --arch resnet18 --width 4 --image-size 32 --images 16 --stages conv1 conv2", "conv1, conv2"),
     ("edges nothing", "neither a checkpoint nor a log with ratio_edge"),
     ("edges RUN --k 300", "300"),
     ("pca short.pth", "truncated"),
