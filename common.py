@@ -1127,7 +1127,7 @@ def load(args: argparse.Namespace, split: str, device: torch.device) -> ImageSet
         data = _folder(args, split)
     wanted = args.subset if split != "test" else args.test_subset
     if wanted is not None and args.data != "shapes":  # which renders just what is wanted
-        data = _subset(data, wanted, args.seed)
+        data = _subset(data, wanted, args.seed, "--subset" if split != "test" else "--test-subset")
     if args.data not in _NAMED:
         _decode_small(data, args.cache)
     elif args.cache == "none":
@@ -1151,11 +1151,11 @@ def _fits(pixels: Tensor, device: torch.device) -> bool:
     return device.type != "cuda" or pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4
 
 
-def _subset(data: ImageSet, wanted: float, seed: int) -> ImageSet:
+def _subset(data: ImageSet, wanted: float, seed: int, option: str) -> ImageSet:
     """A seeded part with the same number of each class (plus or minus one); unlabelled images are one class."""
     count = round(wanted * len(data)) if wanted < 1 else int(wanted)
     if not 1 <= count <= len(data):
-        raise Fault(f"--subset {wanted:g}: {data.name} has {len(data)} images here")
+        raise Fault(f"{option} {wanted:g}: {data.name} has {len(data)} images here")
     order = torch.randperm(len(data), generator=generator(seed, "subset"))
     seen = [0] * (len(data.classes) + 1)
     turn = torch.empty(len(data), dtype=torch.long)  # how many of its class come before an image

@@ -29,7 +29,7 @@ def options(*words: str | Path) -> argparse.Namespace:
 def load(split: str, *words: str | Path) -> common.ImageSet:
     args = options(*words)
     args.subset = None if "--subset" not in words else args.subset
-    args.test_subset = None
+    args.test_subset = None if "--test-subset" not in words else args.test_subset
     return common.load(args, split, CPU)
 
 
@@ -255,6 +255,8 @@ def test_subset(tmp_path: Path) -> None:
     for bad in ("101", "0.001"):
         with pytest.raises(common.Fault, match="--subset"):
             load("pretrain", *words, bad)
+    with pytest.raises(common.Fault, match="--test-subset 101: cifar10 has"):
+        load("test", *words[:-1], "--test-subset", "101")
 
 
 def test_shapes_subset() -> None:
