@@ -316,6 +316,8 @@ def listed(path: Path, data: common.ImageSet) -> Tensor:
         raise common.Fault(f"cannot read {path} ({getattr(error, 'strerror', None) or 'no text'})") from None
     if data.files is None:
         raise common.Fault(f"--label-list is for directories of large images, and {data.name} is held decoded")
+    if not names:
+        raise common.Fault(f"{path} names no image: a line each is needed")
     rows = [row for row in range(len(data)) if data.path(row).name in names]
     if len(rows) != len(names):
         raise common.Fault(f"{path} names {len(names)} images, of which {data.name} has {len(rows)}")
@@ -971,7 +973,7 @@ def svm(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task
     rows_, key = ledger.rows, "top1" if task.train_targets.ndim == 1 else "map_11_points"
     result: dict[str, Any] = dict(layers=rows_)
     if args.per_class or args.labels:
-        result |= dict(draws=spread(rows_, ("layer", "labels" if key == "top1" else "per_class")))
+        result |= dict(draws=spread(rows_, ("layer", "per_class" if "per_class" in rows_[0] else "labels")))
     name = "svm_top1" if key == "top1" else "map_voc07_svm"
     return {name: rows_[-1][key], "layer": rows_[-1]["layer"]} | result
 

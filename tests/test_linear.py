@@ -458,6 +458,9 @@ def test_listed_labels(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("a_1.jpg\nc_0.jpg\n")
     with pytest.raises(common.Fault, match="names 2 images, of which photographs has 1"):
         eval_linear.listed(tmp_path / "list.txt", data)
+    (tmp_path / "list.txt").write_text("\n")
+    with pytest.raises(common.Fault, match="names no image"):
+        eval_linear.listed(tmp_path / "list.txt", data)
     (tmp_path / "list.txt").write_text("a_1.jpg\nb_0.jpg\n")
     found = evaluate("random", "--protocol", "finetune", "--data", folder, "--label-list", tmp_path / "list.txt",
                      "--workers", 0, "--image-size", 64, "--width", 4, "--lr", 0.01, "--weight-decay", 0, "--subset", 8,
@@ -565,7 +568,8 @@ def test_batch_normalisation_may_train(trained: Path, voc: Path, tmp_path: Path)
         assert torch.equal(weights[f"body.{name}"], before[name])
 
 
-@pytest.mark.parametrize("shots", [[], ["--per-class", "1", "2", "--draws", "2"]])
+@pytest.mark.parametrize("shots", [[], ["--per-class", "1", "2", "--draws", "2"],
+                                   ["--labels", "40", "50", "--draws", "2"]])
 def test_voc07_svm(shots: list[str], trained: Path, voc: Path, tmp_path: Path) -> None:
     """SVM on VOC's classes, and with few images of each; 0-targets are left out."""
     path = Path(shutil.copy(trained, tmp_path / "checkpoint.pth"))
@@ -573,8 +577,9 @@ def test_voc07_svm(shots: list[str], trained: Path, voc: Path, tmp_path: Path) -
                      "--normalize", "l2", "--workers", 0, *shots, data_dir=voc)
     assert found["map_voc07_svm"] == found["layers"][-1]["map_11_points"] > 5
     if shots:
-        assert [row["per_class"] for row in found["layers"]] == [1, 1, 2, 2]
-        assert [entry["draws"] for entry in found["draws"]] == [2, 2]
+        key, counts = shots[0].strip("-").replace("-", "_"), [int(shots[1]), int(shots[2])]
+        assert [row[key] for row in found["layers"]] == [counts[0]] * 2 + [counts[1]] * 2
+        assert [(entry[key], entry["draws"]) for entry in found["draws"]] == [(count, 2) for count in counts]
 
 
 def test_few_images_of_each_class(trained: Path, voc: Path, tmp_path: Path) -> None:
