@@ -217,7 +217,7 @@ def listed(data: common.ImageSet, path: Path) -> common.ImageSet:
     wanted = {line[1]: int(line[2] or -1) for line in lines if line}
     rows, given, found = list[int](), list[int](), set[str]()
     if data.files is None:
-        raise common.Fault(f"--file-list is for folders of images: {data.name} has no files")
+        raise common.Fault(f"{path} names files, and {data.name} has none: lists are for folders of images")
     for row in range(len(data)):
         file = data.path(row)
         names = [file.parent.name, *("/".join(file.parts[-n:]) for n in range(1, 5))]
@@ -227,6 +227,8 @@ def listed(data: common.ImageSet, path: Path) -> common.ImageSet:
             found.add(name)
     for name in wanted.keys() - found:
         raise common.Fault(f"{path}: {name} is not among the {len(data.files):,} images of {data.name}")
+    if not rows:
+        raise common.Fault(f"{path} names no image: a line each is needed")
     part = data.select(torch.tensor(rows))
     if not data.classes:
         part.labels, part.classes = torch.tensor(given), [str(c) for c in range(max(given) + 1)]
@@ -629,28 +631,30 @@ def warm_up(progress: float, epochs: int) -> float:
     return min(1.0, 0.01 + 0.99 * progress / epochs) if epochs else 1.0
 
 
-def load(args: argparse.Namespace, split: str, run: common.Run) -> common.ImageSet:
-    """common.load, then what --file-list, --imbalance and --instances make of it."""
-    chosen, part = (args.val_list, args.test_subset) if split == "test" else (args.file_list, args.subset)
-    if chosen and part:
-        raise common.Fault(f"{chosen} names the images: no --{'test-' * (split == 'test')}subset beside it, "
-                           "not from a preset either")
-    data = common.load(args, split, run.device)
-    if chosen:
-        data = listed(data, chosen)
-    if args.imbalance and split != "test":
+def load(args: argparse.Namespace, run: common.Run) -> tuple[common.ImageSet, common.ImageSet | None]:
+    """Training images and those of the kNN monitor: what the lists, --imbalance and --instances make of them."""
+    for chosen, part, name in ((args.file_list, args.subset, ""), (args.val_list, args.test_subset, "test-")):
+        if chosen and part:
+            raise common.Fault(f"{chosen} names the images: no --{name}subset beside it, not from a preset either")
+    data = common.load(args, "pretrain", run.device)
+    if args.file_list:
+        data = listed(data, args.file_list)
+    if args.imbalance:
         data = long_tailed(data, args.imbalance, args.seed)
         if run.rank == 0:
             print("images of each class:", *torch.bincount(data.labels).tolist(), flush=True)
+    test = common.load_monitor(args, data, run.device)
+    if test and args.val_list:
+        test = listed(test, args.val_list)
     if args.instances:
-        data = views_of_instances(data, args.instances, seed=int(split == "test"))
-    return data
+        data = views_of_instances(data, args.instances, seed=0)
+        test = test and views_of_instances(test, args.instances, seed=1)
+    return data, test
 
 
 def main(args: argparse.Namespace) -> None:
     run = common.Run(args)
-    data = load(args, "pretrain", run)
-    test = load(args, "test", run) if args.knn_every and data.classes else None
+    data, test = load(args, run)
     rows = args.batch_size // args.accumulate // (1 if args.groups_over == "all" else run.world)
     num_groups, queue_size = min(args.num_groups, rows), min(args.queue_size, len(data))
     if args.group_weight and num_groups == rows and run.rank == 0:

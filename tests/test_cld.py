@@ -595,7 +595,7 @@ def test_class_counts_of_a_long_tail_are_printed(tmp_path: Path, capsys: pytest.
 
 
 def test_file_list_chooses_files_and_folders(tmp_path: Path) -> None:
-    """Lines name an image, with or without the split's folder, or a class; a name that is not there is an error."""
+    """Lines name an image, with or without the split's folder, or a class; what is not there is an error."""
     files = np.array([f"n{c}/n{c}_{i}.jpg".encode() for c in (1, 2, 3) for i in range(3)])
     data = images_of([0, 0, 0, 1, 1, 1, 2, 2, 2], files=files, root=Path("/set/train"))
     path = tmp_path / "list.txt"
@@ -610,6 +610,11 @@ def test_file_list_chooses_files_and_folders(tmp_path: Path) -> None:
     path.write_text("n9\n")
     with pytest.raises(common.Fault, match="n9"):
         cld.listed(data, path)
+    path.write_text("\n")
+    with pytest.raises(common.Fault, match="names no image"):
+        cld.listed(data, path)
+    with pytest.raises(common.Fault, match=r"list.txt names files, and set has none"):
+        cld.listed(images_of([0], pixels=torch.zeros(1, 3, 8, 8, dtype=torch.uint8)), path)
     odd = b"caf\xe9.jpg"  # a name that is no UTF-8
     path.write_bytes(odd + b" 0\n")
     assert len(cld.listed(images_of([0], files=np.array([odd]), root=Path("/set")), path)) == 1
@@ -619,6 +624,22 @@ def test_file_list_or_subset(tmp_path: Path) -> None:
     """A list and a share of the images, at odds about which, are an error."""
     with pytest.raises(common.Fault, match="no --subset beside it"):
         train(tmp_path / "run", "--subset", "64", "--file-list", str(tmp_path / "list.txt"))
+
+
+def test_monitor_is_that_of_the_other_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Test images come at the size of the training images; a folder without classes has no monitor, and is told so."""
+    for place, side in (("train/a", 32), ("train/b", 32), ("val/a", 40), ("flat", 32)):
+        (tmp_path / place).mkdir(parents=True)
+        for number in range(16):
+            Image.new("RGB", (side, side), (number, 0, 0)).save(tmp_path / place / f"{number}.png")
+    args = cld.parse_args([*SMALL, "--subset", "16", "--test-subset", "16", "--data", str(tmp_path), "--knn-every", "1",
+                           "--output", str(tmp_path / "run")])
+    run = common.Run(args)
+    data, test = cld.load(args, run)
+    assert test is not None and data.size == test.size == 32
+    args.data = str(tmp_path / "flat")
+    assert cld.load(args, run)[1] is None and "no kNN monitor" in capsys.readouterr().err
+    run.lock.close()
 
 
 def test_instances_give_many_correlated_views() -> None:
