@@ -410,7 +410,8 @@ def main(args: argparse.Namespace) -> None:
     data = common.load(args, "pretrain", run.device)
     test = common.load_monitor(args, data, run.device)
     notes = fit_to(len(data), args)
-    run.describe(data, chance_loss=round(math.log(len(data)), 4))
+    trial = common.kmeans(torch.zeros(1, 1, device=run.device), 1, backend=args.kmeans)  # is Faiss there, and on what?
+    run.describe(data, chance_loss=round(math.log(len(data)), 4), kmeans_backend=trial.backend)
     if run.rank == 0:
         print(*notes, sep="\n", end="\n" * bool(notes), flush=True)
     steps = run.steps_per_epoch(len(data))

@@ -759,6 +759,8 @@ def test_other_clusterings(tmp_path: Path) -> None:
     pytest.importorskip("faiss")
     for name, options in {"faiss": ["--kmeans", "faiss"], "split": ["--empties", "split"]}.items():
         assert train(tmp_path / name, "--epochs", "1", *options) == 0
+        header = json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])
+        assert header["kmeans_backend"].split()[0] == {"faiss": "faiss", "split": "torch"}[name]
         row = rows_of(tmp_path / name)[0]
         assert 2 <= row["clusters"] <= 8 and row["chance_loss"] == round(math.log(row["clusters"]), 4)
         assert {"loss", "empties", "largest_share", "pca_variance", "lr"} <= row.keys()

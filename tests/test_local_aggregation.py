@@ -181,6 +181,18 @@ def test_every_ablation_trains(options: list[str], tmp_path: Path) -> None:
     assert math.isfinite(rows[0]["npid_loss"]) and math.isfinite(rows[1]["la_loss"]) and rows[1]["la_loss"] > 0
 
 
+@pytest.mark.parametrize("name", ["torch", "faiss"])
+def test_the_back_end_of_k_means_is_printed_and_logged(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first line says what clusters, and on what; so does what a clustering returns."""
+    pytest.importorskip(name)
+    run_rows(tmp_path / "run", "--subset", "64", "--epochs", "1", "--kmeans", name, "--device", "cpu")
+    first = (tmp_path / "run" / "log.jsonl").read_text().splitlines()[0]
+    assert json.loads(first)["kmeans_backend"] == common.kmeans(torch.rand(9, 2), 2, backend=name).backend
+    assert json.loads(first)["kmeans_backend"].startswith(f"{name} ") and first in capsys.readouterr().out
+
+
 def test_nearest_close_set_is_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--close nearest: C_i is i and the k' most similar of B_i, in whatever order the search lists them."""
     seen, loss = [], la.local_aggregation
