@@ -126,7 +126,7 @@ def save(figure: Figure, title: str, note: str, runs: dict[str, Source], path: P
 # ---- networks and their features -------------------------------------------------------------------------------------
 
 
-def open_networks(args: argparse.Namespace, device: torch.device) -> tuple[list[common.Encoder], list[Source]]:
+def open_networks(args: argparse.Namespace, device: torch.device) -> tuple[list[common.Encoder], dict[str, Source]]:
     """The encoder of each run; "random" is an untrained one of the first run's architecture."""
     small = args.image_size < common.SMALL if args.image_size else None
     encoders, sources = dict[str, common.Encoder](), {"random": Source("untrained", {}, {}, "", 0)}
@@ -147,7 +147,8 @@ def open_networks(args: argparse.Namespace, device: torch.device) -> tuple[list[
         stem = first.data.get("small", False) if small is None else small
         encoder = common.untrained_encoder(arch, width, stem, device)
         encoders["random"] = dataclasses.replace(encoder, options=first.options, data=first.data)
-    return [encoders[name] for name in args.runs], [sources[name] for name in args.runs]
+    found = [sources[name] for name in args.runs]
+    return [encoders[name] for name in args.runs], dict(zip(legend(found), found, strict=True))
 
 
 def load_data(encoder: common.Encoder, args: argparse.Namespace, device: torch.device) -> Sequence[common.ImageSet]:
@@ -157,10 +158,7 @@ def load_data(encoder: common.Encoder, args: argparse.Namespace, device: torch.d
 
 
 def extract(
-    encoder: common.Encoder,
-    data: common.ImageSet,
-    args: argparse.Namespace,
-    device: torch.device,
+    encoder: common.Encoder, data: common.ImageSet, args: argparse.Namespace, device: torch.device,
     describe: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Unit rows (N, D) of all images, or describe(images), at the size and with the statistics of the encoder's run."""
@@ -285,10 +283,9 @@ def draw_gallery(queries: Tensor, names: list[str], strips: list[Strip], parts: 
 def gallery(args: argparse.Namespace) -> None:
     """Test images and their nearest training images, best and worst cases (NPID, Fig. 5)."""
     device, k = common.pick_device(args.device), args.num_neighbors
-    encoders, sources = open_networks(args, device)
+    encoders, runs = open_networks(args, device)
     train, test = labelled(encoders[0], args, device)
     chosen, strips = list[int](), list[Strip]()
-    runs = dict(zip(legend(sources), sources, strict=True))
     for encoder, title in zip(encoders, runs, strict=True):
         queries, keys = extract(encoder, test, args, device), extract(encoder, train, args, device)
         index = common.neighbors(queries, keys, k)[1].cpu()
@@ -327,12 +324,11 @@ def neighbors(args: argparse.Namespace) -> None:
     """Sure and unsure test images and their neighbours, trained and untrained (Local Aggregation, Fig. 3; DeepCluster,
     Fig. 5.3)."""
     device = common.pick_device(args.device)
-    encoders, sources = open_networks(args, device)
+    encoders, runs = open_networks(args, device)
     train, test = labelled(encoders[0], args, device)
     if args.num_neighbors > len(train):
         raise common.Fault(f"--k {args.num_neighbors} is more than the {len(train)} training images")
     chosen, parts, strips = list[int](), dict[str, int](), list[Strip]()
-    runs = dict(zip(legend(sources), sources, strict=True))
     for encoder, title in zip(encoders, runs, strict=True):
         found, share, index = votes(extract(encoder, test, args, device), extract(encoder, train, args, device), train)
         correct = found == test.labels
@@ -360,7 +356,7 @@ def neighbors(args: argparse.Namespace) -> None:
 def retrieval(args: argparse.Namespace) -> None:
     """Retrievals of two networks side by side, for queries drawn at random (CLD, Fig. A.3)."""
     device, k = common.pick_device(args.device), args.num_neighbors
-    encoders, sources = open_networks(args, device)
+    encoders, runs = open_networks(args, device)
     if len(encoders) != 2:
         raise common.Fault(f"retrieval compares two networks, not {len(encoders)}: name two runs, or one")
     train, test = labelled(encoders[0], args, device)
@@ -368,7 +364,6 @@ def retrieval(args: argparse.Namespace) -> None:
         raise common.Fault(f"--rows {args.rows} is more than the {len(test)} test images")
     order = torch.randperm(len(test), generator=common.generator(args.seed, "retrieval")).tolist()
     chosen, strips = spread_out(order, test.labels, args.rows), list[Strip]()
-    runs = dict(zip(legend(sources), sources, strict=True))
     for encoder, title in zip(encoders, runs, strict=True):
         keys = extract(encoder, train, args, device)
         queries = extract(encoder, test, args, device)
@@ -521,12 +516,11 @@ def draw_density(panels: dict[str, dict[str, Tensor]]) -> Figure:
 def density(args: argparse.Namespace) -> None:
     """How closely features lie around each image, and in its wider surroundings (Local Aggregation, Fig. 2)."""
     device = common.pick_device(args.device)
-    encoders, sources = open_networks(args, device)
+    encoders, runs = open_networks(args, device)
     banks = all(encoder.bank is not None for encoder in encoders) and not {"data", "subset"} & set(args.typed)
     kind = args.features or ("bank" if banks else "clean")
     data = load_data(encoders[0], args, device)[0] if kind == "clean" else None
     near, far, ranks, counts = dict[str, Tensor](), dict[str, Tensor](), set[tuple[int, int, int]](), set[str]()
-    runs = dict(zip(legend(sources), sources, strict=True))
     for encoder, (label, source) in zip(encoders, runs.items(), strict=True):
         features = encoder.bank if data is None else extract(encoder, data, args, device)
         if features is None:
@@ -614,9 +608,9 @@ def draw_mds(clouds: list[Cloud]) -> Figure:
 def mds(args: argparse.Namespace) -> None:
     """Training images of classes with high and with low kNN accuracy in the plane (Local Aggregation, Fig. 4)."""
     device = common.pick_device(args.device)
-    encoders, sources = open_networks(args, device)
+    encoders, runs = open_networks(args, device)
     train, test = labelled(encoders[0], args, device)
-    runs, clouds = dict(zip(legend(sources), sources, strict=True)), list[Cloud]()
+    clouds = list[Cloud]()
     present = [label for label in range(len(train.classes)) if (train.labels == label).sum() > 2]
     count = min(args.classes, len(present) // 2)
     if not count:
@@ -673,8 +667,8 @@ def draw_filters(panels: dict[str, Tensor]) -> Figure:
 
 def filters(args: argparse.Namespace) -> None:
     """Filters of the first layer, with Sobel's composed (DeepCluster, Fig. 5.2)."""
-    encoders, sources = open_networks(args, torch.device("cpu"))
-    runs, panels = dict(zip(legend(sources), sources, strict=True)), dict[str, Tensor]()
+    encoders, runs = open_networks(args, torch.device("cpu"))
+    panels = dict[str, Tensor]()
     for encoder, name in zip(encoders, runs, strict=True):
         found = first_filters(encoder.backbone)
         kind = "on RGB" if found.shape[1] == 3 else "on Sobel's gradients, composed with them"
@@ -762,7 +756,7 @@ def draw_maximize(rows: dict[str, list[Channel]]) -> Figure:
 def maximize(args: argparse.Namespace) -> None:
     """Images by gradient ascent on channels of each stage, and those that fire them most (DeepCluster, Fig. 5.4)."""
     device = common.pick_device(args.device)
-    encoders, sources = open_networks(args, device)
+    encoders, runs = open_networks(args, device)
     if len(encoders) > 1:
         raise common.Fault("maximize looks into one network: name one run")
     network: Any = encoders[0].backbone
@@ -817,7 +811,6 @@ def maximize(args: argparse.Namespace) -> None:
             f"times as much in the median, {raised[0]:,.0f} at least; compared with noise of the image's contrast "
             f"{above[len(above) // 2]:,.0f} and {above[0]:.1f}. Small: the 9 of {len(data):,} training images with the "
             f"highest mean activation.")
-    runs = dict(zip(legend(sources), sources, strict=True))
     save(draw_maximize(rows), "What fires a channel most", note, runs, args.out)
 
 
@@ -878,14 +871,14 @@ def edges(args: argparse.Namespace) -> None:
     drawn = [name for name in args.runs if Path(name).is_file() or Path(name, "checkpoint.pth").exists()]
     if not drawn and not logs:
         raise common.Fault(f"{args.runs[0]} has neither a checkpoint nor a log with ratio_edge")
-    boxes, chance, sources = dict[str, Tensor](), math.nan, [source for source, _ in logs.values()]
-    curves = dict(zip(legend(sources), (points for _, points in logs.values()), strict=True))
-    note = ""
+    boxes, chance, note, runs = dict[str, Tensor](), math.nan, "", dict[str, Source]()
+    names = legend([source for source, _ in logs.values()])
+    curves = dict(zip(names, (points for _, points in logs.values()), strict=True))
     if drawn:
         named = [name for name in args.runs if name in (*drawn, "random")]
-        encoders, sources = open_networks(argparse.Namespace(**vars(args) | dict(runs=named)), device)
+        encoders, runs = open_networks(argparse.Namespace(**vars(args) | dict(runs=named)), device)
         data = labelled(encoders[0], args, device)[0]
-        for encoder, name in zip(encoders, legend(sources), strict=True):
+        for encoder, name in zip(encoders, runs, strict=True):
             features, every = extract(encoder, data, args, device), torch.arange(len(data))
             nearest = common.neighbors(features, features, args.num_neighbors, exclude=every.to(device))[1].cpu()
             boxes[name] = edge_shares(nearest, data.labels)
@@ -896,7 +889,6 @@ def edges(args: argparse.Namespace) -> None:
                 "1.5 times their distance.")
     if logs:
         note += "\n" * bool(note) + "Curves: from the logs, 10 neighbours, by the descriptors that are clustered."
-    runs = dict(zip(legend(sources), sources, strict=True))
     runs |= dict(zip(curves, (source for source, _ in logs.values()), strict=True))
     save(draw_edges(boxes, chance, curves), "Ratio edge intra-class", note, runs, args.out)
 
@@ -931,9 +923,9 @@ def draw_pca(curves: dict[str, Tensor]) -> Figure:
 def pca(args: argparse.Namespace) -> None:
     """Share of the variance that the largest eigenvalues keep, before whitening (DeepCluster, Fig. 4.3)."""
     device = common.pick_device(args.device)
-    encoders, sources = open_networks(args, device)
+    encoders, runs = open_networks(args, device)
     data = load_data(encoders[0], args, device)[0]
-    runs, curves = dict(zip(legend(sources), sources, strict=True)), dict[str, Tensor]()
+    curves = dict[str, Tensor]()
     for encoder, name in zip(encoders, runs, strict=True):
         network: Any = encoder.backbone
         before_relu = functools.partial(network, relu_last=False) if args.layer != "head" else None
@@ -1069,16 +1061,9 @@ def read_layers(names: Sequence[str], protocol: str) -> dict[str, dict[str, floa
     """The last result of `protocol` for each network in the eval.jsonl of these folders: top-1 in % by layer."""
     found = dict[tuple[str, str], dict[str, Any]]()
     for name in names:
-        path = (Path(name).parent if Path(name).is_file() else Path(name)) / "eval.jsonl"
-        try:
-            rows = [json.loads(line) for line in path.read_text().splitlines()]
-            rows = [row for row in rows if row["protocol"] == protocol and "layers" in row]
-        except OSError as error:
-            raise common.Fault(f"cannot read {path} ({error.strerror}): run eval_linear.py first") from None
-        except (ValueError, KeyError, TypeError):
-            rows = []
+        rows = [row for row in read_eval(name, baselines=True) if row.get("protocol") == protocol and "layers" in row]
         if not rows:
-            raise common.Fault(f"{path} has no result of eval_linear.py, protocol {protocol}")
+            raise common.Fault(f"{name} has no result of eval_linear.py, protocol {protocol}: run it first")
         for row in rows:
             found[row["method"], row["checkpoint_sha256"]] = row
     methods = Counter(method for method, _ in found)

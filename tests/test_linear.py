@@ -702,9 +702,10 @@ def test_picture(checkpoint: Path, tmp_path: Path) -> None:
     lines = figures.read_layers([str(checkpoint.parent), str(other)], "linear")
     assert lines == {"npid smoke": {row["layer"]: row["top1"] for row in found["layers"]},
                      "untrained": {"conv1": 5.0, "conv5": 5.0}}
-    (other / "eval.jsonl").write_text("nonsense\n")
-    with pytest.raises(common.Fault, match="no result of eval_linear"):
-        figures.read_layers([str(other)], "linear")
+    for text, reason in (("nonsense\n", "each line has to be JSON"), ("[1]\n{}\n", "no result of eval_linear")):
+        (other / "eval.jsonl").write_text(text)
+        with pytest.raises(common.Fault, match=reason):
+            figures.read_layers([str(other)], "linear")
 
 
 @pytest.mark.gpu
