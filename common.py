@@ -2115,7 +2115,7 @@ def nearest(x: Tensor, centroids: Tensor, low: list[_Int8] | None = None) -> Ten
 
 def assign(x: Tensor, centroids: Tensor, low: list[_Int8] | None = None) -> tuple[Tensor, float]:
     """nearest(x, centroids, low), and the sum of squared distances, k-means' objective."""
-    labels, chunk = nearest(x, centroids, low), CHUNK.get(x.device.type, 1024)
+    labels, chunk = nearest(x, centroids, low), 4 * CHUNK.get(x.device.type, 1024)  # of a lighter operator
     parts = zip(torch.split(x, chunk), torch.split(labels, chunk), strict=True)
     totals = [F.mse_loss(rows, centroids.index_select(0, found), reduction="sum").double() for rows, found in parts]
     return labels, float(torch.stack(totals).sum())
