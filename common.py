@@ -12,7 +12,7 @@ a test of its own holds it. Nothing happens at import. In order of use:
      7  augmentation  batched, on the device, one draw an image
      8  backbones     AlexNet, VGG16, ResNet
      9  bank          MemoryBank, bank_softmax
-    10  clustering    kmeans, neighbors, nmi
+    10  clustering    kmeans, neighbors
     11  evaluation    knn_accuracy, load_encoder
     12  VOC           load_voc: boxes, classes and masks;  average_precision
 """
@@ -531,8 +531,11 @@ class Run:
             log.unlink(missing_ok=True)
         self.barrier()
         self.steps, self.start = steps, time.monotonic()
-        if self.rank == 0:
-            self.bar = progress(total=self.args.epochs * steps, initial=epoch * steps + step, unit="step")
+        if self.rank == 0 and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            done = epoch * steps + step
+            self.bar = tqdm(total=self.args.epochs * steps, initial=done, unit="step", dynamic_ncols=True)
         if epoch == step == 0 or (self.rank == 0 and not (log.exists() and log.stat().st_size)):
             self.log(**self.header)
         self.previous = {number: signal.signal(number, self._on_signal)
@@ -641,16 +644,6 @@ class Run:
             signal.signal(number, handler)
         if self.rank == 0:
             self.lock.close()
-
-
-def progress(**options: Any) -> Any:
-    """A progress bar by tqdm; None where nobody sees it, or tqdm is not installed."""
-    if sys.stderr.isatty():
-        with contextlib.suppress(ImportError):
-            from tqdm import tqdm
-
-            return tqdm(dynamic_ncols=True, **options)
-    return None
 
 
 class Totals:
@@ -2456,20 +2449,6 @@ def knn_accuracy(
     return {
         key: (100 * int(hit[0]) / len(queries), 100 * int(hit[1]) / len(queries)) for key, hit in hits.items()
     }
-
-
-def nmi(a: Tensor, b: Tensor, geometric: bool = False) -> float:
-    """I(a; b) / mean of H(a) and H(b), of two labellings (N,) of integers: in [0, 1], 1 if neither splits anything."""
-    first, second = (torch.unique(labels.cpu(), return_inverse=True)[1] for labels in (a, b))
-    both = first * (int(second.max()) + 1) + second
-    shares = [torch.unique(labels, return_counts=True)[1].double() / len(labels) for labels in (first, second, both)]
-    of_a, of_b, of_both = (-torch.xlogy(share, share).sum().item() for share in shares)
-    if len(shares[0]) == len(shares[1]) == 1:
-        return 1.0
-    information = of_a + of_b - of_both
-    if information < 1e-12:
-        return 0.0
-    return information / (math.sqrt(of_a * of_b) if geometric else (of_a + of_b) / 2)
 
 
 # ---- 11. encoders from files, evaluation -----------------------------------------------------------------------------

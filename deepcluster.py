@@ -49,6 +49,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor, nn
 
 import common
@@ -559,7 +560,7 @@ def target_rows(targets: Tensor, num_clusters: int, count: int, source: torch.Ge
 
 def nmi(a: Tensor, b: Tensor) -> float:
     """I(a; b) / sqrt(H(a) H(b)) of two labellings (N,), as in the ECCV paper."""
-    return round(common.nmi(a, b, geometric=True), 4)
+    return round(float(normalized_mutual_info_score(a.cpu().numpy(), b.cpu().numpy(), average_method="geometric")), 4)
 
 
 def ratio_edge_intra_class(nearest: Tensor, labels: Tensor) -> Tensor:

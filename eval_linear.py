@@ -488,6 +488,8 @@ def fill(
     batches: Iterator[Tensor],
 ) -> None:
     """Write the features of all crops from row `first` on into the tensors (N, V, d) that map the files."""
+    from tqdm import tqdm
+
     def mark(rows: int) -> None:
         for (_, path, key), crc in zip(parts, sums, strict=True):
             with path.open("rb+") as file:  # rows that the disk does not have must not be taken for done
@@ -497,7 +499,7 @@ def fill(
             temporary.replace(path.with_suffix(".json"))
 
     row, marked, sums = first, time.monotonic(), [checksum(values[:first]) for values, _, _ in parts]
-    bar = common.progress(total=len(parts[0][0]), initial=first, unit="image")
+    bar = tqdm(total=len(parts[0][0]), initial=first, unit="image", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     try:
         for views in batches:
             count = len(views)
@@ -505,14 +507,12 @@ def fill(
                 values[row : row + count] = found.view(count, -1, values.shape[2]).to(values.device, values.dtype)
                 sums[i] = checksum(values[row : row + count], sums[i])
             row += count
-            if bar is not None:
-                bar.update(count)
+            bar.update(count)
             if time.monotonic() - marked > 30:
                 mark(row)
                 marked = time.monotonic()
     finally:
-        if bar is not None:
-            bar.close()
+        bar.close()
         mark(row)
 
 
@@ -584,29 +584,21 @@ def top_k(scores: Tensor, labels: Tensor) -> dict[str, float]:
                 top5=round(100 * best.any(1).double().mean().item(), 2))
 
 
-def plain_precision(scores: Tensor, right: Tensor, total: int) -> float:
-    """Average precision in percent as scikit-learn has it: nothing is interpolated, equal scores are one answer."""
-    if not total:
-        return math.nan
-    recall, precision = common.precision_recall(scores, right, total)
-    ordered = scores.sort(descending=True).values
-    last = torch.cat([ordered[1:] != ordered[:-1], torch.ones(1, dtype=torch.bool)])
-    return 100 * (recall[last].diff(prepend=torch.zeros(1)) * precision[last]).sum().item()
-
-
 def mean_ap(scores: Tensor, targets: Tensor) -> dict[str, Any]:
     """Mean average precision in percent, scores and targets (N, C), images with target 0 left out for that class.
 
     map_11_points: VOC2007's; map_area: that of VOC2010 and later; map_sklearn: the area without interpolation, which
     the thesis's code reports.
     """
+    from sklearn.metrics import average_precision_score
+
     rows = list[tuple[float, float, float]]()
     for score, target in zip(scores.cpu().double().T, targets.T, strict=True):
         known, total = target != 0, int((target > 0).sum())
         right, score = target[known] > 0, score[known]
         rows.append((common.average_precision(score, right, total, True),
                      common.average_precision(score, right, total, False),
-                     plain_precision(score, right, total)))
+                     100 * float(average_precision_score(right.numpy(), score.numpy())) if total else math.nan))
     means = torch.tensor(rows).nanmean(0).tolist()  # a class that no image has counts for nothing
     return dict(zip(("map_11_points", "map_area", "map_sklearn"), (round(mean, 2) for mean in means), strict=True),
                 ap_11_points=[round(row[0], 2) if row[0] == row[0] else None for row in rows])

@@ -363,10 +363,8 @@ def cluster(
 
 def dbscan(features: Tensor, radius: float) -> Tensor:
     """Labels (N,) int32 by density; what DBSCAN calls noise is alone. Quadratic in N."""
-    try:
-        from sklearn.cluster import DBSCAN
-    except ImportError:
-        raise common.Fault("DBSCAN is scikit-learn's: pip install scikit-learn, or use --clustering kmeans") from None
+    from sklearn.cluster import DBSCAN
+
     labels = torch.from_numpy(DBSCAN(eps=radius, min_samples=5, n_jobs=-1).fit_predict(features.float().cpu().numpy()))
     alone = labels.max() + 1 + torch.arange(len(labels))
     return torch.where(labels < 0, alone, labels).to(features.device, torch.int32)
@@ -378,6 +376,8 @@ def health(clusters: Clusters, before: Tensor, bank: Tensor, rows: Tensor) -> di
 
     before: the labels (H, N) of last time; there is no NMI with images that were all alone.
     """
+    from sklearn.metrics import normalized_mutual_info_score
+
     sizes, distances = [], []
     for part in torch.split(rows, 64):
         close = clusters.same(part, torch.arange(len(bank), device=bank.device)).float()
@@ -386,7 +386,9 @@ def health(clusters: Clusters, before: Tensor, bank: Tensor, rows: Tensor) -> di
     figures = dict(close_size=round(torch.cat(sizes).mean().item(), 2),
                    skewness=round(torch.cat(distances).mean().item(), 4))
     if int(before[0].max()) + 1 < len(bank):
-        figures["nmi"] = round(common.nmi(before[0], clusters.labels[0]), 4)
+        nmi = normalized_mutual_info_score(before[0].cpu().numpy(), clusters.labels[0].cpu().numpy(),
+                                           average_method="arithmetic")
+        figures["nmi"] = round(float(nmi), 4)
     return figures
 
 

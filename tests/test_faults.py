@@ -444,7 +444,7 @@ def test_out_of_memory(error: Exception, train: list[str]) -> None:
     one_line(run("npid", train, before=functools.partial(out_of_memory, error)), "--batch-size", "--accumulate")
 
 
-OPTIONAL = ["sklearn", "scipy", "tqdm", "faiss", "pycocotools", "submitit", "matplotlib"]
+OPTIONAL = ["faiss", "pycocotools", "submitit", "matplotlib"]
 
 
 def test_optional_libraries_are_optional() -> None:
@@ -452,21 +452,6 @@ def test_optional_libraries_are_optional() -> None:
     code = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL})); import npid, local_aggregation, deepcluster"
     code += ", cld, eval_knn, eval_linear, eval_detection, eval_segmentation"
     subprocess.run([sys.executable, "-c", code], cwd=common.ROOT, check=True)
-
-
-def without_libraries() -> None:
-    sys.modules.update(dict.fromkeys(OPTIONAL))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("method", ["local_aggregation", "deepcluster"])
-def test_trains_without_optional_libraries(method: str, tmp_path: Path) -> None:
-    """Clustering and its figures need none of them; what does says so in one line."""
-    words = [*TINY, "--epochs", "2", "--knn-every", "1", "--output", str(tmp_path)]
-    process = run(method, words, before=without_libraries)
-    assert process.code == 0, process.err
-    if method == "local_aggregation":
-        again = [*words, "--warmup-epochs", "0", "--clustering", "dbscan", "--overwrite"]
-        one_line(run(method, again, before=without_libraries), "scikit-learn", "--clustering kmeans")
 
 
 def killed_worker() -> None:

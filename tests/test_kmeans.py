@@ -251,16 +251,3 @@ def test_faiss_stays_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     faiss = pytest.importorskip("faiss")
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
     assert common.kmeans(cloud(300, 8), 5, iterations=2, backend="faiss").backend == "faiss cpu"
-
-
-@pytest.mark.parametrize("geometric", [False, True])
-def test_nmi_is_sklearns(geometric: bool) -> None:
-    """Both means, labels with gaps, independent labels, and one or two labellings that split nothing."""
-    metrics = pytest.importorskip("sklearn.metrics")
-    source = torch.Generator().manual_seed(0)
-    a, one = 7 * torch.randint(9, (400,), generator=source), torch.zeros(400, dtype=torch.int64)
-    b = torch.where(torch.rand(400, generator=source) < 0.6, a, torch.randint(4, (400,), generator=source))
-    for first, second in ((a, b), (b, a), (a, a), (a, one), (one, a), (one, one), (torch.arange(400), b)):
-        expected = metrics.normalized_mutual_info_score(
-            first.numpy(), second.numpy(), average_method="geometric" if geometric else "arithmetic")
-        assert common.nmi(first.int(), second, geometric) == pytest.approx(expected, abs=1e-9)
