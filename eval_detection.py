@@ -656,9 +656,10 @@ def detect(model: Detector, data: common.VocSet, proposals: list[Tensor] | None,
     rows = [min(row, len(data) - 1) for row in range(run.rank * share, (run.rank + 1) * share)]
     packed = torch.full((share, 100, 6), -1.0)
     batches: Any = decoded(data, args, [[Sample(row, args.test_size, False)] for row in rows])
-    if run.rank == 0:
-        options = dict(iterable=batches, total=share, desc="test", unit="image", leave=False)
-        batches = common.progress(**options) or batches
+    if run.rank == 0 and sys.stderr.isatty():
+        from tqdm import tqdm
+
+        batches = tqdm(batches, total=share, desc="test", unit="image", dynamic_ncols=True, leave=False)
     for place, part in zip(packed, batches, strict=True):
         batch = collate(part, data, proposals, args, mean, std, run.device)
         with run.autocast():

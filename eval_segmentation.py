@@ -342,9 +342,10 @@ def confusion_table(model: Segmenter, data: common.VocSet, args: argparse.Namesp
     count = 1 + len(data.classes)
     table = torch.zeros(count, count, dtype=torch.int64, device=run.device)
     batches: Any = decoded(data, args, mean, [[Sample(row, args.test_size)] for row in rows])
-    if run.rank == 0:
-        options = dict(iterable=batches, total=len(rows), desc="test", unit="image", leave=False)
-        batches = common.progress(**options) or batches
+    if run.rank == 0 and sys.stderr.isatty():
+        from tqdm import tqdm
+
+        batches = tqdm(batches, total=len(rows), desc="test", unit="image", dynamic_ncols=True, leave=False)
     for ((_, pixels, mask),) in batches:
         height, width = pixels.shape[1:]
         image = common.normalize(pixels[None].to(run.device).float() / 255, mean, std)
