@@ -381,6 +381,18 @@ def la_search(bench: Bench) -> None:
     bench.case(case, "bfloat16 products, topk", lambda: (z.bfloat16() @ half.T).topk(k), read=float(half.nbytes),
                **work)  # fmt: skip
 
+    # The weighted sum of B_i's features, which is most of what the loss costs: which operator is quick where?
+    slots, similarity, _ = local_aggregation.nearest(z, index, bank, k)
+    weights, close = similarity.softmax(1), similarity > similarity.mean(1, keepdim=True)
+    case, read = f"sum of {k} features for each of {len(z)}", float(slots.numel() * bank[0].nbytes)
+    bench.case(case, "plain", lambda: torch.bmm(weights[:, None], bank[slots]), read=3 * read)
+    bench.case(case, "embedding_bag", lambda: F.embedding_bag(slots, bank, mode="sum", per_sample_weights=weights),
+               read=read)
+    bench.case(case, "rows of all weights", lambda: torch.zeros(len(z), len(bank), device=bench.device).scatter_(
+        1, slots, weights) @ bank, read=float(bank.nbytes + 8 * len(z) * len(bank)))
+    bench.case(case, "the whole loss", lambda: local_aggregation.local_aggregation(z, slots, similarity, close, bank,
+                                                                                   0.07), read=read)
+
 
 # ---- training steps --------------------------------------------------------------------------------------------------
 
