@@ -680,6 +680,7 @@ def filters(args: argparse.Namespace) -> None:
 # ---- maximize --------------------------------------------------------------------------------------------------------
 
 STAGES = ["conv1", "conv2", "conv3", "conv4", "conv5"]
+CONTRAST = 0.35  # of the noise from which ascent starts, in standard deviations of the training images
 
 
 def rms(images: Tensor) -> Tensor:
@@ -688,31 +689,74 @@ def rms(images: Tensor) -> Tensor:
 
 
 def ascend(
-    fire: Callable[[Tensor], Tensor], images: Tensor, steps: int, rate: float = 0.2, contrast: float = 1000.0
-) -> Tensor:
-    """Images (B, 3, S, S) after `steps` of ascent on fire(images) (B,), each by its gradient of `rate` the image's RMS.
+    maps: Callable[[Tensor], Tensor], images: Tensor, peak: Tensor, steps: int, rate: float = 0.2, contrast: float = 1e3
+) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, S, S) after at most `steps` of ascent on the mean of their channel's map, and that mean (B,).
 
-    Regularised as in the thesis, by the L2 norm and a blur every 5 steps; but the norm is set, not penalised: it grows
-    by the same factor at each step, to an RMS of `contrast`. Left to itself it stays small in many channels: grey fires
-    them by their bias, and all that is near to grey less. A step that ends in silence, where no gradient is, is taken
-    again at a quarter of its length and of its growth; an image that has to do so often ends below `contrast`.
+    maps: images -> each one's map (B, H, W), not negative. A step is `rate` times the image's RMS long, along the
+    gradient of the mean, or where `peak` (B,) of the map's largest place: it can grow where the rest falls silent. Of
+    all images on the way the one with the highest mean is returned. Regularised as in the thesis, by the L2 norm and a
+    blur every 5 steps; but the norm is set, not penalised: it grows by the same factor at each step, to an RMS of
+    `contrast`. Left to itself it stays small in many channels: grey fires them by their bias, and all that is near to
+    grey less. A step that ends in silence, where no gradient is, is taken again at a quarter of its length and of its
+    growth; an image that has to do so often ends below `contrast`.
     """
     sigma, first = torch.full((len(images),), 0.4, device=images.device), rms(images)
     last, slope, size, way, last_way = images, images * 0, first**0, first * 0, first * 0
-    for step in range(1, steps + 1):
+    best, found = images, torch.zeros(len(images), device=images.device)
+    for step in range(steps + 1):
         images = images.detach().requires_grad_()
-        activation = fire(images)
-        (gradient,) = torch.autograd.grad(activation.sum(), images)
-        live = (activation.detach() > 0)[:, None, None, None]
-        last, slope = torch.where(live, images.detach(), last), torch.where(live, gradient, slope)
+        fired = maps(images).flatten(1)
+        activation = fired.mean(1)
+        (gradient,) = torch.autograd.grad(torch.where(peak, fired.amax(1), activation).sum(), images)
+        images, activation = images.detach(), activation.detach()
+        better, live = ((activation > level)[:, None, None, None] for level in (found, 0))
+        best, found = torch.where(better, images, best), torch.maximum(found, activation)
+        last, slope = torch.where(live, images, last), torch.where(live, gradient, slope)
         last_way, size = torch.where(live, way, last_way), torch.where(live, (1.5 * size).clamp(max=1), size / 4)
         images = last + rate * size * rms(last) * slope / rms(slope).clamp(min=1e-12)
-        if step % 5 == 0:
+        if step % 5 == 4:
             images = common.gaussian_blur(images, sigma, 5)
         way = (last_way + size / steps).clamp(max=1)
         images = images * (first * (contrast / first) ** way / rms(images))
+    return best, found
+
+
+class Optima(NamedTuple):
+    """Of C channels: the images that fire them most (C, 3, S, S), and the mean activation of the maps (C,) on noise, on
+    noise of those images' contrast and on those images."""
+
+    channels: Tensor
+    images: Tensor
+    before: Tensor
+    loud: Tensor
+    after: Tensor
+
+
+def optima(network: Any, stage: int, wanted: Tensor, noise: Tensor, steps: int, starts: int = 2) -> Optima:
+    """Ascent for those of the channels `wanted` of a stage that any of the noise images (B, 3, S, S) fires.
+
+    Activation is the mean of a channel's map after its ReLU; on noise, the mean over all noise images, silent ones too.
+    Each channel starts from the `starts` of them that fire it most, since silence has no gradient, towards the mean of
+    its map and towards its largest place; of the four results the one with the highest mean is kept.
+    """
     with torch.no_grad():
-        return torch.where((fire(images) > 0)[:, None, None, None], images, last)
+        rest = network.stages(noise)[stage].mean((2, 3))
+    channels = wanted[rest[:, wanted].amax(0) > 0]
+    start = rest[:, channels].topk(starts, 0).indices.repeat(2, 1)  # (2 starts, C)
+    channel, place = channels.repeat(2 * starts), torch.arange(start.numel(), device=noise.device)
+
+    def maps(images: Tensor) -> Tensor:
+        fired: Tensor = network.stages(images)[stage][place, channel]
+        return fired
+
+    images, after = ascend(maps, noise[start.flatten()], place >= len(place) // 2, steps)
+    after, best = after.view(start.shape).max(0)
+    images = images.view(*start.shape, *noise.shape[1:])[best, place[: len(channels)]]
+    with torch.no_grad():
+        loud = [network.stages(noise / rms(noise) * contrast)[stage][:, index].mean()
+                for index, contrast in zip(channels.tolist(), rms(images), strict=True)]
+    return Optima(channels, images, rest.mean(0)[channels], torch.stack(loud), after)
 
 
 class Channel(NamedTuple):
@@ -772,45 +816,34 @@ def maximize(args: argparse.Namespace) -> None:
     for stage in wanted:
         maps = network.stages(torch.zeros(1, 3, size, size, device=device))[stage].shape[1]
         source = common.generator(args.seed, "maximize", stage)
-        # Of 16 noise images the one on which a channel fires most: one that is silent has no gradient.
-        noise = 0.35 * torch.randn(16, 3, size, size, generator=source).to(device)
-        rest = network.stages(noise)[stage].mean((2, 3))
-        alive = ((fired[:, offset : offset + maps].amax(0) > 0) & (rest.amax(0) > 0).cpu()).nonzero()[:, 0]
+        noise = CONTRAST * torch.randn(16, 3, size, size, generator=source).to(device)
+        with torch.no_grad():
+            fires = network.stages(noise)[stage].mean((2, 3)).amax(0).cpu() > 0
+        alive = ((fired[:, offset : offset + maps].amax(0) > 0) & fires).nonzero()[:, 0]
         chosen = alive[torch.randperm(len(alive), generator=source)[: args.channels]].sort().values
         if not len(chosen):
             offset += maps
             continue
-        channel, place = chosen.to(device), torch.arange(len(chosen), device=device)
-        rest = rest[:, channel]
-
-        def fire(images: Tensor, stage: int = stage, channel: Tensor = channel, place: Tensor = place) -> Tensor:
-            activation: Tensor = network.stages(images)[stage][place, channel].mean((1, 2))
-            return activation
-
-        optimum = ascend(fire, noise[rest.argmax(0)], args.steps)
-        with torch.no_grad():
-            after = fire(optimum).tolist()
-            loud = [network.stages(noise / rms(noise) * contrast)[stage][:, index].mean().item()
-                    for index, contrast in zip(chosen.tolist(), rms(optimum), strict=True)]
-        shown, channels = stretch(optimum).cpu(), list[Channel]()
+        most = optima(network, stage, chosen.to(device), noise, args.steps)
+        shown, channels = stretch(most.images).cpu(), list[Channel]()
         for number, index in enumerate(chosen.tolist()):
             top = fired[:, offset + index].topk(min(9, len(data))).indices
-            before = rest[:, number].mean().item()
+            before, loud, after = (level[number].item() for level in (most.before, most.loud, most.after))
             images = torch.cat(list(data.centers(top, 9, device))).cpu()
-            channels.append(Channel(f"channel {index}", shown[number], before, loud[number], after[number], images))
+            channels.append(Channel(f"channel {index}", shown[number], before, loud, after, images))
         rows[STAGES[stage]], offset = channels, offset + maps
     drawn = [channel for channels in rows.values() for channel in channels]
     if not drawn:
         raise common.Fault(f"{args.runs[0]}: no channel of {', '.join(args.stages)} fires on both noise and images")
     raised, above = (sorted(channel.after / max(level, 1e-12) for channel, level in zip(drawn, levels, strict=True))
                      for levels in ([c.before for c in drawn], [c.loud for c in drawn]))
-    note = (f"Large: an image after {args.steps} steps of ascent on the mean activation of a channel, from noise of "
-            f"0.35 times the training images' contrast to 1,000 times at most, blurred every 5 steps; shown at one "
+    note = (f"Large: the best image of four ascents of {args.steps} steps on a channel's map, from noise of {CONTRAST} "
+            f"times the training images' contrast to 1,000 times at most, blurred every 5 steps; shown at one "
             f"contrast. Above it the channel, drawn by seed {args.seed} from those that neither noise nor the training "
-            f"images leave silent, and its activation on the noise and on the image: {raised[len(raised) // 2]:,.0f} "
-            f"times as much in the median, {raised[0]:,.0f} at least; compared with noise of the image's contrast "
-            f"{above[len(above) // 2]:,.0f} and {above[0]:.1f}. Small: the 9 of {len(data):,} training images with the "
-            f"highest mean activation.")
+            f"images leave silent, and its mean activation on the noise and on the image: "
+            f"{raised[len(raised) // 2]:,.0f} times as much in the median, {raised[0]:,.0f} at least; compared with "
+            f"noise of the image's contrast {above[len(above) // 2]:,.0f} and {above[0]:.1f}. Small: the 9 of "
+            f"{len(data):,} training images with the highest mean activation.")
     save(draw_maximize(rows), "What fires a channel most", note, runs, args.out)
 
 
