@@ -143,6 +143,14 @@ def append_line(path: Path, line: str) -> None:
             raise
 
 
+def append_result(folder: Path, line: str) -> None:
+    """Add a result to eval.jsonl; a folder that cannot be written to is no reason to lose what is printed next."""
+    try:
+        append_line(folder / "eval.jsonl", line)
+    except OSError as error:
+        print(f"note: cannot write {folder / 'eval.jsonl'} ({error.strerror})", file=sys.stderr)
+
+
 # ---- 2. options ------------------------------------------------------------------------------------------------------
 
 

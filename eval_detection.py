@@ -687,13 +687,6 @@ def learning_rate(args: argparse.Namespace, step: int) -> float:
     return float(args.lr * factor)
 
 
-def append(line: str, folder: Path) -> None:
-    try:
-        common.append_line(folder / "eval.jsonl", line)
-    except OSError as error:
-        print(f"note: cannot write {folder / 'eval.jsonl'} ({error.strerror})", file=sys.stderr)
-
-
 def main(args: argparse.Namespace) -> None:
     run = common.Run(args)
     usual = (PRESETS["voc07"] | PRESETS[args.preset])["batch_size"]
@@ -779,9 +772,9 @@ def main(args: argparse.Namespace) -> None:
             classes=test.classes, images=[str(image.path) for image in test.images], result=result,
             git=run.header["git"],
         ))  # fmt: skip
-        append(line, args.output)
+        common.append_result(args.output, line)
         if args.checkpoint != "random":
-            append(line, Path(args.checkpoint).parent)
+            common.append_result(Path(args.checkpoint).parent, line)
     run.finish(encoder.backbone)
     if run.rank == 0:
         print(line, flush=True)

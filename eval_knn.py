@@ -20,7 +20,6 @@ classes.
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -107,10 +106,7 @@ def main(args: argparse.Namespace) -> None:
         result |= clustering(queries, test.labels, args.num_clusters or len(train.classes), args.seed)
     line = json.dumps(result)
     if not untrained:
-        try:
-            common.append_line(path.parent / "eval.jsonl", line)
-        except OSError as error:
-            print(f"note: cannot write {path.parent / 'eval.jsonl'} ({error.strerror})", file=sys.stderr)
+        common.append_result(path.parent, line)
     print(line, flush=True)
 
 

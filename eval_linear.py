@@ -1280,11 +1280,7 @@ def main(args: argparse.Namespace) -> None:
         facts |= dict(lr_grid=args.lr, weight_decay_grid=args.weight_decay, holdout=args.holdout,
                       schedule=args.schedule)
     line = json.dumps(facts | result)
-    place = (args.output if args.checkpoint == "random" else path.parent) / "eval.jsonl"
-    try:
-        common.append_line(place, line)
-    except OSError as error:
-        print(f"note: cannot write {place} ({error.strerror})", file=sys.stderr)
+    common.append_result(args.output if args.checkpoint == "random" else path.parent, line)
     print(line, flush=True)
 
 

@@ -363,13 +363,6 @@ def confusion_table(model: Segmenter, data: common.VocSet, args: argparse.Namesp
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def append(line: str, folder: Path) -> None:
-    try:
-        common.append_line(folder / "eval.jsonl", line)
-    except OSError as error:
-        print(f"note: cannot write {folder / 'eval.jsonl'} ({error.strerror})", file=sys.stderr)
-
-
 def load(args: argparse.Namespace) -> tuple[common.VocSet, common.VocSet]:
     """Training and test images, with the same classes: those of the annotations, else as many as the masks have."""
     data = common.load_voc(args, "train", "Segmentation")
@@ -445,9 +438,9 @@ def main(args: argparse.Namespace) -> None:
                   **figures(table.cpu(), ["ground", *test.classes]))
     line = json.dumps(result)
     if run.rank == 0:
-        append(line, args.output)
+        common.append_result(args.output, line)
         if args.checkpoint != "random":
-            append(line, Path(args.checkpoint).parent)
+            common.append_result(Path(args.checkpoint).parent, line)
     run.finish(encoder.backbone)
     if run.rank == 0:
         print(line, flush=True)

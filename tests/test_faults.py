@@ -305,6 +305,14 @@ def test_lines_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert path.read_text() == '1\n{"whole": 2}\n3\n5\n6\n'
 
 
+def test_result_that_cannot_be_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A result goes to eval.jsonl; where that cannot be written, a note says so, and the script goes on."""
+    common.append_result(tmp_path, "1")
+    assert (tmp_path / "eval.jsonl").read_text() == "1\n" and not capsys.readouterr().err
+    common.append_result(tmp_path / "nowhere", "2")
+    assert capsys.readouterr().err == f"note: cannot write {tmp_path / 'nowhere' / 'eval.jsonl'} ({os.strerror(2)})\n"
+
+
 def test_links_that_lead_back(tmp_path: Path) -> None:
     """A link to a folder above is no folder of images: each is found once; other links are followed."""
     images(tmp_path / "data" / "a", 3)
