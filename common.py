@@ -55,6 +55,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.transforms.functional import ten_crop
 
 ROOT = Path(__file__).resolve().parent
 Module = TypeVar("Module", bound=nn.Module)
@@ -943,35 +944,27 @@ class ImageSet:
                 index, images = (part.to(run.device, non_blocking=True) for part in (index, images))
                 yield step, index, images.transpose(0, 1).float() / 255
 
-    def centers(self, rows: Tensor, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+    def centers(self, rows: Tensor, batch_size: int, device: torch.device, ten: bool = False) -> Iterator[Tensor]:
         """The images at `rows` in batches (b, 3, S, S) in [0, 1], without augmentation.
 
-        Small images as they are; larger ones with the shorter side at 8/7 of S, then the central square.
+        Small images as they are; larger ones with the shorter side at 8/7 of S, then the central square. With `ten` the
+        corners and the centre of each and of its mirror image, as torchvision's ten_crop, (b, 10, 3, S, S), the shorter
+        side at 8/7 of S of small images too.
         """
-        if self.pixels is not None:
-            for part in torch.split(rows, batch_size):
-                pixels = self.pixels[part.to(self.pixels.device)].to(device, non_blocking=True)
-                side = shorter_side(self.size, min(pixels.shape[-2:]))
-                yield resize_center_crop(pixels, side, self.size)
-        else:
-            items = [[(i, self.size) for i in part.tolist()] for part in torch.split(rows, batch_size)]
-            for index, images, bad in self._loader(items, device):
-                self._report(index, bad)
-                yield images.to(device, non_blocking=True)[:, 0].float() / 255
-
-    def ten_crops(self, rows: Tensor, batch_size: int, device: torch.device) -> Iterator[Tensor]:
-        """The corners and the centre of each image and of its mirror image, (b, 10, 3, S, S) in [0, 1], in the order
-        of torchvision's TenCrop; the shorter side is 8/7 of S, of small images too."""
         side = round(self.size * 8 / 7)
         if self.pixels is not None:
             for part in torch.split(rows, batch_size):
                 pixels = self.pixels[part.to(self.pixels.device)].to(device, non_blocking=True)
-                yield _ten_crops(resize_center_crop(pixels, side, side), self.size)
+                if ten:
+                    yield torch.stack(ten_crop(resize_center_crop(pixels, side, side), self.size), 1)
+                else:
+                    yield resize_center_crop(pixels, shorter_side(self.size, min(pixels.shape[-2:])), self.size)
         else:
-            items = [[(i, self.size, side) for i in part.tolist()] for part in torch.split(rows, batch_size)]
+            items = [[(i, self.size, *[side] * ten) for i in part.tolist()] for part in torch.split(rows, batch_size)]
             for index, images, bad in self._loader(items, device):
                 self._report(index, bad)
-                yield images.to(device, non_blocking=True).float() / 255
+                images = images.to(device, non_blocking=True).float() / 255
+                yield images if ten else images[:, 0]
 
     def _loader(self, items: Any, device: torch.device) -> Any:
         return torch.utils.data.DataLoader(
@@ -1020,14 +1013,6 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _ten_crops(images: Tensor, size: int) -> Tensor:
-    """Corners by rows, then the centre, of (..., 3, H, W) and of its mirror image: (..., 10, 3, size, size)."""
-    bottom, right = images.shape[-2] - size, images.shape[-1] - size
-    corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
-    return torch.stack([whole[..., y : y + size, x : x + size] for whole in (images, images.flip(-1))
-                        for y, x in corners], -4)  # fmt: skip
-
-
 class _Decoder(torch.utils.data.Dataset[tuple[int, Tensor, bool]]):
     """(row, crop, numbers...), (row, size) or (row, size, side) -> row, (views, 3, S, S) uint8, whether the file was
     unreadable."""
@@ -1042,7 +1027,7 @@ class _Decoder(torch.utils.data.Dataset[tuple[int, Tensor, bool]]):
                 return row, torch.from_numpy(central_square(self.data.path(row), crop))[None], False
             if isinstance(numbers[0], int):
                 whole = torch.from_numpy(shortened(self.data.path(row), numbers[0]).copy())
-                return row, _ten_crops(whole, crop), False
+                return row, torch.stack(ten_crop(whole, crop)), False
             views = random_crops(self.data.path(row), crop, torch.stack(numbers))
             return row, torch.stack([torch.from_numpy(view) for view in views]), False
         except UNREADABLE:

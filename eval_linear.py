@@ -362,13 +362,9 @@ def layer_features(encoder: common.Encoder, images: Tensor, layers: Sequence[str
 def crops_of(data: common.ImageSet, rows: Tensor, crops: int, batch: int, device: torch.device) -> Iterator[Tensor]:
     """Normalised crops (b, V, 3, S, S) of the images at `rows`; of several the first or, of ten, the fifth is the
     central one."""
-    if crops == 10:
-        for views in data.ten_crops(rows, max(1, batch // 10), device):
-            yield data.normalize(views)
-        return
-    for images in data.centers(rows, max(1, batch // crops), device):
+    for images in data.centers(rows, max(1, batch // crops), device, ten=crops == 10):
         images = data.normalize(images)
-        yield torch.stack([images, images.flip(-1)][:crops], 1)
+        yield images if crops == 10 else torch.stack([images, images.flip(-1)][:crops], 1)
 
 
 def weights_checksum(encoder: common.Encoder) -> str:

@@ -348,7 +348,7 @@ def test_ten_crops(photographs: Path) -> None:
     """The ten crops are torchvision's TenCrop after Resize: of files within 2/255, JPEGs but for what a decode at
     reduced size smoothes, and of decoded images to the bit."""
     files = load("test", "--data", photographs, "--image-size", "56", "--workers", "0")
-    found = torch.cat(list(files.ten_crops(torch.arange(8), 1, CPU)))
+    found = torch.cat(list(files.centers(torch.arange(8), 1, CPU, ten=True)))
     reference = transforms.Compose([transforms.Resize(64), transforms.TenCrop(56)])
     for row, crops in enumerate(found):
         with Image.open(files.path(row)) as image:
@@ -357,7 +357,7 @@ def test_ten_crops(photographs: Path) -> None:
         assert difference.mean() < 4 if files.path(row).suffix == ".jpg" else difference.max() <= 2
     shapes = load("train", "--subset", "3", "--image-size", "32")
     whole = common.resize_center_crop(shapes.pixels, 37, 37)  # type: ignore[arg-type]
-    (found,) = shapes.ten_crops(torch.arange(3), 8, CPU)
+    (found,) = shapes.centers(torch.arange(3), 8, CPU, ten=True)
     assert torch.equal(found, torch.stack(transforms.TenCrop(32)(whole), 1))
 
 

@@ -170,8 +170,8 @@ def test_killed_pass_goes_on(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "features")
     original, seen = common.ImageSet.centers, list[int]()
 
-    def centers(self: common.ImageSet, rows: Tensor, *rest: Any) -> Any:
-        for number, images in enumerate(original(self, rows, *rest)):
+    def centers(self: common.ImageSet, rows: Tensor, *rest: Any, **more: Any) -> Any:
+        for number, images in enumerate(original(self, rows, *rest, **more)):
             if not seen and number == 2:
                 raise KeyboardInterrupt
             yield images
@@ -183,9 +183,9 @@ def test_killed_pass_goes_on(tmp_path: Path) -> None:
     marked = json.loads(next((tmp_path / "features").glob("*.json")).read_text())
     assert marked["rows"] == 10
 
-    def rest(self: common.ImageSet, rows: Tensor, *rest: Any) -> Any:
+    def rest(self: common.ImageSet, rows: Tensor, *rest: Any, **more: Any) -> Any:
         seen.extend(rows.tolist())
-        return original(self, rows, *rest)
+        return original(self, rows, *rest, **more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common.ImageSet, "centers", rest)
