@@ -244,7 +244,8 @@ def views_of_instances(data: common.ImageSet, count: int, seed: int) -> common.I
     source, views = common.generator(seed, "instances"), list[Tensor]()
     for part in torch.split(instance, 1000):
         draw = common.Draw(source, len(part), slice(None), common.CPU)
-        images = common.random_resized_crop(pixels[part], draw, data.size, scale=(0.3, 1.0), flip=0.5)
+        boxes = common.crop_boxes(draw(common.CROP_NUMBERS), pixels.shape[2], pixels.shape[3], (0.3, 1.0))
+        images = common.random_flip(common.resized_crop(pixels[part], boxes, data.size), draw)
         views.append(common.to_bytes(common.random_color_jitter(images, draw, 0.2, 0.2, 0.2, 0.05)))
     return dataclasses.replace(data, pixels=torch.cat(views).to(data.pixels.device), labels=labels[instance])
 

@@ -1549,7 +1549,8 @@ def choose(where: Tensor, changed: Tensor, images: Tensor) -> Tensor:
 
 
 def crop_boxes(
-    uniform: Tensor, height: int | Tensor, width: int | Tensor, scale: Sequence[float], ratio: Sequence[float]
+    uniform: Tensor, height: int | Tensor, width: int | Tensor, scale: Sequence[float],
+    ratio: Sequence[float] = (3 / 4, 4 / 3),
 ) -> Tensor:
     """Boxes of RandomResizedCrop, (B, 4) int64: top, left, height, width. uniform: (B, 22) in [0, 1); height,
     width of the images: int or (B,); scale: range of the share of the area; ratio: that of width / height."""
@@ -1568,15 +1569,11 @@ def crop_boxes(
     return torch.cat([corner, size], 1).long()
 
 
-def interpolation(
-    start: Tensor, length: Tensor, source: int, target: int, flip: Tensor | None = None
-) -> Tensor:
-    """Antialiased linear interpolation of `length` (B,) pixels from `start` (B,), mirrored where `flip` (B,)
-    says so: matrices (B, target, source). The filter is a triangle two pixels of the coarser grid wide."""
+def interpolation(start: Tensor, length: Tensor, source: int, target: int) -> Tensor:
+    """Antialiased linear interpolation of `length` (B,) pixels from `start` (B,): matrices (B, target, source). The
+    filter is a triangle two pixels of the coarser grid wide."""
     start, length = start.view(-1, 1, 1).float(), length.view(-1, 1, 1).float()
     center = torch.arange(0.5, target, device=start.device).view(-1, 1)
-    if flip is not None:
-        center = torch.where(flip.view(-1, 1, 1), target - center, center)
     pixel = torch.arange(0.5, source, device=start.device) - start
     distance = (pixel - center * (length / target)).abs_().div_((length / target).clamp(min=1))
     weights = distance.neg_().add_(1).clamp_(min=0).mul_((pixel > 0) & (pixel < length))
@@ -1594,12 +1591,12 @@ def separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return product(rows[:, None], product(images, columns.mT[:, None]))
 
 
-def resized_crop(images: Tensor, boxes: Tensor, size: int, flip: Tensor | None = None) -> Tensor:
+def resized_crop(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Crops as (B, 3, size, size) floats in [0, 1], bilinear with antialiasing. images: uint8 or float in
-    [0, 1]; boxes: (B, 4) top, left, height, width; flip: (B,) bool, mirrors the result."""
+    [0, 1]; boxes: (B, 4) top, left, height, width."""
     top, left, height, width = boxes.unbind(1)
     rows = interpolation(top, height, images.shape[2], size)
-    columns = interpolation(left, width, images.shape[3], size, flip)
+    columns = interpolation(left, width, images.shape[3], size)
     crops = separable(images.float(), rows, columns)
     return crops if images.is_floating_point() else crops.div_(255)
 
@@ -1664,16 +1661,6 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     return images
 
 
-def grayscale(images: Tensor, where: Tensor) -> Tensor:
-    """Three equal grey channels for the images marked in `where` (B,) bool."""
-    return choose(where, luma(images), images)
-
-
-def horizontal_flip(images: Tensor, where: Tensor) -> Tensor:
-    """The images marked in `where` (B,) bool are mirrored."""
-    return choose(where, images.flip(3), images)
-
-
 def blur_matrices(sigma: Tensor, kernel_size: int, side: int) -> Tensor:
     """Gaussian filter with reflected borders, (B, side, side). sigma: (B,) pixels; kernel_size: odd."""
     offsets = torch.arange(kernel_size, device=sigma.device) - kernel_size // 2
@@ -1697,23 +1684,9 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 @torch.no_grad()
-def random_resized_crop(
-    images: Tensor,
-    draw: Uniform,
-    size: int,
-    scale: Sequence[float] = (0.08, 1.0),
-    ratio: Sequence[float] = (3 / 4, 4 / 3),
-    flip: float = 0.0,
-) -> Tensor:
-    """RandomResizedCrop, then a flip with probability `flip`. images: uint8 or float; returns floats."""
-    boxes = crop_boxes(draw(22), images.shape[2], images.shape[3], scale, ratio)
-    return resized_crop(images, boxes, size, draw() < flip if flip else None)
-
-
-@torch.no_grad()
 def random_flip(images: Tensor, draw: Uniform, probability: float = 0.5) -> Tensor:
     """Horizontal flip of each image with this probability."""
-    return horizontal_flip(images, draw() < probability)
+    return choose(draw() < probability, images.flip(3), images)
 
 
 @torch.no_grad()
@@ -1740,7 +1713,7 @@ def random_color_jitter(
 @torch.no_grad()
 def random_grayscale(images: Tensor, draw: Uniform, probability: float) -> Tensor:
     """Each image grey with this probability."""
-    return grayscale(images, draw() < probability)
+    return choose(draw() < probability, luma(images), images)
 
 
 @torch.no_grad()

@@ -111,7 +111,8 @@ def records(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         host.after_step(encoder, lambda *tensors: tensors, 0.5)
 
     def augmented() -> None:
-        cut = [common.random_resized_crop(crops, draw, 32, (0.2, 1.0)) for _ in range(2)]
+        boxes = [common.crop_boxes(draw(common.CROP_NUMBERS), *crops.shape[2:], (0.2, 1.0)) for _ in range(2)]
+        cut = [common.resized_crop(crops, box, 32) for box in boxes]
         step(torch.stack([cld.augment(images, draw, "plain", view, False) for view, images in enumerate(cut)]))
 
     passes, steps, whole = in_turn(args.repeats, device, bare, step, augmented)

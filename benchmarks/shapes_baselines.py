@@ -108,10 +108,9 @@ def train(
         order = torch.randperm(len(images), generator=source)[: len(images) // batch * batch]
         for index in torch.split(order, batch):
             draw = common.Draw(source, batch, slice(None), torch.device("cpu"))
-            view = common.random_resized_crop(images[index], draw, images.shape[-1], scale=(0.2, 1.0))
-            view = common.random_color_jitter(
-                view, draw, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4
-            )
+            boxes = common.crop_boxes(draw(common.CROP_NUMBERS), *images.shape[2:], (0.2, 1.0))
+            view = common.resized_crop(images[index], boxes, images.shape[-1])
+            view = common.random_color_jitter(view, draw, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4)
             view = common.random_flip(common.random_grayscale(view, draw, 0.2), draw)
             loss = F.cross_entropy(model(scaled(view)), labels[index])
             optimizer.zero_grad()

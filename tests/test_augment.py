@@ -94,14 +94,11 @@ def test_resized_crop_equals_pil() -> None:
 
 
 def test_flip_mirrors_only_the_marked_images() -> None:
-    """A flip is torchvision's, alone or inside resized_crop, and the other images stay as they are."""
+    """A flip is torchvision's, and the other images stay as they are."""
     images, where = random_images(8, 20, 24), torch.arange(8) % 3 == 0
-    flipped = common.horizontal_flip(images, where)
+    flipped = common.random_flip(images, lambda: 1 - where.float())
     assert torch.equal(flipped[where], reference.horizontal_flip(images[where]))
     assert torch.equal(flipped[~where], images[~where])
-    boxes = random_boxes(8, 20, 24)
-    crops = common.horizontal_flip(common.resized_crop(images, boxes, 16), where)
-    assert largest_error(common.resized_crop(images, boxes, 16, where), crops) < 1e-6
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 60), (61, 40), (33, 33)])
@@ -189,7 +186,7 @@ def test_color_jitter_by_one_factor(changed: int) -> None:
 def test_grayscale_equals_torchvision_for_the_marked_images() -> None:
     """Marked images get three equal channels of torchvision's weights; the others stay as they are."""
     images, where = random_images(12, 8, 8), torch.arange(12) % 2 == 0
-    result = common.grayscale(images, where)
+    result = common.random_grayscale(images, lambda: 1 - where.float(), 0.5)
     assert largest_error(result[where], reference.rgb_to_grayscale(images[where], 3)) < 1e-6
     assert torch.equal(result[~where], images[~where])
 
@@ -214,7 +211,8 @@ def test_normalize_equals_torchvision() -> None:
 
 def recipe(images: Tensor, draw: common.Draw) -> Tensor:
     """Every random operation, one after the other."""
-    images = common.random_resized_crop(images, draw, 24, (0.2, 1.0), flip=0.5)
+    boxes = common.crop_boxes(draw(common.CROP_NUMBERS), *images.shape[2:], (0.2, 1.0))
+    images = common.random_flip(common.resized_crop(images, boxes, 24), draw)
     images = common.random_color_jitter(images, draw, 0.4, 0.4, 0.4, 0.4, probability=0.8)
     images = common.random_grayscale(images, draw, 0.2)
     images = common.random_blur(images, draw, (0.1, 2.0), 5, probability=0.5)
@@ -234,8 +232,8 @@ def test_chain_equals_torchvision_in_all_orders() -> None:
     expected = one_by_one(jitter_one, expected, factors, orders)
     expected = torch.where(common.per_image(grey), reference.rgb_to_grayscale(expected, 3), expected)
     expected = one_by_one(lambda image, s: reference.gaussian_blur(image, 5, [s]), expected, sigma)
-    ours = common.resized_crop(images, boxes, 24, flip)
-    ours = common.grayscale(common.color_jitter(ours, factors, orders), grey)
+    ours = common.random_flip(common.resized_crop(images, boxes, 24), lambda: uniform[:, 4])
+    ours = common.random_grayscale(common.color_jitter(ours, factors, orders), lambda: uniform[:, 5], 0.2)
     assert largest_error(common.gaussian_blur(ours, sigma, 5), expected) < STEP
 
 
@@ -260,9 +258,9 @@ def test_probability_one_changes_every_image() -> None:
     """With probability 1 no image is left out."""
     images = random_images(30, 16, 16)[1::3]
     images = images[images.flatten(1).std(1) > 0]
-    draw, every = draws(len(images)), torch.ones(len(images), dtype=torch.bool)
+    draw = draws(len(images))
     assert torch.equal(common.random_flip(images, draw, 1), images.flip(3))
-    assert torch.equal(common.random_grayscale(images, draw, 1), common.grayscale(images, every))
+    assert torch.equal(common.random_grayscale(images, draw, 1), common.luma(images).expand_as(images))
     for result in (
         common.random_blur(images, draw, (1.0, 2.0), 5, 1),
         common.random_color_jitter(images, draw, 0.4, 0.4, 0.4, 0.4, probability=1),
