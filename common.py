@@ -908,8 +908,7 @@ class ImageSet:
 
     def normalize(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> zero mean and unit variance a channel, by the data set's figures."""
-        mean, std = (_channels(tuple(values), images.device) for values in (self.mean, self.std))
-        return (images - mean) / std
+        return normalize(images, self.mean, self.std)
 
     def batches(
         self, run: Run, order: Tensor, crop: Crop, epoch: int, start: int = 0, views: int = 1
@@ -1679,8 +1678,8 @@ def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(images - mean) / std, by channel."""
-    channels = zip(images.unbind(1), mean, std, strict=True)
-    return torch.stack([(channel - center) / spread for channel, center, spread in channels], 1)
+    center, spread = (_channels(tuple(values), images.device) for values in (mean, std))
+    return (images - center) / spread
 
 
 @torch.no_grad()
