@@ -1038,7 +1038,7 @@ Batches = Callable[[Tensor, int, int], Iterator[tuple[int, Tensor, Tensor]]]  # 
 def train_networks(
     args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task: Task, model: Classifier,
     found: list[tuple[dict[str, Any], Tensor]], batches: Batches, predict: Callable[[Tensor | None], Tensor],
-    set_mode: Callable[[], None], reset: Callable[[dict[str, Tensor], int], None], every_epoch: bool,
+    reset: Callable[[dict[str, Tensor], int], None], every_epoch: bool,
 ) -> list[dict[str, Any]]:
     """Train `model` for each draw of labelled images with each setting of the grid, then with the best one on all.
 
@@ -1080,7 +1080,9 @@ def train_networks(
             optimizer.state.clear()
         began = time.perf_counter()
         model.train()
-        set_mode()
+        for layer in model.modules() if multi else ():  # VOC07: batch statistics stay as they are
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.eval()
         order = rows[run.permutation(epoch, len(rows))]
         for step, index, x in batches(order, epoch, first):
             now = rate(args, lr, decay, local + step / steps, local * steps + step)
@@ -1157,7 +1159,7 @@ def mlp(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task
         restart(model, start, fresh, None, 0.0, args.seed, "mlp")
 
     (row,) = train_networks(args, run, encoder, task, model, [({}, torch.arange(len(task.train_targets)))], batches,
-                            predict, lambda: None, reset, every_epoch=True)
+                            predict, reset, every_epoch=True)
     return dict(mlp_top1=row["top1"], mlp_top5=row["top5"], hidden=hidden, layer=args.layers[0], runs=[row])
 
 
@@ -1196,16 +1198,11 @@ def finetune(args: argparse.Namespace, run: common.Run, encoder: common.Encoder,
             found.append(answers.view(*views.shape[:2], -1).mean(1))
         return torch.cat(found)
 
-    def set_mode() -> None:
-        if multi:
-            for layer in norms:
-                layer.eval()
-
     def reset(start: dict[str, Tensor], number: int) -> None:
         std, bias, fresh = (0.01, 0.1, [*above, model.last]) if multi else (0.01, 0.0, [model.last])
         restart(model, start, fresh, std, bias, args.seed, "last layer", number)
 
-    rows = train_networks(args, run, encoder, task, model, draws(args, task), batches, predict, set_mode, reset,
+    rows = train_networks(args, run, encoder, task, model, draws(args, task), batches, predict, reset,
                           every_epoch=False)
     if multi:
         return dict(map_voc07_classification=rows[-1]["map_11_points"], trainable=args.trainable, runs=rows)
