@@ -1112,13 +1112,18 @@ def load(args: argparse.Namespace, split: str, device: torch.device) -> ImageSet
         data = _folder(args, split)
     wanted = args.subset if split != "test" else args.test_subset
     if wanted is not None and args.data != "shapes":  # which renders just what is wanted
-        data = _subset(data, wanted, args.seed, "--subset" if split != "test" else "--test-subset")
+        count = round(wanted * len(data)) if wanted < 1 else int(wanted)
+        if not 1 <= count <= len(data):
+            raise Fault(f"--{'test-' * (split == 'test')}subset {wanted:g}: {data.name} has {len(data)} images here")
+        data = data.select(balanced(data.labels, count, args.seed, "subset"))
     if args.data not in _NAMED:
         _decode_small(data, args.cache)
     elif args.cache == "none":
         raise Fault(f"--cache none is for folders of large images: {data.name} is held decoded")
-    if data.pixels is not None and (args.cache == "device" or (args.cache is None and _fits(data.pixels, device))):
-        data.pixels = data.pixels.to(device)
+    if data.pixels is not None:
+        fits = device.type != "cuda" or data.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4
+        if args.cache == "device" or (args.cache is None and fits):
+            data.pixels = data.pixels.to(device)
     return data
 
 
@@ -1132,23 +1137,15 @@ def load_monitor(args: argparse.Namespace, data: ImageSet, device: torch.device)
     return load(argparse.Namespace(**vars(args) | dict(image_size=data.size)), "test", device)
 
 
-def _fits(pixels: Tensor, device: torch.device) -> bool:
-    return device.type != "cuda" or pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4
-
-
-def _subset(data: ImageSet, wanted: float, seed: int, option: str) -> ImageSet:
-    """A seeded part with the same number of each class (plus or minus one); unlabelled images are one class."""
-    count = round(wanted * len(data)) if wanted < 1 else int(wanted)
-    if not 1 <= count <= len(data):
-        raise Fault(f"{option} {wanted:g}: {data.name} has {len(data)} images here")
-    order = torch.randperm(len(data), generator=generator(seed, "subset"))
-    seen = [0] * (len(data.classes) + 1)
-    turn = torch.empty(len(data), dtype=torch.long)  # how many of its class come before an image
-    for row, label in zip(order.tolist(), data.labels[order].tolist(), strict=True):
-        turn[row] = seen[label]
-        seen[label] += 1
-    chosen = order[turn[order].argsort(stable=True)[:count]]
-    return data.select(chosen.sort().values)
+def balanced(labels: Tensor, count: int, *key: int | str) -> Tensor:
+    """`count` of the positions of labels (N,), sorted, drawn by `key`, the same number of each class (plus or minus
+    one); unlabelled images, -1, are one class."""
+    order, labels = torch.randperm(len(labels), generator=generator(*key)), labels + 1
+    by_class = order[labels[order].argsort(stable=True)]
+    starts = torch.bincount(labels).cumsum(0) - torch.bincount(labels)
+    turn = torch.empty_like(labels)  # how many of its class come before an image
+    turn[by_class] = torch.arange(len(labels)) - starts[labels[by_class]]
+    return order[turn[order].argsort(stable=True)[:count]].sort().values
 
 
 def _shapes(args: argparse.Namespace, split: str) -> tuple[Tensor, Tensor, list[str]]:

@@ -260,14 +260,8 @@ def open_task(args: argparse.Namespace, encoder: common.Encoder | None, device: 
 def draw_labels(labels: Tensor, count: int, balanced: bool, *key: int | str) -> Tensor:
     """`count` of the positions of labels (N,), sorted, drawn by `key`; balanced: as many of each class, give or take
     one. Of (N, C) targets any are drawn."""
-    order = torch.randperm(len(labels), generator=common.generator(*key))
-    if balanced and labels.ndim == 1:
-        by_class = order[labels[order].argsort(stable=True)]
-        starts = torch.bincount(labels).cumsum(0) - torch.bincount(labels)
-        turn = torch.empty_like(labels)  # how many of its class come before an image
-        turn[by_class] = torch.arange(len(labels)) - starts[labels[by_class]]
-        order = order[turn[order].argsort(stable=True)]
-    return order[:count].sort().values
+    classes = labels if balanced and labels.ndim == 1 else torch.zeros(len(labels), dtype=torch.long)
+    return common.balanced(classes, count, *key)
 
 
 def say_draw(name: str, targets: Tensor, rows: Tensor, seed: int, draw: int) -> dict[str, Any]:
