@@ -200,15 +200,21 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     return _Parser(description=doc, formatter_class=_Help, allow_abbrev=False)
 
 
-def default_data_dir() -> Path:
-    """$DATA_DIR, else data/."""
-    return Path(os.environ.get("DATA_DIR", "data"))
-
-
 def default_workers() -> int:
     """This rank's share of the processor's cores, 16 at most."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def add_set_options(data: argparse._ArgumentGroup) -> None:
+    """Where a set lies, how much of it is used, and by how many processes: of `load` and `load_voc`."""
+    data.add_argument("--data-dir", type=Path, default=Path(os.environ.get("DATA_DIR", "data")), metavar="DIR",
+                      help="where named sets lie or are downloaded or rendered to ($DATA_DIR)")
+    data.add_argument("--subset", type=part, metavar="N", help="train on N images (or a share below 1), drawn from "
+                      "the seed; the same number of each class, where an image has one")
+    data.add_argument("--test-subset", type=part, metavar="N", help="the same for the test images")
+    data.add_argument("--workers", type=number(int, 0, 1024), default=default_workers(), metavar="N",
+                      help="processes of each rank that decode images")
 
 
 def add_data_options(options: argparse.ArgumentParser) -> None:
@@ -217,20 +223,37 @@ def add_data_options(options: argparse.ArgumentParser) -> None:
     data.add_argument("--data", default="shapes", metavar="NAME|DIR",
                       help=f"{', '.join(DATASETS)}, or any directory of images: train/ and val/ below it are its "
                            "splits; nested or flat; class = first folder level, used by evaluation only")
-    data.add_argument("--data-dir", type=Path, default=default_data_dir(), metavar="DIR",
-                      help="where named sets lie or are downloaded to ($DATA_DIR)")
+    add_set_options(data)
     data.add_argument("--val-dir", type=Path, metavar="DIR", help="validation images of a directory without val/")
-    data.add_argument("--subset", type=part, metavar="N", help="train on N images (or a share below 1), drawn from "
-                      "the seed, the same number of each class")
-    data.add_argument("--test-subset", type=part, metavar="N", help="the same for the test images")
     data.add_argument("--image-size", type=SIZE, metavar="PX", help="side of the square the network sees; default: "
                       "the data set's own (32 shapes and CIFAR, 96 STL-10, 224 photographs)")
     data.add_argument("--cache", choices=["device", "host", "none"], help="where decoded images live; default: device "
                       "if they take under a quarter of its free memory, none for folders of large images")
     data.add_argument("--max-bad-images", type=COUNT_OR_ZERO, default=0, metavar="N", help="unreadable images to "
                       "tolerate, each named in the output and replaced by plain grey")
-    data.add_argument("--workers", type=number(int, 0, 1024), default=default_workers(), metavar="N",
-                      help="processes of each rank that decode folders of large images")
+
+
+def add_network_options(
+    options: argparse.ArgumentParser, more: str = "", nargs: str | None = None
+) -> argparse._ArgumentGroup:
+    """What is evaluated; the group is returned, for more options. more: what else the first argument may be."""
+    options.add_argument("checkpoint", nargs=nargs, help="checkpoint.pth or backbone.pth of these scripts, a file with "
+                         f'torchvision\'s or timm\'s names, or "random" for an untrained network{more}')
+    model = options.add_argument_group("model")
+    model.add_argument("--arch", choices=ARCHITECTURES, help="of foreign files and random networks")
+    model.add_argument("--width", type=SIZE, help="channels of the first stage (64)")
+    return model
+
+
+def add_run_options(options: argparse.ArgumentParser, output: str) -> argparse._ArgumentGroup:
+    """Output and checkpoints of whatever trains; `output`: the default place. The group is returned."""
+    run = options.add_argument_group("run")
+    run.add_argument("--output", type=Path, metavar="DIR", help="log, checkpoint and weights; a checkpoint found there "
+                     f"is resumed; default: {output}")
+    run.add_argument("--overwrite", action="store_true", help="start anew in an --output that holds a run")
+    run.add_argument("--save-minutes", type=NOT_NEGATIVE, default=10, metavar="MIN", help="a checkpoint each "
+                     "MIN minutes, beside those of each epoch and of the end (0: none)")
+    return run
 
 
 def add_device_options(options: argparse.ArgumentParser) -> None:
@@ -262,14 +285,9 @@ def add_training_options(options: argparse.ArgumentParser) -> None:
     optim.add_argument("--weight-decay", type=NOT_NEGATIVE, default=1e-4, help="of SGD, the number itself")
     optim.add_argument("--seed", type=COUNT_OR_ZERO, default=0, help="of weights, bank, order, draws")
     add_device_options(options)
-    run = options.add_argument_group("run")
+    run = add_run_options(options, "runs/<script>-<preset>-seed<seed>")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the model")
     run.add_argument("--sync-bn", action="store_true", help="batch statistics over all GPUs")
-    run.add_argument("--output", type=Path, metavar="DIR", help="log, checkpoint and weights; a checkpoint found there "
-                     "is resumed; default: runs/<script>-<preset>-seed<seed>")
-    run.add_argument("--overwrite", action="store_true", help="start anew in an --output that holds a run")
-    run.add_argument("--save-minutes", type=NOT_NEGATIVE, default=10, metavar="MIN", help="a checkpoint each "
-                     "MIN minutes between those of each epoch (0: none)")
     run.add_argument("--knn-every", type=COUNT_OR_ZERO, default=10, metavar="N", help="weighted kNN accuracy each N "
                      "epochs and after the last (0: never); the only use of labels")
 
@@ -2511,15 +2529,6 @@ class Encoder:
             train.mean, train.std = tuple(self.data["mean"]), tuple(self.data["std"])
         test.mean, test.std = train.mean, train.std
         return train, test
-
-    def bank_of(self, data: ImageSet, path: Path) -> Tensor:
-        """The bank that training left behind (N, D), if `data` are the images it belongs to."""
-        if self.bank is None:
-            raise Fault(f"{path} has no memory bank: use --train-features clean")
-        if data.identity() != self.data:
-            raise Fault(f"the bank of {path} belongs to other images ({self.data['name']}, {self.data['images']:,}, "
-                        f"not {data.name}, {len(data):,}): use --train-features clean")  # fmt: skip
-        return self.bank
 
 
 def load_encoder(

@@ -98,11 +98,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
-    parser.add_argument("checkpoint", help="checkpoint.pth or backbone.pth of these scripts, a file with torchvision's "
-                        'or timm\'s names, or "random" for an untrained network')
-    model = parser.add_argument_group("model")
-    model.add_argument("--arch", choices=common.ARCHITECTURES, help="of foreign files and random networks")
-    model.add_argument("--width", type=common.SIZE, help="channels of the first stage (64)")
+    model = common.add_network_options(parser)
     model.add_argument("--small", action=argparse.BooleanOptionalAction, default=False, help="3x3 stem of a random "
                        "network; files show what they have")
     model.add_argument("--freeze", type=int, choices=range(6), default=0, help="stages of the network that stay as "
@@ -134,20 +130,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="shapes", metavar="NAME|DIR", help=f"shapes, {', '.join(common.VOC_LISTS)}, or "
                       "any folder in VOC's layout")
-    data.add_argument("--data-dir", type=Path, default=common.default_data_dir(), metavar="DIR",
-                      help="where VOCdevkit lies or is downloaded to, and shapes are rendered to ($DATA_DIR)")
+    common.add_set_options(data)
     data.add_argument("--train-list", metavar="NAME", help="of ImageSets/Main (trainval, or train where that is not)")
     data.add_argument("--test-list", metavar="NAME", help="of ImageSets/Main (test, or val where that is not)")
     data.add_argument("--train-difficult", action=argparse.BooleanOptionalAction, default=True, help="train on objects "
                       "marked as difficult, too")
-    data.add_argument("--subset", type=common.part, metavar="N", help="train on N images, or a share below 1")
-    data.add_argument("--test-subset", type=common.part, metavar="N", help="the same for the test images")
     data.add_argument("--train-sizes", type=common.SIZE, nargs="+", metavar="PX", help="shorter sides, one is drawn "
                       "for each image")
     data.add_argument("--test-size", type=common.SIZE, metavar="PX", help="shorter side in the test")
     data.add_argument("--max-size", type=common.SIZE, metavar="PX", help="longer side at most")
-    data.add_argument("--workers", type=common.number(int, 0, 1024), default=common.default_workers(), metavar="N",
-                      help="processes of each rank that decode images")
     optim = parser.add_argument_group("optimization")
     optim.add_argument("--iterations", type=common.COUNT, metavar="N", help="optimisation steps")
     optim.add_argument("--batch-size", type=common.COUNT, metavar="B", help="images in a step, the sum over all ranks; "
@@ -163,12 +154,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     optim.add_argument("--weight-decay", type=common.NOT_NEGATIVE, help="of SGD; not of batch normalisation")
     optim.add_argument("--seed", type=common.COUNT_OR_ZERO, default=0, help="of new layers, order, draws")
     common.add_device_options(parser)
-    run = parser.add_argument_group("run")
-    run.add_argument("--output", type=Path, metavar="DIR", help="log, checkpoint, weights and detections; a checkpoint "
-                     "found there is resumed; default: detection-<preset>-seed<seed> beside the checkpoint")
-    run.add_argument("--overwrite", action="store_true", help="start anew in an --output that holds a run")
-    run.add_argument("--save-minutes", type=common.NOT_NEGATIVE, default=10, metavar="MIN", help="a checkpoint each "
-                     "MIN minutes (0: only at the end)")
+    run = common.add_run_options(parser, "detection-<preset>-seed<seed> beside the checkpoint")
     run.add_argument("--log-every", type=common.COUNT, default=100, metavar="N", help="a line of the log each N "
                      "iterations")
     run.add_argument("--eval-every", type=common.COUNT_OR_ZERO, default=0, metavar="N", help="ap50_voc07 of the test "

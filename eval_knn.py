@@ -32,8 +32,7 @@ import common
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
-    parser.add_argument("checkpoint", help="checkpoint.pth or backbone.pth of these scripts, a file with torchvision's "
-                        'or timm\'s names, "random" for an untrained network, or "pixels" for standardised pixels')
+    common.add_network_options(parser, ', or "pixels" for standardised pixels')
     protocol = parser.add_argument_group("protocol")
     protocol.add_argument("--k", "--num-neighbors", dest="num_neighbors", type=common.COUNT, nargs="+", default=[200],
                           metavar="K", help="K, neighbours that vote")
@@ -46,15 +45,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     protocol.add_argument("--retrieval", action="store_true", help="precision among the 1 and 10 nearest")
     protocol.add_argument("--clustering", action="store_true", help="NMI and AMI of k-means on the test features")
     protocol.add_argument("--num-clusters", type=common.COUNT, metavar="N", help="for --clustering (the classes)")
-    model = parser.add_argument_group("model, for files that do not say it")
-    model.add_argument("--arch", choices=common.ARCHITECTURES, help="of foreign files and random networks")
-    model.add_argument("--width", type=common.SIZE, help="channels of the first stage (64)")
     common.add_data_options(parser)
     parser.add_argument("--seed", type=common.COUNT_OR_ZERO, default=0, help="of subset, clustering, random weights")
     parser.add_argument("--batch-size", type=common.COUNT, default=256, help="images in one forward pass")
     common.add_device_options(parser)
     args = parser.parse_args(argv)
     args.typed = common.typed(parser, argv)
+    if args.checkpoint in ("random", "pixels") and args.train_features == "bank":
+        parser.error(f"{args.checkpoint} has no memory bank: use --train-features clean")
     return args
 
 
@@ -82,7 +80,10 @@ def main(args: argparse.Namespace) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             return encoder.embed(images)
 
-    bank = encoder.bank_of(train, path) if args.train_features == "bank" else None
+    bank = encoder.bank if args.train_features == "bank" else None
+    if bank is not None and train.identity() != encoder.data:
+        raise common.Fault(f"the bank of {path} belongs to other images ({encoder.data['name']}, "
+                           f"{encoder.data['images']:,}, not {train.name}, {len(train):,}): use --train-features clean")
     known = train.labels >= 0
     if not known.any() or (test.labels < 0).any():
         raise common.Fault(f"{train.name} has no classes: kNN needs a folder for each class")

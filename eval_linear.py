@@ -104,8 +104,7 @@ MACHINE = {"memory", "features", "image_batch", "checkpoint", "weights"}  # how,
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
-    parser.add_argument("checkpoint", nargs="?", help="checkpoint.pth or backbone.pth of these scripts, a file with "
-                        'torchvision\'s or timm\'s names, or "random" for an untrained network')
+    common.add_network_options(parser, nargs="?")
     what = parser.add_argument_group("protocol")
     what.add_argument("--weights", metavar="FILE|random", help="the same as the first argument")
     what.add_argument("--protocol", choices=list(PROTOCOLS), default="linear", help="linear probes; linear svm; mlp on "
@@ -136,9 +135,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                       "which start anew, or everything")
     what.add_argument("--train-batchnorm", action="store_true", help="voc07 fc: also scale and shift of the batch "
                       "normalisation below, as in the thesis's first figures")
-    model = parser.add_argument_group("model, for files that do not say it")
-    model.add_argument("--arch", choices=common.ARCHITECTURES, help="of foreign files and random networks")
-    model.add_argument("--width", type=common.SIZE, help="channels of the first stage (64)")
     optim = parser.add_argument_group("optimization")
     optim.add_argument("--epochs", type=common.COUNT, default=90, help="passes over the training images")
     optim.add_argument("--batch-size", type=common.COUNT, default=256, metavar="B", help="fewer labelled images than "
@@ -178,15 +174,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     machine.add_argument("--image-batch", type=common.COUNT, default=128, metavar="N",
                          help="images in one forward pass")
     common.add_device_options(parser)
-    run = parser.add_argument_group("run")
+    run = common.add_run_options(parser, "a folder for each setting in eval_linear/ beside the checkpoint")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the "
                      "network that is fine-tuned")
     run.add_argument("--sync-bn", action="store_true", help="batch statistics over all GPUs")
-    run.add_argument("--output", type=Path, metavar="DIR", help="a folder for each setting; one found there is "
-                     "resumed; default: eval_linear/ beside the checkpoint")
-    run.add_argument("--overwrite", action="store_true", help="start anew")
-    run.add_argument("--save-minutes", type=common.NOT_NEGATIVE, default=10, metavar="MIN", help="a checkpoint each "
-                     "MIN minutes (0: only between trainings)")
     words = list(sys.argv[1:] if argv is None else argv)
     flat = [part for word in words for part in word.split("=", 1)]
     if "--preset" not in flat and "--protocol" in flat[:-1] and flat[flat.index("--protocol") + 1] in PRESETS:

@@ -56,11 +56,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
-    parser.add_argument("checkpoint", help="checkpoint.pth or backbone.pth of these scripts, a file with torchvision's "
-                        'or timm\'s names, or "random" for an untrained network')
-    model = parser.add_argument_group("model")
-    model.add_argument("--arch", choices=common.ARCHITECTURES, help="of foreign files and random networks")
-    model.add_argument("--width", type=common.SIZE, help="channels of the first stage (64)")
+    model = common.add_network_options(parser)
     model.add_argument("--small", action=argparse.BooleanOptionalAction, default=False, help="3x3 stem of a random "
                        "network; files show what they have")
     model.add_argument("--output-stride", type=int, choices=[1, 2, 4, 8, 16, 32], metavar="PX", help="of the last map "
@@ -75,21 +71,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="shapes", metavar="NAME|DIR", help=f"shapes, {', '.join(common.VOC_LISTS)}, or "
                       "any folder in VOC's layout")
-    data.add_argument("--data-dir", type=Path, default=common.default_data_dir(), metavar="DIR",
-                      help="where VOCdevkit lies or is downloaded to, and shapes are rendered to ($DATA_DIR)")
+    common.add_set_options(data)
     data.add_argument("--train-list", metavar="NAME", help="of ImageSets/Segmentation (voc12: train; else trainval, or "
                       "train where that is not)")
     data.add_argument("--test-list", metavar="NAME", help="of ImageSets/Segmentation (voc12: val; else test, or val "
                       "where that is not)")
-    data.add_argument("--subset", type=common.part, metavar="N", help="train on N images, or a share below 1")
-    data.add_argument("--test-subset", type=common.part, metavar="N", help="the same for the test images")
     data.add_argument("--test-size", type=common.SIZE, metavar="PX", help="shorter side that the network sees in the "
                       "test")
     data.add_argument("--scales", type=common.POSITIVE, nargs=2, metavar=("LOW", "HIGH"), help="shorter side in "
                       "training, relative to --test-size, drawn for each image")
     data.add_argument("--crop", type=common.SIZE, metavar="PX", help="side of the square that is trained on")
-    data.add_argument("--workers", type=common.number(int, 0, 1024), default=common.default_workers(), metavar="N",
-                      help="processes of each rank that decode images")
     optim = parser.add_argument_group("optimization")
     optim.add_argument("--iterations", type=common.COUNT, metavar="N", help="optimisation steps")
     optim.add_argument("--batch-size", type=common.COUNT, metavar="B", help="images in a step, the sum over all ranks")
@@ -101,12 +92,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     optim.add_argument("--weight-decay", type=common.NOT_NEGATIVE, help="of SGD")
     optim.add_argument("--seed", type=common.COUNT_OR_ZERO, default=0, help="of new layers, order, draws")
     common.add_device_options(parser)
-    run = parser.add_argument_group("run")
-    run.add_argument("--output", type=Path, metavar="DIR", help="log, checkpoint and weights; a checkpoint found there "
-                     "is resumed; default: segmentation-<preset>-seed<seed> beside the checkpoint")
-    run.add_argument("--overwrite", action="store_true", help="start anew in an --output that holds a run")
-    run.add_argument("--save-minutes", type=common.NOT_NEGATIVE, default=10, metavar="MIN", help="a checkpoint each "
-                     "MIN minutes (0: only at the end)")
+    run = common.add_run_options(parser, "segmentation-<preset>-seed<seed> beside the checkpoint")
     run.add_argument("--log-every", type=common.COUNT, default=100, metavar="N", help="a line of the log each N "
                      "iterations")
     args = common.parse(parser, PRESETS, argv, base="voc12")

@@ -123,7 +123,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=common.POSITIVE, metavar="MIN", help="stop cleanly after so long")
     parser.add_argument("--images", metavar="TEXT", help="how the images are encoded, where they are not the official "
                         'files, such as "JPEG quality 75": it stands beside the figures')
-    parser.add_argument("--data-dir", type=Path, default=common.default_data_dir(), metavar="DIR",
+    parser.add_argument("--data-dir", type=Path, default=Path(os.environ.get("DATA_DIR", "data")), metavar="DIR",
                         help="where CIFAR and tiny32/{train,val}/<class>/ lie ($DATA_DIR)")
     parser.add_argument("--work", type=Path, default=Path("runs/rows"), metavar="DIR", help="where checkpoints are "
                         "kept between calls")

@@ -172,13 +172,12 @@ def test_bank_as_training_features(trained: Path, capsys: pytest.CaptureFixture[
     result = evaluate(capsys, path, "--train-features", "bank", "--test-subset", "20", "--k", "5", "--device", "cpu")
     assert result["train_images"] == 64 and result["train_features"] == "bank"
     saved = torch.load(path)
-    found = encoder(path)
-    args = eval_knn.parse_args([str(path), "--test-subset", "20"])
-    train, _ = found.load_data(args, "pretrain", CPU)
-    assert torch.equal(found.bank_of(train, path), saved["state"]["bank"]["features"])
+    found = encoder(path).bank
+    assert found is not None and torch.equal(found, saved["state"]["bank"]["features"])
     command = ["--train-features", "bank", "--test-subset", "20", "--arch", "resnet18", "--width", "4"]
     one_line(run("eval_knn", [path, *command, "--image-size", "20"]), "other images")
-    one_line(run("eval_knn", [trained / "backbone.pth", *command]), "no memory bank")
+    for network in (trained / "backbone.pth", "random"):
+        one_line(run("eval_knn", [network, *command]), "no memory bank")
 
 
 @pytest.mark.parametrize("name", ["random", "pixels"])
