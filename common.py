@@ -1411,10 +1411,8 @@ def draw_factors(labels: Tensor, generator: torch.Generator) -> tuple[dict[str, 
     bell = (uniform[:, : 4 * len(FACTORS)].view(len(labels), -1, 4).sum(2) - 2) * math.sqrt(3)
     typical = torch.tensor([[int(digit) for digit in digits] for _, _, digits in FACTORS.values()])
     level = ((typical.T[labels] + 0.5).double() / 10 + BLUR * bell).clamp(0, 1).unbind(1)
-    factors = {
-        name: low + (high - low) * column
-        for (name, (low, high, _)), column in zip(FACTORS.items(), level, strict=True)
-    }
+    factors = {name: low + (high - low) * column
+               for (name, (low, high, _)), column in zip(FACTORS.items(), level, strict=True)}
     return factors, uniform[:, 4 * len(FACTORS) :]
 
 
@@ -1705,12 +1703,7 @@ def random_flip(images: Tensor, draw: Uniform, probability: float = 0.5) -> Tens
 
 @torch.no_grad()
 def random_color_jitter(
-    images: Tensor,
-    draw: Uniform,
-    brightness: float,
-    contrast: float,
-    saturation: float,
-    hue: float,
+    images: Tensor, draw: Uniform, brightness: float, contrast: float, saturation: float, hue: float,
     probability: float = 1.0,
 ) -> Tensor:
     """ColorJitter of each image with this probability: factors uniform in [max(0, 1 - b), 1 + b], hue in
@@ -1898,11 +1891,7 @@ class MemoryBank(nn.Module):
     features: Tensor
 
     def __init__(
-        self,
-        size: int,
-        dim: int,
-        generator: torch.Generator | None = None,
-        dtype: torch.dtype = torch.float32,
+        self, size: int, dim: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
         rows = torch.randn(size, dim, generator=generator)  # on the CPU: the same on every device and rank
@@ -2045,13 +2034,7 @@ class KMeans:
 
 @torch.no_grad()
 def kmeans(
-    x: Tensor,
-    k: int,
-    *,
-    iterations: int = 20,
-    seed: int = 0,
-    init: Tensor | None = None,
-    spherical: bool = False,
+    x: Tensor, k: int, *, iterations: int = 20, seed: int = 0, init: Tensor | None = None, spherical: bool = False,
     backend: str = "torch",
 ) -> KMeans:
     """Lloyd's k-means from init (k, D) or k random rows. x: (N, D). spherical: rows, centroids normalised."""
@@ -2233,9 +2216,7 @@ def import_faiss() -> Any:
     try:
         import faiss
     except ImportError as error:
-        raise Fault(
-            "Faiss is missing: pip install faiss-gpu (Linux x86_64) or faiss-cpu, or use torch"
-        ) from error
+        raise Fault("Faiss is missing: pip install faiss-gpu (Linux x86_64) or faiss-cpu, or use torch") from error
     return faiss
 
 
@@ -2244,10 +2225,7 @@ def _kmeans_faiss(x: Tensor, centroids: Tensor, iterations: int, seed: int, sphe
     rows = np.ascontiguousarray(x.cpu().numpy())
     clustering = faiss.Clustering(rows.shape[1], len(centroids))
     clustering.niter, clustering.seed, clustering.spherical = iterations, seed, spherical
-    clustering.min_points_per_centroid, clustering.max_points_per_centroid = (
-        1,
-        len(rows) + 1,
-    )  # never a sub-sample
+    clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, len(rows) + 1  # never a sub-sample
     faiss.copy_array_to_vector(centroids.cpu().numpy().ravel(), clustering.centroids)
     index, device = faiss.IndexFlatL2(rows.shape[1]), "cpu"
     if x.device.type == "cuda" and faiss.get_num_gpus() > 0:  # this rank's own GPU
@@ -2258,24 +2236,13 @@ def _kmeans_faiss(x: Tensor, centroids: Tensor, iterations: int, seed: int, sphe
     distance, labels = index.search(rows, 1)
     objective = [stat.obj for stat in stats] + [float(distance.sum(dtype=np.float64))]
     splits = [int(stat.nsplit) for stat in stats] or [0]
-    return KMeans(
-        torch.from_numpy(labels[:, 0].astype(np.int32)).to(x.device),
-        torch.from_numpy(found.copy()).to(x.device),
-        objective,
-        splits[-1],
-        sum(splits),
-        f"faiss {device}",
-    )
+    return KMeans(torch.from_numpy(labels[:, 0].astype(np.int32)).to(x.device),
+                  torch.from_numpy(found.copy()).to(x.device), objective, splits[-1], sum(splits), f"faiss {device}")
 
 
 @torch.no_grad()
 def neighbors(
-    queries: Tensor,
-    keys: Tensor,
-    k: int,
-    *,
-    exclude: Tensor | None = None,
-    best_first: bool = True,
+    queries: Tensor, keys: Tensor, k: int, *, exclude: Tensor | None = None, best_first: bool = True,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     """The k rows of keys (N, D) of largest inner product, best first: similarity (Q, k) and index (Q, k).
@@ -2292,11 +2259,8 @@ def neighbors(
     work = _neighbors_screened if screened else functools.partial(_neighbors, best_first=best_first)
     every = torch.arange(len(queries), device=queries.device)
     workers = torch.get_num_threads() if queries.device.type == "cpu" else 1
-    found = in_parts(
-        lambda part: work(queries[part], keys, k, None if exclude is None else exclude[part]),
-        every.tensor_split(min(workers, len(queries)) or 1),
-        queries.device,
-    )
+    found = in_parts(lambda part: work(queries[part], keys, k, None if exclude is None else exclude[part]),
+                     every.tensor_split(min(workers, len(queries)) or 1), queries.device)
     return torch.cat([similarity for similarity, _ in found]), torch.cat([index for _, index in found])
 
 
@@ -2401,24 +2365,15 @@ def knn_scores(similarity: Tensor, labels: Tensor, num_classes: int, temperature
 
 
 def knn_accuracy(
-    queries: Tensor,
-    query_labels: Tensor,
-    train: Tensor,
-    train_labels: Tensor,
-    num_classes: int,
-    *,
-    num_neighbors: Sequence[int] = (200,),
-    temperatures: Sequence[float] = (0.07,),
-    exclude: Tensor | None = None,
+    queries: Tensor, query_labels: Tensor, train: Tensor, train_labels: Tensor, num_classes: int, *,
+    num_neighbors: Sequence[int] = (200,), temperatures: Sequence[float] = (0.07,), exclude: Tensor | None = None,
     backend: str = "torch",
 ) -> dict[tuple[int, float], tuple[float, float]]:
     """Top-1 and top-5 in percent for each (K, tau) of the weighted kNN, from one search. Rows are unit."""
     hits = {(k, tau): torch.zeros(2, dtype=torch.int64) for k in num_neighbors for tau in temperatures}
     for part in torch.split(torch.arange(len(queries), device=queries.device), 4096):
         left_out = None if exclude is None else exclude[part]
-        similarity, index = neighbors(
-            queries[part], train, max(num_neighbors), exclude=left_out, backend=backend
-        )
+        similarity, index = neighbors(queries[part], train, max(num_neighbors), exclude=left_out, backend=backend)
         found, truth = train_labels[index].long(), query_labels[part].long()[:, None]
         for (k, tau), hit in hits.items():
             scores = knn_scores(similarity[:, :k], found[:, :k], num_classes, tau)
@@ -2426,9 +2381,7 @@ def knn_accuracy(
             lower = torch.arange(num_classes, device=scores.device) < truth
             rank = ((scores > own) | ((scores == own) & lower)).sum(1)  # ties: lower class first
             hit += torch.stack([(rank < 1).sum(), (rank < 5).sum()]).cpu()
-    return {
-        key: (100 * int(hit[0]) / len(queries), 100 * int(hit[1]) / len(queries)) for key, hit in hits.items()
-    }
+    return {key: (100 * int(hit[0]) / len(queries), 100 * int(hit[1]) / len(queries)) for key, hit in hits.items()}
 
 
 # ---- 11. encoders from files, evaluation -----------------------------------------------------------------------------
