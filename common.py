@@ -892,7 +892,7 @@ class ImageSet:
     root: Path = Path()
     files: Names | None = None  # (N,) below root; no list of a million objects, which each worker would copy
     workers: int = 0
-    bad: BadImages | None = None
+    bad: BadImages = dataclasses.field(default_factory=lambda: BadImages(0))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -991,8 +991,7 @@ class ImageSet:
 
     def _report(self, index: Tensor, bad: Tensor) -> None:
         for row in index[bad].tolist():
-            if self.bad is not None:
-                self.bad.add(self.path(row))
+            self.bad.add(self.path(row))
 
 
 @functools.cache
@@ -1035,7 +1034,7 @@ class _Decoder(torch.utils.data.Dataset[tuple[int, Tensor, bool]]):
     unreadable."""
 
     def __init__(self, data: ImageSet) -> None:
-        self.data = dataclasses.replace(data, bad=None)
+        self.data = data
 
     def __getitem__(self, item: Any) -> tuple[int, Tensor, bool]:
         row, crop, *numbers = item
@@ -1327,7 +1326,7 @@ def _largest_side(data: ImageSet) -> int:
             with Image.open(data.path(row)) as image:
                 side = max(side, *image.size)
         except UNREADABLE:
-            data.bad.add(data.path(row)) if data.bad else None
+            data.bad.add(data.path(row))
     return side
 
 
@@ -1352,7 +1351,7 @@ def _decode_small(data: ImageSet, cache: str | None) -> None:
         for row, image in enumerate(pool.map(decode, range(len(data)))):
             if image is not None:
                 data.pixels[row] = torch.from_numpy(image)
-            elif data.bad:
+            else:
                 data.bad.add(data.path(row))
 
 
@@ -1614,7 +1613,7 @@ def resized_crop(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def resize_center_crop(images: Tensor, resize: int, crop: int) -> Tensor:
-    """Shorter side to `resize` pixels, then the central crop, (B, 3, crop, crop) floats in [0, 1]; for tests.
+    """Shorter side to `resize` pixels, then the central crop, (B, 3, crop, crop) floats in [0, 1].
     images: uint8 or float in [0, 1]."""
     shorter = min(images.shape[2:])
     matrices = []
@@ -2515,7 +2514,7 @@ def load_encoder(
     channels = 2 if channels == 2 else 3
     for stem in [data["small"]] if ours else [False, True] if small is None else [small]:
         network = backbone(arch, width, stem, channels)
-        weights, prefix = _strip(weights, network.state_dict())
+        weights = _strip(weights, network.state_dict())
         if isinstance(network, PlainNet):
             *_, fc6, fc7 = (name for name in network.state_dict() if name.endswith(".weight"))
             if fc6 in weights and fc7 not in weights:
@@ -2554,7 +2553,7 @@ def load_encoder(
         if part is not None:
             part.eval().requires_grad_(False).to(device)
     bank = saved["state"]["bank"]["features"] if ours and "bank" in saved["state"] else None
-    report = dict(prefix=prefix, matched=len(matched), missing=missing, unexpected=unexpected)
+    report = dict(matched=len(matched), missing=missing, unexpected=unexpected)
     return Encoder(network, head, options, data, bank, hashlib.sha256(content).hexdigest(), report)
 
 
@@ -2589,8 +2588,8 @@ def _state_dict(saved: Any, path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _strip(weights: dict[str, Tensor], target: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """Names without the prefix that most of them share with `target`'s: (weights under target's names, prefix).
+def _strip(weights: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under `target`'s names, without the prefix that most of them share.
 
     DataParallel inserts "module.", torch.compile "_orig_mod."; MoCo has encoder_q, which wins over encoder_k; the
     CIFAR networks of NPID's authors call the shortcut "shortcut", and timm's VGG calls fc6 and fc7 "pre_logits".
@@ -2613,7 +2612,7 @@ def _strip(weights: dict[str, Tensor], target: dict[str, Tensor]) -> tuple[dict[
     kept = {name.removeprefix(prefix): value for name, value in plain.items() if name.startswith(prefix)}
     beside = {name.removeprefix(outer): value for name, value in plain.items()
               if name.startswith(outer) and not name.startswith(prefix)}  # fmt: skip
-    return kept | beside, prefix
+    return kept | beside
 
 
 def untrained_encoder(arch: str, width: int, small: bool, device: torch.device, feature_dim: int = 128) -> Encoder:
@@ -2666,14 +2665,6 @@ class VocSet:
 
     def __len__(self) -> int:
         return len(self.images)
-
-    def presence(self) -> Tensor:
-        """(N, C) int64: 1 the class is there, 0 only as difficult objects (left out by VOC), -1 it is not."""
-        found = torch.full((len(self), len(self.classes)), -1)
-        for row, image in zip(found, self.images, strict=True):
-            row[image.labels[image.difficult]] = 0
-            row[image.labels[~image.difficult]] = 1
-        return found
 
     def identity(self) -> dict[str, Any]:
         """What must agree for a checkpoint to fit: plain values, with a checksum of names and boxes."""

@@ -213,6 +213,15 @@ class Task(NamedTuple):
     test_targets: Tensor
 
 
+def presence(data: common.VocSet) -> Tensor:
+    """(N, C) int64: 1 the class is there, 0 only as difficult objects (left out by VOC), -1 it is not."""
+    found = torch.full((len(data), len(data.classes)), -1)
+    for row, image in zip(found, data.images, strict=True):
+        row[image.labels[image.difficult]] = 0
+        row[image.labels[~image.difficult]] = 1
+    return found
+
+
 def voc_images(args: argparse.Namespace, split: str, classes: list[str] | None) -> tuple[common.ImageSet, Tensor]:
     """A set in VOC's layout as images without a class each, and its targets (N, C)."""
     found = common.load_voc(args, split, classes=classes)
@@ -222,7 +231,7 @@ def voc_images(args: argparse.Namespace, split: str, classes: list[str] | None) 
     data = common.ImageSet(found.name, args.image_size or common.IMAGENET.size, *common.IMAGENET[1:],
                            torch.full((len(paths),), -1), found.classes, torch.arange(len(paths)), root=root,
                            files=files, workers=args.workers, bad=common.BadImages(args.max_bad_images))
-    return data, found.presence()
+    return data, presence(found)
 
 
 def open_task(args: argparse.Namespace, encoder: common.Encoder | None, device: torch.device) -> Task:

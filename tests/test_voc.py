@@ -15,6 +15,7 @@ from sklearn.metrics import precision_recall_curve
 from torchvision.datasets import VOCDetection, VOCSegmentation
 
 import common
+import eval_linear
 
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 PACKS = common.ROOT.parent / "shared" / "data" / "voc"
@@ -89,14 +90,13 @@ def test_masks_and_boxes_of_the_rendered_set_agree(rendered: Path) -> None:
 def test_class_lists_agree_with_the_annotations(rendered: Path) -> None:
     """The lists of each class have 1, 0 (difficult objects alone) and -1 as `presence` has them; all three occur."""
     devkit = common.load_voc(options(rendered), "train")
-    presence = devkit.presence()
-    for name, column in zip(devkit.classes, presence.T, strict=True):
+    for name, column in zip(devkit.classes, eval_linear.presence(devkit).T, strict=True):
         lines = (rendered / "ImageSets/Main" / f"{name}_trainval.txt").read_text().splitlines()
         assert [line.split()[0] for line in lines] == [image.path.stem for image in devkit.images]
         assert [int(line.split()[1]) for line in lines] == column.tolist()
     image = common.VocImage(Path(), (9, 9), torch.zeros(3, 4), torch.tensor([2, 2, 1]),
                             torch.tensor([True, False, True]), Path())
-    assert common.VocSet("", list("abcd"), [image]).presence().tolist() == [[-1, 0, 1, -1]]
+    assert eval_linear.presence(common.VocSet("", list("abcd"), [image])).tolist() == [[-1, 0, 1, -1]]
 
 
 def test_rendered_by_need(tmp_path: Path) -> None:
