@@ -77,16 +77,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": dict(THIN, data="shapes", knn_every=2),
     "smoke": dict(THIN, data="shapes", subset=256, test_subset=100, width=4, epochs=2, batch_size=32, feature_dim=32,
                   num_groups=8, queue_size=64, knn_every=1),
-}  # fmt: skip
+}
 
 # What the rows of Table A.2 leave out of the method; first in miniature.
 NO_CLD = dict(group_weight=0.0)
 ABLATION: dict[str, dict[str, Any]] = {
     "": {}, "-no-cld": NO_CLD, "-separate": dict(cross_view=False),
     "-shared": dict(branches="shared", cross_view=False),
-}  # fmt: skip
+}
 PRESETS |= {f"thin-{data}{part}": dict(THIN, data=data, **row) for data in ("cifar10", "shapes")
-            for part, row in ABLATION.items()}  # fmt: skip
+            for part, row in ABLATION.items()}
 
 # Released scripts, which multiply their rate of 0.03 by B / 128.
 NPID = dict(schedule="cosine", warmup_epochs=5, temperature=0.1, lr=0.06, weight_decay=7e-4, group_weight=1.0)
@@ -96,7 +96,7 @@ CIFAR: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
                                                  num_groups=200, queue_size=12288)),
     "cifar100": (dict(NPID, num_groups=200), dict(MOCO, lr=0.03, batch_size=128, group_weight=0.25, num_groups=100,
                                                   queue_size=4096)),
-}  # fmt: skip
+}
 for name, (npid, moco) in CIFAR.items():
     PRESETS |= {f"{name}{part}": dict(npid, data=name, **row) for part, row in ABLATION.items()}
     PRESETS[f"{name}-supplement"] = dict(data=name)
@@ -106,7 +106,7 @@ for name, (npid, moco) in CIFAR.items():
     PRESETS[f"{name}-moco-cld-linear"] = dict(moco, data=name, head="linear")
 
 IMAGENET = dict(data="imagenet", arch="resnet50", batch_size=512, lr=0.2, schedule="cosine", groups_over="local",
-                sync_bn=True)  # fmt: skip
+                sync_bn=True)
 MOCOV2 = dict(IMAGENET, host="mocov2", group_temperature=0.4)
 INFOMIN = dict(IMAGENET, host="infomin", group_temperature=0.8, temperature=0.15, warmup_epochs=5)
 for name, row in (("mocov2", MOCOV2), ("infomin", dict(INFOMIN, epochs=100)), ("infomin-200", INFOMIN)):
@@ -375,7 +375,7 @@ class Encoder(nn.Module):
         self.predictor = self.jigsaw = self.group_head = None
         if host == "byol":
             self.predictor = nn.Sequential(nn.Linear(feature_dim, hidden), nn.BatchNorm1d(hidden),
-                                           nn.ReLU(inplace=True), nn.Linear(hidden, feature_dim))  # fmt: skip
+                                           nn.ReLU(inplace=True), nn.Linear(hidden, feature_dim))
         elif host == "infomin":
             self.jigsaw = Jigsaw(self.backbone.dim, feature_dim)
         if groups:
@@ -492,7 +492,7 @@ def group_figures(z: Tensor, groups: Groups) -> dict[str, Tensor]:
     count = groups.alive.sum(1).float()
     pairs = unit.sum(1).square().sum(1) - count
     return dict(groups_alive=count.mean(), intra=(z * own).sum(2).mean(),
-                inter=(pairs / (count * (count - 1)).clamp(min=1)).mean())  # fmt: skip
+                inter=(pairs / (count * (count - 1)).clamp(min=1)).mean())
 
 
 class Gathered(torch.autograd.Function):
@@ -660,7 +660,7 @@ def main(args: argparse.Namespace) -> None:
     num_groups, queue_size = min(args.num_groups, rows), min(args.queue_size, len(data))
     if args.group_weight and num_groups == rows and run.rank == 0:
         print(f"warning: {rows} rows are grouped at once: --num-groups {args.num_groups} makes {rows} groups of one "
-              "row each; lower it, or see --groups-over", file=sys.stderr)  # fmt: skip
+              "row each; lower it, or see --groups-over", file=sys.stderr)
     if HOSTS[args.host].crops > 2 and not args.batch_size <= args.queue_size:
         raise common.Fault(f"--queue-size {args.queue_size} is less than a batch of {args.batch_size}: raise it")
     if HOSTS[args.host].crops > 2 and queue_size < args.queue_size and "queue_size" in args.typed:
@@ -705,7 +705,7 @@ def main(args: argparse.Namespace) -> None:
             draw = run.draw(epoch, step)
             cut = data.normalize(patches(crops[3], draw)) if len(crops) == 4 else crops.new_empty(len(index), 0)
             views = torch.stack([data.normalize(augment(images, draw, args.augment, view, not data.small))
-                                 for view, images in enumerate(crops[:3])])  # fmt: skip
+                                 for view, images in enumerate(crops[:3])])
             if args.erase:
                 views = torch.stack([random_erase(images, draw, args.erase) for images in views])
 
@@ -719,7 +719,7 @@ def main(args: argparse.Namespace) -> None:
                 losses, accuracy = host.instance_loss(z, jigsaw, targets, i)
                 part_loss = losses.mean()
                 figures = dict(instance_loss=part_loss, instance_accuracy=accuracy,
-                               feature_std=z[0].detach().std(0).mean() * z.shape[2] ** 0.5)  # fmt: skip
+                               feature_std=z[0].detach().std(0).mean() * z.shape[2] ** 0.5)
                 if args.group_weight:
                     g = gathered(g, run.world) if args.groups_over == "all" else g
                     groups = group(g, num_groups, args.kmeans_iterations, args.clustering)

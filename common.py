@@ -111,7 +111,7 @@ def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], 
 def less_memory(args: argparse.Namespace) -> str:
     """Which of the script's options take less memory."""
     ways = dict(batch_size="lower --batch-size", image_batch="lower --image-batch",
-                accumulate="split each batch with --accumulate", cache="use --cache none")  # fmt: skip
+                accumulate="split each batch with --accumulate", cache="use --cache none")
     known = [way for key, way in ways.items() if hasattr(args, key)] or ["end other programs"]
     return ", ".join(known[:-1]) + ", or " * (len(known) > 1) + known[-1]
 
@@ -354,7 +354,7 @@ FREE_OPTIONS = {
     "output", "overwrite", "preset", "typed", "data", "data_dir", "val_dir", "cache", "workers", "max_bad_images",
     "device", "amp", "compile", "save_minutes", "knn_every", "knn_features", "test_subset", "epochs", "checkpoint",
     "eval_every", "log_every", "test_list", "shard_bank",
-}  # fmt: skip
+}
 NEVER = 2**62  # a step
 
 
@@ -378,11 +378,11 @@ class Run:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # Clustering keeps the other ranks waiting: the limit is far above what it takes.
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
-                                    timeout=datetime.timedelta(hours=2))  # fmt: skip
+                                    timeout=datetime.timedelta(hours=2))
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
         if args.batch_size % (self.world * args.accumulate):
             raise Fault(f"--batch-size {args.batch_size} must divide by ranks x accumulate = "
-                        f"{self.world} x {args.accumulate}")  # fmt: skip
+                        f"{self.world} x {args.accumulate}")
         self.amp = amp_default(self.device) if args.amp is None else args.amp
         self.output: Path = args.output
         self.signal = 0
@@ -503,12 +503,12 @@ class Run:
             command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), options=plain_options(self.args), data=self.data,
             git=git_commit(), python=sys.version.split()[0], torch=torch.__version__, device=device_name(self.device),
             ranks=self.world, threads=torch.get_num_threads(), amp=self.amp, **facts,
-        )  # fmt: skip
+        )
         if self.rank == 0:
             default = data.name == "shapes" and not {"data", "preset"} & set(self.args.typed)
             note = " (only the default: rendered, not photographs)" if default else ""
             print(f"data {data.name}{note}: {len(data):,} images at {data.size} px; preset {self.args.preset}; "
-                  f"{self.header['device']}, {self.world} rank(s); output {self.output}", flush=True)  # fmt: skip
+                  f"{self.header['device']}, {self.world} rank(s); output {self.output}", flush=True)
 
     def log(self, **row: Any) -> None:
         """Print one JSON line and append it to log.jsonl."""
@@ -522,7 +522,7 @@ class Run:
                 append_line(path, line)
             except OSError as error:
                 raise Fault(f"cannot write {path} ({error.strerror}): {way_out(error)}, then run the same "
-                            "command") from None  # fmt: skip
+                            "command") from None
 
     def resume(self, state: dict[str, Any], steps: int) -> tuple[int, int]:
         """Load the checkpoint of `output` into `state` if there is one; returns (epoch, step) to go on with.
@@ -547,7 +547,7 @@ class Run:
                     part.load_state_dict(saved["state"][name])
             except (KeyError, RuntimeError, ValueError) as error:
                 raise Fault(f"{path} does not fit this code ({str(error).splitlines()[0]}): choose another "
-                            "--output") from None  # fmt: skip
+                            "--output") from None
             if self.rank == 0:
                 if log.exists():
                     with log.open("rb+") as file:  # a log that something else has cut ends with a whole line
@@ -566,7 +566,7 @@ class Run:
         if epoch == step == 0 or (self.rank == 0 and not (log.exists() and log.stat().st_size)):
             self.log(**self.header)
         self.previous = {number: signal.signal(number, self._on_signal)
-                         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}  # fmt: skip
+                         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
         return epoch, step
 
     def _check_resumable(self, saved: dict[str, Any], path: Path) -> None:
@@ -577,17 +577,17 @@ class Run:
             what = ", ".join(key for key in self.data if saved["data"].get(key) != self.data[key])
             raise Fault(f"{path} was trained on other data ({saved['data']['name']}, {saved['data']['images']:,} "
                         f"images, not {self.data['name']}, {self.data['images']:,}; {what} differ): choose another "
-                        "--output or --overwrite")  # fmt: skip
+                        "--output or --overwrite")
         free = FREE_OPTIONS if new["schedule"] != "cosine" else FREE_OPTIONS - {"epochs"}
         bound = sorted((old.keys() | new.keys()) - free)
         changed = [f"--{key.replace('_', '-')} {old.get(key)} -> {new.get(key)}"
-                   for key in bound if old.get(key) != new.get(key)]  # fmt: skip
+                   for key in bound if old.get(key) != new.get(key)]
         if changed:
             raise Fault(f"{path} was trained with other options ({'; '.join(changed)}): use those, another --output or "
-                        "--overwrite")  # fmt: skip
+                        "--overwrite")
         if (saved["epoch"], saved["step"]) > (self.args.epochs, 0):
             raise Fault(f"{path} is past --epochs {self.args.epochs}, at epoch {saved['epoch']}: choose more epochs, "
-                        "or another --output")  # fmt: skip
+                        "or another --output")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal == number == signal.SIGINT:
@@ -623,7 +623,7 @@ class Run:
         first = -self.agree(-int(self.first_bad.item()))
         if first < NEVER:
             raise Fault(f"the loss is not finite (epoch {first // self.steps}, step {first % self.steps}): lower --lr; "
-                        f"the last checkpoint in {self.output}, if any, is good")  # fmt: skip
+                        f"the last checkpoint in {self.output}, if any, is good")
 
     def _stop(self, number: int, epoch: int, step: int) -> None:
         previous = self.previous[signal.Signals(number)]
@@ -641,7 +641,7 @@ class Run:
         weights = [w for part in state.values() if isinstance(part, nn.Module) for w in part.parameters()]
         if weights and not torch.stack([w.detach().isfinite().all() for w in weights]).all():
             raise Fault(f"weights are not finite (epoch {epoch}, step {step}): lower --lr; the last checkpoint in "
-                        f"{self.output}, if any, is good")  # fmt: skip
+                        f"{self.output}, if any, is good")
         for part in state.values():  # what the ranks have in parts
             if hasattr(part, "collect"):
                 part.collect(self)
@@ -650,7 +650,7 @@ class Run:
             write_checkpoint(self.output / "checkpoint.pth", dict(
                 options=self.header["options"], data=self.data, git=self.header["git"], epoch=epoch, step=step,
                 log_size=log.stat().st_size, state={name: part.state_dict() for name, part in state.items()},
-            ))  # fmt: skip
+            ))
             self.saved_at = time.monotonic()
 
     def finish(self, backbone: nn.Module) -> None:
@@ -704,7 +704,7 @@ class Totals:
         self.counts = dict(state["counts"])
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.sums = {name: (totals[rank] if len(totals) == world else totals.mean()).to(self.device)
-                     for name, totals in state["sums"].items()}  # fmt: skip
+                     for name, totals in state["sums"].items()}
 
 
 def learning_rate(args: argparse.Namespace, progress: float) -> float:
@@ -802,7 +802,7 @@ def write_checkpoint(path: Path, content: Any) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise Fault(f"cannot write {path} ({error.strerror}): {way_out(error)}, then run the same command; the last "
-                    "checkpoint, if any, is whole") from None  # fmt: skip
+                    "checkpoint, if any, is whole") from None
     with contextlib.suppress(OSError):  # not every file system knows how to flush a folder
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
@@ -836,7 +836,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise Fault(f"cannot read {path} ({error.strerror})") from None
     except Exception:  # garbage makes the unpickler raise almost anything
         raise Fault(f"{path} is damaged, truncated or no checkpoint of these scripts: remove it, or choose another "
-                    "--output") from None  # fmt: skip
+                    "--output") from None
 
 
 # ---- 5. data ---------------------------------------------------------------------------------------------------------
@@ -911,7 +911,7 @@ class ImageSet:
             content.update(self.files.tobytes())
             content.update(repr([file_size(self.path(row)) for row in sample]).encode())
         return dict(name=self.name, images=len(self), size=self.size, mean=list(self.mean), std=list(self.std),
-                    small=self.small, classes=len(self.classes), checksum=content.hexdigest())  # fmt: skip
+                    small=self.small, classes=len(self.classes), checksum=content.hexdigest())
 
     def path(self, row: int) -> Path:
         """The file of the image at `row`."""
@@ -954,7 +954,7 @@ class ImageSet:
                 yield step, index.to(run.device), torch.stack([resized_crop(pixels, box, crop.size) for box in boxes])
         else:
             items = ([(i, crop, *u) for i, *u in zip(index.tolist(), *numbers(step), strict=True)]
-                     for step, index in zip(steps, indices, strict=True))  # fmt: skip
+                     for step, index in zip(steps, indices, strict=True))
             for step, (index, images, bad) in zip(steps, self._loader(items, run.device), strict=True):
                 self._report(index, bad)
                 run.seed_step(epoch, step)
@@ -987,7 +987,7 @@ class ImageSet:
         return torch.utils.data.DataLoader(
             _Decoder(self), batch_sampler=items, num_workers=self.workers, pin_memory=device.type == "cuda",
             worker_init_fn=ignore_signals,
-        )  # fmt: skip
+        )
 
     def _report(self, index: Tensor, bad: Tensor) -> None:
         for row in index[bad].tolist():
@@ -1019,7 +1019,7 @@ class BadImages:
             self.paths.add(path)
             if len(self.paths) > self.limit:
                 raise Fault(f"cannot read the image {path}: remove it, or tolerate some with --max-bad-images "
-                            f"(now {self.limit})")  # fmt: skip
+                            f"(now {self.limit})")
             print(f"unreadable image, replaced by grey: {path}", file=sys.stderr, flush=True)
 
 
@@ -1053,7 +1053,7 @@ class _Decoder(torch.utils.data.Dataset[tuple[int, Tensor, bool]]):
 
 # What Pillow raises for damaged images.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error, zlib.error,
-              Image.DecompressionBombError)  # fmt: skip
+              Image.DecompressionBombError)
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -1202,7 +1202,7 @@ _CIFAR_MD5 = {
     "data_batch_3": "54ebc095f3ab1f0389bbae665268c751", "data_batch_4": "634d18415352ddfa80567beed471001a",
     "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb", "test_batch": "40351d587109b95175f43aff81a1287e",
     "train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
-}  # fmt: skip
+}
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -1211,7 +1211,7 @@ class _PlainUnpickler(pickle.Unpickler):
     ALLOWED = frozenset({
         ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"),
         ("numpy", "dtype"), ("_codecs", "encode"), ("numpy._core.numeric", "_frombuffer"),
-    })  # fmt: skip
+    })
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:
@@ -1260,14 +1260,14 @@ def _download(args: argparse.Namespace, name: str, folder: Path, **what: str) ->
                 getattr(torchvision.datasets, name)(str(args.data_dir), download=True, **what)
             except (OSError, RuntimeError) as error:
                 raise Fault(f"{name} is not in {args.data_dir} and could not be downloaded ({error}): name its folder "
-                            "with --data-dir, or use --data shapes") from None  # fmt: skip
+                            "with --data-dir, or use --data shapes") from None
         if dist.is_initialized():
             dist.barrier()
 
 
 _NAMED: dict[str, Callable[[argparse.Namespace, str], tuple[Tensor, Tensor, list[str]]]] = {
     "shapes": _shapes, "cifar10": _cifar, "cifar100": _cifar, "stl10": _stl10,
-}  # fmt: skip
+}
 
 
 def _folder(args: argparse.Namespace, split: str) -> ImageSet:
@@ -1281,7 +1281,7 @@ def _folder(args: argparse.Namespace, split: str) -> ImageSet:
     val = args.val_dir or next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
     if split == "test" and (val is None or not val.is_dir()):
         raise Fault(f"no directory {val or root / 'val'} with validation images for kNN: name it with --val-dir "
-                    "(in training --knn-every 0 does without)")  # fmt: skip
+                    "(in training --knn-every 0 does without)")
     place = val if split == "test" and val else train
     classes = sorted(f.name for f in train.iterdir() if f.is_dir() and f != val and not f.name.startswith("."))
     files = _image_files(place, val if place == train else None)
@@ -1292,7 +1292,7 @@ def _folder(args: argparse.Namespace, split: str) -> ImageSet:
     labels = torch.tensor([-1 if name is None else number[name] for name in first])
     data = ImageSet(args.data if named else root.name, 0, *DATASETS.get(args.data, IMAGENET)[1:], labels, classes,
                     torch.arange(len(files)), root=place, files=np.array([os.fsencode(file) for file in files]),
-                    workers=args.workers, bad=BadImages(args.max_bad_images))  # fmt: skip
+                    workers=args.workers, bad=BadImages(args.max_bad_images))
     side = _largest_side(data)
     data.size = args.image_size or (side if 0 < side <= 96 else IMAGENET.size)
     return data
@@ -1310,7 +1310,7 @@ def _image_files(place: Path, without: Path | None) -> list[str]:
 
     for folder, folders, names in os.walk(place, followlinks=True, onerror=fail):
         folders[:] = [name for name in folders if name[0] != "." and Path(folder, name) != without
-                      and not leads_back(Path(folder, name))]  # fmt: skip
+                      and not leads_back(Path(folder, name))]
         inner = f"{folder}/"[len(f"{place}/") :]
         files += [inner + name for name in names if name[0] != "." and Path(name).suffix.lower() in SUFFIXES]
     if not files:
@@ -1338,7 +1338,7 @@ def _decode_small(data: ImageSet, cache: str | None) -> None:
     side = data.size if small else round(data.size * 8 / 7)
     if not small:
         print(f"--cache {cache}: large images are kept as their central square at {side} px; crops come from it",
-              file=sys.stderr)  # fmt: skip
+              file=sys.stderr)
 
     def decode(row: int) -> Pixels | None:
         try:
@@ -2158,7 +2158,7 @@ def _nearest_screened(x: Tensor, centroids: Tensor, offset: Tensor, low: list[_I
     exact = offset[column] + torch.cat([
         (x.index_select(0, some) * centroids.index_select(0, their)).sum(1)  # large temporaries cost page faults
         for some, their in zip(torch.split(row, 2048), torch.split(column, 2048), strict=True)
-    ])  # fmt: skip
+    ])
     top = torch.full((len(x),), -math.inf).scatter_reduce_(0, row, exact, "amax")
     labels[row] = k
     tied = torch.where(exact == top[row], column, k)  # of equally near centroids the first, as max does
@@ -2396,7 +2396,7 @@ def knn_monitor(
     device = queries.device
     train, k = features[known.to(device)].float(), min(200, int(known.sum()))
     accuracy = knn_accuracy(queries, test.labels.to(device), train, data.labels[known].to(device), len(data.classes),
-                            num_neighbors=[k], temperatures=[temperature])  # fmt: skip
+                            num_neighbors=[k], temperatures=[temperature])
     return dict(knn_top1=round(accuracy[k, temperature][0], 2))
 
 
@@ -2408,7 +2408,7 @@ class _InertUnpickler(pickle.Unpickler):
         ("torch._utils", "_rebuild_parameter"), ("torch", "Size"), ("torch", "device"),
         ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"), ("numpy", "dtype"),
         ("_codecs", "encode"),
-    })  # fmt: skip
+    })
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self.ALLOWED or (module == "torch" and name.endswith("Storage")):
@@ -2460,7 +2460,7 @@ class Encoder:
         """How the file's names met the network's."""
         found, missing, unexpected = self.report["matched"], self.report["missing"], self.report["unexpected"]
         names = [f"{len(part)} {what}" + (f" ({', '.join(part[:3])}{', ...' * (len(part) > 3)})" if part else "")
-                 for what, part in (("missing", missing), ("unexpected", unexpected))]  # fmt: skip
+                 for what, part in (("missing", missing), ("unexpected", unexpected))]
         return f"{found} tensors matched, {', '.join(names)}; " + ("with" if self.head else "without") + " head"
 
     def load_data(self, args: argparse.Namespace, split: str, device: torch.device) -> tuple[ImageSet, ImageSet]:
@@ -2526,7 +2526,7 @@ def load_encoder(
     wanted = {name for name in target if not name.endswith("num_batches_tracked")}
     missing = sorted(wanted - matched.keys())
     share = min(1 - len(missing) / len(wanted),
-                1 - sum(target[n].numel() for n in missing) / sum(target[n].numel() for n in wanted))  # fmt: skip
+                1 - sum(target[n].numel() for n in missing) / sum(target[n].numel() for n in wanted))
     head: nn.Module | None = None
     neck = _neck(weights)
     inputs = network.dim if neck is None else len(weights["neck.0.weight"])
@@ -2545,7 +2545,7 @@ def load_encoder(
     if share < 0.95 or other:  # of another shape, or of a deeper ResNet
         raise Fault(f"{path} has {100 * share:.0f} % of the weights of {arch}, width {width}: wrong --arch or --width? "
                     f"Missing {', '.join(missing[:3]) or 'none'} ...; left over "
-                    f"{', '.join(list(dict.fromkeys(other + unexpected))[:3])} ...")  # fmt: skip
+                    f"{', '.join(list(dict.fromkeys(other + unexpected))[:3])} ...")
     if head is None and layer == "head":
         raise Fault(f"{path} has no linear layer on the {network.dim} features of {arch}: use --layer backbone")
     network.load_state_dict(matched, strict=False)
@@ -2611,7 +2611,7 @@ def _strip(weights: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, T
     outer = prefix.removesuffix("backbone.")  # the head lies beside the backbone
     kept = {name.removeprefix(prefix): value for name, value in plain.items() if name.startswith(prefix)}
     beside = {name.removeprefix(outer): value for name, value in plain.items()
-              if name.startswith(outer) and not name.startswith(prefix)}  # fmt: skip
+              if name.startswith(outer) and not name.startswith(prefix)}
     return kept | beside
 
 
@@ -2633,7 +2633,7 @@ def untrained_encoder(arch: str, width: int, small: bool, device: torch.device, 
 VOC_CLASSES = [
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-]  # fmt: skip
+]
 # Lists of (year, name) that training and testing use. The labels of VOC2012's test images are not public.
 VOC_LISTS = {
     "voc07": ([("2007", "trainval")], [("2007", "test")]),
@@ -2713,10 +2713,10 @@ def load_voc(args: argparse.Namespace, split: str, task: str = "Main", classes: 
     if strange := [name for name in every if name not in classes]:
         example = next(image.path for image, names in found if strange[0] in names)
         raise Fault(f"{example} has an object of the class {strange[0]}, which is none of {', '.join(classes[:20])}: "
-                    "mend its XML file")  # fmt: skip
+                    "mend its XML file")
     number = {name: label for label, name in enumerate(classes)}
     done = [image._replace(labels=torch.tensor([number[name] for name in names], dtype=torch.int64))
-            for image, names in found]  # fmt: skip
+            for image, names in found]
     return VocSet(args.data if args.data in VOC_LISTS else Path(args.data).name, classes, _clip_boxes(done))
 
 
@@ -2775,12 +2775,12 @@ def _voc_image(root: Path, identity: str, task: str) -> tuple[VocImage, list[str
             size = image.size
     except UNREADABLE as error:
         raise Fault(f"cannot read the image {path} ({getattr(error, 'strerror', None) or 'damaged or empty'}): mend "
-                    "it, or take it off its list") from None  # fmt: skip
+                    "it, or take it off its list") from None
     boxes, names, difficult = list[tuple[float, ...]](), list[str](), list[bool]()
     if task == "Main" or annotation.is_file():
         boxes, names, difficult = read_voc_xml(annotation)
     return VocImage(path, size, torch.tensor(boxes).view(-1, 4), torch.zeros(len(names), dtype=torch.int64),
-                    torch.tensor(difficult, dtype=torch.bool), mask), names  # fmt: skip
+                    torch.tensor(difficult, dtype=torch.bool), mask), names
 
 
 def read_voc_xml(path: Path) -> tuple[list[tuple[float, ...]], list[str], list[bool]]:
@@ -2824,14 +2824,14 @@ def _clip_boxes(images: list[VocImage]) -> list[VocImage]:
         images[row] = image._replace(boxes=inside[kept], labels=image.labels[kept], difficult=image.difficult[kept])
     if cut or gone:
         print(f"note: {cut} boxes reach outside their image and are cut off there, {gone} have no pixel in it and are "
-              f"left out; the first in {first}", file=sys.stderr, flush=True)  # fmt: skip
+              f"left out; the first in {first}", file=sys.stderr, flush=True)
     return images
 
 
 def voc_palette() -> list[int]:
     """The 256 colours of VOC's masks: the bits of the index, three at a time, from the highest bit of R, G, B on."""
     return [sum((index >> 3 * bit + channel & 1) << 7 - bit for bit in range(3)) for index in range(256)
-            for channel in range(3)]  # fmt: skip
+            for channel in range(3)]
 
 
 def render_voc(root: Path, train: int, test: int, size: int = 96) -> None:

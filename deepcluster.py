@@ -109,7 +109,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": dict(THIN, data="shapes"),
     "smoke": dict(CIFAR, data="shapes", num_clusters=20, subset=256, test_subset=100, width=4, epochs=2, batch_size=32,
                   knn_every=1),
-}  # fmt: skip
+}
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ class Encoder(nn.Module):
             if head != "map":
                 hidden = 4096 * width // 64
                 mlp = self.mlp = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.dim, hidden), nn.ReLU(inplace=True),
-                                               nn.Dropout(dropout), nn.Linear(hidden, hidden))  # fmt: skip
+                                               nn.Dropout(dropout), nn.Linear(hidden, hidden))
                 self.dim = hidden
         if head == "2fc":
             del mlp[-3:]
@@ -587,7 +587,7 @@ def partition_figures(pseudo_labels: Tensor, previous: Tensor) -> dict[str, floa
     """Number of clusters, share of the largest one, NMI with the last clustering. Both (N,), -1: in no cluster."""
     sizes = torch.unique(pseudo_labels[pseudo_labels >= 0], return_counts=True)[1]
     figures = dict(clusters=len(sizes), largest_share=round(float(sizes.max() / sizes.sum()), 4),
-                   chance_loss=round(math.log(len(sizes)), 4))  # fmt: skip
+                   chance_loss=round(math.log(len(sizes)), 4))
     both = (pseudo_labels >= 0) & (previous >= 0)
     return figures | (dict(nmi_previous=nmi(pseudo_labels[both], previous[both])) if both.any() else {})
 
@@ -649,7 +649,7 @@ def assign_images(args: argparse.Namespace) -> None:
         clusters = {key: clusters[key].to(device) for key in ("centroids", "projection", "offset")}
     except Exception:  # garbage makes the unpickler raise almost anything
         raise common.Fault(f"{args.output / CLUSTERS} is damaged: remove it, and the command that trained the network "
-                           "writes it again") from None  # fmt: skip
+                           "writes it again") from None
     args.data, args.subset, args.image_size = args.assign, None, known["size"]
     data = common.load(args, "pretrain", device)
     data.mean, data.std = tuple(known["mean"]), tuple(known["std"])

@@ -69,7 +69,7 @@ import common
 OLD = dict(train_sizes=[600], test_size=600, max_size=1000, batch_size=1, lr=0.001, warmup=0, iterations=70_000,
            lr_drops=[50_000], bn="frozen", sync_bn=False, extra_bn=False, precise_bn=0, rois=128,
            anchor_sizes=[128, 256, 512], boundary_anchors="drop", test_proposals=300, nms=0.3, min_score=0.0,
-           train_difficult=False)  # fmt: skip
+           train_difficult=False)
 # NPID prints rate and drop; the number of iterations and the decay are the pipelines' own.
 NPID = dict(OLD, weight_decay=5e-4)
 FAST = dict(NPID, batch_size=2, rois=64, freeze=1, test_proposals=2000)
@@ -90,7 +90,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "shapes": dict(data="shapes", small=True, train_sizes=[56, 64, 72], test_size=64, max_size=128, batch_size=8,
                    lr=0.02, iterations=1000, lr_drops=[800, 950], precise_bn=50, rois=32, roi_size=8,
                    anchor_sizes=[12, 18, 24], train_proposals=200, test_proposals=50, log_every=50),
-}  # fmt: skip
+}
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
@@ -224,12 +224,12 @@ def decoded(data: common.VocSet, args: argparse.Namespace, batches: Any) -> Iter
     loader: Any = torch.utils.data.DataLoader(
         Decoder(data, args.max_size), batch_sampler=batches, num_workers=args.workers, collate_fn=list,
         worker_init_fn=common.ignore_signals,
-    )  # fmt: skip
+    )
     for batch in loader:
         for sample, pixels in batch:
             if pixels is None:
                 raise common.Fault(f"cannot read the image {data.images[sample.row].path}: mend it, or take it off "
-                                   "its list")  # fmt: skip
+                                   "its list")
         yield batch
 
 
@@ -246,7 +246,7 @@ def training_batches(
         draw = common.Draw(run.generator("augment", 0, step), batch, rows, common.CPU)(2)
         sides = [args.train_sizes[int(len(args.train_sizes) * u)] for u in draw[:, 0].tolist()]
         return [Sample(row, side, flip) for row, side, flip in
-                zip(order.tolist(), sides, (draw[:, 1] < 0.5).tolist(), strict=True)]  # fmt: skip
+                zip(order.tolist(), sides, (draw[:, 1] < 0.5).tolist(), strict=True)]
 
     batches = decoded(data, args, (samples(step) for step in steps))
     for step, images in zip(steps, batches, strict=True):
@@ -275,7 +275,7 @@ class Batch(NamedTuple):
 def collate(
     part: list[tuple[Sample, Tensor]], data: common.VocSet, proposals: list[Tensor] | None, args: argparse.Namespace,
     mean: Sequence[float], std: Sequence[float], device: torch.device,
-) -> Batch:  # fmt: skip
+) -> Batch:
     """Decoded images with their boxes on the device, normalised."""
     sizes = [(pixels.shape[1], pixels.shape[2]) for _, pixels in part]
     sides = [-(-max(lengths) // 32) * 32 for lengths in zip(*sizes, strict=True)]
@@ -453,13 +453,13 @@ class Detector(nn.Module):
                 anchors, ProposalHead(channels, anchors.num_anchors_per_location()[0]), fg_iou_thresh=0.7,
                 bg_iou_thresh=0.3, batch_size_per_image=256, positive_fraction=0.5,
                 pre_nms_top_n={mode: 6 * number for mode, number in best.items()}, post_nms_top_n=best, nms_thresh=0.7,
-            )  # fmt: skip
+            )
             self.proposals.drop = args.boundary_anchors == "drop"
         self.regions = RoIHeads(
             Align(side, stride), head, Predictor(dim, num_classes), fg_iou_thresh=0.5, bg_iou_thresh=0.5,
             batch_size_per_image=args.rois, positive_fraction=0.25, bbox_reg_weights=None, score_thresh=args.min_score,
             nms_thresh=args.nms, detections_per_img=100,
-        )  # fmt: skip
+        )
         self.requires_grad_(True)
         self.trunk[: self.freeze].requires_grad_(False)
         for module in self.modules():
@@ -489,17 +489,17 @@ class Detector(nn.Module):
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trained parameters; those of batch normalisation do not decay."""
     norms = {id(parameter) for module in model.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)
-             for parameter in module.parameters()}  # fmt: skip
+             for parameter in module.parameters()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [dict(params=[p for p in trained if id(p) not in norms], weight_decay=weight_decay),
-            dict(params=[p for p in trained if id(p) in norms], weight_decay=0.0)]  # fmt: skip
+            dict(params=[p for p in trained if id(p) in norms], weight_decay=0.0)]
 
 
 @torch.no_grad()
 def precise_statistics(model: nn.Module, batches: Iterator[Batch], run: common.Run) -> None:
     """Batch statistics as the mean of those of `batches` and of the ranks, in place of the running ones."""
     norms = [module for module in model.modules()
-             if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and module.training]  # fmt: skip
+             if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and module.training]
     for module in norms:
         module.reset_running_stats()
         module.momentum = None  # the plain mean
@@ -572,7 +572,7 @@ def voc_precision(found: Detections, data: common.VocSet, overlaps: Sequence[flo
         right, counted = judge(found.scores, overlap, partner, difficult, least)
         some = [counted & (found.labels == label) for label in range(len(data.classes))]
         rows.append([common.average_precision(found.scores[one], right[one], total, eleven_points)
-                     for one, total in zip(some, totals, strict=True)])  # fmt: skip
+                     for one, total in zip(some, totals, strict=True)])
     return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -600,7 +600,7 @@ def coco_precision(found: Detections, data: common.VocSet) -> dict[str, float]:
         columns = plain(image.boxes), image.labels.tolist(), image.difficult.tolist()
         for box, label, difficult in zip(*columns, strict=True):
             objects.append(dict(id=len(objects) + 1, image_id=number, category_id=label, bbox=box, iscrowd=0,
-                                area=box[2] * box[3], difficult=int(difficult)))  # fmt: skip
+                                area=box[2] * box[3], difficult=int(difficult)))
     answers = [dict(image_id=image, category_id=label, bbox=box, score=score) for image, label, box, score in
                zip(found.image.tolist(), found.labels.tolist(), plain(found.boxes), found.scores.tolist(), strict=True)]
     if not answers:
@@ -628,14 +628,14 @@ def figures(found: Detections, data: common.VocSet) -> dict[str, Any]:
     eleven, area = voc_precision(found, data, overlaps, True), voc_precision(found, data, [0.5], False)
     means = dict(ap50_voc07=eleven[0], ap50_voc10=area[0], ap_voc07=eleven, ap75_voc07=eleven[5])
     classes = {name: round(value, 2) for name, value in zip(data.classes, eleven[0].tolist(), strict=True)
-               if value == value}  # fmt: skip
+               if value == value}
     return ({name: round(value.nanmean().item(), 2) for name, value in means.items()} | coco_precision(found, data)
             | dict(ap50_voc07_by_class=classes))
 
 
 @torch.no_grad()
 def detect(model: Detector, data: common.VocSet, proposals: list[Tensor] | None, args: argparse.Namespace,
-           mean: Sequence[float], std: Sequence[float], run: common.Run) -> Detections:  # fmt: skip
+           mean: Sequence[float], std: Sequence[float], run: common.Run) -> Detections:
     """At most 100 boxes in each image, one image at a time; shared out over the ranks, the same on all."""
     model.eval()
     share = -(-len(data) // run.world)  # equal shares, the last padded with the last image
@@ -678,7 +678,7 @@ def main(args: argparse.Namespace) -> None:
     usual = (PRESETS["voc07"] | PRESETS[args.preset])["batch_size"]
     if run.rank == 0 and args.batch_size != usual:
         print(f"--batch-size {args.batch_size}, from {usual}: lr {args.lr:g}, {args.iterations:,} iterations, drops at "
-              f"{args.lr_drops}", flush=True)  # fmt: skip
+              f"{args.lr_drops}", flush=True)
     torch.manual_seed(args.seed)
     if args.checkpoint == "random":
         if args.arch is None:
@@ -757,7 +757,7 @@ def main(args: argparse.Namespace) -> None:
             found=found._asdict() | dict(right=right, counted=counted), truth=truth | dict(counts=counts),
             classes=test.classes, images=[str(image.path) for image in test.images], result=result,
             git=run.header["git"],
-        ))  # fmt: skip
+        ))
         common.append_result(args.output, line)
         if args.checkpoint != "random":
             common.append_result(Path(args.checkpoint).parent, line)

@@ -94,7 +94,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                           per_class=[1, 2, 4, 8, 16, 32, 64, 96], draws=5),
     "smoke": dict(layers=["conv1", "conv5"], layer_size=64, train_crops=1, test_crops=1, epochs=2, batch_size=16,
                   subset=60, test_subset=40),
-}  # fmt: skip
+}
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
@@ -404,7 +404,7 @@ def cached_features(
     files, keys = list[Path](), list[dict[str, Any]]()
     for layer, sample in zip(args.layers, probe, strict=True):
         key = dict(checksums, data=data.identity(), crops=crops, layer=layer, layer_size=args.layer_size,
-                   size=sample.shape[1], type=kind, amp=amp, format=1)  # fmt: skip
+                   size=sample.shape[1], type=kind, amp=amp, format=1)
         digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
         files.append(args.features / f"{split}-{layer}-{digest}.bin")
         keys.append(key)
@@ -1209,7 +1209,7 @@ def finetune(args: argparse.Namespace, run: common.Run, encoder: common.Encoder,
 Protocol = Callable[[argparse.Namespace, common.Run, common.Encoder, Task], dict[str, Any]]
 PROTOCOLS: dict[str, Protocol] = {
     "linear": linear, "svm": svm, "mlp": mlp, "finetune": finetune, "voc07": finetune, "voc07-svm": svm,
-}  # fmt: skip
+}
 
 
 def describe(args: argparse.Namespace, encoder: common.Encoder) -> dict[str, Any]:

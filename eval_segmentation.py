@@ -48,7 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "voc07": dict(data="voc07"),
     "shapes": dict(data="shapes", small=True, test_size=64, scales=[0.8, 1.25], crop=64, output_stride=4, batch_size=8,
                    lr=0.05, iterations=1000, log_every=50),
-}  # fmt: skip
+}
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def read_mask(image: common.VocImage, num_classes: int) -> Image.Image:
         raise common.Fault(f"{image.mask} is no mask of VOC's: it needs 8 bits a pixel, each the number of a class")
     if mask.size != image.size:
         raise common.Fault(f"{image.mask} has {mask.size[0]} x {mask.size[1]} px, its image {image.path.name} "
-                           f"{image.size[0]} x {image.size[1]}")  # fmt: skip
+                           f"{image.size[0]} x {image.size[1]}")
     values = np.unique(np.asarray(mask))
     strange = values[(values > num_classes) & (values != common.VOID)]
     if len(strange):
@@ -163,7 +163,7 @@ class Decoder(torch.utils.data.Dataset[tuple[Sample, Tensor, Tensor] | str]):
             if sample.flip:
                 pixels, mask = (part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for part in (pixels, mask))
             left, top = (round(share * max(0, length - sample.crop))
-                         for share, length in zip((sample.x, sample.y), size, strict=True))  # fmt: skip
+                         for share, length in zip((sample.x, sample.y), size, strict=True))
             whole = Image.new("RGB", (sample.crop, sample.crop), self.mean)
             void = Image.new("L", (sample.crop, sample.crop), common.VOID)
             whole.paste(pixels, (-left, -top))
@@ -179,7 +179,7 @@ def decoded(
     loader: Any = torch.utils.data.DataLoader(
         Decoder(data, mean), batch_sampler=batches, num_workers=args.workers, collate_fn=list,
         worker_init_fn=common.ignore_signals,
-    )  # fmt: skip
+    )
     for batch in loader:
         for item in batch:
             if isinstance(item, str):
@@ -201,7 +201,7 @@ def training_batches(
         draw = common.Draw(run.generator("augment", 0, step), batch, rows, common.CPU)(4)
         low, high = args.scales
         return [Sample(row, max(1, round(args.test_size * (low + (high - low) * u))), v < 0.5, args.crop, x, y)
-                for row, (u, v, x, y) in zip(order.tolist(), draw.tolist(), strict=True)]  # fmt: skip
+                for row, (u, v, x, y) in zip(order.tolist(), draw.tolist(), strict=True)]
 
     for step, items in zip(steps, decoded(data, args, mean, (samples(step) for step in steps)), strict=True):
         run.seed_step(0, step)
@@ -313,15 +313,15 @@ def figures(table: Tensor, names: Sequence[str]) -> dict[str, Any]:
     """miou, pixel_accuracy and iou_by_class of a confusion table, in percent; classes in neither mask are left out."""
     hits, either = table.diag().double(), (table.sum(0) + table.sum(1) - table.diag()).double()
     shares = {name: round(100 * value, 2) for name, value in zip(names, (hits / either).tolist(), strict=True)
-              if value == value}  # fmt: skip
+              if value == value}
     mean = 100 * (hits / either)[either > 0].mean()
     return dict(miou=round(mean.item(), 2), pixel_accuracy=round(100 * (hits.sum() / table.sum()).item(), 2),
-                iou_by_class=shares)  # fmt: skip
+                iou_by_class=shares)
 
 
 @torch.no_grad()
 def confusion_table(model: Segmenter, data: common.VocSet, args: argparse.Namespace, mean: Sequence[float],
-               std: Sequence[float], run: common.Run) -> Tensor:  # fmt: skip
+               std: Sequence[float], run: common.Run) -> Tensor:
     """The confusion table of all test images, one at a time at their own size; shared out over the ranks."""
     model.eval()
     rows = list(range(len(data)))[run.rank :: run.world]

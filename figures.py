@@ -1058,7 +1058,7 @@ def label_curves(
     for name, source in zip(args.runs, sources, strict=True):
         lines = [row for row in read_eval(name, baselines=True) if row.get("preset") == preset and "draws" in row]
         points = {row["checkpoint"] == "random": [(labels(row | entry, source), entry[key], entry[f"{key}_std"])
-                                                  for entry in row["draws"]] for row in lines}  # fmt: skip
+                                                  for entry in row["draws"]] for row in lines}
         if False not in points:
             raise common.Fault(f"{name} has no {preset} in eval.jsonl: run eval_linear.py {name}/checkpoint.pth "
                                f"--preset {preset}")
@@ -1232,7 +1232,7 @@ TABLES: dict[str, Table] = {
         f"{t:g}": (f"{data}-temperature{t:g}", (value,))
         for t, value in zip((0.07, 0.1, 0.2, 0.3, 0.4, 0.5), values, strict=True)})
        for data, (merit, values) in TEMPERATURES.items()},
-}  # fmt: skip
+}
 
 
 def draw_ablation(table: Table, ours: dict[str, dict[str, list[float]]]) -> Figure:
@@ -1326,7 +1326,7 @@ def class_curves(saved: dict[str, Any]) -> Tensor:
 
 
 def draw_detections(saved: dict[str, Any], pictures: Sequence[tuple[int, Any]], runs: dict[str, dict[str, Any]],
-                    least: float) -> Figure:  # fmt: skip
+                    least: float) -> Figure:
     """Test images (position, pixels) with true boxes and those of the first run, and a precision-recall plot."""
     found, truth, classes = saved["found"], saved["truth"], saved["classes"]
     ends = truth["counts"].cumsum(0).tolist()
@@ -1347,7 +1347,7 @@ def draw_detections(saved: dict[str, Any], pictures: Sequence[tuple[int, Any]], 
         for box, color, dashes, text in frames:
             x1, y1, x2, y2 = box.tolist()
             axes.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, edgecolor=color,
-                                     linestyle=dashes, linewidth=1.4))  # fmt: skip
+                                     linestyle=dashes, linewidth=1.4))
             if not text:
                 continue
             above = y1 > 0.05 * pixels.height
@@ -1355,7 +1355,7 @@ def draw_detections(saved: dict[str, Any], pictures: Sequence[tuple[int, Any]], 
                       va="bottom" if above else "top", bbox=dict(facecolor=color, edgecolor="none", pad=0.5))
     axes = figure.add_subplot(grid[:, columns:])
     axes.set(title="Precision and recall, overlap 0.5", xlabel="recall in %", ylabel="precision in %",
-             xlim=(0, 100), ylim=(0, 102))  # fmt: skip
+             xlim=(0, 100), ylim=(0, 102))
     for number, (label, other) in enumerate(runs.items()):
         curves = class_curves(other)
         if len(runs) == 1:
@@ -1393,7 +1393,7 @@ def detections(args: argparse.Namespace) -> None:
         result = other["result"]
         notes.append("{0}: eval_detection.py, preset {preset}, checkpoint {checkpoint}, {arch} of width {width}, seed "
                      "{seed}, {train_images:,} images of {data}, {iterations:,} iterations of {batch_size}, commit {1}"
-                     .format(label, other["git"], **result))  # fmt: skip
+                     .format(label, other["git"], **result))
     figure = draw_detections(saved, pictures, dict(zip(labels, every.values(), strict=True)), args.min_score)
     title = f"Detections in {saved['result']['data']}"
     save(figure, title, "\n".join(notes), {}, args.out)

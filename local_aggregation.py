@@ -56,7 +56,7 @@ import common
 ABLATION = dict(data="imagenet", H=1, m=10_000)
 # NPID's settings for few images in few epochs; the warm start is half of it, since only then are features apart.
 THIN = dict(subset=5000, width=16, temperature=0.2, batch_size=32, lr=0.03, schedule="cosine", weight_decay=5e-4,
-            bank_momentum=0.0, H=3, m=100, k=512)  # fmt: skip
+            bank_momentum=0.0, H=3, m=100, k=512)
 SMALL = dict(temperature=0.1, batch_size=128, weight_decay=5e-4, k=512, m=1000, H=3)
 PRESETS: dict[str, dict[str, Any]] = {
     "imagenet": dict(arch="resnet18", H=10, m=30_000, k=4096, temperature=0.07, batch_size=128, lr=0.03,
@@ -94,7 +94,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "shapes-thin": dict(THIN, data="shapes", epochs=32, warmup_epochs=16, knn_every=4),
     "smoke": dict(SMALL, data="shapes", subset=256, test_subset=100, width=4, epochs=3, warmup_epochs=1, batch_size=32,
                   m=16, k=64, H=3, knn_every=1),
-}  # fmt: skip
+}
 IMAGENET_SIZE = 1_281_167
 NOISE = 4096  # noise images of --warmup-loss nce, as the paper
 

@@ -50,7 +50,7 @@ CIFAR = dict(temperature=0.1, batch_size=128, weight_decay=5e-4, flip=False)
 # keeps them so for tens of epochs. At tau 0.2 the mean feature had a length of 0.16 after 29 epochs, at 0.1 of 0.83
 # after 17.
 THIN = dict(subset=5000, width=16, temperature=0.2, batch_size=32, lr=0.03, schedule="cosine", weight_decay=5e-4,
-            bank_momentum=0.0)  # fmt: skip
+            bank_momentum=0.0)
 PRESETS: dict[str, dict[str, Any]] = {
     "imagenet": dict(loss="softmax", temperature=0.07, batch_size=256, lr=0.03, schedule="step", lr_drops=[120, 160],
                      epochs=200, weight_decay=1e-4, flip=True),
@@ -81,7 +81,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "shapes": dict(CIFAR, data="shapes", schedule="cosine", flip=True),
     "demo": dict(THIN, data="shapes", epochs=32, knn_every=4, test_subset=2000),
     "smoke": dict(CIFAR, data="shapes", subset=256, test_subset=100, width=4, epochs=2, batch_size=32, knn_every=1),
-}  # fmt: skip
+}
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------

@@ -75,12 +75,12 @@ def records(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if device.type == "cpu":
         common.keep_freed_memory()  # as a run does
     facts = dict(device=common.device_name(device), threads=torch.get_num_threads(), torch=torch.__version__,
-                 batch_size=args.batch_size, k=args.k)  # fmt: skip
+                 batch_size=args.batch_size, k=args.k)
 
     z = F.normalize(torch.randn(2, args.batch_size, 128, device=device), dim=2)
     ours, theirs = in_turn(50, device, lambda: cld.em_labels(z, args.k, 5), lambda: faiss_kmeans(z, args.k, 5))
     yield dict(facts, case=f"k-means of two views of {args.batch_size}, k={args.k}", kmeans_ms=round(1e3 * ours, 3),
-               faiss_ms=round(1e3 * theirs, 3), speedup_of_kmeans=round(theirs / ours, 2))  # fmt: skip
+               faiss_ms=round(1e3 * theirs, 3), speedup_of_kmeans=round(theirs / ours, 2))
 
     encoder = cld.Encoder("resnet18", args.width, True, 128, "linear", groups=True).to(device)
     host = cld.Npid(common.MemoryBank(args.images, 128).to(device), 0.1, 0.5)
@@ -118,7 +118,7 @@ def records(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     passes, steps, whole = in_turn(args.repeats, device, bare, step, augmented)
     yield dict(facts, case=f"NPID+CLD, ResNet-18 width {args.width}, B = {args.batch_size}: step / two bare passes",
                bare_s=round(passes, 4), step_s=round(steps, 4), step_ratio=round(steps / passes, 3),
-               augmented_ratio=round(whole / passes, 3))  # fmt: skip
+               augmented_ratio=round(whole / passes, 3))
 
 
 if __name__ == "__main__":

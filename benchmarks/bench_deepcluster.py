@@ -101,7 +101,7 @@ def clustering(n: int, d: int, k: int, device: torch.device, repeats: int, group
                 ours_seconds=round(statistics.median(b for _, b in pairs), 3), rounds=len(pairs),
                 kmeans_ratio_min=round(min(alone), 3), kmeans_ratio_median=round(statistics.median(alone), 3),
                 kmeans_ratio_max=round(max(alone), 3),
-                objective_ratio=round(statistics.median(quality), 4))  # fmt: skip
+                objective_ratio=round(statistics.median(quality), 4))
 
 
 def pic(n: int, d: int, device: torch.device) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def main() -> None:
     common.keep_freed_memory()  # as every run does
     device = torch.device(args.device)
     for record in (clustering(args.images, 512, min(1000, args.images // 50), device, args.repeats),
-                   pic(args.images, 512, device)):  # fmt: skip
+                   pic(args.images, 512, device)):
         print(json.dumps(record | dict(device=common.device_name(device), threads=torch.get_num_threads())), flush=True)
 
 

@@ -38,7 +38,7 @@ def train(ranks: int, options: list[str]) -> tuple[float, float]:
     """Of the second epoch: images a second, and images in a second of the processors' time."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), __file__, "--train",
-                   *NETWORK, "--batch-size", str(EACH * ranks), "--output", folder, *options]  # fmt: skip
+                   *NETWORK, "--batch-size", str(EACH * ranks), "--output", folder, *options]
         subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         _, before, after = map(json.loads, (Path(folder) / "log.jsonl").read_text().splitlines())
         steps = after["step"] - before["step"]
@@ -74,7 +74,7 @@ def collectives(parameters: int) -> dict[str, float]:
         return round(statistics.median(times), 3)
 
     return dict(gradients_ms=median(lambda: common.dist.all_reduce(gradients)),
-                gather_ms=median(lambda: run.gather(z, index)), agree_ms=median(lambda: run.agree(0)))  # fmt: skip
+                gather_ms=median(lambda: run.gather(z, index)), agree_ms=median(lambda: run.agree(0)))
 
 
 def main() -> None:
@@ -109,7 +109,7 @@ def main() -> None:
         rounds=args.rounds, parameters=parameters,
         **json.loads(told.strip().splitlines()[-1]), cpu=common.device_name(common.CPU), threads=1,
         load=round(os.getloadavg()[0], 1), torch=torch.__version__, device="cpu",
-    )  # fmt: skip
+    )
     line = json.dumps(record)
     with (ROOT / "results" / "bench.jsonl").open("a") as file:
         file.write(line + "\n")

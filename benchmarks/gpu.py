@@ -114,7 +114,7 @@ class Bench:
         with self.args.output.open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(*(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in line.items()
-                if key not in self.facts), flush=True)  # fmt: skip
+                if key not in self.facts), flush=True)
 
     def case(
         self, case: str, way: str, work: Callable[[], Any], *, flop: float = 0, read: float = 0, kind: str = "bfloat16",
@@ -276,7 +276,7 @@ def softmax(bench: Bench) -> None:
         logits = [(z[:16].double() / TAU) @ part.double().T for part in torch.split(bank, 1 << 17)]
         lse = torch.stack([part.logsumexp(1) for part in logits]).logsumexp(0)
         output = sum((part - lse[:, None]).exp() @ rows.double()
-                     for part, rows in zip(logits, torch.split(bank, 1 << 17), strict=True))  # fmt: skip
+                     for part, rows in zip(logits, torch.split(bank, 1 << 17), strict=True))
         del logits
 
         def plain(z: Tensor = z, bank: Tensor = bank, index: Tensor = index) -> Tensor:
@@ -297,7 +297,7 @@ def softmax(bench: Bench) -> None:
                for rows in (8192, 32768, 131072)},
             "efficient float32, 132 heads": (in_heads(efficient, 132), bank),
             "efficient bfloat16, 132 heads": (in_heads(efficient, 132), half),
-        }  # fmt: skip
+        }
         fused = [("flash", flash), ("cudnn", cudnn)] + [("flex", flex())] * (bench.device.type == "cuda")
         for name, operator in fused:
             for heads in (66, 132, 264, 528) if name == "flash" else (66, 132):
@@ -308,13 +308,13 @@ def softmax(bench: Bench) -> None:
                 with torch.no_grad():
                     o, s = attention(z, v)
                 errors = dict(lse_error=float((s[:16].double() - lse).abs().max()),
-                              output_error=float((o[:16].double() - output).norm() / output.norm()))  # fmt: skip
+                              output_error=float((o[:16].double() - output).norm() / output.norm()))
             except Exception as error:
                 bench.write(case=case, way=name, error=f"{type(error).__name__}: {str(error).splitlines()[:1]}"[:300])
                 continue
             kind = "float32" if name.endswith("float32") else "tf32" if "tf32" in name else "bfloat16"
             bench.case(case, name, lambda a=attention, v=v, z=z: a(z, v), kind=kind, read=float(v.nbytes), **work,
-                       **errors)  # fmt: skip
+                       **errors)
 
 
 # ---- clustering and search -------------------------------------------------------------------------------------------
@@ -334,7 +334,7 @@ def kmeans(bench: Bench) -> None:
         def by_products(dtype: torch.dtype, chunk: int, c: Tensor = centroids) -> Tensor:
             keys, offset = c.to(dtype), -0.5 * c.square().sum(1)
             return torch.cat([torch.addmm(offset.to(dtype), part.to(dtype), keys.T).max(1).indices
-                              for part in torch.split(x, chunk)])  # fmt: skip
+                              for part in torch.split(x, chunk)])
 
         bench.case(case, "plain", plain, flop=flop, kind="float32")
         bench.case(case, "assign", lambda c=centroids: common.assign(x, c), flop=flop, kind="float32")
@@ -347,10 +347,10 @@ def kmeans(bench: Bench) -> None:
                 bench.case(case, f"{kind}, chunks of {chunk}", call, flop=flop, kind=kind, labels_equal=same)
         labels = exact
         bench.case(f"sums, k={k}", "cluster_sums", lambda k=k, labels=labels: common.cluster_sums(x, labels, k),
-                   read=float(x.nbytes))  # fmt: skip
+                   read=float(x.nbytes))
         for name, wrap in (("float32", lambda f: f), ("tf32", in_tf32)):
             bench.case(f"20 iterations, k={k}", name, wrap(lambda k=k: common.kmeans(x, k)), flop=21 * flop, kind=name,
-                       aim=aim)  # fmt: skip
+                       aim=aim)
 
 
 def knn(bench: Bench) -> None:
@@ -375,11 +375,11 @@ def la_search(bench: Bench) -> None:
     case = f"{len(z)} x {len(bank)}, k={k}"
     bench.case(case, "plain", lambda: (z @ bank.T).topk(k), kind="float32", read=float(bank.nbytes), **work)
     bench.case(case, "nearest", lambda: local_aggregation.nearest(z, index, bank, k), kind="float32",
-               read=float(bank.nbytes), **work)  # fmt: skip
+               read=float(bank.nbytes), **work)
     bench.case(case, "nearest, tf32", in_tf32(lambda: local_aggregation.nearest(z, index, bank, k)), kind="tf32",
-               read=float(bank.nbytes), **work)  # fmt: skip
+               read=float(bank.nbytes), **work)
     bench.case(case, "bfloat16 products, topk", lambda: (z.bfloat16() @ half.T).topk(k), read=float(half.nbytes),
-               **work)  # fmt: skip
+               **work)
 
     # The weighted sum of B_i's features, which is most of what the loss costs: which operator is quick where?
     slots, similarity, _ = local_aggregation.nearest(z, index, bank, k)
@@ -417,7 +417,7 @@ class Step:
     """NPID's training step on images of the device, in parts that can be compiled or captured."""
 
     def __init__(self, bench: Bench, arch: str, count: int, side: int, batch: int, rows: int, amp: bool = True,
-                 plain: bool = False, fused: bool = False) -> None:  # fmt: skip
+                 plain: bool = False, fused: bool = False) -> None:
         device, size = bench.device, 32 if side == 32 else 224
         self.device, self.batch, self.plain, self.size = device, batch, plain, size
         self.photographs, self.amp = side > 32, amp and not plain
@@ -430,7 +430,7 @@ class Step:
         options = dict(fused=True) if fused else {}
         self.sgd = torch.optim.SGD(self.encoder.parameters(), 0.03, momentum=0.9, weight_decay=5e-4, **options)
         self.data = common.ImageSet("bench", size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), torch.zeros(count), [],
-                                    torch.arange(count), self.pixels)  # fmt: skip
+                                    torch.arange(count), self.pixels)
         self.index = torch.zeros(batch, dtype=torch.int64, device=device)
         self.numbers = torch.zeros(batch, DRAWN, device=device)
         self.order, self.turn = torch.randperm(min(count, rows), device=device), 0
@@ -550,7 +550,7 @@ def training(bench: Bench, case: str, aim: float, arch: str, count: int, side: i
             continue
         kind = "float32" if not step.amp else "bfloat16"
         bench.case(case, name, step, flop=flop, per=batch, aim=aim, kind=kind,
-                   first_seconds=round(time.perf_counter() - began, 1))  # fmt: skip
+                   first_seconds=round(time.perf_counter() - began, 1))
         if name in ("eager", "CUDA graph, compiled"):
             with contextlib.suppress(Exception):
                 bench.write(case=case, way=f"profile of {name}", **profile(bench, step))
@@ -596,7 +596,7 @@ def scripts(bench: Bench) -> None:
     small += ["200", "--width", "4"] if bench.args.tiny else ["20000"]
     runs = {"npid.py": [], "npid.py --no-amp": [], "npid.py --compile": [], "npid.py --preset cifar10-nce4096": [],
             "local_aggregation.py": ["--warmup-epochs", "0"], "deepcluster.py": [], "cld.py": [],
-            "cld.py --preset cifar10-moco-cld": []}  # fmt: skip
+            "cld.py --preset cifar10-moco-cld": []}
     for name, words in list(runs.items())[: 1 if bench.args.tiny else None]:
         script, *options = name.split()
         preset = [] if "--preset" in options else ["--preset", "cifar10"]
@@ -611,7 +611,7 @@ def scripts(bench: Bench) -> None:
             continue
         keys = ("images_per_second", "seconds", "memory_gb", "loss", "cluster_seconds")
         bench.write(case=name, aim=40_000 if script == "npid.py" else None, checkpoint_mb=size / 1e6,
-                    **{key: rows[-1][key] for key in keys if key in rows[-1]})  # fmt: skip
+                    **{key: rows[-1][key] for key in keys if key in rows[-1]})
 
 
 def checkpoint(bench: Bench) -> None:
@@ -680,7 +680,7 @@ def decode(bench: Bench) -> None:
         torch.set_num_threads(threads)
 
         words = ["--data", str(folder), "--batch-size", str(min(64, len(paths))), "--device", bench.device.type,
-                 "--output", str(Path(place) / "run"), "--cache", "none", "--image-size", "224"]  # fmt: skip
+                 "--output", str(Path(place) / "run"), "--cache", "none", "--image-size", "224"]
         args = npid.parse_args(words)
         run = common.Run(args)
         data = common.load(args, "pretrain", run.device)
@@ -690,7 +690,7 @@ def decode(bench: Bench) -> None:
                 pass
 
         bench.case(f"training crop, {args.workers} workers", "draft mode", epoch,
-                   per=len(data) // args.batch_size * args.batch_size, aim=2500, **facts)  # fmt: skip
+                   per=len(data) // args.batch_size * args.batch_size, aim=2500, **facts)
         run.lock.close()
 
 
@@ -718,7 +718,7 @@ def paper() -> str:
         ("LA's search, B = 128, k = 4096, float32", 2.0 * 128 * s.images * 128, bank, "fp32", "5 ms"),
         ("LA's search with all similarities written and read", 2.0 * 128 * s.images * 128,
          bank + 8.0 * 128 * s.images, "fp32", "5 ms"),
-    ]  # fmt: skip
+    ]
     names = " | ".join(SHEETS)
     text = f"| figure | FLOP | bytes | {names} | aim |\n| --- | --- | --- | --- | --- | --- |\n"
     for name, flop, moved, kind, aim in rows:
@@ -734,7 +734,7 @@ def paper() -> str:
         least = [max(flop / sheet[0], moved / sheet[2]) for sheet in SHEETS.values()]
         images = " to ".join(f"{batch / took:,.0f}" for took in least)
         text += (f"| {name} | {calls} | {flop:.3g} | {moved:.3g} | {' | '.join(map(duration, least))} | {images} | "
-                 f"{aim} |\n")  # fmt: skip
+                 f"{aim} |\n")
     return text
 
 
@@ -765,7 +765,7 @@ BENCHMARKS: dict[str, tuple[Callable[[Bench], None], float]] = {  # and seconds 
     "ceilings": (ceilings, 60), "softmax": (softmax, 150), "step": (step, 240), "la-search": (la_search, 60),
     "knn": (knn, 60), "kmeans": (kmeans, 120), "scripts": (scripts, 240), "resnet50": (resnet50, 180),
     "checkpoint": (checkpoint, 60), "decode": (decode, 90),
-}  # fmt: skip
+}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -104,7 +104,7 @@ ROWS = {
                                 "local_aggregation.py --preset imagenet", "45.0", steps=()),
     "imagenet-la-resnet50": Row("Local Aggregation, Table 1", "ImageNet, ResNet-50",
                                 "local_aggregation.py --preset imagenet-resnet50", "49.4", steps=()),
-}  # fmt: skip
+}
 
 
 def shown(row: Row) -> str:
@@ -150,7 +150,7 @@ def encoding(row: Row, args: argparse.Namespace) -> str:
     if folder:
         found = [path for path in (args.data_dir / folder / name for name in common._CIFAR_MD5) if path.is_file()]
         if all(hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() == common._CIFAR_MD5[path.name]
-               for path in found):  # fmt: skip
+               for path in found):
             return "original"  # what is missing is downloaded
     if not args.images:
         raise common.Fault(f"the images in {args.data_dir} are not the official files: say how they are encoded, such "
@@ -234,7 +234,7 @@ def stopped_at(deadline: float, step: list[str]) -> int:
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 HEAD = ("paper", "data, network", "kNN, paper", "kNN, ours", "SVM, paper", "SVM, ours", "linear, ours", "command",
-        "log")  # fmt: skip
+        "log")
 
 
 def figures(name: str, results: Path) -> dict[str, str]:

@@ -166,7 +166,7 @@ class Facts(NamedTuple):
 def check(code: Path, scripts: list[tuple[str, list[list[str]]]]) -> list[Facts]:
     """Facts of each command; options that are wrong end the submission."""
     done = subprocess.run([sys.executable, "-c", CHECK, str(code), json.dumps(scripts)], stdout=subprocess.PIPE,
-                          text=True, check=False)  # fmt: skip
+                          text=True, check=False)
     if done.returncode or not done.stdout.startswith("[["):  # what is wrong has been said; or --help
         print(done.stdout, end="", flush=True)
         sys.exit(2 if done.returncode else 0)
@@ -186,7 +186,7 @@ def runs_of(code: Path, args: argparse.Namespace, ranks: int) -> list[tuple[str,
         if not (code / name).is_file():
             raise common.Fault(f"--then {name}: there is no such script beside {script}")
     found = check(code, [(script, [args.argv + words for words in added]),
-                         *((Path(words[0]).name, [words[1:]]) for words in then)])  # fmt: skip
+                         *((Path(words[0]).name, [words[1:]]) for words in then)])
     runs = []
     for words, facts in zip(added, found[: len(added)], strict=True):
         argv, output = args.argv + words, facts.output
@@ -196,7 +196,7 @@ def runs_of(code: Path, args: argparse.Namespace, ranks: int) -> list[tuple[str,
             raise common.Fault(f"{script} runs as one task, not as {ranks}: use --nodes 1 --gpus 1")
         if facts.parts and facts.batch_size % (ranks * facts.parts):
             raise common.Fault(f"--batch-size {facts.batch_size} must divide by ranks x accumulate = "
-                               f"{ranks} x {facts.parts}")  # fmt: skip
+                               f"{ranks} x {facts.parts}")
         if words and output and facts.trains:
             typed = any(word.split("=")[0] == "--output" for word in args.argv)
             told = () if typed else ("--preset", "--seed")  # default names tell these already
@@ -326,7 +326,7 @@ def executor(args: argparse.Namespace, folder: Path, nodes: int, gpus: int, task
         time=max(1, math.ceil(60 * args.hours)), nodes=nodes, ntasks_per_node=tasks,
         gpus_per_node=gpus or None, partition=args.partition, account=args.account, constraint=args.constraint,
         signal_delay_s=args.grace, srun_args=["--kill-on-bad-exit=1"],  # a rank that dies ends the job
-    )  # fmt: skip
+    )
     rest: dict[str, Any] = dict(requeue=True)
     for key, value in args.slurm:
         if key == "setup":
@@ -399,7 +399,7 @@ def submit(folder: Path, first: Any, then: Any, jobs: list[list[Job]]) -> None:
     for number, some in zip(numbers[1:], jobs[1:], strict=True):
         print(f"job {number}, once {'each' if len(some) > 1 else 'that'} has succeeded: {some[0].script}")
     print(f"folder {folder}\nstate  squeue -j {','.join(numbers)}\nstop   scancel {' '.join(numbers)}  (saves first)\n"
-          "The same command, submitted again, continues.", flush=True)  # fmt: skip
+          "The same command, submitted again, continues.", flush=True)
 
 
 def run_here(folder: Path, executor: Any, job: Job) -> None:
@@ -424,7 +424,7 @@ def run_here(folder: Path, executor: Any, job: Job) -> None:
         signal.signal(number, handler)
     if stopped:
         print(f"submit.py: error: stopped, {started.paths.stderr} says where; the same command continues",
-              file=sys.stderr)  # fmt: skip
+              file=sys.stderr)
         raise SystemExit(128 + stopped[0])
     if not all(task.paths.result_pickle.exists() for task in (started.task(i) for i in range(started.num_tasks))):
         error = started.paths.stderr

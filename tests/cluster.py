@@ -123,11 +123,11 @@ class Cluster:
         self.spawn("munged", "--foreground", "--force", f"--key-file={folder}/munge.key",
                    f"--socket={folder}/munge.socket", f"--pid-file={folder}/munged.pid",
                    f"--log-file={folder}/munged.log", f"--seed-file={folder}/munge.seed",
-                   "--num-threads=10")  # fmt: skip
+                   "--num-threads=10")
         mysql = ["--no-defaults", f"--datadir={folder}/mysql", "--user=root"]
         self.ask("mariadb-install-db", *mysql, "--auth-root-authentication-method=normal", "--skip-test-db")
         self.spawn("mariadbd", *mysql, f"--socket={folder}/mysql.socket", f"--port={ports['mysql']}",
-                   "--bind-address=127.0.0.1", "--innodb-buffer-pool-size=32M")  # fmt: skip
+                   "--bind-address=127.0.0.1", "--innodb-buffer-pool-size=32M")
         client = ["mariadb", "--no-defaults", f"--socket={folder}/mysql.socket", "--user=root"]
         until(lambda: subprocess.run([*client, "-e", "select 1"], capture_output=True).returncode == 0, "database")
         for place in ("localhost", "127.0.0.1"):

@@ -23,14 +23,14 @@ ROOT = Path(common.__file__).resolve().parent
 TINY = [
     "--preset", "smoke", "--subset", "64", "--test-subset", "20", "--batch-size", "16", "--image-size", "16",
     "--feature-dim", "16", "--device", "cpu", "--knn-every", "0",
-]  # fmt: skip
+]
 
 started: list[ForkServerProcess] = []
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([
     "helpers", "local_aggregation", "deepcluster", "cld", "eval_knn", "eval_linear", "eval_detection",
     "eval_segmentation", "figures",
-])  # fmt: skip
+])
 
 
 @dataclasses.dataclass

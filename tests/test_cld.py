@@ -418,7 +418,7 @@ def host_alone(args: Any) -> dict[str, Any]:
             sgd.step()
             bank.update(F.normalize(z.detach().mean(0), dim=1), index, args.bank_momentum)
     named = {name.replace("1.", "head.", 1) if name.startswith("1.") else name.replace("0.", "backbone.", 1): value
-             for name, value in model.state_dict().items()}  # fmt: skip
+             for name, value in model.state_dict().items()}
     return dict(encoder=named, bank=bank.state_dict(), rng=torch.get_rng_state())
 
 
@@ -479,7 +479,7 @@ def test_checkpoint_is_read_by_the_evaluations(head: str, tmp_path: Path) -> Non
     encoder = cld.Encoder("resnet18", 4, True, 16, head, groups=True)
     encoder(torch.rand(2, 4, 3, 16, 16))
     content = dict(options=dict(arch="resnet18", width=4), data=dict(small=True), git="", epoch=0, step=0, log_size=0,
-                   state=dict(encoder=encoder.state_dict()))  # fmt: skip
+                   state=dict(encoder=encoder.state_dict()))
     torch.save(content, tmp_path / "checkpoint.pth")
     loaded = common.load_encoder(tmp_path / "checkpoint.pth", None, None, None, common.CPU, "auto")
     images = torch.rand(4, 3, 16, 16)
@@ -508,7 +508,7 @@ def test_two_ranks_equal_one(host: str, tmp_path: Path, monkeypatch: pytest.Monk
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker)]
     paths = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(common.ROOT)}
     ranks = subprocess.Popen([*launcher, *SMALL, *options, "--output", str(tmp_path / "2")], env=os.environ | paths,
-                             stderr=subprocess.PIPE, text=True)  # fmt: skip
+                             stderr=subprocess.PIPE, text=True)
     copy = cld.key_copy
     monkeypatch.setattr(cld, "key_copy", lambda encoder: copy(encoder).eval())
     monkeypatch.setattr(cld.Encoder, "train", lambda self, mode=True: nn.Module.train(self, False))

@@ -188,7 +188,7 @@ def test_splits(tree: Path) -> None:
     data = load("pretrain", "--data", tree)
     assert [str(data.path(i).relative_to(tree)) for i in range(4)] == [
         "train/a/0.jpeg", "train/a/1.png", "train/b/1.png", "train/b/deep/2.PNG",
-    ]  # fmt: skip
+    ]
     assert data.classes == ["a", "b", "empty"] and data.labels.tolist() == [0, 0, 1, 1]
     test = load("test", "--data", tree)
     assert test.classes == data.classes and test.labels.tolist() == [1]

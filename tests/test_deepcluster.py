@@ -25,7 +25,7 @@ import common
 import deepcluster as dc
 
 TINY = ["--preset", "smoke", "--subset", "64", "--test-subset", "20", "--batch-size", "16", "--image-size", "16",
-        "--k", "8", "--device", "cpu", "--knn-every", "0"]  # fmt: skip
+        "--k", "8", "--device", "cpu", "--knn-every", "0"]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -122,13 +122,13 @@ def test_sobel_survives_save_and_load(arch: str, width: int, sobel: bool, tmp_pa
 @pytest.mark.parametrize(("arch", "head"), [
     *itertools.product(("alexnet", "vgg16"), ("full", "2fc", "no-relu")),
     *itertools.product(("resnet18", "resnet50"), ("full", "2fc", "no-relu", "map", "pooled")),
-])  # fmt: skip
+])
 def test_every_head_is_read_by_the_evaluations(arch: str, head: str, sobel: bool, tmp_path: Path) -> None:
     """Checkpoint and backbone.pth of any head: no weight is missing, and the backbone computes what it computed."""
     encoder = dc.Encoder(arch, 4, True, 32, head, sobel, 0.5).eval()
     torch.save(encoder.backbone.state_dict(), tmp_path / "backbone.pth")
     torch.save(dict(options=dict(arch=arch, width=4, head=head, script="deepcluster"), data=dict(small=True),
-                    state=dict(encoder=encoder.state_dict())), tmp_path / "checkpoint.pth")  # fmt: skip
+                    state=dict(encoder=encoder.state_dict())), tmp_path / "checkpoint.pth")
     images = torch.randn(2, 3, 32, 32, generator=seeded())
     for name, said in (("checkpoint.pth", None), ("backbone.pth", arch)):
         loaded = common.load_encoder(tmp_path / name, said, 4, None, common.CPU, "auto")
@@ -153,7 +153,7 @@ def test_a_lost_fc6_is_refused(tmp_path: Path) -> None:
      ("resnet18", "pooled", 32, 32), ("resnet18", "map", 32, 512), ("resnet18", "map", 224, 32 * 49),
      ("resnet50", "map", 96, 128 * 9),
      ("resnet18", "full", 32, 256), ("resnet18", "2fc", 48, 256)],
-)  # fmt: skip
+)
 def test_heads(arch: str, head: str, size: int, dim: int) -> None:
     """Descriptors have the announced size, and negative numbers unless they are a ResNet's own output."""
     encoder = dc.Encoder(arch, 4, size < 64, size, head, False, 0.5).eval()
@@ -178,7 +178,7 @@ def test_reset_of_the_last_layer() -> None:
     top.reset(2000, seeded(1))
     assert not top(torch.zeros(3, 5)).any() and abs(float(top.weight.detach().std()) - 0.01) < 3e-4
     assert all(torch.equal(optimizer.state[p]["momentum_buffer"], m)
-               for p, m in zip(encoder.parameters(), momentum, strict=True))  # fmt: skip
+               for p, m in zip(encoder.parameters(), momentum, strict=True))
     other = dc.TopLayer(5, torch.device("cpu"))
     other.load_state_dict(top.state_dict())
     assert torch.equal(other.weight, top.weight)
@@ -282,7 +282,7 @@ class FakeRun:
 def image_set(n: int, size: int = 8) -> common.ImageSet:
     pixels = torch.randint(256, (n, 3, size, size), generator=seeded(), dtype=torch.uint8)
     return common.ImageSet("noise", size, (0.5,) * 3, (0.25,) * 3, torch.zeros(n, dtype=torch.long), ["a"],
-                           torch.arange(n), pixels)  # fmt: skip
+                           torch.arange(n), pixels)
 
 
 def test_streamed_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,7 +371,7 @@ def graph_of(edges: dict[tuple[int, int], float], n: int) -> dc.Graph:
     both = sorted([(i, j, w) for (i, j), w in edges.items()] + [(j, i, w) for (i, j), w in edges.items()])
     rows, columns, weights = zip(*both, strict=True)
     return dc.Graph(torch.tensor(rows), torch.tensor(columns), torch.tensor(weights, dtype=torch.float64),
-                    torch.zeros(n, 1, dtype=torch.long))  # fmt: skip
+                    torch.zeros(n, 1, dtype=torch.long))
 
 
 def slow_pic(x: Tensor, k: int, sigma: float) -> tuple[Tensor, Tensor]:
@@ -550,7 +550,7 @@ def test_gradient_over_some_targets() -> None:
     assert torch.equal(top.weight[others], before[others]) and not torch.equal(top.weight[rows], before[rows])
     every = dc.target_rows(targets, 50, 80, seeded())
     torch.testing.assert_close(F.cross_entropy(top(x, every), torch.searchsorted(every, targets)),
-                               F.cross_entropy(top(x), targets))  # fmt: skip
+                               F.cross_entropy(top(x), targets))
 
 
 # ---- figures of merit ------------------------------------------------------------------------------------------------
@@ -673,7 +673,7 @@ RESUMED = {
     "pic": ["--epochs", "3", "--clustering", "pic", "--sigma", "median", "--knn-every", "2"],
     "dropout": ["--epochs", "3", "--arch", "alexnet", "--sobel", "--dropout", "0.5", "--reassign-every", "2",
                 "--images-per-epoch", "48", "--targets-per-step", "4"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("method", RESUMED)
@@ -687,7 +687,7 @@ def test_resume_is_exact(method: str, tmp_path: Path) -> None:
     assert same(state_of(whole), state_of(broken)) and rows_of(whole) == rows_of(broken)
     assert "resumed" in (tmp_path / "broken-out0").read_text()
     assert [p.name for p in sorted((whole / "assignments").glob("*.npz"))] == [
-        p.name for p in sorted((broken / "assignments").glob("*.npz"))]  # fmt: skip
+        p.name for p in sorted((broken / "assignments").glob("*.npz"))]
     final = [torch.load(output / dc.CLUSTERS, weights_only=True) for output in (whole, broken)]
     assert same(*final)
 

@@ -41,7 +41,7 @@ def evaluation_mode(script: str, folder: Path) -> None:
 def rank_of(world: int, rank: int, port: int, folder: Path, script: str = "npid") -> None:
     """What a launcher tells a rank."""
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     evaluation_mode(script, folder)
 
 
@@ -85,7 +85,7 @@ METHODS = {
         "local_aggregation",
         [*LOCAL, "--recluster-every", "2", "--cluster-seeds", "redrawn"],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -193,7 +193,7 @@ def torchrun(folder: Path, argv: list[str]) -> subprocess.Popen[str]:
     (folder / "driver.py").write_text(DRIVER)
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", f"--master-port={free_port()}"]
     return subprocess.Popen([sys.executable, *command, str(folder / "driver.py"), str(folder / "images"), *argv],
-                            stdout=(folder / "out").open("w"), stderr=subprocess.STDOUT, text=True)  # fmt: skip
+                            stdout=(folder / "out").open("w"), stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for(path: Path, text: str, process: subprocess.Popen[str]) -> None:
@@ -218,7 +218,7 @@ def test_torchrun_terminated_then_one_rank(tmp_path: Path) -> None:
     epochs = str(saved["epoch"] + 1)
     for output in ("a", "b"):
         done = run("npid", [*TINY, "--no-amp", "--output", tmp_path / output, "--epochs", epochs],
-                   functools.partial(evaluation_mode, "npid", tmp_path / "images"))  # fmt: skip
+                   functools.partial(evaluation_mode, "npid", tmp_path / "images"))
         assert done.code == 0, done.err
     close(checkpoint(tmp_path / "a")["state"]["bank"], checkpoint(tmp_path / "b")["state"]["bank"])
 

@@ -158,9 +158,9 @@ def actions(module: Any) -> list[argparse.Action]:
 
 NUMBERS = [(module, action) for module in (npid, eval_knn, eval_linear) for action in actions(module)]
 ZERO = {"max_bad_images", "workers", "seed", "save_minutes", "knn_every", "weight_decay", "momentum", "bank_momentum",
-        "proximal_weight", "dropout"}  # fmt: skip
+        "proximal_weight", "dropout"}
 COUNTS = {"epochs", "seed", "knn_every", "max_bad_images", "num_neighbors", "num_negatives", "accumulate", "batch_size",
-          "lr_drops", "num_clusters", "layer_size", "per_class", "draws", "folds", "image_batch"}  # fmt: skip
+          "lr_drops", "num_clusters", "layer_size", "per_class", "draws", "folds", "image_batch"}
 SHARES = {"momentum", "bank_momentum"}
 
 
@@ -446,7 +446,7 @@ def out_of_memory(error: Exception) -> None:
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...\nmore lines"),
     RuntimeError("CUDA error: out of memory\nmore lines"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-])  # fmt: skip
+])
 def test_out_of_memory(error: Exception, train: list[str]) -> None:
     """Too little memory, whoever asked for it, ends with one line that names what to lower."""
     one_line(run("npid", train, before=functools.partial(out_of_memory, error)), "--batch-size", "--accumulate")

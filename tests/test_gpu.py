@@ -172,7 +172,7 @@ def test_benchmark_heads_merge_exactly(gpu: Any) -> None:
         return scores.softmax(3) @ keys, scores.logsumexp(3)
 
     torch.testing.assert_close(gpu.in_heads(operator, 7)(z, bank), common.bank_attention(z, bank, gpu.TAU), atol=1e-5,
-                               rtol=1e-5)  # fmt: skip
+                               rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ def test_legacy_file_with_objects(resnet: dict[str, Tensor], tmp_path: Path) -> 
     for old in (True, False):
         path = tmp_path / f"{old}.pth.tar"
         torch.save({"epoch": 200, "arch": "resnet18", "state_dict": weights | head, "lemniscate": bank, "best": {1, 2}},
-                   path, _use_new_zipfile_serialization=not old)  # fmt: skip
+                   path, _use_new_zipfile_serialization=not old)
         found = encoder(path, layer="head")
         assert found.report["missing"] == found.report["unexpected"] == [] and found.head is not None
         assert torch.equal(found.head.weight, head["module.fc.weight"])

@@ -49,7 +49,7 @@ def naive(z: Tensor, index: Tensor, bank: Tensor, labels: Tensor, k: int) -> tup
         both = [j for j in background if j in close]
         sums = [sum(math.exp(score[j]) for j in members) for members in (background, both)]
         means = [sum(math.exp(score[j]) * bank[j].double() for j in members) / total
-                 for members, total in zip((background, both), sums, strict=True)]  # fmt: skip
+                 for members, total in zip((background, both), sums, strict=True)]
         losses.append(math.log(sums[0] / sums[1]))
         gradients.append((means[0] - means[1]) / TAU)
     return losses, gradients
@@ -174,7 +174,7 @@ def test_clusters_are_there_at_the_first_step_and_renewed_on_time(
     ["--background", "all"], ["--background", "clusters", "--background-clusters", "2", "5"], ["--close", "self"],
     ["--close", "nearest", "--close-neighbors", "5"], ["--cluster-on", "center-crop"], ["--cluster-seeds", "redrawn"],
     ["--kmeans", "faiss"], ["--clustering", "dbscan"], ["--warmup-loss", "nce"], ["--accumulate", "2"],
-])  # fmt: skip
+])
 def test_every_ablation_trains(options: list[str], tmp_path: Path) -> None:
     """Each row of the paper's tables runs through warm start and Local Aggregation with finite figures."""
     rows = run_rows(tmp_path / "run", "--subset", "96", "--m", "8", "--k", "24", "--epochs", "2", *options)
@@ -248,7 +248,7 @@ def test_warm_start_by_nce_is_that_of_npid(m: int) -> None:
 @pytest.mark.parametrize("options", [
     ["--m", "300"], ["--k", "300"], ["--H", "0"], ["--close", "nearest", "--background", "all"],
     ["--background", "clusters"],
-])  # fmt: skip
+])
 def test_sizes_that_do_not_fit_are_refused(options: list[str], tmp_path: Path) -> None:
     """m or k larger than N, or no clustering at all: a fault that names the option, before anything is trained."""
     with pytest.raises((common.Fault, SystemExit)) as caught:

@@ -91,7 +91,7 @@ def test_nce_is_stationary_where_the_model_is_the_data() -> None:
 
 @pytest.mark.parametrize(("dim", "tau", "expected"), [
     (128, 0.07, 2.209), (128, 0.1, 1.476), (64, 0.2, 1.215), (256, 0.07, 1.489),
-])  # fmt: skip
+])
 def test_first_estimate_of_z_is_that_of_a_random_bank(dim: int, tau: float, expected: float) -> None:
     """Z / N of eq. (8) estimated on a fresh bank is 0F1(D/2; 1 / (4 tau^2)) within 3 percent."""
     bank = common.MemoryBank(4000, dim, torch.Generator().manual_seed(0)).features
@@ -159,7 +159,7 @@ def test_every_preset_parses(preset: str) -> None:
     ["--loss", "nce", "--m", "8", "--z", "exact"],
     ["--loss", "sampled", "--m", "8"], ["--loss", "parametric"], ["--lambda", "5", "--bank-momentum", "0"],
     ["--accumulate", "4"], ["--knn-features", "clean"], ["--feature-dim", "32"],
-])  # fmt: skip
+])
 def test_every_variant_trains(options: list[str], tmp_path: pytest.TempPathFactory) -> None:
     """Every loss and option of the paper runs through an epoch, writes finite figures and its three files."""
     import json

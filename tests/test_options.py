@@ -114,7 +114,7 @@ def test_numbers() -> None:
     """Number types: bounds, and one line that says them."""
     assert common.number(int, 0, 5)("5") == 5 and common.part("0.1") == 0.1 and common.part("100") == 100
     for convert, text in ((common.number(int, 0, 5), "6"), (common.POSITIVE, "0"), (common.SHARE, "1.01"),
-                          (common.part, "1.5"), (common.POSITIVE, "inf"), (common.NOT_NEGATIVE, "nan")):  # fmt: skip
+                          (common.part, "1.5"), (common.POSITIVE, "inf"), (common.NOT_NEGATIVE, "nan")):
         with pytest.raises(argparse.ArgumentTypeError, match=text):
             convert(text)
 
@@ -130,7 +130,7 @@ def test_copied_script(inside: bool, tmp_path: Path) -> None:
     script = "mine.py" if inside else str(home / "mine.py")
     command = [sys.executable, script, "--preset", "smoke", "--subset", "32", "--epochs", "1", "--knn-every", "0"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and done.stderr == "", done.stderr
     output = folder / "runs" / "mine-smoke-seed0"
     assert {path.name for path in output.iterdir()} >= {"checkpoint.pth", "backbone.pth", "log.jsonl"}

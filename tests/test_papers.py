@@ -22,7 +22,7 @@ ITEMS = {
                     "Table 4.2", "Table 4.3", "Figure 4.9", "Figure 4.10", *(f"Table 5.{i}" for i in range(1, 6)),
                     *(f"Figure 5.{i}" for i in range(1, 5))],
     "CLD": ["Figure A.1", *(f"Table A.{i}" for i in range(1, 5)), "Figure A.2", "Figure A.3", "main paper"],
-}  # fmt: skip
+}
 STATUS = ("*Run*", "*In miniature*", "*Needs data", "*Drawing*")
 
 

@@ -18,7 +18,7 @@ COMMANDS = sorted({
     line.split("  #")[0].strip()
     for line in re.findall(r"^    ((?:python|torchrun) .*)$", README, re.M)
     + re.findall(r"`((?:python|torchrun) [^`]*)`", README)
-})  # fmt: skip
+})
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -79,7 +79,7 @@ def die_before_the_second_save() -> None:
 
 DEATHS = [
     die_in_first_replace, die_in_replace_before, die_in_replace_after, die_half_written, die_before_the_second_save,
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("death", DEATHS, ids=lambda death: death.__name__)

@@ -107,7 +107,7 @@ def test_dilation_equals_torchvisions() -> None:
 
 @pytest.mark.parametrize("arch, small, stride", [
     ("resnet18", True, 2), ("resnet18", False, 32), ("resnet34", False, 8), ("alexnet", False, 32), ("vgg16", True, 32),
-])  # fmt: skip
+])
 def test_strides(arch: str, small: bool, stride: int) -> None:
     """The scores have the stride that is asked for, AlexNet's and VGG16's that of their last pooling."""
     model = eval_segmentation.Segmenter(common.backbone(arch, 4, small), 6, options(output_stride=stride)).eval()

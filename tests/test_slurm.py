@@ -86,7 +86,7 @@ def test_array_and_evaluations(pair: Cluster, tmp_path: Path) -> None:
     """An array of four and an evaluation for each, which begins once its own run has succeeded."""
     sent = Sent(tmp_path, *TWO[2:], "--sweep", "lr=0.01,0.02", "seed=0,1", "--then",
                 "eval_knn.py --k 20 --subset 64 --test-subset 20",
-                ROOT / "npid.py", *TINY, "--epochs", "2")  # fmt: skip
+                ROOT / "npid.py", *TINY, "--epochs", "2")
     training, evaluation = sent.numbers[0], sent.numbers[-1]
     for i in range(4):
         pair.wait(f"{evaluation}_{i}", "COMPLETED", seconds=LONG)
@@ -134,7 +134,7 @@ def test_cancelled(pair: Cluster, tmp_path: Path) -> None:
 def test_a_job_that_matters_more(pair: Cluster, tmp_path: Path) -> None:
     """Pre-empted by a partition of higher priority, which sends TERM alone, a run saves, waits, and goes on."""
     sent = Sent(tmp_path, *TWO, "--slurm", "cpus_per_task=4", "partition=main", ROOT / "npid.py", *TINY, "--epochs",
-                "100000")  # fmt: skip
+                "100000")
     sent.reaches('"epoch": 2')
     urgent = ["sbatch", "--parsable", "-N2", "-c4", "-p", "urgent", "-o", "/dev/null", "--wrap", "sleep 1"]
     pair.wait(pair.ask(*urgent).strip(), "COMPLETED", seconds=60)

@@ -30,7 +30,7 @@ SUBMIT = [sys.executable, str(ROOT / "slurm" / "submit.py")]
 def test_options_of_submission_and_script() -> None:
     """The first script named ends the submission's options, whatever stands in --then; the rest is the script's."""
     args = submit.parse_args(["--nodes", "2", "--then", "eval_knn.py", "--sweep", "lr=1,2", "seed=0", "npid.py", "--lr",
-                              "1", "other.py"])  # fmt: skip
+                              "1", "other.py"])
     assert (args.nodes, args.then, args.sweep) == (2, ["eval_knn.py"], [("lr", "1,2"), ("seed", "0")])
     assert (args.script, args.argv) == (Path("npid.py"), ["--lr", "1", "other.py"])
     assert args.grace == submit.GRACE and submit.parse_args(["--hours", "0.1", "npid.py"]).grace == 90
@@ -53,7 +53,7 @@ def test_combinations() -> None:
     """A sweep is the product of its values; without one there is one run."""
     assert submit.combinations([]) == [[]]
     assert submit.combinations([("bank_momentum", "0,0.5"), ("H", "3")]) == [
-        ["--bank-momentum", "0", "--H", "3"], ["--bank-momentum", "0.5", "--H", "3"]]  # fmt: skip
+        ["--bank-momentum", "0", "--H", "3"], ["--bank-momentum", "0.5", "--H", "3"]]
 
 
 def submitted(argv: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -98,7 +98,7 @@ def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tools / "srun").write_text("")
     (tools / "sbatch").write_text(f'#!/bin/sh\nn=$(($(ls {kept} | wc -l) + 1))\ncp "$1" {kept}/$n.sh\n'
                                   'grep -q partition=none "$1" && echo "sbatch: error: no partition" >&2 && exit 1\n'
-                                  'echo "Submitted batch job $n"\n')  # fmt: skip
+                                  'echo "Submitted batch job $n"\n')
     for tool in tools.iterdir():
         tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
@@ -106,17 +106,17 @@ def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_sbatch_gets(fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                          capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+                          capsys: pytest.CaptureFixture[str]) -> None:
     """Nodes, GPUs, time, the rest of sbatch's options, a sweep as an array, what follows as one that depends on it."""
     (tmp_path / "here").mkdir()
     submitted(["--nodes", "2", "--gpus", "8", "--hours", "1.01", "--partition", "long", "--account", "vision",
                "--constraint", "a100", "--slurm", "qos=high", "mem=400G", "exclusive=true", "setup=module load cuda",
                "array_parallelism=2", "switches=1", "--sweep", "lr=0.01,0.03", "seed=0,1", "--then",
-               "eval_knn.py --k 20", NPID, "--data", "cifar10"], monkeypatch, tmp_path / "here")  # fmt: skip
+               "eval_knn.py --k 20", NPID, "--data", "cifar10"], monkeypatch, tmp_path / "here")
     text = (fake_slurm / "1.sh").read_text()
     for line in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "time=61", "partition=long", "account=vision",
                  "constraint=a100", "qos=high", "mem=400G", "exclusive", "switches=1", "requeue", "array=0-3%2",
-                 "signal=USR2@300", "job-name=npid"):  # fmt: skip
+                 "signal=USR2@300", "job-name=npid"):
         assert f"#SBATCH --{line}\n" in text, (line, text)
     assert "\nmodule load cuda\n" in text and "--kill-on-bad-exit=1" in text and "gpus-per-task" not in text
     then = (fake_slurm / "2.sh").read_text()
@@ -167,7 +167,7 @@ def undisturbed(folder: Path, script: str, argv: list[str]) -> list[Process]:
 
 def two_ranks(rank: int, port: int) -> None:
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 def copy_with_pauses(folder: Path, script: str, seconds: float) -> Path:
@@ -200,7 +200,7 @@ def test_local_time_out(tmp_path: Path) -> None:
     here.mkdir()
     command = [*SUBMIT, "--cluster", "local", "--gpus", "0", "--tasks", "2", "--hours", str((limit + 60) / 3600),
                "--grace", "60", "--then", "eval_knn.py --k 20 --subset 64 --test-subset 20", str(script), *TINY,
-               "--epochs", "10", "--overwrite"]  # fmt: skip
+               "--epochs", "10", "--overwrite"]
     process = subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout and "mine.py" in process.stdout.readline()
     line = process.stdout.readline()
@@ -245,6 +245,6 @@ def test_debug(tmp_path: Path) -> None:
     )
     shutil.copy(ROOT / "common.py", tmp_path)
     done = subprocess.run([*SUBMIT, "--cluster", "debug", "mine.py", "hello"], cwd=tmp_path, capture_output=True,
-                          text=True)  # fmt: skip
+                          text=True)
     assert done.returncode == 2 and done.stderr.splitlines()[-1] == "mine.py: error: that is all", done.stderr
     assert (tmp_path / "out").read_text() == "hello"

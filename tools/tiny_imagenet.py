@@ -21,7 +21,7 @@ from PIL import Image
 def jobs(source: Path, out: Path) -> list[tuple[Path, Path]]:
     """(image to read, image to write) of both splits."""
     found = [(path, out / "train" / path.parent.parent.name / f"{path.stem}.png")
-             for path in sorted(source.glob("train/*/images/*"))]  # fmt: skip
+             for path in sorted(source.glob("train/*/images/*"))]
     for line in (source / "val/val_annotations.txt").read_text().splitlines():
         name, label = line.split("\t")[:2]
         found.append((source / "val/images" / name, out / "val" / label / f"{Path(name).stem}.png"))

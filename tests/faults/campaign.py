@@ -44,7 +44,7 @@ DEADLINE = 90  # s for anything to end; a hundred times what it takes on an idle
 TRAIN = [*TINY, "--epochs", "3", "--knn-every", "2", "--save-minutes", "0.0001", "--output", "{out}"]
 VOC = ["--preset", "shapes", "--data", "{voc}", "--output", "{out}", "--batch-size", "4", "--iterations", "4",
        "--test-size", "32", "--log-every", "2", "--workers", "0", "--device", "cpu", "--no-amp",
-       "--save-minutes", "0.0001"]  # fmt: skip
+       "--save-minutes", "0.0001"]
 FEW = ["--subset", "64", "--test-subset", "20", "--device", "cpu"]
 COMMANDS = {
     "npid": TRAIN,
@@ -58,7 +58,7 @@ COMMANDS = {
     "eval_segmentation": ["{out}/network.pth", *VOC, "--crop", "32"],
     "figures curves": ["curves", "{out}"],
     "figures gallery": ["gallery", "{out}", "--rows", "1", "--k", "2", *FEW],
-}  # fmt: skip
+}
 METHODS = ["npid", "local_aggregation", "deepcluster", "cld"]
 RUNS = [*METHODS, "eval_linear", "eval_detection", "eval_segmentation"]  # which keep a checkpoint and go on from it
 EVERY = list(COMMANDS)
@@ -110,7 +110,7 @@ class World:
         """What an undisturbed run leaves behind."""
         if name not in self.ends:
             out = self.fresh(name, self.root / f"end-{name.replace(' ', '-')}") if name not in METHODS else (
-                self.root / f"end-{name}")  # fmt: skip
+                self.root / f"end-{name}")
             out.mkdir(exist_ok=True)
             began = time.monotonic()
             process = self.run(name, out)
@@ -120,7 +120,7 @@ class World:
         return self.ends[name]
 
     def ends_well(self, name: str, out: Path, *more: str | Path, before: Callable[[], None] | None = None,
-                  log: bool = True) -> Process:  # fmt: skip
+                  log: bool = True) -> Process:
         """Assert that the plain command now ends as an undisturbed run does, and leaves no stray file."""
         process = self.run(name, out, *more, before=before)
         assert process.code == 0, (process.code, process.err)
@@ -369,7 +369,7 @@ def damaged(world: World, name: str, draw: random.Random) -> int:
         process.kill(signal.SIGKILL) if process.process.is_alive() else None
         process.wait()
     files = sorted(path for path in out.rglob("*") if path.is_file() and path.stat().st_size
-                   and path.suffix in (".pth", ".jsonl", ".json", ".bin", ".npz", ".txt"))  # fmt: skip
+                   and path.suffix in (".pth", ".jsonl", ".json", ".bin", ".npz", ".txt"))
     if not files:
         return 0
     path = draw.choice(files)
@@ -484,7 +484,7 @@ def strange_image(kind: str, folder: Path) -> tuple[Path, bool]:
 
 
 KINDS = ["truncated", "empty", "garbage", "no image", "broken link", "not permitted", "cmyk", "16 bits", "palette",
-         "animated", "1x1", "wide", "exif", "wrong suffix", "directory", "loop"]  # fmt: skip
+         "animated", "1x1", "wide", "exif", "wrong suffix", "directory", "loop"]
 
 
 def bad_images(world: World, name: str, draw: random.Random) -> int:
@@ -499,7 +499,7 @@ def bad_images(world: World, name: str, draw: random.Random) -> int:
     bad = sorted(path.name for path, readable in made if not readable)
     plain_files = sum(path.is_symlink() or path.is_file() for path, _ in made if path.name != "loop.jpg")
     words: list[str | Path] = ["--data", out / "data", "--image-size", "16", "--subset", str(20 + plain_files),
-                               "--cache", draw.choice(["host", "none"]), "--workers", "0"]  # fmt: skip
+                               "--cache", draw.choice(["host", "none"]), "--workers", "0"]
     before = None if os.geteuid() else nobody
     first = world.run(name, out, *words, before=before)
     clean(first)
@@ -521,7 +521,7 @@ def changed_data(world: World, name: str, draw: random.Random) -> int:
         for label in "ab":
             photographs(out / "data" / part / label, 10, draw)
     words: list[str | Path] = ["--data", out / "data", "--image-size", "16", "--subset", "20",
-                               "--schedule", "constant", "--epochs"]  # fmt: skip
+                               "--schedule", "constant", "--epochs"]
     assert world.run(name, out, *words, "1").code == 0
     before = (out / "checkpoint.pth").read_bytes()
     victim = draw.choice(sorted((out / "data/train").rglob("*.png")))
@@ -547,7 +547,7 @@ def changed_data(world: World, name: str, draw: random.Random) -> int:
 
 
 STRANGE = [b"with space", b"caf\xe9", b"\xff\xfe", b"new\nline", b"quo'te\"s", b"--output", b"*", b"{x}%s",
-           b"\xe2\x98\x83"]  # fmt: skip
+           b"\xe2\x98\x83"]
 
 
 def strange_names(world: World, name: str, draw: random.Random) -> int:
@@ -581,14 +581,14 @@ def bare(world: World, name: str, draw: random.Random) -> int:
     chosen = dict(OMP_NUM_THREADS="1", PATH="/usr/bin:/bin") | draw.choice([
         dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"), dict(LC_ALL="C"), dict(HOME="/nonexistent"),
         dict(LC_ALL="xx_YY.UTF-99", LANG="nonsense", HOME=""),
-    ])  # fmt: skip
+    ])
     disk = world.root / f"disk{world.count}"
     with small_disk(disk, 4096):
         for path in ROOT.glob("*.py"):
             shutil.copy(path, disk)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         done = subprocess.run([sys.executable, str(disk / f"{name.split()[0]}.py"), *world.argv(name, out)], cwd=disk,
-                              env=chosen, capture_output=True, text=True, timeout=4 * DEADLINE)  # fmt: skip
+                              env=chosen, capture_output=True, text=True, timeout=4 * DEADLINE)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     same(world.end(name), found(name, out))
     return 1
@@ -633,7 +633,7 @@ def two_at_once(world: World, name: str, draw: random.Random) -> int:
 
 def rank_of(rank: int, port: int) -> None:
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 def two_ranks(world: World, name: str, out: Path) -> list[Process]:
@@ -743,7 +743,7 @@ def limits() -> None:
 
 
 EXTREMES = ["0", "1", "2", "3", "7", "-1", "nan", "inf", "1e-30", "1e30", "0.999", "1e-8", "1000", "65536",
-            "9007199254740992", "99999999999999999999", "-0.0", "1_0", "٣"]  # fmt: skip
+            "9007199254740992", "99999999999999999999", "-0.0", "1_0", "٣"]
 
 
 def odd_option(world: World, name: str, draw: random.Random) -> int:
@@ -791,7 +791,7 @@ def numeric_options(name: str) -> list[tuple[str, Any]]:
     if name.startswith("figures"):
         actions = next(a for a in actions if isinstance(a.choices, dict)).choices[name.split()[1]]._actions
     return [(action.option_strings[-1], action.nargs) for action in actions
-            if action.option_strings and action.type not in (None, Path, str)]  # fmt: skip
+            if action.option_strings and action.type not in (None, Path, str)]
 
 
 def closed_output(world: World, name: str, draw: random.Random) -> int:
@@ -842,10 +842,10 @@ def submission(world: World, name: str, draw: random.Random) -> int:
     with small_disk(disk, draw.randint(8, 1200)) if how == "full disk" else contextlib.nullcontext():
         out = world.fresh("npid", disk / "out" if how == "full disk" else None)
         command = [sys.executable, ROOT / "slurm" / "submit.py", "--cluster", "local", "--gpus", "0", "--hours", "0.1",
-                   ROOT / "npid.py", *world.argv("npid", out / "run")]  # fmt: skip
+                   ROOT / "npid.py", *world.argv("npid", out / "run")]
         start = functools.partial(subprocess.Popen[str], list(map(str, command)), cwd=out, text=True,
                                   env=os.environ | dict(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE)  # fmt: skip
+                                  stderr=subprocess.PIPE)
         process, end = start(), time.monotonic() + DEADLINE
         if how != "full disk":
             while not tasks(out):
@@ -957,7 +957,7 @@ def main() -> None:
             print("struck", attempt(place, fault, args.replay[1], int(args.replay[2])))
         return
     pairs = [(fault, name) for fault in FAULTS for name in fault.scripts
-             if args.only in fault.name and args.script in name]  # fmt: skip
+             if args.only in fault.name and args.script in name]
     todo = [pair for pair in pairs for _ in range(pair[0].share)]
     counts: dict[str, dict[str, Any]] = json.loads(COUNTS.read_text()) if args.add and COUNTS.exists() else {}
     end, seed, draw, failures = time.monotonic() + 60 * args.minutes, args.seed, random.Random(args.seed), 0
@@ -982,7 +982,7 @@ def main() -> None:
                     row["trials"] + 1, row["struck"] + struck, row["held"] + (not problem))
                 took = round(time.monotonic() - began, 1)
                 print(json.dumps(dict(fault=fault.name, script=name, seed=seed, struck=struck, seconds=took,
-                                      problem=problem)), flush=True)  # fmt: skip
+                                      problem=problem)), flush=True)
                 for left in place.root.glob("trial*"):
                     shutil.rmtree(left, ignore_errors=True)
                 if args.add:

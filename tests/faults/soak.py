@@ -23,7 +23,7 @@ from helpers import ROOT
 
 COMMON = ["--preset", "smoke", "--width", "2", "--subset", "256", "--test-subset", "64", "--batch-size", "32",
           "--image-size", "16", "--feature-dim", "16", "--device", "cpu", "--epochs", "1000000", "--schedule",
-          "constant", "--knn-every", "10", "--save-minutes", "0.05", "--workers", "1"]  # fmt: skip
+          "constant", "--knn-every", "10", "--save-minutes", "0.05", "--workers", "1"]
 SCRIPTS = {"npid": COMMON, "local_aggregation": [*COMMON, "--warmup-epochs", "2"]}
 
 
@@ -31,13 +31,13 @@ def sample(pid: int, output: Path) -> dict[str, Any]:
     """Memory held now in MB, open files, threads, and the size of the output."""
     status = Path(f"/proc/{pid}/status").read_text()
     held = {line.split(":")[0]: int(line.split()[1]) for line in status.splitlines() if line.split(":")[0] in
-            ("VmRSS", "Threads")}  # fmt: skip
+            ("VmRSS", "Threads")}
     log = output / "log.jsonl"
     return dict(memory_mb=round(held["VmRSS"] / 1024, 1), threads=held["Threads"],
                 files=len(list(Path(f"/proc/{pid}/fd").iterdir())),
                 log_bytes=log.stat().st_size if log.exists() else 0,
                 epochs=log.read_bytes().count(b'{"epoch"') if log.exists() else 0,
-                output_files=len(list(output.rglob("*"))))  # fmt: skip
+                output_files=len(list(output.rglob("*"))))
 
 
 def soak(script: str, minutes: float, place: Path, every: float) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def soak(script: str, minutes: float, place: Path, every: float) -> dict[str, An
     command = [sys.executable, str(ROOT / f"{script}.py"), *SCRIPTS[script], "--output", str(output)]
     with (place / f"{script}.out").open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT,
-                                   env=os.environ | dict(OMP_NUM_THREADS="1"))  # fmt: skip
+                                   env=os.environ | dict(OMP_NUM_THREADS="1"))
     rows, began = list[dict[str, Any]](), time.monotonic()
     while time.monotonic() < began + 60 * minutes:
         time.sleep(every)
