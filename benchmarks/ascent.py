@@ -49,7 +49,7 @@ def main() -> None:
                steps=args.steps, seed=args.seed, channels=len(names), tenfold=len(names) - len(below),
                ratio_min=round(min(ratios), 2), ratio_median=round(sorted(ratios)[len(ratios) // 2], 1),
                loud_ratio_min=round(min(above), 2), loud_ratio_median=round(sorted(above)[len(above) // 2], 1),
-               silent_when_loud=len(names) - len(above), below=below)  # fmt: skip
+               silent_when_loud=len(names) - len(above), below=below)
     print(json.dumps(row))
     if args.output:
         with args.output.open("a") as file:
