@@ -86,6 +86,30 @@ def test_neighbors_in_any_order(device: str) -> None:
     torch.testing.assert_close((queries @ keys.T).gather(1, index), similarity, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("k", [1, 5, 200, 501, 600, 1002, 1003])
+def test_selection_by_strips_equals_a_whole_one(k: int) -> None:
+    """The selection of GPUs finds the k largest too, of 1,003 columns that no strip divides, each once."""
+    scores = torch.randn(7, 1003, generator=torch.Generator().manual_seed(0))
+    for select in (common._largest_by_strips, common._largest):
+        places = select(scores, k).sort(1).values
+        assert torch.equal(places, scores.topk(k).indices.sort(1).values)
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_products_are_in_float32(private: bool, monkeypatch: Any) -> None:
+    """By oneDNN's operator or without it, under autocast too: rows @ keys^T + offset, as float64 has it."""
+    if private and common.LINEAR_FOR_CPU is None:
+        pytest.skip("this PyTorch has no such operator")
+    if not private:
+        monkeypatch.setattr(common, "LINEAR_FOR_CPU", None)
+    rows, keys, offset = unit(33, 40, 0), unit(101, 40, 1), unit(1, 101, 2)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, shifted = common.products(rows, keys), common.products(rows, keys, offset)
+    exact = rows.double() @ keys.double().T
+    torch.testing.assert_close(plain.double(), exact, atol=1e-6, rtol=0)
+    torch.testing.assert_close(shifted.double(), exact + offset, atol=1e-6, rtol=0)
+
+
 def test_neighbors_do_not_depend_on_the_chunk() -> None:
     """Queries searched one by one find what they find together."""
     queries, keys = unit(40, 16, 0), unit(3000, 16, 1)
