@@ -1919,54 +1919,35 @@ class MemoryBank(nn.Module):
         self.features.index_copy_(0, index, rows[winner])
 
 
-def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Attention over all rows from attention over parts of them: each (O (B, D), LSE (B,)), exact."""
-    outputs, lses = torch.stack([output for output, _ in parts]), torch.stack([lse for _, lse in parts])
-    lse = lses.logsumexp(0)
-    return ((lses - lse).exp().unsqueeze(-1) * outputs).sum(0), lse
+# oneDNN's product, private: two to three times as fast as the one behind @, where that leaves out AVX-512 (MKL on AMD).
+LINEAR_FOR_CPU: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def products(rows: Tensor, keys: Tensor, offset: Tensor | None = None) -> Tensor:
+    """rows (R, D) @ keys (K, D)^T + offset (K,), in their own precision."""
+    if rows.device.type == "cpu" and rows.dtype == torch.float32 and LINEAR_FOR_CPU is not None:
+        found: Tensor = LINEAR_FOR_CPU(rows, keys, offset, "none", [], "")
+        return found
+    with torch.autocast(rows.device.type, enabled=False):
+        return F.linear(rows, keys, offset)
 
 
 def bank_attention(z: Tensor, bank: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """O = softmax(z V^T/tau) V and LSE = log sum_j exp(z.v_j/tau), without (B, N). z: (B, D); V: (N, D)."""
-    if z.device.type == "cpu" and bank.dtype == z.dtype and FLASH_FOR_CPU is not None:
-        return _flash_attention(z, bank, temperature)
-    return _chunked_attention(z, bank, temperature)
+    """O = softmax(z V^T/tau) V and LSE = log sum_j exp(z.v_j/tau), without (B, N). z: (B, D); V: (N, D).
 
-
-FLASH_FOR_CPU: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # private
-
-
-def _flash_attention(z: Tensor, bank: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Attention by the fused operator, the bank cut into pseudo-heads so that all threads have work."""
-    batch, dim = z.shape
-    heads = max(1, min(2 * torch.get_num_threads(), len(bank) // 512))
-    rows = len(bank) // heads
-    parts = []
-    if rows:
-        keys = bank[: heads * rows].view(1, heads, rows, dim)
-        output, lse = FLASH_FOR_CPU(z.expand(1, heads, batch, dim), keys, keys, scale=1 / temperature)
-        parts += list(zip(output[0], lse.reshape(heads, batch), strict=True))
-    if heads * rows < len(bank):
-        keys = bank[heads * rows :].view(1, 1, -1, dim)
-        output, lse = FLASH_FOR_CPU(z.view(1, 1, batch, dim), keys, keys, scale=1 / temperature)
-        parts.append((output[0, 0], lse.reshape(batch)))
-    return merge(parts)
-
-
-def _chunked_attention(z: Tensor, bank: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Attention by a running maximum and sum over chunks of the bank, accumulated in the precision of z."""
-    chunk = 2048 if z.device.type == "cpu" else 32768
+    By a running maximum and sum over chunks of the bank, accumulated in the precision of z.
+    """
     query = z / temperature
     peak = query.new_full((len(z), 1), -math.inf)
     total, output = torch.zeros_like(peak), torch.zeros_like(query)
-    for keys in torch.split(bank, chunk):
+    for keys in torch.split(bank, 4096 if z.device.type == "cpu" else 32768):
         keys = keys.to(query.dtype)
-        logits = query @ keys.T
+        logits = products(query, keys)
         new_peak = torch.maximum(peak, logits.amax(1, keepdim=True))
         weights = logits.sub_(new_peak).exp_()
         decay = (peak - new_peak).exp_()
         total = total * decay + weights.sum(1, keepdim=True)
-        output = torch.addmm(output * decay, weights, keys)
+        output = output * decay + products(weights, keys.T)
         peak = new_peak
     return output / total, (peak + total.log())[:, 0]
 
@@ -2053,21 +2034,6 @@ def kmeans(
 
 
 CHUNK = {"cuda": 16384}  # rows at once; elsewhere 1,024, of 256 to 4,096 the fastest on a CPU
-
-
-# oneDNN's product, private: two to three times as fast as the one behind @, where that leaves out AVX-512 (MKL on AMD).
-LINEAR_FOR_CPU: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-if not torch.backends.mkldnn.is_available():
-    LINEAR_FOR_CPU = None
-
-
-def products(rows: Tensor, keys: Tensor, offset: Tensor | None = None) -> Tensor:
-    """rows (R, D) @ keys (K, D)^T + offset (K,), float32."""
-    if rows.device.type == "cpu" and LINEAR_FOR_CPU is not None:
-        found: Tensor = LINEAR_FOR_CPU(rows, keys, offset, "none", [], "")
-        return found
-    with torch.autocast(rows.device.type, enabled=False):
-        return F.linear(rows, keys, offset)
 
 
 def nearest(x: Tensor, centroids: Tensor, low: list[_Int8] | None = None) -> Tensor:
@@ -2288,7 +2254,7 @@ def _largest(scores: Tensor, k: int) -> Tensor:
 def _largest_by_strips(scores: Tensor, k: int) -> Tensor:
     """The same by two shorter selections: the k largest lie in the k strips of columns with the largest maxima."""
     width = math.isqrt(scores.shape[1] // k)  # columns a strip
-    strips = scores[:, : scores.shape[1] // width * width].unflatten(1, (width, -1))
+    strips = scores[:, : scores.shape[1] // width * width].view(len(scores), width, -1)
     rest = scores[:, strips.shape[2] * width :]
     chosen = strips.amax(1).topk(k, sorted=False).indices
     candidates = strips.gather(2, chosen[:, None].expand(-1, width, -1)).flatten(1)

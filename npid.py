@@ -273,6 +273,13 @@ class ShardedBank(common.MemoryBank):
         self.features.copy_(state_dict["features"][self.start : self.start + len(self.features)])
 
 
+def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Attention over all rows from attention over parts of them: each (O (B, D), LSE (B,)), exact."""
+    outputs, lses = torch.stack([output for output, _ in parts]), torch.stack([lse for _, lse in parts])
+    lse = lses.logsumexp(0)
+    return ((lses - lse).exp().unsqueeze(-1) * outputs).sum(0), lse
+
+
 def sharded_softmax(z: Tensor, index: Tensor, bank: ShardedBank, temperature: float) -> Tensor:
     """common.bank_softmax, exact, over a bank in parts: z (B, D) and index (B,) of this rank; returns (B,).
 
@@ -287,7 +294,7 @@ def sharded_softmax(z: Tensor, index: Tensor, bank: ShardedBank, temperature: fl
     positive = bank.features[place.clamp(0, len(bank.features) - 1)] * here[:, None]
     (parts,) = run.gather(torch.cat([output, lse[:, None], positive], 1)[None])
     outputs, lses, positives = torch.split(parts[:, run.rank * batch :][:, :batch], [z.shape[1], 1, z.shape[1]], 2)
-    output, lse = common.merge(list(zip(outputs, lses[..., 0], strict=True)))
+    output, lse = merge(list(zip(outputs, lses[..., 0], strict=True)))
     own = positives.sum(0)
     loss = lse - (z.detach() * own).sum(1) / temperature
     value: Tensor = loss + ((z - z.detach()) * (output - own) / temperature).sum(1)

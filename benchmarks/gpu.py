@@ -239,7 +239,7 @@ def in_heads(operator: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], heads:
                 output, lse = operator(query.expand(1, keys.shape[1], *query.shape), keys)
                 lse = lse.reshape(keys.shape[1], -1)[:, : len(z)].float()
                 parts += list(zip(output[0].float(), lse, strict=True))
-        return common.merge(parts)
+        return npid.merge(parts)
 
     return attention
 
@@ -291,8 +291,8 @@ def softmax(bench: Bench) -> None:
         bench.case(case, "plain, bfloat16 logits", lambda h=half, z=z, p=plain: p(z.bfloat16(), h), **work)
         bench.case(case, "bank_softmax, forward and backward", ours, kind="float32", read=4.0 * bank.numel(), **work)
         ways: dict[str, tuple[Attention, Tensor]] = {
-            "chunked float32": (lambda z, v: common._chunked_attention(z, v, TAU), bank),
-            "chunked tf32": (lambda z, v: in_tf32(lambda: common._chunked_attention(z, v, TAU))(), bank),
+            "chunked float32": (lambda z, v: common.bank_attention(z, v, TAU), bank),
+            "chunked tf32": (lambda z, v: in_tf32(lambda: common.bank_attention(z, v, TAU))(), bank),
             **{f"chunked bfloat16, {rows} rows": (lambda z, v, rows=rows: chunked_half(z, v, rows), half)
                for rows in (8192, 32768, 131072)},
             "efficient float32, 132 heads": (in_heads(efficient, 132), bank),

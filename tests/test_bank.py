@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
+import npid
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -59,15 +60,6 @@ def test_softmax_is_cross_entropy(
     expected, expected_gradient = reference(z.detach(), index, bank, temperature, upstream)
     torch.testing.assert_close(loss.detach().double(), expected, atol=tolerance, rtol=0)
     torch.testing.assert_close(gradient.double(), expected_gradient, atol=tolerance, rtol=0)
-
-
-def test_chunked_loop_equals_fused_operator() -> None:
-    """Both ways of attention agree, at tau = 0.01 and for N that no chunk divides too."""
-    z, _, bank = make(5003, 64, 17)
-    for temperature in (0.01, 0.07, 1.0):
-        fused, chunked = (f(z, bank, temperature) for f in (common.bank_attention, common._chunked_attention))
-        torch.testing.assert_close(fused[0], chunked[0], atol=1e-5, rtol=0)
-        torch.testing.assert_close(fused[1], chunked[1], atol=1e-4, rtol=0)
 
 
 def test_sharp_softmax_stays_finite(device: str) -> None:
@@ -127,12 +119,12 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-def test_logits_never_exist(chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("private", [False, True])
+def test_logits_never_exist(private: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """No operator of forward or backward returns a tenth of the B x N logits."""
     z, index, bank = make(200_000, 16, 128)
-    if chunked:
-        monkeypatch.setattr(common, "FLASH_FOR_CPU", None)
+    if not private:
+        monkeypatch.setattr(common, "LINEAR_FOR_CPU", None)
     z.requires_grad_()
     with Largest() as largest:
         common.bank_softmax(z, index, bank, 0.07).sum().backward()
@@ -159,7 +151,7 @@ def test_shards_merge_exactly() -> None:
     """Attention over parts of the bank merges to attention over all of it."""
     z, _, bank = make(1003, 32, 6)
     whole = common.bank_attention(z, bank, 0.07)
-    merged = common.merge([common.bank_attention(z, part, 0.07) for part in bank.split([1, 400, 602])])
+    merged = npid.merge([common.bank_attention(z, part, 0.07) for part in bank.split([1, 400, 602])])
     torch.testing.assert_close(merged, whole)
 
 
