@@ -1924,7 +1924,7 @@ LINEAR_FOR_CPU: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def products(rows: Tensor, keys: Tensor, offset: Tensor | None = None) -> Tensor:
-    """rows (R, D) @ keys (K, D)^T + offset (K,), in their own precision."""
+    """rows (R, D) @ keys (K, D)^T + offset (K,), in their own precision, under autocast too; without gradient."""
     if rows.device.type == "cpu" and rows.dtype == torch.float32 and LINEAR_FOR_CPU is not None:
         found: Tensor = LINEAR_FOR_CPU(rows, keys, offset, "none", [], "")
         return found
