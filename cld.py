@@ -115,7 +115,7 @@ for name, row in (("mocov2", MOCOV2), ("infomin", dict(INFOMIN, epochs=100)), ("
     PRESETS[f"imagenet-{name}-cld"] = dict(row, head="norm-mlp")
 
 NPID_100, MOCO_100 = PRESETS["imagenet100"], dict(PRESETS["imagenet100"], host="moco", sync_bn=True)
-KITCHEN = dict(data="kitchen-hc", image_size=32, epochs=80)  # crops, see tools/crop_boxes.py
+KITCHEN = dict(data="kitchen-hc", image_size=32, epochs=80, lr_drops=[48, 64])  # crops, see tools/crop_boxes.py
 PRESETS |= {f"kitchen-kmeans{k}": dict(KITCHEN, num_groups=k) for k in (10, 64, 128, 256)}  # Table A.1
 PRESETS |= {f"kitchen-spectral{k}": dict(KITCHEN, num_groups=k, clustering="spectral") for k in (10, 64, 128, 256)}
 PRESETS |= {f"imagenet100-{host}-lambda{w:g}": dict(row, group_weight=w)

@@ -565,6 +565,13 @@ def test_presets() -> None:
     assert cld.parse_args(["--preset", "imagenet-mocov2-cld"]).head == "norm-mlp"
 
 
+def test_rates_drop_before_the_end() -> None:
+    """No preset has a step schedule whose drops lie beyond its epochs: "initial" rates of the supplement fall."""
+    for name in cld.PRESETS:
+        args = cld.parse_args(["--preset", name])
+        assert args.schedule != "step" or 0 < max(args.lr_drops) < args.epochs, name
+
+
 # ---- data sets and augmentation --------------------------------------------------------------------------------------
 
 
