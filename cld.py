@@ -316,6 +316,7 @@ def rand_augment(images: Tensor, draw: common.Draw) -> Tensor:
 
 def patches(images: Tensor, draw: common.Draw) -> Tensor:
     """Jigsaw of InfoMin: a patch of each cell, 3 x 3, of crops (B, 3, S, S), in random order: (B, 9, 3, P, P)."""
+    images = common.random_flip(images, draw)
     cell = images.shape[3] // 3
     size = max(1, 3 * cell // 4)  # 64 of 85 pixels
     offset = (draw(9, 2) * (cell - size + 1)).long()

@@ -693,6 +693,15 @@ def test_patches_are_those_of_the_nine_cells() -> None:
     assert torch.equal(orders.sort(1).values, torch.arange(9.0).expand(6, 9)) and len(orders.unique(dim=0)) > 1
 
 
+def test_patches_are_of_an_image_or_its_mirror_image() -> None:
+    """As in InfoMin's jigsaw the image is mirrored as a whole, with probability 1/2, before it is cut."""
+    ramp = torch.arange(30.0).expand(40, 3, 30, 30).contiguous()
+    found = cld.patches(ramp, draws(40))
+    mirrored = found[..., 0] > found[..., -1]
+    assert torch.equal(mirrored.all((1, 2, 3)), mirrored.any((1, 2, 3))), "all patches of an image alike"
+    assert 10 < int(mirrored.all((1, 2, 3)).sum()) < 30
+
+
 def test_crops_from_boxes(tmp_path: Path) -> None:
     """A crop for each box that meets its image, in its class's folder, with the pixels of the box."""
     scene = Image.new("RGB", (20, 10))
