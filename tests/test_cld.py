@@ -717,3 +717,14 @@ def test_crops_from_boxes(tmp_path: Path) -> None:
     (bowl,) = (tmp_path / "out" / "bowl").iterdir()
     with Image.open(bowl) as image:
         assert image.size == (5, 5)
+
+
+def test_kitchen_is_a_folder_with_the_statistics_of_cifar(tmp_path: Path) -> None:
+    """--preset kitchen-* finds the crops of both splits below --data-dir, at 32 px, normalised as CIFAR-10."""
+    for place in ("train/cup", "train/bowl", "val/cup"):
+        (tmp_path / "kitchen-hc" / place).mkdir(parents=True)
+        Image.new("RGB", (40, 30)).save(tmp_path / "kitchen-hc" / place / "0.png")
+    args = cld.parse_args(["--preset", "kitchen-kmeans10", "--data-dir", str(tmp_path)])
+    data, test = (common.load(args, split, common.CPU) for split in ("pretrain", "test"))
+    assert (len(data), len(test), data.size, test.size, data.small) == (2, 1, 32, 32, True)
+    assert (data.mean, data.std) == common.DATASETS["cifar10"][1:]
