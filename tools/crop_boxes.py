@@ -3,9 +3,9 @@
     python tools/crop_boxes.py train.csv SCENES data/kitchen-hc/train
     python tools/crop_boxes.py val.csv SCENES data/kitchen-hc/val     # then: python cld.py --preset kitchen-kmeans10
 
-A table of boxes has the header image,x1,y1,x2,y2,class and a line for each box: a path below SCENES, then its corners in
-pixels, the second ones outside the box. Crops are written as PNG, as wide as their boxes; training scales them. A box
-that is empty after it is cut to its image is left out, and counted.
+A table of boxes has the header image,x1,y1,x2,y2,class and a line for each box: a path below SCENES, then its corners
+in pixels, the second ones outside the box. Crops are written as PNG, as wide as their boxes; training scales them. A
+box that is empty after it is cut to its image is left out, and counted.
 """
 
 import argparse
