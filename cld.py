@@ -166,7 +166,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="spherical: k-means by eq. (1); euclidean: the authors' code; spectral: section 3")
     method.add_argument("--kmeans-iterations", type=common.COUNT, default=5, metavar="N", help="EM steps in each step")
     method.add_argument("--groups-over", choices=["all", "local"], default="all",
-                        help="all: groups of the batch of all ranks; local: of each rank's own part, as in the code")
+                        help="all: groups of the batch of all ranks; local: of each rank's own part, as in the code; "
+                        "both of each part of --accumulate")
     method.add_argument("--branches", choices=["separate", "shared"], default="separate",
                         help="f_G has a head of its own or is f_I (Table A.2)")
     method.add_argument("--cross-view", action=argparse.BooleanOptionalAction, default=True,
