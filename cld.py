@@ -115,7 +115,7 @@ for name, row in (("mocov2", MOCOV2), ("infomin", dict(INFOMIN, epochs=100)), ("
     PRESETS[f"imagenet-{name}-cld"] = dict(row, head="norm-mlp")
 
 NPID_100, MOCO_100 = PRESETS["imagenet100"], dict(PRESETS["imagenet100"], host="moco", sync_bn=True)
-KITCHEN = dict(data="kitchen-hc", image_size=32, epochs=80)  # crops, see tools/crop_boxes.py
+KITCHEN = dict(data="kitchen-hc", image_size=32, epochs=80, lr_drops=[48, 64])  # crops, see tools/crop_boxes.py
 PRESETS |= {f"kitchen-kmeans{k}": dict(KITCHEN, num_groups=k) for k in (10, 64, 128, 256)}  # Table A.1
 PRESETS |= {f"kitchen-spectral{k}": dict(KITCHEN, num_groups=k, clustering="spectral") for k in (10, 64, 128, 256)}
 PRESETS |= {f"imagenet100-{host}-lambda{w:g}": dict(row, group_weight=w)
@@ -166,7 +166,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="spherical: k-means by eq. (1); euclidean: the authors' code; spectral: section 3")
     method.add_argument("--kmeans-iterations", type=common.COUNT, default=5, metavar="N", help="EM steps in each step")
     method.add_argument("--groups-over", choices=["all", "local"], default="all",
-                        help="all: groups of the batch of all ranks; local: of each rank's own part, as in the code")
+                        help="all: groups of the batch of all ranks; local: of each rank's own part, as in the code; "
+                        "both of each part of --accumulate")
     method.add_argument("--branches", choices=["separate", "shared"], default="separate",
                         help="f_G has a head of its own or is f_I (Table A.2)")
     method.add_argument("--cross-view", action=argparse.BooleanOptionalAction, default=True,
@@ -316,6 +317,7 @@ def rand_augment(images: Tensor, draw: common.Draw) -> Tensor:
 
 def patches(images: Tensor, draw: common.Draw) -> Tensor:
     """Jigsaw of InfoMin: a patch of each cell, 3 x 3, of crops (B, 3, S, S), in random order: (B, 9, 3, P, P)."""
+    images = common.random_flip(images, draw)
     cell = images.shape[3] // 3
     size = max(1, 3 * cell // 4)  # 64 of 85 pixels
     offset = (draw(9, 2) * (cell - size + 1)).long()

@@ -860,7 +860,8 @@ DATASETS = {
     "imagenet100": IMAGENET,
     "places205": IMAGENET,
 }
-FOLDERS = {"imagenet", "imagenet100", "places205"}  # of these, as directories of images
+DATASETS["kitchen-hc"] = DATASETS["cifar10"]  # as CLD has it
+FOLDERS = {"imagenet", "imagenet100", "places205", "kitchen-hc"}  # of these, as directories of images
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 SMALL = 64  # px; networks for images below it take a 3x3 stem
 CROP_NUMBERS = 22  # uniform numbers that crop_boxes takes for an image

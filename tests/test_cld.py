@@ -65,16 +65,18 @@ def slow_kmeans(z: Tensor, k: int, iterations: int, spherical: bool) -> tuple[li
     return labels, [centroids[j] if rows else None for j, rows in enumerate(members)]
 
 
-def slow_loss(z: Tensor, groups: cld.Groups, temperature: float, cross_view: bool) -> float:
-    """The definition, one image at a time: classes are the groups that have a row."""
-    total = 0.0
+def slow_loss(z: Tensor, groups: cld.Groups, temperature: float, cross_view: bool) -> tuple[float, float]:
+    """The definition, one image at a time: classes are the groups that have a row. Loss, share of right groups."""
+    total, right = 0.0, 0
     for view in (0, 1):
         other = 1 - view if cross_view else view
         for i, row in enumerate(z[view]):
             scores = [float(row @ u) / temperature for u in groups.centroids[other]]
             some = [s for s, alive in zip(scores, groups.alive[other], strict=True) if alive]
-            total += math.log(sum(math.exp(s) for s in some)) - scores[int(groups.labels[other, i])]
-    return total / (2 * z.shape[1])
+            own = scores[int(groups.labels[other, i])]
+            total += math.log(sum(math.exp(s) for s in some)) - own
+            right += own == max(some)
+    return total / (2 * z.shape[1]), right / (2 * z.shape[1])
 
 
 # ---- the eight properties --------------------------------------------------------------------------------------------
@@ -134,7 +136,7 @@ def test_empty_groups_are_neither_targets_nor_classes(clustering: str) -> None:
     assert bool((groups.alive.sum(1) <= 4).all()) or clustering == "spectral"
     loss, _ = cld.group_loss(z, groups, 0.2)
     assert bool(loss.isfinite().all())
-    assert float(loss.mean()) == pytest.approx(slow_loss(z, groups, 0.2, True), rel=1e-12)
+    assert float(loss.mean()) == pytest.approx(slow_loss(z, groups, 0.2, True)[0], rel=1e-12)
 
 
 def test_normalised_head_is_a_cosine() -> None:
@@ -198,6 +200,10 @@ def test_an_emptied_group_keeps_its_centroid() -> None:
     start = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]])
     assert cld.em_labels(z, 3, 5, start=start).tolist() == [[0, 0, 1]]
     assert cld.group(z, 3, 5, start=start).alive.tolist() == [[True, True, False]]
+    angle = torch.tensor([0.0, 0.0, 0.0, 120.0, 60.0, 270.0]).deg2rad()  # the last two are the first centroids
+    points = torch.stack([angle.cos(), angle.sin()], 1)[None]
+    for spherical in (True, False):  # the row at 120 degrees ends at more than 90 from the mean of its group
+        assert cld.em_labels(points[:, :4], 2, 5, spherical, points[:, 4:]).tolist() == [[0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("groups", [2, 5])
@@ -209,6 +215,19 @@ def test_spectral_clustering_finds_blobs(groups: int) -> None:
     scale = affinity.sum(1).rsqrt()
     largest = F.normalize(torch.linalg.eigh(torch.eye(len(truth)) - scale[:, None] * affinity * scale)[1][:, -groups:])
     assert agreement(cld.em_labels(largest[None], groups, 10)[0], truth) < 0.9
+
+
+def test_spectral_embedding_equals_its_definition() -> None:
+    """L = D^-1/2 (D - W) D^-1/2 with W = |cosine| and no diagonal, entry by entry; unit rows of its k smallest
+    eigenvectors, up to a rotation that they share."""
+    z, k = blobs(3, 4, 0.8, 6)[0], 3
+    w = np.array([[0.0 if i == j else abs(float(a @ b)) for j, b in enumerate(z[0])] for i, a in enumerate(z[0])])
+    d = w.sum(1)
+    values, vectors = torch.linalg.eigh(torch.from_numpy((np.diag(d) - w) / np.sqrt(np.outer(d, d))))
+    assert float(values[k] - values[k - 1]) > 0.01
+    rows = vectors[:, :k] / vectors[:, :k].square().sum(1, keepdim=True).sqrt()
+    found = cld.spectral_embedding(z, k)[0]
+    torch.testing.assert_close(found @ found.T, rows @ rows.T)
 
 
 def test_spectral_clustering_finds_rings_at_two_latitudes() -> None:
@@ -230,15 +249,16 @@ def test_spectral_clustering_survives_random_and_equal_rows() -> None:
 @pytest.mark.parametrize("clustering", ["spherical", "euclidean"])
 @pytest.mark.parametrize("cross_view", [True, False])
 def test_loss_equals_its_definition(clustering: str, cross_view: bool) -> None:
-    """group_loss equals a loop over images in float64, also with an empty group."""
+    """group_loss and its accuracy equal a loop over images in float64, also with an empty group."""
     z, start = half_sphere(30), half_sphere(7, seed=1)
     start[:, 3] *= -1
     groups = cld.group(z, 7, 4, clustering, start)
     assert not bool(groups.alive[:, 3].any())
     loss, accuracy = cld.group_loss(z, groups, 0.2, cross_view)
     assert loss.shape == (30,)
-    assert float(loss.mean()) == pytest.approx(slow_loss(z, groups, 0.2, cross_view), rel=1e-12)
-    assert 0 <= float(accuracy) <= 1
+    expected, right = slow_loss(z, groups, 0.2, cross_view)
+    assert float(loss.mean()) == pytest.approx(expected, rel=1e-12)
+    assert float(accuracy) == pytest.approx(right) and 0.1 < right < (1 if cross_view else 1.01)
 
 
 @pytest.mark.parametrize("clustering", ["spherical", "euclidean"])
@@ -348,6 +368,41 @@ def test_byol_momentum_and_loss() -> None:
         torch.testing.assert_close(losses, torch.full((5,), cost, dtype=torch.float64))
 
 
+def test_byol_predicts_the_other_view() -> None:
+    """f_I is the prediction; its target is the other view's feature by the encoder that follows. Right: nearest."""
+    encoder = cld.Encoder("resnet18", 4, True, 16, "bn-mlp", False, "byol")
+    host, views = cld.Byol(cld.key_copy(encoder), 0.9), torch.rand(2, 4, 3, 16, 16)
+    features = [host.keys.embed(view)[0] for view in views]
+    targets = host.targets(views)
+    torch.testing.assert_close(targets, F.normalize(torch.stack([features[1], features[0]]), dim=2))
+    assert encoder.predictor is not None
+    torch.testing.assert_close(encoder(views)[0][1], F.normalize(encoder.predictor(encoder.embed(views[1])[0]), dim=1))
+    z = unit(2, 4, 8)
+    assert [float(host.instance_loss(z, None, t, torch.arange(4))[1]) for t in (z, z.roll(1, 1))] == [1, 0]
+
+
+def test_keys_are_of_a_third_view_and_patches_have_to_find_them() -> None:
+    """MoCo's queries are two views, its key a third; InfoMin's loss is the mean of theirs and of the patches'."""
+    encoder = cld.Encoder("resnet18", 4, True, 8, "mlp", False, "infomin")
+    queue, views = cld.Queue(10, 8, torch.Generator().manual_seed(0)), torch.rand(3, 4, 3, 16, 16)
+    host = cld.Moco(cld.key_copy(encoder), queue, 0.1, 0.9)
+    keys = host.targets(views)
+    torch.testing.assert_close(keys, F.normalize(host.keys.embed(views[2])[0], dim=1))
+    z, jigsaw = unit(2, 4, 8, dtype=torch.float32), unit(4, 8, seed=1, dtype=torch.float32)
+    plain, patched = (cld.info_nce(rows, keys, queue.features, 0.1)[0] for rows in (z, jigsaw[None]))
+    losses, _ = host.instance_loss(z, jigsaw, keys, torch.arange(4))
+    torch.testing.assert_close(losses, plain.mean(0) / 2 + patched[0] / 2)
+    torch.testing.assert_close(host.instance_loss(z, None, keys, torch.arange(4))[0], plain.mean(0))
+
+
+def test_instance_accuracy_of_the_bank() -> None:
+    """Share of rows of the first view whose own slot is nearest: here two of three."""
+    bank = common.MemoryBank(8, 4, torch.Generator().manual_seed(0))
+    z = torch.stack([bank.features[[5, 0, 1]], unit(3, 4, dtype=torch.float32)])
+    _, accuracy = cld.Npid(bank, 0.1, 0.5).instance_loss(z, None, torch.empty(0), torch.tensor([5, 0, 3]))
+    assert float(accuracy) == pytest.approx(2 / 3)
+
+
 def test_host_starts_alike_with_and_without_groups() -> None:
     """The group head draws from a stream of its own: weights of the rest and the global stream do not depend on it."""
     states = []
@@ -431,6 +486,46 @@ def test_lambda_zero_is_the_host(tmp_path: Path) -> None:
     assert_same(dict(encoder=state["encoder"], bank=state["bank"], rng=rng), alone)
 
 
+WAYS = [("shared", False, "euclidean"), ("separate", True, "spectral")]
+
+
+@pytest.mark.parametrize(("branches", "cross_view", "clustering"), WAYS)
+def test_options_reach_the_loss(
+    branches: str, cross_view: bool, clustering: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Table A.2's parts and every constant arrive where they count; loss = instance + lambda * group loss, and
+    feature_std is that of f_I over the batch, 1 on the whole sphere."""
+    instance, group, group_loss = cld.Npid.instance_loss, cld.group, cld.group_loss
+    seen, features, stds = list[Any](), list[Tensor](), list[float]()
+
+    def spy_instance(self: cld.Npid, z: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        seen.append((self.temperature, self.momentum))
+        features.append(z)
+        stds.append(float(np.std(z[0].detach().numpy(), axis=0, ddof=1).mean() * np.sqrt(z.shape[2])))
+        return instance(self, z, *rest)
+
+    def spy_group(z: Tensor, *rest: Any) -> cld.Groups:
+        seen.append(rest)
+        assert torch.equal(z, features[-1]) == (branches == "shared")
+        return group(z, *rest)
+
+    def spy_loss(z: Tensor, groups: cld.Groups, *rest: Any) -> tuple[Tensor, Tensor]:
+        seen.append(rest)
+        return group_loss(z, groups, *rest)
+
+    monkeypatch.setattr(cld.Npid, "instance_loss", spy_instance)
+    monkeypatch.setattr(cld, "group", spy_group)
+    monkeypatch.setattr(cld, "group_loss", spy_loss)
+    state = train(tmp_path / "run", "--epochs", "1", "--lambda", "0.3", "--T-I", "0.4", "--T-G", "0.7", "--k", "5",
+                  "--kmeans-iterations", "3", "--bank-momentum", "0.6", "--branches", branches, "--clustering",
+                  clustering, "--cross-view" if cross_view else "--no-cross-view")
+    assert seen == 4 * [(0.4, 0.6), (5, 3, clustering), (0.7, cross_view)]
+    assert any("group_head" in name for name in state["encoder"]) == (branches == "separate")
+    row = rows_of_log(tmp_path / "run")[-1]
+    assert row["loss"] == pytest.approx(row["instance_loss"] + 0.3 * row["group_loss"], rel=1e-5)
+    assert row["feature_std"] == pytest.approx(sum(stds) / 4, rel=1e-5)
+
+
 @pytest.mark.parametrize("host", list(cld.HOSTS))
 def test_constant_group_loss_changes_nothing(host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a cross-level loss that is constant, every host ends as with lambda = 0, to the bit."""
@@ -500,10 +595,14 @@ cld.main(cld.parse_args(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("host", ["moco", pytest.param("npid", marks=pytest.mark.slow)])
-def test_two_ranks_equal_one(host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With groups of the whole batch, the weights, bank and queue of two ranks are those of one."""
-    worker, options = tmp_path / "worker.py", ["--host", host, "--epochs", "1", "--num-groups", "6"]
+@pytest.mark.parametrize(("host", "over"), [
+    ("moco", "all"), ("npid", "local"), pytest.param("npid", "all", marks=pytest.mark.slow),
+])
+def test_two_ranks_equal_one(host: str, over: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, bank and queue of two ranks are those of one: with groups of the whole batch, and with groups of each
+    rank's own part, where the one does the parts one after the other."""
+    worker = tmp_path / "worker.py"
+    options = ["--host", host, "--epochs", "1", "--num-groups", "6", "--groups-over", over]
     worker.write_text(WORKER)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker)]
     paths = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(common.ROOT)}
@@ -512,7 +611,7 @@ def test_two_ranks_equal_one(host: str, tmp_path: Path, monkeypatch: pytest.Monk
     copy = cld.key_copy
     monkeypatch.setattr(cld, "key_copy", lambda encoder: copy(encoder).eval())
     monkeypatch.setattr(cld.Encoder, "train", lambda self, mode=True: nn.Module.train(self, False))
-    train(tmp_path / "1", *options)
+    train(tmp_path / "1", *options, *(["--accumulate", "2"] if over == "local" else []))
     _, errors = ranks.communicate(timeout=120)
     assert ranks.returncode == 0 and "Warning: torch.distributed" not in errors, errors[-2000:]
     one, two = (common.load_checkpoint(tmp_path / str(ranks) / "checkpoint.pth")["state"] for ranks in (1, 2))
@@ -563,6 +662,13 @@ def test_presets() -> None:
     text = cld.parse_args(["--preset", "cifar10-supplement"])
     assert (text.lr, text.weight_decay, text.group_weight, text.group_temperature) == (0.03, 1e-4, 0.25, 0.2)
     assert cld.parse_args(["--preset", "imagenet-mocov2-cld"]).head == "norm-mlp"
+
+
+def test_rates_drop_before_the_end() -> None:
+    """No preset has a step schedule whose drops lie beyond its epochs: "initial" rates of the supplement fall."""
+    for name in cld.PRESETS:
+        args = cld.parse_args(["--preset", name])
+        assert args.schedule != "step" or 0 < max(args.lr_drops) < args.epochs, name
 
 
 # ---- data sets and augmentation --------------------------------------------------------------------------------------
@@ -686,6 +792,15 @@ def test_patches_are_those_of_the_nine_cells() -> None:
     assert torch.equal(orders.sort(1).values, torch.arange(9.0).expand(6, 9)) and len(orders.unique(dim=0)) > 1
 
 
+def test_patches_are_of_an_image_or_its_mirror_image() -> None:
+    """As in InfoMin's jigsaw the image is mirrored as a whole, with probability 1/2, before it is cut."""
+    ramp = torch.arange(30.0).expand(40, 3, 30, 30).contiguous()
+    found = cld.patches(ramp, draws(40))
+    mirrored = found[..., 0] > found[..., -1]
+    assert torch.equal(mirrored.all((1, 2, 3)), mirrored.any((1, 2, 3))), "all patches of an image alike"
+    assert 10 < int(mirrored.all((1, 2, 3)).sum()) < 30
+
+
 def test_crops_from_boxes(tmp_path: Path) -> None:
     """A crop for each box that meets its image, in its class's folder, with the pixels of the box."""
     scene = Image.new("RGB", (20, 10))
@@ -701,3 +816,14 @@ def test_crops_from_boxes(tmp_path: Path) -> None:
     (bowl,) = (tmp_path / "out" / "bowl").iterdir()
     with Image.open(bowl) as image:
         assert image.size == (5, 5)
+
+
+def test_kitchen_is_a_folder_with_the_statistics_of_cifar(tmp_path: Path) -> None:
+    """--preset kitchen-* finds the crops of both splits below --data-dir, at 32 px, normalised as CIFAR-10."""
+    for place in ("train/cup", "train/bowl", "val/cup"):
+        (tmp_path / "kitchen-hc" / place).mkdir(parents=True)
+        Image.new("RGB", (40, 30)).save(tmp_path / "kitchen-hc" / place / "0.png")
+    args = cld.parse_args(["--preset", "kitchen-kmeans10", "--data-dir", str(tmp_path)])
+    data, test = (common.load(args, split, common.CPU) for split in ("pretrain", "test"))
+    assert (len(data), len(test), data.size, test.size, data.small) == (2, 1, 32, 32, True)
+    assert (data.mean, data.std) == common.DATASETS["cifar10"][1:]

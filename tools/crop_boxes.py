@@ -1,10 +1,11 @@
 """Objects cut out of annotated scenes, such as Kitchen-HC (CLD, supplement, section 1): a folder for each class.
 
-    python tools/crop_boxes.py boxes.csv SCENES OUT/train     # then: python cld.py --preset kitchen-kmeans10 --data OUT
+    python tools/crop_boxes.py train.csv SCENES data/kitchen-hc/train
+    python tools/crop_boxes.py val.csv SCENES data/kitchen-hc/val     # then: python cld.py --preset kitchen-kmeans10
 
-boxes.csv has the header image,x1,y1,x2,y2,class and a line for each box: a path below SCENES, then its corners in
-pixels, the second ones outside the box. Crops are written as PNG, as wide as their boxes; training scales them. A box
-that is empty after it is cut to its image is left out, and counted.
+A table of boxes has the header image,x1,y1,x2,y2,class and a line for each box: a path below SCENES, then its corners
+in pixels, the second ones outside the box. Crops are written as PNG, as wide as their boxes; training scales them. A
+box that is empty after it is cut to its image is left out, and counted.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def crop_boxes(table: Path, scenes: Path, out: Path) -> tuple[int, int]:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", type=Path, metavar="boxes.csv")
+    parser.add_argument("table", type=Path, metavar="BOXES.csv")
     parser.add_argument("scenes", type=Path, metavar="SCENES")
     parser.add_argument("out", type=Path, metavar="OUT")
     return parser.parse_args(argv)
