@@ -195,6 +195,22 @@ def augment(images: Tensor, draw: common.Draw, flip: str) -> Tensor:
 # ---- model -----------------------------------------------------------------------------------------------------------
 
 
+class Dropout(nn.Dropout):
+    """Dropout by numbers that follow from the step and the position in the global batch, on any number of ranks."""
+
+    uniform: Callable[[int], Tensor] | None = None  # d -> numbers in [0, 1), (b, d), the next in each call
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def kept(self, features: Tensor) -> Tensor:
+        assert self.uniform is not None
+        return self.uniform(features.shape[1]) >= self.p
+
+    def forward(self, features: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return features
+        return features * self.kept(features) / max(1 - self.p, 1e-30)
+
+
 class Encoder(nn.Module):
     """Image (B, 3, S, S) -> penultimate layer (B, dim), before its ReLU if the head has one there."""
 
@@ -205,12 +221,15 @@ class Encoder(nn.Module):
         self.mlp, mlp = nn.Sequential(), nn.Sequential()
         if isinstance(self.backbone, common.PlainNet):
             mlp = self.backbone.classifier  # fc6 and fc7
+            for place, layer in enumerate(mlp):
+                if isinstance(layer, nn.Dropout):
+                    mlp[place] = Dropout(dropout)
         elif head != "pooled":
             self.dim *= (-(-size // (8 if small else 32))) ** 2
             if head != "map":
                 hidden = 4096 * width // 64
-                mlp = self.mlp = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.dim, hidden), nn.ReLU(inplace=True),
-                                               nn.Dropout(dropout), nn.Linear(hidden, hidden))
+                mlp = self.mlp = nn.Sequential(Dropout(dropout), nn.Linear(self.dim, hidden), nn.ReLU(inplace=True),
+                                               Dropout(dropout), nn.Linear(hidden, hidden))
                 self.dim = hidden
         if head == "2fc":
             del mlp[-3:]
@@ -223,6 +242,12 @@ class Encoder(nn.Module):
         else:
             h = self.mlp(self.backbone.stages(images)[-1].flatten(1))
         return h.float()
+
+    def seed_dropout(self, uniform: Callable[[int], Tensor]) -> None:
+        """The numbers of the next forward pass."""
+        for module in self.modules():
+            if isinstance(module, Dropout):
+                module.uniform = uniform
 
     def activate(self, h: Tensor) -> Tensor:
         """What the last layer sees."""
@@ -673,6 +698,14 @@ def assign_images(args: argparse.Namespace) -> None:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
+def dropout_numbers(run: common.Run, epoch: int, step: int, part: int) -> Callable[[int], Tensor]:
+    """d -> uniform numbers (b, d) of a step's `part` on this rank, of --accumulate: rows of the global batch's."""
+    source = run.generator("dropout", epoch, step, device=run.device)
+    batch, share = run.args.batch_size, run.args.batch_size // run.world // run.args.accumulate
+    first = run.rows(batch).start + part * share
+    return lambda dim: torch.rand(batch, dim, generator=source, device=run.device)[first : first + share]
+
+
 def fit_sizes(args: argparse.Namespace, num_images: int) -> str:
     """Lower --k and --feature-dim where they are only defaults and leave fewer than 10 images to a cluster or number.
 
@@ -792,11 +825,12 @@ def main(args: argparse.Namespace) -> None:
                 rows = target_rows(run.gather(targets)[0], len(top.weight), args.targets_per_step, source)
                 targets = torch.searchsorted(rows, targets)
 
-            torch.manual_seed(run.generator("dropout", epoch, step, run.rank).initial_seed())
             optimizer.zero_grad()
             top.zero_grad()
             loss = torch.zeros((), device=run.device)
-            for part, target in zip(images.chunk(args.accumulate), targets.chunk(args.accumulate), strict=True):
+            parts = zip(images.chunk(args.accumulate), targets.chunk(args.accumulate), strict=True)
+            for number, (part, target) in enumerate(parts):
+                encoder.seed_dropout(dropout_numbers(run, epoch, step, number))
                 with run.autocast():
                     h = model(part)
                 part_loss = F.cross_entropy(head(encoder.activate(h), rows), target) / args.accumulate

@@ -184,6 +184,24 @@ def test_reset_of_the_last_layer() -> None:
     assert torch.equal(other.weight, top.weight)
 
 
+def test_dropout() -> None:
+    """As PyTorch's, but by given numbers: those below p drop a unit, the others are scaled; p = 1 drops all."""
+    numbers = torch.rand(64, 10, generator=seeded())
+    x = torch.randn(64, 10, generator=seeded(1), requires_grad=True)
+    for p in (0.0, 0.3, 1.0):
+        layer = dc.Dropout(p)
+        layer.uniform = lambda dim: numbers[:, :dim]
+        expected = torch.where(numbers >= p, x / max(1 - p, 1e-9), 0)
+        torch.testing.assert_close(layer(x), expected)
+        gradient = torch.autograd.grad(layer(x).sum(), x)[0]
+        assert gradient.isfinite().all() and torch.equal(layer.eval()(x), x)
+    for arch, head, count in (("alexnet", "full", 2), ("vgg16", "full", 1), ("alexnet", "2fc", 1), ("resnet18", "full", 2),
+                              ("resnet18", "2fc", 1), ("resnet18", "map", 0)):
+        modules = [*dc.Encoder(arch, 4, True, 32, head, False, 0.5).modules()]
+        found = [module for module in modules if isinstance(module, torch.nn.Dropout)]
+        assert len(found) == count and all(type(module) is dc.Dropout and module.p == 0.5 for module in found)
+
+
 def test_last_layer_has_plain_sgd() -> None:
     """A step of the last layer is torch.optim.SGD without momentum."""
     top, twin = dc.TopLayer(5, torch.device("cpu")), torch.nn.Linear(5, 7)
@@ -709,7 +727,15 @@ def test_no_clustering_within_an_epoch(tmp_path: Path) -> None:
 
 def batch_statistics_fixed() -> None:
     """Batch normalisation by running statistics, the same on any number of ranks."""
-    dc.Encoder.train = lambda self, mode=True: torch.nn.Module.train(self, False)  # type: ignore[method-assign]
+
+    def train(self: dc.Encoder, mode: bool = True) -> dc.Encoder:
+        torch.nn.Module.train(self, mode)
+        for module in self.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    dc.Encoder.train = train  # type: ignore[method-assign]
 
 
 def streaming() -> None:
@@ -717,11 +743,19 @@ def streaming() -> None:
     dc.ONE_PASS = 0
 
 
+TWO_RANKS = {
+    "kmeans": "",
+    "pic": "--targets-per-step 6 --clustering pic --sigma median",
+    "dropout": "--arch alexnet --sobel --dropout 0.5 --accumulate 2 --no-amp",
+}
+
+
 @pytest.mark.parametrize("before", [batch_statistics_fixed, streaming])
-@pytest.mark.parametrize("method", ["", "--targets-per-step 6 --clustering pic --sigma median"], ids=["kmeans", "pic"])
+@pytest.mark.parametrize("method", TWO_RANKS)
 def test_two_ranks_equal_one(before: Callable[[], None], method: str, tmp_path: Path) -> None:
-    """Two gloo ranks cluster all descriptors once, in the order of the images, and train as one: the same clusters."""
-    options = ["--epochs", "2", "--lr", "0.01", *method.split()]
+    """Two gloo ranks cluster all descriptors once, in the order of the images, and train as one: the same clusters,
+    the same units dropped out."""
+    options = ["--epochs", "2", "--lr", "0.01", *TWO_RANKS[method].split()]
     assert train(tmp_path / "one", *options, before=before) == 0
     assert train(tmp_path / "two", *options, before=before, world=2) == 0
     one, two = state_of(tmp_path / "one"), state_of(tmp_path / "two")
