@@ -32,9 +32,10 @@ Differences from the thesis and from the authors' code:
 log.jsonl has, for each epoch: loss; chance_loss, ln of the number of clusters; clusters; empties before they were
 filled; singletons before they were redistributed; largest_share of the images; nmi_previous, NMI with the last
 clustering; pca_variance, the share that is kept; seconds of each part, 0 where a resumed epoch did not repeat it. From
-labels, each --knn-every epochs: ratio_edge, the ratio edge intra-class of section 4.1 in percent, and nmi_labels, both
-of what was clustered last, that is of the network before (in the first row: untrained); knn_top1 of descriptors after
-the epoch. assignments/epochNNNN.npz holds `cluster`, a number for each line of assignments/images.txt.
+labels, each --knn-every epochs: ratio_edge, the ratio edge intra-class of section 4.1 in percent, by the network before
+the epoch (in the first row: untrained); nmi_labels of the last clustering; knn_top1 of descriptors after the epoch.
+Epochs between clusterings have the figures of the row above. assignments/epochNNNN.npz holds `cluster`, a number for
+each line of assignments/images.txt.
 """
 
 import argparse
@@ -179,12 +180,24 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 CROPS = {  # of section 4.3: range of the area, of the ratio
     "random-sized": ((0.08, 1.0), (3 / 4, 4 / 3)),  # from --min-crop on
     "random": ((0.574, 0.574), (1.0, 1.0)),  # one size, that of 224 px in a 4:3 photograph of 256 px
-    "central": ((1.0, 1.0), (1.0, 1.0)),  # does not fit anywhere else
+    "central": ((1.0, 1.0), (1.0, 1.0)),  # the central square, which does not fit anywhere else; its middle is cut out
 }
 
 
-def augment(images: Tensor, draw: common.Draw, flip: str) -> Tensor:
-    """Crops (B, 3, S, S) in [0, 1] -> the same, half of them mirrored."""
+def training_crop(args: argparse.Namespace, data: common.ImageSet) -> common.Crop:
+    """What is cut from an image before `augment`; the central crop is that of the descriptors."""
+    scale, ratio = CROPS[args.crop]
+    scale = (args.min_crop, 1.0) if args.crop == "random-sized" else scale
+    if args.crop != "central":
+        return common.Crop(data.size, scale, ratio)
+    source = 2**16 if data.pixels is None else min(data.pixels.shape[-2:])  # photographs are larger than what is cut
+    return common.Crop(common.shorter_side(data.size, source), scale, ratio)
+
+
+def augment(images: Tensor, draw: common.Draw, flip: str, size: int) -> Tensor:
+    """Crops (B, 3, S', S') in [0, 1] -> their middle (B, 3, size, size), half of them mirrored."""
+    edge = (images.shape[-1] - size) // 2
+    images = images[..., edge : edge + size, edge : edge + size]
     if flip == "no":
         return images
     if flip == "horizontal":
@@ -201,14 +214,12 @@ class Dropout(nn.Dropout):
     uniform: Callable[[int], Tensor] | None = None  # d -> numbers in [0, 1), (b, d), the next in each call
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def kept(self, features: Tensor) -> Tensor:
-        assert self.uniform is not None
-        return self.uniform(features.shape[1]) >= self.p
-
     def forward(self, features: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return features
-        return features * self.kept(features) / max(1 - self.p, 1e-30)
+        assert self.uniform is not None
+        kept = self.uniform(features.shape[1]) >= self.p
+        return features * kept / max(1 - self.p, 1e-30)
 
 
 class Encoder(nn.Module):
@@ -698,6 +709,11 @@ def assign_images(args: argparse.Namespace) -> None:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
+def part_of(data: common.ImageSet, rows: Tensor) -> common.ImageSet:
+    """The images at `rows`, ascending; no copy if these are all."""
+    return data if len(rows) == len(data) else data.select(rows)
+
+
 def dropout_numbers(run: common.Run, epoch: int, step: int, part: int) -> Callable[[int], Tensor]:
     """d -> uniform numbers (b, d) of a step's `part` on this rank, of --accumulate: rows of the global batch's."""
     source = run.generator("dropout", epoch, step, device=run.device)
@@ -765,22 +781,21 @@ def main(args: argparse.Namespace) -> None:
         """Whether there are figures from labels after so many epochs."""
         return test is not None and (epoch == args.epochs or epoch % args.knn_every == 0)
 
-    scale, ratio = CROPS[args.crop]
-    crop = common.Crop(data.size, (args.min_crop, 1.0) if args.crop == "random-sized" else scale, ratio)
+    crop = training_crop(args, data)
     for epoch in range(first_epoch, args.epochs):
         start = first_step if epoch == first_epoch else 0
         began, seconds = time.perf_counter(), dict(descriptor_seconds=0.0, pca_seconds=0.0, cluster_seconds=0.0)
 
-        if start == 0 and (epoch == 0 or (args.clustering != "labels" and epoch % args.reassign_every == 0)):
-            pool, images_of_pool = torch.arange(len(data)), data
-            if pool_size < len(data):
-                pool = torch.randperm(len(data), generator=run.generator("pool", epoch))[:pool_size].sort().values
-                images_of_pool = data.select(pool)
+        assigned = 0 if args.clustering == "labels" else epoch - epoch % args.reassign_every
+        pool = torch.arange(len(data))
+        if pool_size < len(data):
+            pool = torch.randperm(len(data), generator=run.generator("pool", assigned))[:pool_size].sort().values
+        if start == 0 and epoch == assigned:
             labels, figures = data.labels[pool], dict[str, float]()
             if args.clustering != "labels":
                 encoder.eval()
                 run.broadcast(encoder)
-                x, _, _, variance, took = describe(run, images_of_pool, encode, encoder.dim, args.feature_dim)
+                x, _, _, variance, took = describe(run, part_of(data, pool), encode, encoder.dim, args.feature_dim)
                 seconds, clock = seconds | took, time.perf_counter()
                 seed = run.generator("clustering", epoch).initial_seed() % 2**31  # Faiss takes no longer one
                 labels = torch.zeros(pool_size)
@@ -794,7 +809,7 @@ def main(args: argparse.Namespace) -> None:
                         labels, figures["empties"] = result.labels, result.empty
                     seconds["cluster_seconds"] = round(time.perf_counter() - clock, 2)
                     figures["pca_variance"] = variance
-                    if (epoch == 0 and test) or any(map(monitored, range(epoch + 1, epoch + 1 + args.reassign_every))):
+                    if (epoch == 0 and test) or monitored(epoch + 1):
                         figures |= label_figures(x, labels.cpu(), data.labels[pool])
                 labels = rank0(run, labels.long().to(run.device)).cpu()
                 if not (labels >= 0).any():
@@ -806,6 +821,13 @@ def main(args: argparse.Namespace) -> None:
             top.reset(count, run.generator("top", epoch))
             if run.rank == 0:
                 save_assignments(run.output / "assignments", epoch + 1, clusters.pseudo_labels, names)
+        elif start == 0 and args.clustering != "labels" and monitored(epoch + 1):  # Fig. 4.5: between clusterings too
+            encoder.eval()
+            run.broadcast(encoder)
+            x, _, _, _, took = describe(run, part_of(data, pool), encode, encoder.dim, args.feature_dim)
+            seconds |= took
+            if run.rank == 0:
+                clusters.figures |= label_figures(x, clusters.pseudo_labels[pool], data.labels[pool])
 
         source, count = run.generator("order", epoch), steps * args.batch_size
         order = training_order(clusters.pseudo_labels.long(), count, args.sampling, source)
@@ -817,7 +839,7 @@ def main(args: argparse.Namespace) -> None:
             lr = common.learning_rate(args, epoch + step / steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            images = data.normalize(augment(images, run.draw(epoch, step), args.flip))
+            images = data.normalize(augment(images, run.draw(epoch, step), args.flip, data.size))
             targets = pseudo_labels[index]
             rows = None
             if args.targets_per_step:

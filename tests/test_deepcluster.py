@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -89,6 +90,65 @@ def test_options_that_exclude_each_other(options: str) -> None:
     """An option that cannot have an effect is an error."""
     with pytest.raises(common.Fault):
         dc.parse_args(["--preset", "smoke", *options.split()])
+
+
+# ---- augmentation ----------------------------------------------------------------------------------------------------
+
+
+def test_flips() -> None:
+    """Section 4.3: half of the images mirrored from left to right, or upside down, or none."""
+    images = torch.rand(400, 3, 6, 6, generator=seeded())
+    draw = common.Draw(seeded(), 400, slice(0, 400), common.CPU)
+    assert torch.equal(dc.augment(images, draw, "no", 6), images)
+    for flip, axis in (("horizontal", 3), ("vertical", 2)):
+        found = dc.augment(images, draw, flip, 6)
+        mirrored = (found == images.flip(axis)).flatten(1).all(1)
+        assert 150 < int(mirrored.sum()) < 250 and torch.equal(found[~mirrored], images[~mirrored])
+
+
+def crops_of(data: common.ImageSet, *options: str) -> tuple[common.Crop, Tensor]:
+    """What is cut, and the boxes (200, 4) of it in images of the data's size."""
+    crop = dc.training_crop(dc.parse_args(["--preset", "smoke", *options]), data)
+    height, width = (256, 341) if data.pixels is None else data.pixels.shape[2:]
+    uniform = torch.rand(200, common.CROP_NUMBERS, generator=seeded())
+    return crop, common.crop_boxes(uniform, height, width, crop.scale, crop.ratio).double()
+
+
+def test_crops() -> None:
+    """Section 4.3: of random size from --min-crop on and random ratio, of one size at random places, or central."""
+    photographs = dataclasses.replace(image_set(4), size=224, pixels=None)
+    for least in (0.08, 0.5):
+        crop, boxes = crops_of(photographs, "--min-crop", str(least))
+        area, ratio = boxes[:, 2] * boxes[:, 3] / 256 / 341, boxes[:, 3] / boxes[:, 2]
+        assert crop.size == 224 and least - 0.01 < area.min() < least + 0.05 and 0.9 < area.max() <= 1
+        assert 0.74 < ratio.min() < 0.8 and 1.25 < ratio.max() < 1.34
+    crop, boxes = crops_of(photographs, "--crop", "random")
+    assert crop.size == 224 and (boxes[:, 2:] == 224).all() and boxes[:, 0].unique().numel() > 25
+    crop, boxes = crops_of(photographs, "--crop", "central")
+    assert crop.size == 256 and torch.equal(boxes.unique(dim=0), torch.tensor([[0.0, 42, 256, 256]]).double())
+    for side in (8, 32):
+        small = image_set(4, side)
+        crop, boxes = crops_of(small, "--crop", "central")
+        assert crop.size == side and torch.equal(boxes.unique(dim=0), torch.tensor([[0.0, 0, side, side]]).double())
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_central_crops_are_those_of_the_descriptors(held: bool, tmp_path: Path) -> None:
+    """--crop central trains on what descriptors are made of: of a photograph the middle of its central square."""
+    noise = np.random.default_rng(0).integers(0, 256, (4, 12, 18, 3), dtype=np.uint8)
+    folder = folder_of(tmp_path / "data", [np.kron(image, np.ones((16, 16, 1), np.uint8)) for image in noise])
+    args = dc.parse_args(["--preset", "smoke", "--data", str(folder), "--subset", "4", "--image-size", "112",
+                          "--crop", "central", "--flip", "no", "--batch-size", "4", "--workers", "0"])
+    data = common.load(args, "pretrain", common.CPU)
+    if held:
+        pixels = [torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in sorted(folder.iterdir())]
+        data = dataclasses.replace(data, pixels=torch.stack(pixels), files=None)
+    run: Any = FakeRun()
+    run.args, run.seed_step = args, lambda *at: None
+    (_, _, (cut,)), *_ = data.batches(run, torch.arange(4), dc.training_crop(args, data), 0)
+    draw = common.Draw(seeded(), 4, slice(0, 4), common.CPU)
+    (center,) = data.centers(torch.arange(4), 4, common.CPU)
+    torch.testing.assert_close(dc.augment(cut, draw, "no", data.size), center, atol=0.02, rtol=0)
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -195,8 +255,8 @@ def test_dropout() -> None:
         torch.testing.assert_close(layer(x), expected)
         gradient = torch.autograd.grad(layer(x).sum(), x)[0]
         assert gradient.isfinite().all() and torch.equal(layer.eval()(x), x)
-    for arch, head, count in (("alexnet", "full", 2), ("vgg16", "full", 1), ("alexnet", "2fc", 1), ("resnet18", "full", 2),
-                              ("resnet18", "2fc", 1), ("resnet18", "map", 0)):
+    for arch, head, count in (("alexnet", "full", 2), ("vgg16", "full", 1), ("alexnet", "2fc", 1),
+                              ("resnet18", "full", 2), ("resnet18", "2fc", 1), ("resnet18", "map", 0)):
         modules = [*dc.Encoder(arch, 4, True, 32, head, False, 0.5).modules()]
         found = [module for module in modules if isinstance(module, torch.nn.Dropout)]
         assert len(found) == count and all(type(module) is dc.Dropout and module.p == 0.5 for module in found)
@@ -780,12 +840,22 @@ def test_reassignment_and_parts(tmp_path: Path) -> None:
 
 
 def test_figures_of_clusters_that_serve_several_epochs(tmp_path: Path) -> None:
-    """With --reassign-every 3 an epoch with a monitor has the figures of its clustering, made before it."""
-    assert train(tmp_path / "run", "--epochs", "5", "--reassign-every", "3", "--knn-every", "5") == 0
-    rows = rows_of(tmp_path / "run")
-    assert ["knn_top1" in row for row in rows] == [False] * 4 + [True]
-    assert all("ratio_edge" in row and "nmi_labels" in row for row in rows)
-    assert rows[0]["ratio_edge"] == rows[2]["ratio_edge"] and rows[3]["ratio_edge"] == rows[4]["ratio_edge"]
+    """Figure 4.5: between clusterings, too, a monitored epoch has the ratio edge of the network before it, with the
+    bits of a run without monitor; a resume within the epoch keeps it."""
+    assert train(tmp_path / "each", "--epochs", "2", "--knn-every", "1") == 0
+    kept = ["--epochs", "3", "--reassign-every", "3"]
+    assert train(tmp_path / "kept", *kept, "--knn-every", "1") == 0
+    (_, measured), rows = rows_of(tmp_path / "each"), rows_of(tmp_path / "kept")
+    edges = [row["ratio_edge"] for row in rows]
+    assert edges[1] == measured["ratio_edge"] and len(set(edges)) == 3
+    assert rows[0]["nmi_labels"] == rows[1]["nmi_labels"] == rows[2]["nmi_labels"]
+    assert train(tmp_path / "blind", *kept) == 0
+    assert same(state_of(tmp_path / "kept")["encoder"], state_of(tmp_path / "blind")["encoder"])
+    assert train(tmp_path / "broken", *kept, "--knn-every", "1", before=killed_after(1, 1)) == 9
+    assert train(tmp_path / "broken", *kept, "--knn-every", "1") == 0 and rows_of(tmp_path / "broken") == rows
+    assert train(tmp_path / "rare", *kept, "--knn-every", "3") == 0
+    rare = rows_of(tmp_path / "rare")
+    assert [row["ratio_edge"] for row in rare] == [edges[0], edges[0], edges[2]]
 
 
 def test_other_clusterings(tmp_path: Path) -> None:
