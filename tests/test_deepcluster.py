@@ -424,6 +424,8 @@ def test_empty_clusters_take_half_of_others() -> None:
     donors = torch.unique(labels[moved])
     assert len(donors) == 1 and int(moved.sum()) == int((labels == donors).sum()) // 2
     assert torch.equal(filled[~moved], labels[~moved])
+    donors = {int(labels[dc.fill_empty(labels, 4, np.random.default_rng(seed))[0] == 2][0]) for seed in range(30)}
+    assert donors == {0, 1}  # any that can be halved
     nearly_all, empties = dc.fill_empty(torch.zeros(50, dtype=torch.long), 50, np.random.default_rng(0))
     assert empties == 49 and torch.equal(nearly_all.sort().values, torch.arange(50))
     untouched, empties = dc.fill_empty(torch.arange(5), 5, np.random.default_rng(0))
@@ -744,6 +746,76 @@ def killed_after(epoch: int, step: int) -> Callable[[], None]:
         common.Run.after_step = deadly  # type: ignore[method-assign,assignment]
 
     return patch
+
+
+def recorded(file: Path) -> Callable[[], None]:
+    """Keep index and augmented images of every step in a file."""
+
+    def patch() -> None:
+        steps, batches, augment = list[Any](), common.ImageSet.batches, dc.augment
+
+        def watched(*args: Any) -> Any:
+            for step, index, images in batches(*args):
+                steps.append([index])
+                yield step, index, images
+
+        def kept(*args: Any) -> Tensor:
+            images = augment(*args)
+            steps[-1].append(images.clone())
+            torch.save(steps, file)
+            return images
+
+        common.ImageSet.batches, dc.augment = watched, kept  # type: ignore[method-assign]
+
+    return patch
+
+
+def test_training_is_that_of_plain_pytorch(tmp_path: Path) -> None:
+    """Two epochs by torch.optim and nn.Linear on the recorded images and clusters: the same weights and statistics."""
+    options = ["--arch", "alexnet", "--sobel", "--dropout", "0", "--epochs", "2", "--no-amp", "--weight-decay", "0.01"]
+    assert train(tmp_path / "run", *options, before=recorded(tmp_path / "steps")) == 0
+    args, steps = dc.parse_args([*TINY, *options]), torch.load(tmp_path / "steps")
+    torch.manual_seed(args.seed)
+    encoder = dc.Encoder("alexnet", args.width, True, 16, "full", True, 0.0).train()
+    trunk = torch.optim.SGD(encoder.parameters(), args.lr, momentum=0.9, weight_decay=0.01)
+    for epoch in range(2):
+        top, start = torch.nn.Linear(encoder.dim, 8), dc.TopLayer(encoder.dim, common.CPU)
+        start.reset(8, common.generator(args.seed, "top", epoch))
+        top.load_state_dict(start.state_dict())
+        last = torch.optim.SGD(top.parameters(), args.lr, weight_decay=0.01)
+        labels = clusters_of(tmp_path / "run", epoch + 1)
+        for index, images in steps[4 * epoch : 4 * epoch + 4]:
+            loss = F.cross_entropy(top(encoder((images - 0.5) / 0.25).relu()), labels[index].long())
+            for optimizer in (trunk, last):
+                optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            for optimizer in (trunk, last):
+                optimizer.step()
+    found = state_of(tmp_path / "run")
+    torch.testing.assert_close(found["encoder"], encoder.state_dict(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found["top"], top.state_dict(), atol=1e-5, rtol=1e-4)
+
+
+EFFECTS = [
+    "", "--no-sobel", "--head 2fc", "--head no-relu", "--descriptors after", "--dropout 0.1", "--feature-dim 3",
+    "--k 5", "--sampling images", "--sampling released", "--targets-per-step 4", "--updates-per-epoch 3",
+    "--images-per-epoch 48", "--crop random", "--crop central", "--min-crop 0.9", "--flip no", "--flip vertical",
+    "--clustering labels", *(f"--clustering pic --feature-dim 20 {more}" for more in (
+        "--sigma 0.2", "--sigma median", "--sigma 0.2 --num-neighbors 3", "--sigma 0.2 --singletons keep",
+        "--sigma 0.2 --singletons drop")),
+]
+
+
+def test_every_option_has_an_effect(tmp_path: Path) -> None:
+    """Each option of the method leads to other weights within an epoch, and no two to the same."""
+    weights = dict[str, str]()
+    for number, options in enumerate(EFFECTS):
+        output = tmp_path / str(number)
+        assert train(output, "--arch", "alexnet", "--sobel", "--epochs", "1", *options.split()) == 0, options
+        encoder = state_of(output)["encoder"]
+        found = str([float(weight.double().sum()) for weight in encoder.values()])
+        assert found not in weights, (options, weights[found])
+        weights[found] = options
 
 
 RESUMED = {
