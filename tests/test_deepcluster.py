@@ -661,7 +661,12 @@ def test_ratio_edge_intra_class() -> None:
 
 
 def test_label_figures() -> None:
-    """Separate classes: 100 % and 1; images without a label take no part; none with a label: no figure."""
+    """Separate classes: 100 % and 1; the 10 neighbours do not count the image itself, against all distances; images
+    without a label take no part; none with a label: no figure."""
+    rows, classes = unit_rows(60, 5), torch.arange(60) % 3
+    nearest = (torch.cdist(rows, rows) + 9 * torch.eye(60)).argsort(1)[:, :10]
+    inside = 100 * float((classes[nearest] == classes[:, None]).double().mean())  # of equal classes: the mean over them
+    assert dc.label_figures(rows, classes, classes)["ratio_edge"] == pytest.approx(inside, abs=0.01)
     x, truth = blobs([40, 40]), torch.arange(2).repeat_interleave(40)
     assert dc.label_figures(x, truth, truth) == dict(ratio_edge=100.0, nmi_labels=1.0)
     truth[::2] = -1
@@ -1043,3 +1048,25 @@ def test_assignments_name_their_files(tmp_path: Path) -> None:
     assert [row["path"] for row in rows] == [str(file) for file in sorted(new.iterdir())]
     assert same_partition(torch.tensor([int(row["cluster"]) for row in rows]), torch.arange(8) % 4)
     assert train(tmp_path / "none", "--assign", str(new)) == 2
+
+
+def test_assigned_clusters_are_the_nearest(tmp_path: Path) -> None:
+    """--assign: by descriptors as they were clustered, after the ReLU if so, of the network in evaluation mode."""
+    noise = np.random.default_rng(0).integers(0, 256, (48, 16, 16, 3), dtype=np.uint8)
+    data, new = folder_of(tmp_path / "data", [*noise[:32]]), folder_of(tmp_path / "new", [*noise[32:]])
+    options = ["--epochs", "1", "--subset", "32", "--k", "6", "--arch", "alexnet", "--sobel", "--descriptors", "after"]
+    assert train(tmp_path / "run", "--data", str(data), *options) == 0
+    assert train(tmp_path / "run", "--assign", str(new)) == 0
+    encoder = dc.Encoder("alexnet", 4, True, 16, "full", True, 0.0).eval()
+    encoder.load_state_dict(state_of(tmp_path / "run")["encoder"])
+    images = torch.from_numpy(noise).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        h = encoder(common.normalize(images, common.IMAGENET.mean, common.IMAGENET.std)).relu()
+    found = torch.load(tmp_path / "run" / dc.CLUSTERS, weights_only=True)
+    x = F.normalize(h.to(found["projection"]) @ found["projection"] - found["offset"]).float()
+    labels = clusters_of(tmp_path / "run", 1)
+    means = torch.stack([x[:32][labels == cluster].mean(0) for cluster in range(6)])
+    expected = torch.cdist(x[32:], means).argmin(1)
+    with (tmp_path / "run/assigned.csv").open() as file:
+        assert [int(row["cluster"]) for row in csv.DictReader(file)] == expected.tolist()
+    assert len(expected.unique()) > 2
