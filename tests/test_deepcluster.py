@@ -262,6 +262,23 @@ def test_dropout() -> None:
         assert len(found) == count and all(type(module) is dc.Dropout and module.p == 0.5 for module in found)
 
 
+def test_numbers_of_dropout() -> None:
+    """Parts of a step on any rank are rows of the same numbers; each step and each call has others."""
+
+    def numbers(world: int, rank: int, accumulate: int, part: int, step: int = 3) -> Tensor:
+        run: Any = FakeRun()
+        run.args, run.world = argparse.Namespace(batch_size=16, accumulate=accumulate), world
+        run.rows = lambda count: slice(rank * count // world, (rank + 1) * count // world)
+        uniform = dc.dropout_numbers(run, 2, step, part)
+        return torch.cat([uniform(10), uniform(10)], 1)
+
+    whole = numbers(1, 0, 1, 0)
+    assert whole.shape == (16, 20) and len(whole.unique()) > 310 and not torch.equal(whole, numbers(1, 0, 1, 0, step=4))
+    for world, accumulate in ((2, 1), (1, 4), (2, 2)):
+        parts = [numbers(world, rank, accumulate, part) for rank in range(world) for part in range(accumulate)]
+        assert torch.equal(torch.cat(parts), whole)
+
+
 def test_last_layer_has_plain_sgd() -> None:
     """A step of the last layer is torch.optim.SGD without momentum."""
     top, twin = dc.TopLayer(5, torch.device("cpu")), torch.nn.Linear(5, 7)
@@ -353,8 +370,8 @@ class FakeRun:
     def mean(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def generator(self, *key: Any) -> torch.Generator:
-        return common.generator(0, *key)
+    def generator(self, *key: Any, device: torch.device | str = "cpu") -> torch.Generator:
+        return common.generator(0, *key, device=device)
 
 
 def image_set(n: int, size: int = 8) -> common.ImageSet:
@@ -1052,7 +1069,7 @@ def test_assignments_name_their_files(tmp_path: Path) -> None:
 
 def test_assigned_clusters_are_the_nearest(tmp_path: Path) -> None:
     """--assign: by descriptors as they were clustered, after the ReLU if so, of the network in evaluation mode."""
-    noise = np.random.default_rng(0).integers(0, 256, (48, 16, 16, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (332, 16, 16, 3), dtype=np.uint8)
     data, new = folder_of(tmp_path / "data", [*noise[:32]]), folder_of(tmp_path / "new", [*noise[32:]])
     options = ["--epochs", "1", "--subset", "32", "--k", "6", "--arch", "alexnet", "--sobel", "--descriptors", "after"]
     assert train(tmp_path / "run", "--data", str(data), *options) == 0
