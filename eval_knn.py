@@ -128,7 +128,7 @@ def ratio_edge(features: Tensor, labels: Tensor) -> dict[str, float]:
     itself = torch.arange(len(features), device=features.device)
     index = common.neighbors(features, features, min(10, len(features) - 1), exclude=itself)[1]
     inside = (labels[index] == labels[:, None]).float().mean(1)
-    classes = torch.stack([inside[labels == label].mean() for label in labels.unique()])
+    classes = torch.stack([inside[labels == label].mean() for label in torch.unique(labels)])
     return dict(ratio_edge=round(100 * classes.mean().item(), 2))
 
 
