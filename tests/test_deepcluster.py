@@ -69,6 +69,37 @@ def test_presets_parse(preset: str) -> None:
         assert args.num_clusters == (1000 if preset.endswith("rgb") else 10_000)
 
 
+CHAPTER_4: dict[str, dict[str, Any]] = {
+    "fig4.1-labels": dict(clustering="labels", sobel=False, cluster_pool=False),
+    "fig4.2-no-relu": dict(clustering="pic", head="no-relu", descriptors="after", sobel=True),
+    "fig4.2-2fc": dict(clustering="pic", head="2fc", descriptors="after"),
+    "table4.1-pic-after": dict(clustering="pic", descriptors="after", epochs=85),
+    "table4.1-k100-before": dict(clustering="kmeans", num_clusters=100, descriptors="before", epochs=85),
+    "table4.1-k10000-after": dict(clustering="kmeans", num_clusters=10_000, descriptors="after", epochs=85),
+    "fig4.4-vertical-flip": dict(clustering="pic", flip="vertical", crop="random-sized", min_crop=0.08, epochs=50),
+    "fig4.4-central-crop": dict(clustering="pic", flip="horizontal", crop="central", epochs=50),
+    "fig4.5-30": dict(clustering="pic", reassign_every=30, updates_per_epoch=None),
+    "fig4.6-vgg16-rgb": dict(clustering="pic", arch="vgg16", sobel=False, epochs=50),
+    "fig4.6-resnet101-sobel": dict(clustering="pic", arch="resnet101", sobel=True, epochs=50),
+    "fig4.7-drop": dict(clustering="pic", singletons="drop", sobel=False, epochs=20),
+    "table4.2-512": dict(clustering="labels", targets_per_step=512, sampling="images", sobel=True, epochs=90),
+    "table4.3-4096": dict(clustering="pic", targets_per_step=4096, sigma=0.2, num_neighbors=5),
+    "fig4.9-flickr1m": dict(updates_per_epoch=5005, images_per_epoch=None),
+    "fig4.9-flickr2m-pool": dict(updates_per_epoch=5005, images_per_epoch=1_200_000, cluster_pool=True),
+    "fig4.10-10m-100000": dict(updates_per_epoch=11_700, images_per_epoch=100_000, cluster_pool=False),
+    "kmeans-flickr2m-sobel": dict(updates_per_epoch=3 * 5005),
+    "imagenet-resnet18-a": dict(arch="resnet18", head="map", num_clusters=10_000),
+    "imagenet-resnet50-b": dict(arch="resnet50", head="full", num_clusters=10_000),
+}
+
+
+@pytest.mark.parametrize("preset", CHAPTER_4)
+def test_ablations(preset: str) -> None:
+    """The ablations of chapter 4 and the ResNets of Local Aggregation have what their text says."""
+    args = vars(dc.parse_args(["--preset", preset]))
+    assert {name: args[name] for name in CHAPTER_4[preset]} == CHAPTER_4[preset]
+
+
 def fitted(images: int, *options: str) -> tuple[int, int]:
     args = dc.parse_args(["--preset", "imagenet", *options])
     dc.fit_sizes(args, images)
