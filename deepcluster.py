@@ -32,9 +32,10 @@ Differences from the thesis and from the authors' code:
 log.jsonl has, for each epoch: loss; chance_loss, ln of the number of clusters; clusters; empties before they were
 filled; singletons before they were redistributed; largest_share of the images; nmi_previous, NMI with the last
 clustering; pca_variance, the share that is kept; seconds of each part, 0 where a resumed epoch did not repeat it. From
-labels, each --knn-every epochs: ratio_edge, the ratio edge intra-class of section 4.1 in percent, and nmi_labels, both
-of what was clustered last, that is of the network before (in the first row: untrained); knn_top1 of descriptors after
-the epoch. assignments/epochNNNN.npz holds `cluster`, a number for each line of assignments/images.txt.
+labels, each --knn-every epochs: ratio_edge, the ratio edge intra-class of section 4.1 in percent, by the network before
+the epoch (in the first row: untrained); nmi_labels of the last clustering; knn_top1 of descriptors after the epoch.
+Epochs between clusterings have the figures of the row above. assignments/epochNNNN.npz holds `cluster`, a number for
+each line of assignments/images.txt.
 """
 
 import argparse
@@ -179,12 +180,24 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 CROPS = {  # of section 4.3: range of the area, of the ratio
     "random-sized": ((0.08, 1.0), (3 / 4, 4 / 3)),  # from --min-crop on
     "random": ((0.574, 0.574), (1.0, 1.0)),  # one size, that of 224 px in a 4:3 photograph of 256 px
-    "central": ((1.0, 1.0), (1.0, 1.0)),  # does not fit anywhere else
+    "central": ((1.0, 1.0), (1.0, 1.0)),  # the central square, which does not fit anywhere else; its middle is cut out
 }
 
 
-def augment(images: Tensor, draw: common.Draw, flip: str) -> Tensor:
-    """Crops (B, 3, S, S) in [0, 1] -> the same, half of them mirrored."""
+def training_crop(args: argparse.Namespace, data: common.ImageSet) -> common.Crop:
+    """What is cut from an image before `augment`; the central crop is that of the descriptors."""
+    scale, ratio = CROPS[args.crop]
+    scale = (args.min_crop, 1.0) if args.crop == "random-sized" else scale
+    if args.crop != "central":
+        return common.Crop(data.size, scale, ratio)
+    source = 2**16 if data.pixels is None else min(data.pixels.shape[-2:])  # photographs are larger than what is cut
+    return common.Crop(common.shorter_side(data.size, source), scale, ratio)
+
+
+def augment(images: Tensor, draw: common.Draw, flip: str, size: int) -> Tensor:
+    """Crops (B, 3, S', S') in [0, 1] -> their middle (B, 3, size, size), half of them mirrored."""
+    edge = (images.shape[-1] - size) // 2
+    images = images[..., edge : edge + size, edge : edge + size]
     if flip == "no":
         return images
     if flip == "horizontal":
@@ -193,6 +206,20 @@ def augment(images: Tensor, draw: common.Draw, flip: str) -> Tensor:
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
+
+
+class Dropout(nn.Dropout):
+    """Dropout by numbers that follow from the step and the position in the global batch, on any number of ranks."""
+
+    uniform: Callable[[int], Tensor] | None = None  # d -> numbers in [0, 1), (b, d), the next in each call
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, features: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return features
+        assert self.uniform is not None
+        kept = self.uniform(features.shape[1]) >= self.p
+        return features * kept / max(1 - self.p, 1e-30)
 
 
 class Encoder(nn.Module):
@@ -205,12 +232,15 @@ class Encoder(nn.Module):
         self.mlp, mlp = nn.Sequential(), nn.Sequential()
         if isinstance(self.backbone, common.PlainNet):
             mlp = self.backbone.classifier  # fc6 and fc7
+            for place, layer in enumerate(mlp):
+                if isinstance(layer, nn.Dropout):
+                    mlp[place] = Dropout(dropout)
         elif head != "pooled":
             self.dim *= (-(-size // (8 if small else 32))) ** 2
             if head != "map":
                 hidden = 4096 * width // 64
-                mlp = self.mlp = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.dim, hidden), nn.ReLU(inplace=True),
-                                               nn.Dropout(dropout), nn.Linear(hidden, hidden))
+                mlp = self.mlp = nn.Sequential(Dropout(dropout), nn.Linear(self.dim, hidden), nn.ReLU(inplace=True),
+                                               Dropout(dropout), nn.Linear(hidden, hidden))
                 self.dim = hidden
         if head == "2fc":
             del mlp[-3:]
@@ -223,6 +253,12 @@ class Encoder(nn.Module):
         else:
             h = self.mlp(self.backbone.stages(images)[-1].flatten(1))
         return h.float()
+
+    def seed_dropout(self, uniform: Callable[[int], Tensor]) -> None:
+        """The numbers of the next forward pass."""
+        for module in self.modules():
+            if isinstance(module, Dropout):
+                module.uniform = uniform
 
     def activate(self, h: Tensor) -> Tensor:
         """What the last layer sees."""
@@ -673,6 +709,19 @@ def assign_images(args: argparse.Namespace) -> None:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
+def part_of(data: common.ImageSet, rows: Tensor) -> common.ImageSet:
+    """The images at `rows`, ascending; no copy if these are all."""
+    return data if len(rows) == len(data) else data.select(rows)
+
+
+def dropout_numbers(run: common.Run, epoch: int, step: int, part: int) -> Callable[[int], Tensor]:
+    """d -> uniform numbers (b, d) of a step's `part` on this rank, of --accumulate: rows of the global batch's."""
+    source = run.generator("dropout", epoch, step, device=run.device)
+    batch, share = run.args.batch_size, run.args.batch_size // run.world // run.args.accumulate
+    first = run.rows(batch).start + part * share
+    return lambda dim: torch.rand(batch, dim, generator=source, device=run.device)[first : first + share]
+
+
 def fit_sizes(args: argparse.Namespace, num_images: int) -> str:
     """Lower --k and --feature-dim where they are only defaults and leave fewer than 10 images to a cluster or number.
 
@@ -732,22 +781,21 @@ def main(args: argparse.Namespace) -> None:
         """Whether there are figures from labels after so many epochs."""
         return test is not None and (epoch == args.epochs or epoch % args.knn_every == 0)
 
-    scale, ratio = CROPS[args.crop]
-    crop = common.Crop(data.size, (args.min_crop, 1.0) if args.crop == "random-sized" else scale, ratio)
+    crop = training_crop(args, data)
     for epoch in range(first_epoch, args.epochs):
         start = first_step if epoch == first_epoch else 0
         began, seconds = time.perf_counter(), dict(descriptor_seconds=0.0, pca_seconds=0.0, cluster_seconds=0.0)
 
-        if start == 0 and (epoch == 0 or (args.clustering != "labels" and epoch % args.reassign_every == 0)):
-            pool, images_of_pool = torch.arange(len(data)), data
-            if pool_size < len(data):
-                pool = torch.randperm(len(data), generator=run.generator("pool", epoch))[:pool_size].sort().values
-                images_of_pool = data.select(pool)
+        assigned = 0 if args.clustering == "labels" else epoch - epoch % args.reassign_every
+        pool = torch.arange(len(data))
+        if pool_size < len(data):
+            pool = torch.randperm(len(data), generator=run.generator("pool", assigned))[:pool_size].sort().values
+        if start == 0 and epoch == assigned:
             labels, figures = data.labels[pool], dict[str, float]()
             if args.clustering != "labels":
                 encoder.eval()
                 run.broadcast(encoder)
-                x, _, _, variance, took = describe(run, images_of_pool, encode, encoder.dim, args.feature_dim)
+                x, _, _, variance, took = describe(run, part_of(data, pool), encode, encoder.dim, args.feature_dim)
                 seconds, clock = seconds | took, time.perf_counter()
                 seed = run.generator("clustering", epoch).initial_seed() % 2**31  # Faiss takes no longer one
                 labels = torch.zeros(pool_size)
@@ -761,7 +809,7 @@ def main(args: argparse.Namespace) -> None:
                         labels, figures["empties"] = result.labels, result.empty
                     seconds["cluster_seconds"] = round(time.perf_counter() - clock, 2)
                     figures["pca_variance"] = variance
-                    if (epoch == 0 and test) or any(map(monitored, range(epoch + 1, epoch + 1 + args.reassign_every))):
+                    if (epoch == 0 and test) or monitored(epoch + 1):
                         figures |= label_figures(x, labels.cpu(), data.labels[pool])
                 labels = rank0(run, labels.long().to(run.device)).cpu()
                 if not (labels >= 0).any():
@@ -773,6 +821,13 @@ def main(args: argparse.Namespace) -> None:
             top.reset(count, run.generator("top", epoch))
             if run.rank == 0:
                 save_assignments(run.output / "assignments", epoch + 1, clusters.pseudo_labels, names)
+        elif start == 0 and args.clustering != "labels" and monitored(epoch + 1):  # Fig. 4.5: between clusterings too
+            encoder.eval()
+            run.broadcast(encoder)
+            x, _, _, _, took = describe(run, part_of(data, pool), encode, encoder.dim, args.feature_dim)
+            seconds |= took
+            if run.rank == 0:
+                clusters.figures |= label_figures(x, clusters.pseudo_labels[pool], data.labels[pool])
 
         source, count = run.generator("order", epoch), steps * args.batch_size
         order = training_order(clusters.pseudo_labels.long(), count, args.sampling, source)
@@ -784,7 +839,7 @@ def main(args: argparse.Namespace) -> None:
             lr = common.learning_rate(args, epoch + step / steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            images = data.normalize(augment(images, run.draw(epoch, step), args.flip))
+            images = data.normalize(augment(images, run.draw(epoch, step), args.flip, data.size))
             targets = pseudo_labels[index]
             rows = None
             if args.targets_per_step:
@@ -792,11 +847,12 @@ def main(args: argparse.Namespace) -> None:
                 rows = target_rows(run.gather(targets)[0], len(top.weight), args.targets_per_step, source)
                 targets = torch.searchsorted(rows, targets)
 
-            torch.manual_seed(run.generator("dropout", epoch, step, run.rank).initial_seed())
             optimizer.zero_grad()
             top.zero_grad()
             loss = torch.zeros((), device=run.device)
-            for part, target in zip(images.chunk(args.accumulate), targets.chunk(args.accumulate), strict=True):
+            parts = zip(images.chunk(args.accumulate), targets.chunk(args.accumulate), strict=True)
+            for number, (part, target) in enumerate(parts):
+                encoder.seed_dropout(dropout_numbers(run, epoch, step, number))
                 with run.autocast():
                     h = model(part)
                 part_loss = F.cross_entropy(head(encoder.activate(h), rows), target) / args.accumulate

@@ -14,8 +14,8 @@ their features. Nothing is trained. The paper's setting is K = 200, tau = 0.07, 
 
 The last line of the output is the result as JSON; it is also appended to eval.jsonl beside the checkpoint. For each K
 and tau: top-1 and top-5 accuracy in percent. --retrieval adds the share of the 1 and 10 nearest training images that
-have the query's class, --clustering the NMI and AMI (arithmetic mean) of a k-means of the test features with the
-classes.
+have the query's class, and the training images' ratio edge intra-class (DeepCluster, section 4.1); --clustering the NMI
+and AMI (arithmetic mean) of a k-means of the test features with the classes.
 """
 
 import argparse
@@ -42,7 +42,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                           "central crops; bank: as training left it, augmented and up to an epoch old")
     protocol.add_argument("--layer", choices=["auto", "head", "backbone"], default="auto", help="features: the head's "
                           "output or the backbone's; auto: the head of these scripts, the backbone of foreign files")
-    protocol.add_argument("--retrieval", action="store_true", help="precision among the 1 and 10 nearest")
+    protocol.add_argument("--retrieval", action="store_true", help="precision among the 1 and 10 nearest, "
+                          "ratio edge intra-class")
     protocol.add_argument("--clustering", action="store_true", help="NMI and AMI of k-means on the test features")
     protocol.add_argument("--num-clusters", type=common.COUNT, metavar="N", help="for --clustering (the classes)")
     common.add_data_options(parser)
@@ -102,7 +103,7 @@ def main(args: argparse.Namespace) -> None:
                   train_images=len(features), test_images=len(test), num_neighbors=rows[0]["num_neighbors"],
                   temperature=rows[0]["temperature"], knn_top1=rows[0]["top1"], knn_top5=rows[0]["top5"], knn=rows)
     if args.retrieval:
-        result |= retrieval(queries, test.labels.to(device), features, labels)
+        result |= retrieval(queries, test.labels.to(device), features, labels) | ratio_edge(features, labels)
     if args.clustering:
         result |= clustering(queries, test.labels, args.num_clusters or len(train.classes), args.seed)
     line = json.dumps(result)
@@ -117,6 +118,18 @@ def retrieval(queries: Tensor, query_labels: Tensor, features: Tensor, labels: T
     same = (labels[index] == query_labels[:, None]).float()
     return dict(precision_at_1=round(100 * same[:, 0].mean().item(), 2),
                 precision_at_10=round(100 * same.mean().item(), 2))
+
+
+def ratio_edge(features: Tensor, labels: Tensor) -> dict[str, float]:
+    """Share of the edges of features' (N, D) 10-NN graph from a class that stay in it, mean over classes, in percent.
+
+    DeepCluster, section 4.1.
+    """
+    itself = torch.arange(len(features), device=features.device)
+    index = common.neighbors(features, features, min(10, len(features) - 1), exclude=itself)[1]
+    inside = (labels[index] == labels[:, None]).float().mean(1)
+    classes = torch.stack([inside[labels == label].mean() for label in torch.unique(labels)])
+    return dict(ratio_edge=round(100 * classes.mean().item(), 2))
 
 
 def clustering(features: Tensor, labels: Tensor, k: int, seed: int) -> dict[str, float]:

@@ -861,9 +861,14 @@ def edge_shares(nearest: Tensor, labels: Tensor) -> Tensor:
 
 
 def edge_curve(options: dict[str, Any], rows: Rows) -> list[tuple[int, float]]:
-    """Epochs trained so far, ratio edge intra-class: where a clustering measured it, other epochs repeat the last."""
-    measured = [row for row in rows if "ratio_edge" in row and (row["epoch"] - 1) % options["reassign_every"] == 0]
-    return [(row["epoch"] - 1, row["ratio_edge"]) for row in measured]
+    """Epochs trained so far, ratio edge intra-class, where it was measured: other epochs have none or repeat it."""
+    points, last = list[tuple[int, float]](), None
+    for row in rows:
+        found, trained = row.get("ratio_edge"), row["epoch"] - 1
+        if found is not None and (found != last or trained % options["reassign_every"] == 0):
+            points.append((trained, found))
+        last = found
+    return points
 
 
 def draw_edges(boxes: dict[str, Tensor], chance: float, curves: dict[str, list[tuple[int, float]]]) -> Figure:

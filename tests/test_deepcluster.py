@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -68,6 +69,37 @@ def test_presets_parse(preset: str) -> None:
         assert args.num_clusters == (1000 if preset.endswith("rgb") else 10_000)
 
 
+CHAPTER_4: dict[str, dict[str, Any]] = {
+    "fig4.1-labels": dict(clustering="labels", sobel=False, cluster_pool=False),
+    "fig4.2-no-relu": dict(clustering="pic", head="no-relu", descriptors="after", sobel=True),
+    "fig4.2-2fc": dict(clustering="pic", head="2fc", descriptors="after"),
+    "table4.1-pic-after": dict(clustering="pic", descriptors="after", epochs=85),
+    "table4.1-k100-before": dict(clustering="kmeans", num_clusters=100, descriptors="before", epochs=85),
+    "table4.1-k10000-after": dict(clustering="kmeans", num_clusters=10_000, descriptors="after", epochs=85),
+    "fig4.4-vertical-flip": dict(clustering="pic", flip="vertical", crop="random-sized", min_crop=0.08, epochs=50),
+    "fig4.4-central-crop": dict(clustering="pic", flip="horizontal", crop="central", epochs=50),
+    "fig4.5-30": dict(clustering="pic", reassign_every=30, updates_per_epoch=None),
+    "fig4.6-vgg16-rgb": dict(clustering="pic", arch="vgg16", sobel=False, epochs=50),
+    "fig4.6-resnet101-sobel": dict(clustering="pic", arch="resnet101", sobel=True, epochs=50),
+    "fig4.7-drop": dict(clustering="pic", singletons="drop", sobel=False, epochs=20),
+    "table4.2-512": dict(clustering="labels", targets_per_step=512, sampling="images", sobel=True, epochs=90),
+    "table4.3-4096": dict(clustering="pic", targets_per_step=4096, sigma=0.2, num_neighbors=5),
+    "fig4.9-flickr1m": dict(updates_per_epoch=5005, images_per_epoch=None),
+    "fig4.9-flickr2m-pool": dict(updates_per_epoch=5005, images_per_epoch=1_200_000, cluster_pool=True),
+    "fig4.10-10m-100000": dict(updates_per_epoch=11_700, images_per_epoch=100_000, cluster_pool=False),
+    "kmeans-flickr2m-sobel": dict(updates_per_epoch=3 * 5005),
+    "imagenet-resnet18-a": dict(arch="resnet18", head="map", num_clusters=10_000),
+    "imagenet-resnet50-b": dict(arch="resnet50", head="full", num_clusters=10_000),
+}
+
+
+@pytest.mark.parametrize("preset", CHAPTER_4)
+def test_ablations(preset: str) -> None:
+    """The ablations of chapter 4 and the ResNets of Local Aggregation have what their text says."""
+    args = vars(dc.parse_args(["--preset", preset]))
+    assert {name: args[name] for name in CHAPTER_4[preset]} == CHAPTER_4[preset]
+
+
 def fitted(images: int, *options: str) -> tuple[int, int]:
     args = dc.parse_args(["--preset", "imagenet", *options])
     dc.fit_sizes(args, images)
@@ -89,6 +121,65 @@ def test_options_that_exclude_each_other(options: str) -> None:
     """An option that cannot have an effect is an error."""
     with pytest.raises(common.Fault):
         dc.parse_args(["--preset", "smoke", *options.split()])
+
+
+# ---- augmentation ----------------------------------------------------------------------------------------------------
+
+
+def test_flips() -> None:
+    """Section 4.3: half of the images mirrored from left to right, or upside down, or none."""
+    images = torch.rand(400, 3, 6, 6, generator=seeded())
+    draw = common.Draw(seeded(), 400, slice(0, 400), common.CPU)
+    assert torch.equal(dc.augment(images, draw, "no", 6), images)
+    for flip, axis in (("horizontal", 3), ("vertical", 2)):
+        found = dc.augment(images, draw, flip, 6)
+        mirrored = (found == images.flip(axis)).flatten(1).all(1)
+        assert 150 < int(mirrored.sum()) < 250 and torch.equal(found[~mirrored], images[~mirrored])
+
+
+def crops_of(data: common.ImageSet, *options: str) -> tuple[common.Crop, Tensor]:
+    """What is cut, and the boxes (200, 4) of it in images of the data's size."""
+    crop = dc.training_crop(dc.parse_args(["--preset", "smoke", *options]), data)
+    height, width = (256, 341) if data.pixels is None else data.pixels.shape[2:]
+    uniform = torch.rand(200, common.CROP_NUMBERS, generator=seeded())
+    return crop, common.crop_boxes(uniform, height, width, crop.scale, crop.ratio).double()
+
+
+def test_crops() -> None:
+    """Section 4.3: of random size from --min-crop on and random ratio, of one size at random places, or central."""
+    photographs = dataclasses.replace(image_set(4), size=224, pixels=None)
+    for least in (0.08, 0.5):
+        crop, boxes = crops_of(photographs, "--min-crop", str(least))
+        area, ratio = boxes[:, 2] * boxes[:, 3] / 256 / 341, boxes[:, 3] / boxes[:, 2]
+        assert crop.size == 224 and least - 0.01 < area.min() < least + 0.05 and 0.9 < area.max() <= 1
+        assert 0.74 < ratio.min() < 0.8 and 1.25 < ratio.max() < 1.34
+    crop, boxes = crops_of(photographs, "--crop", "random")
+    assert crop.size == 224 and (boxes[:, 2:] == 224).all() and boxes[:, 0].unique().numel() > 25
+    crop, boxes = crops_of(photographs, "--crop", "central")
+    assert crop.size == 256 and torch.equal(boxes.unique(dim=0), torch.tensor([[0.0, 42, 256, 256]]).double())
+    for side in (8, 32):
+        small = image_set(4, side)
+        crop, boxes = crops_of(small, "--crop", "central")
+        assert crop.size == side and torch.equal(boxes.unique(dim=0), torch.tensor([[0.0, 0, side, side]]).double())
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_central_crops_are_those_of_the_descriptors(held: bool, tmp_path: Path) -> None:
+    """--crop central trains on what descriptors are made of: of a photograph the middle of its central square."""
+    noise = np.random.default_rng(0).integers(0, 256, (4, 12, 18, 3), dtype=np.uint8)
+    folder = folder_of(tmp_path / "data", [np.kron(image, np.ones((16, 16, 1), np.uint8)) for image in noise])
+    args = dc.parse_args(["--preset", "smoke", "--data", str(folder), "--subset", "4", "--image-size", "112",
+                          "--crop", "central", "--flip", "no", "--batch-size", "4", "--workers", "0"])
+    data = common.load(args, "pretrain", common.CPU)
+    if held:
+        pixels = [torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in sorted(folder.iterdir())]
+        data = dataclasses.replace(data, pixels=torch.stack(pixels), files=None)
+    run: Any = FakeRun()
+    run.args, run.seed_step = args, lambda *at: None
+    (_, _, (cut,)), *_ = data.batches(run, torch.arange(4), dc.training_crop(args, data), 0)
+    draw = common.Draw(seeded(), 4, slice(0, 4), common.CPU)
+    (center,) = data.centers(torch.arange(4), 4, common.CPU)
+    torch.testing.assert_close(dc.augment(cut, draw, "no", data.size), center, atol=0.02, rtol=0)
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -184,6 +275,41 @@ def test_reset_of_the_last_layer() -> None:
     assert torch.equal(other.weight, top.weight)
 
 
+def test_dropout() -> None:
+    """As PyTorch's, but by given numbers: those below p drop a unit, the others are scaled; p = 1 drops all."""
+    numbers = torch.rand(64, 10, generator=seeded())
+    x = torch.randn(64, 10, generator=seeded(1), requires_grad=True)
+    for p in (0.0, 0.3, 1.0):
+        layer = dc.Dropout(p)
+        layer.uniform = lambda dim: numbers[:, :dim]
+        expected = torch.where(numbers >= p, x / max(1 - p, 1e-9), 0)
+        torch.testing.assert_close(layer(x), expected)
+        gradient = torch.autograd.grad(layer(x).sum(), x)[0]
+        assert gradient.isfinite().all() and torch.equal(layer.eval()(x), x)
+    for arch, head, count in (("alexnet", "full", 2), ("vgg16", "full", 1), ("alexnet", "2fc", 1),
+                              ("resnet18", "full", 2), ("resnet18", "2fc", 1), ("resnet18", "map", 0)):
+        modules = [*dc.Encoder(arch, 4, True, 32, head, False, 0.5).modules()]
+        found = [module for module in modules if isinstance(module, torch.nn.Dropout)]
+        assert len(found) == count and all(type(module) is dc.Dropout and module.p == 0.5 for module in found)
+
+
+def test_numbers_of_dropout() -> None:
+    """Parts of a step on any rank are rows of the same numbers; each step and each call has others."""
+
+    def numbers(world: int, rank: int, accumulate: int, part: int, step: int = 3) -> Tensor:
+        run: Any = FakeRun()
+        run.args, run.world = argparse.Namespace(batch_size=16, accumulate=accumulate), world
+        run.rows = lambda count: slice(rank * count // world, (rank + 1) * count // world)
+        uniform = dc.dropout_numbers(run, 2, step, part)
+        return torch.cat([uniform(10), uniform(10)], 1)
+
+    whole = numbers(1, 0, 1, 0)
+    assert whole.shape == (16, 20) and len(whole.unique()) > 310 and not torch.equal(whole, numbers(1, 0, 1, 0, step=4))
+    for world, accumulate in ((2, 1), (1, 4), (2, 2)):
+        parts = [numbers(world, rank, accumulate, part) for rank in range(world) for part in range(accumulate)]
+        assert torch.equal(torch.cat(parts), whole)
+
+
 def test_last_layer_has_plain_sgd() -> None:
     """A step of the last layer is torch.optim.SGD without momentum."""
     top, twin = dc.TopLayer(5, torch.device("cpu")), torch.nn.Linear(5, 7)
@@ -275,8 +401,8 @@ class FakeRun:
     def mean(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def generator(self, *key: Any) -> torch.Generator:
-        return common.generator(0, *key)
+    def generator(self, *key: Any, device: torch.device | str = "cpu") -> torch.Generator:
+        return common.generator(0, *key, device=device)
 
 
 def image_set(n: int, size: int = 8) -> common.ImageSet:
@@ -346,6 +472,8 @@ def test_empty_clusters_take_half_of_others() -> None:
     donors = torch.unique(labels[moved])
     assert len(donors) == 1 and int(moved.sum()) == int((labels == donors).sum()) // 2
     assert torch.equal(filled[~moved], labels[~moved])
+    donors = {int(labels[dc.fill_empty(labels, 4, np.random.default_rng(seed))[0] == 2][0]) for seed in range(30)}
+    assert donors == {0, 1}  # any that can be halved
     nearly_all, empties = dc.fill_empty(torch.zeros(50, dtype=torch.long), 50, np.random.default_rng(0))
     assert empties == 49 and torch.equal(nearly_all.sort().values, torch.arange(50))
     untouched, empties = dc.fill_empty(torch.arange(5), 5, np.random.default_rng(0))
@@ -581,7 +709,12 @@ def test_ratio_edge_intra_class() -> None:
 
 
 def test_label_figures() -> None:
-    """Separate classes: 100 % and 1; images without a label take no part; none with a label: no figure."""
+    """Separate classes: 100 % and 1; the 10 neighbours do not count the image itself, against all distances; images
+    without a label take no part; none with a label: no figure."""
+    rows, classes = unit_rows(60, 5), torch.arange(60) % 3
+    nearest = (torch.cdist(rows, rows) + 9 * torch.eye(60)).argsort(1)[:, :10]
+    inside = 100 * float((classes[nearest] == classes[:, None]).double().mean())  # of equal classes: the mean over them
+    assert dc.label_figures(rows, classes, classes)["ratio_edge"] == pytest.approx(inside, abs=0.01)
     x, truth = blobs([40, 40]), torch.arange(2).repeat_interleave(40)
     assert dc.label_figures(x, truth, truth) == dict(ratio_edge=100.0, nmi_labels=1.0)
     truth[::2] = -1
@@ -668,6 +801,76 @@ def killed_after(epoch: int, step: int) -> Callable[[], None]:
     return patch
 
 
+def recorded(file: Path) -> Callable[[], None]:
+    """Keep index and augmented images of every step in a file."""
+
+    def patch() -> None:
+        steps, batches, augment = list[Any](), common.ImageSet.batches, dc.augment
+
+        def watched(*args: Any) -> Any:
+            for step, index, images in batches(*args):
+                steps.append([index])
+                yield step, index, images
+
+        def kept(*args: Any) -> Tensor:
+            images = augment(*args)
+            steps[-1].append(images.clone())
+            torch.save(steps, file)
+            return images
+
+        common.ImageSet.batches, dc.augment = watched, kept  # type: ignore[method-assign]
+
+    return patch
+
+
+def test_training_is_that_of_plain_pytorch(tmp_path: Path) -> None:
+    """Two epochs by torch.optim and nn.Linear on the recorded images and clusters: the same weights and statistics."""
+    options = ["--arch", "alexnet", "--sobel", "--dropout", "0", "--epochs", "2", "--no-amp", "--weight-decay", "0.01"]
+    assert train(tmp_path / "run", *options, before=recorded(tmp_path / "steps")) == 0
+    args, steps = dc.parse_args([*TINY, *options]), torch.load(tmp_path / "steps")
+    torch.manual_seed(args.seed)
+    encoder = dc.Encoder("alexnet", args.width, True, 16, "full", True, 0.0).train()
+    trunk = torch.optim.SGD(encoder.parameters(), args.lr, momentum=0.9, weight_decay=0.01)
+    for epoch in range(2):
+        top, start = torch.nn.Linear(encoder.dim, 8), dc.TopLayer(encoder.dim, common.CPU)
+        start.reset(8, common.generator(args.seed, "top", epoch))
+        top.load_state_dict(start.state_dict())
+        last = torch.optim.SGD(top.parameters(), args.lr, weight_decay=0.01)
+        labels = clusters_of(tmp_path / "run", epoch + 1)
+        for index, images in steps[4 * epoch : 4 * epoch + 4]:
+            loss = F.cross_entropy(top(encoder((images - 0.5) / 0.25).relu()), labels[index].long())
+            for optimizer in (trunk, last):
+                optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            for optimizer in (trunk, last):
+                optimizer.step()
+    found = state_of(tmp_path / "run")
+    torch.testing.assert_close(found["encoder"], encoder.state_dict(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found["top"], top.state_dict(), atol=1e-5, rtol=1e-4)
+
+
+EFFECTS = [
+    "", "--no-sobel", "--head 2fc", "--head no-relu", "--descriptors after", "--dropout 0.1", "--feature-dim 3",
+    "--k 5", "--sampling images", "--sampling released", "--targets-per-step 4", "--updates-per-epoch 3",
+    "--images-per-epoch 48", "--crop random", "--crop central", "--min-crop 0.9", "--flip no", "--flip vertical",
+    "--clustering labels", *(f"--clustering pic --feature-dim 20 {more}" for more in (
+        "--sigma 0.2", "--sigma median", "--sigma 0.2 --num-neighbors 3", "--sigma 0.2 --singletons keep",
+        "--sigma 0.2 --singletons drop")),
+]
+
+
+def test_every_option_has_an_effect(tmp_path: Path) -> None:
+    """Each option of the method leads to other weights within an epoch, and no two to the same."""
+    weights = dict[str, str]()
+    for number, options in enumerate(EFFECTS):
+        output = tmp_path / str(number)
+        assert train(output, "--arch", "alexnet", "--sobel", "--epochs", "1", *options.split()) == 0, options
+        encoder = state_of(output)["encoder"]
+        found = str([float(weight.double().sum()) for weight in encoder.values()])
+        assert found not in weights, (options, weights[found])
+        weights[found] = options
+
+
 RESUMED = {
     "kmeans": ["--epochs", "3"],
     "pic": ["--epochs", "3", "--clustering", "pic", "--sigma", "median", "--knn-every", "2"],
@@ -709,7 +912,15 @@ def test_no_clustering_within_an_epoch(tmp_path: Path) -> None:
 
 def batch_statistics_fixed() -> None:
     """Batch normalisation by running statistics, the same on any number of ranks."""
-    dc.Encoder.train = lambda self, mode=True: torch.nn.Module.train(self, False)  # type: ignore[method-assign]
+
+    def train(self: dc.Encoder, mode: bool = True) -> dc.Encoder:
+        torch.nn.Module.train(self, mode)
+        for module in self.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    dc.Encoder.train = train  # type: ignore[method-assign]
 
 
 def streaming() -> None:
@@ -717,11 +928,19 @@ def streaming() -> None:
     dc.ONE_PASS = 0
 
 
+TWO_RANKS = {
+    "kmeans": "",
+    "pic": "--targets-per-step 6 --clustering pic --sigma median",
+    "dropout": "--arch alexnet --sobel --dropout 0.5 --accumulate 2 --no-amp",
+}
+
+
 @pytest.mark.parametrize("before", [batch_statistics_fixed, streaming])
-@pytest.mark.parametrize("method", ["", "--targets-per-step 6 --clustering pic --sigma median"], ids=["kmeans", "pic"])
+@pytest.mark.parametrize("method", TWO_RANKS)
 def test_two_ranks_equal_one(before: Callable[[], None], method: str, tmp_path: Path) -> None:
-    """Two gloo ranks cluster all descriptors once, in the order of the images, and train as one: the same clusters."""
-    options = ["--epochs", "2", "--lr", "0.01", *method.split()]
+    """Two gloo ranks cluster all descriptors once, in the order of the images, and train as one: the same clusters,
+    the same units dropped out."""
+    options = ["--epochs", "2", "--lr", "0.01", *TWO_RANKS[method].split()]
     assert train(tmp_path / "one", *options, before=before) == 0
     assert train(tmp_path / "two", *options, before=before, world=2) == 0
     one, two = state_of(tmp_path / "one"), state_of(tmp_path / "two")
@@ -746,12 +965,22 @@ def test_reassignment_and_parts(tmp_path: Path) -> None:
 
 
 def test_figures_of_clusters_that_serve_several_epochs(tmp_path: Path) -> None:
-    """With --reassign-every 3 an epoch with a monitor has the figures of its clustering, made before it."""
-    assert train(tmp_path / "run", "--epochs", "5", "--reassign-every", "3", "--knn-every", "5") == 0
-    rows = rows_of(tmp_path / "run")
-    assert ["knn_top1" in row for row in rows] == [False] * 4 + [True]
-    assert all("ratio_edge" in row and "nmi_labels" in row for row in rows)
-    assert rows[0]["ratio_edge"] == rows[2]["ratio_edge"] and rows[3]["ratio_edge"] == rows[4]["ratio_edge"]
+    """Figure 4.5: between clusterings, too, a monitored epoch has the ratio edge of the network before it, with the
+    bits of a run without monitor; a resume within the epoch keeps it."""
+    assert train(tmp_path / "each", "--epochs", "2", "--knn-every", "1") == 0
+    kept = ["--epochs", "3", "--reassign-every", "3"]
+    assert train(tmp_path / "kept", *kept, "--knn-every", "1") == 0
+    (_, measured), rows = rows_of(tmp_path / "each"), rows_of(tmp_path / "kept")
+    edges = [row["ratio_edge"] for row in rows]
+    assert edges[1] == measured["ratio_edge"] and len(set(edges)) == 3
+    assert rows[0]["nmi_labels"] == rows[1]["nmi_labels"] == rows[2]["nmi_labels"]
+    assert train(tmp_path / "blind", *kept) == 0
+    assert same(state_of(tmp_path / "kept")["encoder"], state_of(tmp_path / "blind")["encoder"])
+    assert train(tmp_path / "broken", *kept, "--knn-every", "1", before=killed_after(1, 1)) == 9
+    assert train(tmp_path / "broken", *kept, "--knn-every", "1") == 0 and rows_of(tmp_path / "broken") == rows
+    assert train(tmp_path / "rare", *kept, "--knn-every", "3") == 0
+    rare = rows_of(tmp_path / "rare")
+    assert [row["ratio_edge"] for row in rare] == [edges[0], edges[0], edges[2]]
 
 
 def test_other_clusterings(tmp_path: Path) -> None:
@@ -867,3 +1096,25 @@ def test_assignments_name_their_files(tmp_path: Path) -> None:
     assert [row["path"] for row in rows] == [str(file) for file in sorted(new.iterdir())]
     assert same_partition(torch.tensor([int(row["cluster"]) for row in rows]), torch.arange(8) % 4)
     assert train(tmp_path / "none", "--assign", str(new)) == 2
+
+
+def test_assigned_clusters_are_the_nearest(tmp_path: Path) -> None:
+    """--assign: by descriptors as they were clustered, after the ReLU if so, of the network in evaluation mode."""
+    noise = np.random.default_rng(0).integers(0, 256, (332, 16, 16, 3), dtype=np.uint8)
+    data, new = folder_of(tmp_path / "data", [*noise[:32]]), folder_of(tmp_path / "new", [*noise[32:]])
+    options = ["--epochs", "1", "--subset", "32", "--k", "6", "--arch", "alexnet", "--sobel", "--descriptors", "after"]
+    assert train(tmp_path / "run", "--data", str(data), *options) == 0
+    assert train(tmp_path / "run", "--assign", str(new)) == 0
+    encoder = dc.Encoder("alexnet", 4, True, 16, "full", True, 0.0).eval()
+    encoder.load_state_dict(state_of(tmp_path / "run")["encoder"])
+    images = torch.from_numpy(noise).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        h = encoder(common.normalize(images, common.IMAGENET.mean, common.IMAGENET.std)).relu()
+    found = torch.load(tmp_path / "run" / dc.CLUSTERS, weights_only=True)
+    x = F.normalize(h.to(found["projection"]) @ found["projection"] - found["offset"]).float()
+    labels = clusters_of(tmp_path / "run", 1)
+    means = torch.stack([x[:32][labels == cluster].mean(0) for cluster in range(6)])
+    expected = torch.cdist(x[32:], means).argmin(1)
+    with (tmp_path / "run/assigned.csv").open() as file:
+        assert [int(row["cluster"]) for row in csv.DictReader(file)] == expected.tolist()
+    assert len(expected.unique()) > 2

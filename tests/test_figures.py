@@ -461,7 +461,7 @@ def test_edge_shares_are_counted() -> None:
 
 
 def test_edges_of_networks_and_logs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Boxes of the run and of the untrained network; curves where a clustering measured, by epochs before it."""
+    """Boxes of the run and of the untrained network; curves where a figure was measured, by epochs before it."""
     seen = list[Any]()
     drawn = figures.draw_edges
 
@@ -477,11 +477,13 @@ def test_edges_of_networks_and_logs(run: Path, tmp_path: Path, monkeypatch: pyte
     logs = [other(run, tmp_path / f"dc{every}", script="deepcluster", reassign_every=every) for every in (1, 2)]
     for log in logs:
         header, *_ = (log / "log.jsonl").read_text().splitlines()
-        rows = [json.dumps(dict(epoch=e, loss=1.0, ratio_edge=10.0 + e)) for e in (1, 2, 3, 4)]
+        measured = enumerate((11.0, 11.0, 13.0, 14.0), 1)
+        rows = [json.dumps(dict(epoch=e, loss=1.0, ratio_edge=edge)) for e, edge in measured]
         (log / "log.jsonl").write_text("\n".join([header, *rows, ""]))
     draw("edges", *logs, "--out", tmp_path / "curves.png")
     assert not seen[1][0]
-    assert list(seen[1][2].values()) == [[(0, 11.0), (1, 12.0), (2, 13.0), (3, 14.0)], [(0, 11.0), (2, 13.0)]]
+    every, each_second = [(0, 11.0), (1, 11.0), (2, 13.0), (3, 14.0)], [(0, 11.0), (2, 13.0), (3, 14.0)]
+    assert list(seen[1][2].values()) == [every, each_second]
     for name in ("boxes", "curves"):
         image(tmp_path / f"{name}.png")
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import common
+import deepcluster
+import eval_knn
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -220,3 +222,12 @@ def test_class_scores_are_sums_of_weights() -> None:
     weights = (similarity.double() / 0.1).exp()[0]
     expected = torch.stack([weights[0], weights[1:3].sum(), weights[3], weights[0] * 0])
     torch.testing.assert_close(scores / scores.sum(), expected / expected.sum(), atol=1e-6, rtol=0)
+
+
+def test_ratio_edge_is_that_of_deepcluster(device: str) -> None:
+    """The ratio edge intra-class that --retrieval adds is the one in DeepCluster's log, on classes of any size."""
+    features = unit(90, 6, 0, device)
+    labels = torch.cat([torch.full((60,), 0), torch.full((20,), 3), torch.full((10,), 4)]).to(device)
+    found = eval_knn.ratio_edge(features, labels)["ratio_edge"]
+    expected = deepcluster.label_figures(features, labels.cpu(), labels.cpu())["ratio_edge"]
+    assert found == pytest.approx(expected, abs=0.011) and 20 < found < 50

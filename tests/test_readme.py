@@ -75,7 +75,8 @@ def test_every_published_row_has_a_preset_that_exists() -> None:
 
 @pytest.mark.parametrize("name", sorted({name for name in re.findall(r"results/([\w.-]+)/", README)}))
 def test_figures_equal_the_logs(name: str) -> None:
-    """Wherever the README gives a row of results/<name>/, its figures are those in that folder's eval.jsonl.
+    """Wherever the README gives a row of results/<name>/, its figures are those in that folder's eval.jsonl, a ratio
+    edge that of its eval.jsonl or log.jsonl.
 
     A ± B is mean and standard deviation over the seeds of a run.
     """
@@ -85,10 +86,13 @@ def test_figures_equal_the_logs(name: str) -> None:
         result = json.loads(line)
         for entry in result.get("knn", []) + result.get("layers", []):
             logged.add(f"{entry['top1']:.1f}" if "top1" in entry else "")
-        logged |= {f"{result[key]:.1f}" for key in ("ap50_voc07", "ap", "miou") if key in result}
+        logged |= {f"{result[key]:.1f}" for key in ("ap50_voc07", "ap", "miou", "ratio_edge") if key in result}
         for entry in result.get("knn", []):
             run = re.sub(r"-seed\d+/.*", "", result["checkpoint"])
             seeds[run, entry["num_neighbors"]].append(entry["top1"])
+    if (folder / "log.jsonl").exists():
+        epochs = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        logged |= {f"{row['ratio_edge']:.1f}" for row in epochs if "ratio_edge" in row}
     logged |= {f"{mean(each):.1f} ± {stdev(each):.1f}" for each in seeds.values() if len(each) > 1}
     shown = [row for row in rows() if any(f"results/{name}/" in cell for cell in row)]
     for row in shown:
