@@ -731,6 +731,8 @@ def fit_sizes(args: argparse.Namespace, num_images: int) -> str:
     k, dim = args.num_clusters, args.feature_dim
     if args.clustering == "kmeans" and "num_clusters" in args.typed and k > num_images:
         raise common.Fault(f"--k {k} is more than the {num_images} images that are clustered")
+    if args.clustering == "pic" and "num_neighbors" in args.typed and args.num_neighbors >= num_images:
+        raise common.Fault(f"--num-neighbors {args.num_neighbors}: an image has {num_images - 1} others")
     if args.clustering == "kmeans" and "num_clusters" not in args.typed and 10 * k > num_images:
         args.num_clusters = max(1, num_images // 20)
     if "feature_dim" not in args.typed and 10 * dim > num_images:

@@ -107,9 +107,12 @@ def fitted(images: int, *options: str) -> tuple[int, int]:
 
 
 def test_sizes_that_do_not_fit() -> None:
-    """A typed k above the number of images is an error; the preset's sizes are lowered, typed ones are not."""
+    """A typed k or number of neighbours above that of images is an error; sizes of presets are lowered, typed not."""
     with pytest.raises(common.Fault, match="--k 101 is more than the 100 images"):
         fitted(100, "--k", "101")
+    with pytest.raises(common.Fault, match="--num-neighbors 100: an image has 99 others"):
+        fitted(100, "--clustering", "pic", "--num-neighbors", "100")
+    fitted(100, "--clustering", "pic", "--num-neighbors", "99")
     assert fitted(101, "--k", "101", "--feature-dim", "90") == (101, 90)
     assert fitted(1000) == (50, 100)
     assert fitted(5000) == (250, 256)
