@@ -735,6 +735,17 @@ def paper() -> str:
         images = " to ".join(f"{batch / took:,.0f}" for took in least)
         text += (f"| {name} | {calls} | {flop:.3g} | {moved:.3g} | {' | '.join(map(duration, least))} | {images} | "
                  f"{aim} |\n")
+    text += "\n| clustering of LA as a share of an epoch, m = 30,000, H = 10, one GPU |"
+    text += f" {' | '.join(f'{name}: epoch | float32 | bfloat16' for name in SHEETS)} | aim |\n| --- |"
+    text += " --- | --- | --- |" * len(SHEETS) + " --- |\n"
+    flop = 10 * 21 * 2.0 * s.images * 128 * 30_000
+    for name, arch in (("ResNet-18", "resnet18"), ("ResNet-50", "resnet50")):
+        step, _, moved = on_meta(arch, 256, 128, s.images)
+        text += f"| {name}, 224 px, B = 128, N = 1.28M |"
+        for bf16, fp32, bandwidth in SHEETS.values():
+            epoch = s.images // 128 * max(step / bf16, moved / bandwidth)
+            text += f" {epoch:.0f} s | {100 * flop / fp32 / epoch:.2g} % | {100 * flop / bf16 / epoch:.2g} % |"
+        text += " 10 % |\n"
     return text
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed.run
 from helpers import ROOT, TINY, Process, checkpoint, log, one_line, run, same, start
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 import common
 import npid
@@ -85,6 +86,13 @@ METHODS = {
         "local_aggregation",
         [*LOCAL, "--recluster-every", "2", "--cluster-seeds", "redrawn"],
     ),
+    # Gentle steps keep features so far apart that roundings move no image to another cluster.
+    "local aggregation, clusters": (
+        "local_aggregation",
+        [*LOCAL, "--lr", "0.003", "--background", "clusters", "--background-clusters", "3", "5",
+         "--cluster-on", "center-crop"],
+    ),
+    "local aggregation, nce": ("local_aggregation", [*LOCAL, "--warmup-loss", "nce"]),
 }
 
 
@@ -231,6 +239,18 @@ def test_torchrun_leaves_a_scripts_options_alone(monkeypatch: pytest.MonkeyPatch
     tools.torchrun.main(["--nproc-per-node", "2", "local_aggregation.py", *options])
     assert seen[0].training_script == "local_aggregation.py" and seen[0].training_script_args == options
     assert seen[0].nproc_per_node == "2"
+
+
+def test_torchrun_ends_by_a_signal_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C under torchrun ends with exit code 130, as it does without, and not with an exception of torchrun's."""
+
+    def run(_: argparse.Namespace) -> None:
+        raise SignalException("got signal: 2", signal.SIGINT)
+
+    monkeypatch.setattr(torch.distributed.run, "run", run)
+    with pytest.raises(SystemExit) as caught:
+        tools.torchrun.main(["--nproc-per-node", "2", "npid.py"])
+    assert caught.value.code == 130
 
 
 @pytest.mark.slow

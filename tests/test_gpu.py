@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cld
 import common
+import local_aggregation
 import npid
 
 METHODS = ["npid", "local_aggregation", "deepcluster", "cld"]
@@ -47,11 +48,12 @@ class Waits(TorchDispatchMode):
 
 
 def steps(device: str, output: Path, count: int) -> Iterator[Callable[[], None]]:
-    """The parts of NPID's and CLD's steps around the network, ready to be called."""
+    """The parts of NPID's, Local Aggregation's and CLD's steps around the network, ready to be called."""
     args = npid.parse_args([*TINY, "--device", device, "--output", str(output)])
     work = common.Run(args)
     data = common.load(args, "pretrain", work.device)
     bank = common.MemoryBank(len(data), 16, work.generator("bank")).to(work.device)
+    clusters = local_aggregation.Clusters(3, len(data)).to(work.device)
     normalizer, totals = npid.Normalizer().to(work.device), common.Totals(work.device)
     batches = data.batches(work, work.permutation(0, len(data)), common.Crop(data.size, npid.SCALE), 0)
 
@@ -62,6 +64,11 @@ def steps(device: str, output: Path, count: int) -> Iterator[Callable[[], None]]
         z = F.normalize(images.flatten(1)[:, :16]).requires_grad_()
         losses = common.bank_softmax(z, index, bank.features, 0.1)
         losses.mean().backward()
+        slots, similarity, forced = local_aggregation.nearest(z.detach(), index, bank.features, 20)
+        close = clusters.same(index, slots) | local_aggregation.most_similar(similarity, 5)
+        local_aggregation.local_aggregation(z, slots, similarity, close, bank.features, 0.1).mean().backward()
+        _, size = local_aggregation.local_aggregation_dense(z, index, clusters, clusters, bank.features, 0.1)
+        totals.add(forced=forced.float().mean(), alone=(size == 1).float().mean())
         normalizer.update(npid.estimate_log_z(losses[:, None], len(data)), 0.99)
         groups = cld.group(torch.stack([z, z]), 4, 3)
         totals.add(loss=cld.group_loss(torch.stack([z, z]), groups, 0.1)[0].mean())
@@ -73,8 +80,9 @@ def steps(device: str, output: Path, count: int) -> Iterator[Callable[[], None]]
     work.lock.close()
 
 
-def test_no_step_asks_for_values(tmp_path: Path) -> None:
+def test_no_step_asks_for_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the second step on, nothing around the network reads a value or copies a constant to the device."""
+    monkeypatch.setattr(common, "_largest", common._largest_by_strips)  # a GPU's selection
     first, second = steps("cpu", tmp_path, 2)
     first()
     with Waits() as waits:

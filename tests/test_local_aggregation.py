@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import common
+import figures
 import local_aggregation as la
 import npid
 
@@ -297,6 +298,137 @@ def test_health_figures_equal_their_definitions() -> None:
     similarity = (big[rows] @ big.T).scatter(1, rows[:, None], -2).sort(1, descending=True).values
     assert torch.allclose(local, similarity[:, :30].mean(1), atol=1e-5)
     assert torch.allclose(around, similarity[:, 124:512].mean(1), atol=1e-5)
+
+
+@pytest.mark.parametrize("option", ["fixed", "redrawn"])
+def test_seeds_of_clusterings(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The H clusterings start from H seeds: the same at each clustering, or with --cluster-seeds redrawn new ones."""
+    seeds, kmeans = list[int](), common.kmeans
+    monkeypatch.setattr(common, "kmeans", lambda *a, **k: (seeds.append(k["seed"]) if "seed" in k else None,
+                                                           kmeans(*a, **k))[1])
+    run_rows(tmp_path / "run", "--subset", "64", "--k", "20", "--cluster-seeds", option)
+    first, second = seeds[:3], seeds[3:]
+    assert len(seeds) == 6 and len(set(first)) == len(set(second)) == 3
+    assert first == second if option == "fixed" else not set(first) & set(second)
+
+
+def test_clusterings_are_shared_out_over_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four clusterings three ranks make two, one and one: those of one rank, each of them once."""
+    made, kmeans = list[int](), common.kmeans
+    monkeypatch.setattr(common, "kmeans", lambda *a, seed, **k: (made.append(seed), kmeans(*a, seed=seed, **k))[1])
+
+    class Rank:
+        def __init__(self, rank: int, world: int) -> None:
+            self.rank, self.world = rank, world
+
+        def generator(self, *key: int | str) -> torch.Generator:
+            return common.generator(*key)
+
+        def gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+            return tensors
+
+    def seeds(rank: int, world: int) -> list[int]:
+        made.clear()
+        la.cluster(Rank(rank, world), unit(N, D), 4, 5, (), method="kmeans")  # type: ignore[arg-type]
+        return list(made)
+
+    alone, shares = seeds(0, 1), [seeds(rank, 3) for rank in range(3)]
+    assert shares == [[alone[0], alone[3]], [alone[1]], [alone[2]]]
+
+
+def test_clusters_of_center_crops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--cluster-on center-crop clusters features extracted for it, unit rows, instead of the bank."""
+    extracted, clustered, extract, cluster = list[Tensor](), list[Tensor](), common.extract, la.cluster
+    monkeypatch.setattr(common, "extract", lambda *a, **k: (extracted.append(extract(*a, **k)), extracted[-1])[1])
+    monkeypatch.setattr(la, "cluster", lambda run, features, *a, **k: (clustered.append(features),
+                                                                       cluster(run, features, *a, **k))[1])
+    run_rows(tmp_path / "run", "--subset", "64", "--k", "20", "--cluster-on", "center-crop")
+    assert len(clustered) == 2 and all(a is b for a, b in zip(clustered, extracted, strict=True))
+    assert torch.allclose(extracted[0].norm(dim=1), torch.ones(64), atol=1e-5)
+
+
+def test_logged_sizes_are_those_of_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """intersection, alone and forced in the log are means over all images of the epoch's steps."""
+    close, forced, loss, nearest = list[Tensor](), list[Tensor](), la.local_aggregation, la.nearest
+
+    def watched(z: Tensor, slots: Tensor, similarity: Tensor, inside: Tensor, *rest: Any) -> Tensor:
+        close.append(inside.sum(1).float())
+        return loss(z, slots, similarity, inside, *rest)
+
+    def searched(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        found = nearest(*arguments)
+        forced.append(found[2].float())
+        return found
+
+    monkeypatch.setattr(la, "local_aggregation", watched)
+    monkeypatch.setattr(la, "nearest", searched)
+    row = run_rows(tmp_path / "run", "--epochs", "2")[1]
+    sizes = torch.cat(close)
+    assert len(sizes) == 256 and 0 < row["alone"] < 1 and 0 < row["forced"] < 1
+    assert row["intersection"] == pytest.approx(sizes.mean().item(), rel=1e-5)
+    assert row["alone"] == pytest.approx((sizes == 1).float().mean().item(), rel=1e-5)
+    assert row["forced"] == pytest.approx(torch.cat(forced).mean().item(), rel=1e-5)
+
+
+def test_nce_keeps_its_first_z(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--warmup-loss nce: every step of the warm start has the one Z estimated from the first step's noise."""
+    seen, nce = list[tuple[Tensor, float]](), la.nce
+
+    def watched(positive: Tensor, noise: Tensor, log_z: Tensor, num_images: int) -> Tensor:
+        seen.append((noise.detach(), float(log_z)))
+        return nce(positive, noise, log_z, num_images)
+
+    monkeypatch.setattr(la, "nce", watched)
+    run_rows(tmp_path / "run", "--warmup-loss", "nce", "--epochs", "2")
+    estimate = 256 * seen[0][0].double().exp().mean()
+    assert len(seen) == 8 and {log_z for _, log_z in seen} == {seen[0][1]}
+    assert seen[0][1] == pytest.approx(estimate.log().item(), abs=1e-4)
+
+
+def test_dbscan_joins_what_is_dense_and_leaves_noise_alone() -> None:
+    """--clustering dbscan: two dense groups are two clusters, and each image of neither is in one of its own."""
+    groups = F.normalize(torch.eye(4)[[0] * 6 + [1] * 6] + 0.01 * unit(12, 4), dim=1)
+    labels = la.dbscan(torch.cat([groups, torch.eye(4)[2:]]), 0.5)
+    assert labels.dtype == torch.int32 and len(labels.unique()) == 4
+    assert len(labels[:6].unique()) == len(labels[6:12].unique()) == 1
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["--m", "30000"], "m = 30000 clusters of 50,000 images hold 1.7 each"), (["--m", "25000"], ""),
+    (["--k", "20000"], "k = 20000 is 40 % of the images"), (["--k", "20000", "--background", "all"], ""),
+])
+def test_sizes_that_make_no_sense_are_warned_of(options: list[str], words: str) -> None:
+    """Clusters of fewer than two images, or k a large share of all: one warning, none where neither is so."""
+    notes = la.fit_to(50_000, la.parse_args(["--data", "cifar10", *options]))
+    assert len(notes) == bool(words) and all(note.startswith(f"warning: {words}") for note in notes)
+
+
+
+ARCHS = {"A": "alexnet", "V": "vgg16", "R18": "resnet18", "R50": "resnet50"}
+
+
+@pytest.mark.parametrize("row", figures.LA_H_M)
+def test_presets_of_the_supplements_first_table(row: str) -> None:
+    """A preset has the network, H and m that its row of the supplement's Table 1 names, and 4,096 nearest as B_i."""
+    args = la.parse_args(["--preset", figures.LA_H_M[row][0]])
+    arch, pair = row.split(" ", 1)
+    assert f"({args.H}, {args.m // 1000}k)" == pair and args.m % 1000 == 0 and args.arch == ARCHS[arch]
+    assert (args.k, args.background, args.close, args.cluster_on, args.warmup_epochs) == (4096, "nearest", "clusters",
+                                                                                          "bank", 10)
+
+
+@pytest.mark.parametrize(("preset", "changed"), [
+    ("table4-all", dict(background="all")), ("table4-clusters", dict(background="clusters")),
+    ("table5-self", dict(close="self")), ("table5-nearest", dict(close="nearest")), ("table5-3-10k", dict(H=3)),
+    ("table5-10-10k", dict(H=10)), ("supplement3-k2048", dict(k=2048)), ("supplement3-k8192", dict(k=8192)),
+    ("supplement3-center-crop", dict(cluster_on="center-crop")), ("supplement3-more-freq", dict(recluster_every=1000)),
+    ("dbscan", dict(clustering="dbscan")),
+])
+def test_a_row_of_an_ablation_changes_one_thing(preset: str, changed: dict[str, Any]) -> None:
+    """Rows of Tables 4, 5 and the supplement's Table 3 are the baseline (H = 1, m = 10,000) but for one option."""
+    row, base = (vars(la.parse_args(["--preset", name])) for name in (preset, "table4-nearest"))
+    assert {key: row[key] for key in row if row[key] != base[key] and key not in ("preset", "output")} == changed
+    assert row["background_clusters"] == [3, 1000]
 
 
 @pytest.mark.parametrize("preset", sorted(la.PRESETS))

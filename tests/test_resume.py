@@ -127,7 +127,10 @@ def test_killed_thirty_times(loss: str, tmp_path: Path) -> None:
     assert kill_often(30, tmp_path / "undisturbed", tmp_path, method) > 5
 
 
-@pytest.mark.parametrize("options", [[], ["--recluster-every", "2", "--cluster-on", "center-crop"]], ids=" ".join)
+@pytest.mark.parametrize("options", [
+    [], ["--recluster-every", "2", "--cluster-on", "center-crop"],
+    ["--background", "clusters", "--background-clusters", "2", "5"], ["--warmup-loss", "nce", "--warmup-epochs", "3"],
+], ids=" ".join)
 def test_clusterings_survive(options: list[str], tmp_path: Path) -> None:
     """Local Aggregation killed within its second epoch of clusters: same labels, bank, weights and log in the end."""
     command = [*OFTEN, "--warmup-epochs", "1", "--m", "8", "--k", "20", "--epochs", "3", *options, "--output"]
