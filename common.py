@@ -2061,6 +2061,11 @@ HAS_BFLOAT16: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: Fal
 HAS_INT8: bool = getattr(torch.cpu, "_is_vnni_supported", lambda: False)() and hasattr(torch, "_int_mm")
 
 
+def _screens(x: Tensor) -> bool:
+    """Whether products of rows x (N, D) are made in 8 bits first; of one column PyTorch 2.11's are silently garbage."""
+    return x.device.type == "cpu" and HAS_INT8 and x.shape[1] > 1
+
+
 class _Int8(NamedTuple):
     """Rows (N, D), nearly: scale * values, off by error (N,) in norm; norm (N,) is that of the row itself."""
 
@@ -2104,7 +2109,7 @@ def _where(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def low_chunks(x: Tensor, k: int) -> list[_Int8]:
     """Chunks of x (N, D) in 8 bits whose products with k centroids stay in the cache; none without instructions."""
-    if x.device.type != "cpu" or not HAS_INT8:
+    if not _screens(x):
         return []
     return [_int8(rows) for rows in torch.split(x, min(4096, max(256, (1 << 21) // k)))]
 
@@ -2235,7 +2240,7 @@ def neighbors(
     if backend == "faiss":
         return _neighbors_faiss(queries, keys, k, exclude)
     queries, keys = queries.detach().float(), keys.detach().float()
-    screened = queries.device.type == "cpu" and HAS_INT8 and len(keys) >= 128 * k
+    screened = _screens(queries) and len(keys) >= 128 * k
     work = _neighbors_screened if screened else functools.partial(_neighbors, best_first=best_first)
     every = torch.arange(len(queries), device=queries.device)
     workers = torch.get_num_threads() if queries.device.type == "cpu" else 1
