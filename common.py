@@ -369,6 +369,8 @@ class Run:
     go through nccl and those on the CPU through gloo, by which ranks agree without touching the GPU.
     """
 
+    group: dist.ProcessGroup | None = None
+
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.device = pick_device(args.device)
@@ -380,6 +382,7 @@ class Run:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
                                     timeout=datetime.timedelta(hours=2))
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
+            self.barrier()  # a rank that ends now would leave others in the midst of finding each other
         if args.batch_size % (self.world * args.accumulate):
             raise Fault(f"--batch-size {args.batch_size} must divide by ranks x accumulate = "
                         f"{self.world} x {args.accumulate}")
@@ -666,6 +669,9 @@ class Run:
             self.bar.close()
         if self.world > 1:
             self.barrier()
+            # Kept beyond the model: if that frees the group, PyTorch 2.11 waits with Python's lock for a thread of gloo
+            # that may be waiting for the lock.
+            Run.group = dist.group.WORLD
             dist.destroy_process_group()
         for number, handler in self.previous.items():  # only now: a launcher's may end this rank, others still need it
             signal.signal(number, handler)
