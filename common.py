@@ -1818,6 +1818,14 @@ class PlainNet(nn.Module):
         return maps
 
 
+class ThinProjection(nn.Conv2d):
+    """A 1x1 convolution of every other pixel, by slicing: oneDNN's backward pass with a stride writes past the end of
+    its memory where fewer than 16 channels of 64 px or more come in."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.conv2d(images[:, :, ::2, ::2], self.weight)
+
+
 class ResNet(nn.Module):
     """ResNet, the stride of a bottleneck in its 3x3; the feature is the mean over the last map, (B, dim)."""
 
@@ -1835,7 +1843,8 @@ class ResNet(nn.Module):
             for _ in range(depth):
                 shortcut = None
                 if stride == 2 or channels != planes * block.expansion:
-                    projection = nn.Conv2d(channels, planes * block.expansion, 1, stride, bias=False)
+                    convolution = ThinProjection if stride == 2 and channels < 16 else nn.Conv2d
+                    projection = convolution(channels, planes * block.expansion, 1, stride, bias=False)
                     shortcut = nn.Sequential(projection, nn.BatchNorm2d(planes * block.expansion))
                 blocks.append(block(channels, planes, stride, shortcut))
                 channels, stride = planes * block.expansion, 1
