@@ -161,7 +161,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)  # "None" says nothing
 
 
 def number(kind: type, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> Callable[[str], Any]:
