@@ -161,7 +161,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)  # "None" says nothing
 
 
 def number(kind: type, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> Callable[[str], Any]:
@@ -369,6 +370,8 @@ class Run:
     go through nccl and those on the CPU through gloo, by which ranks agree without touching the GPU.
     """
 
+    group: dist.ProcessGroup | None = None
+
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.device = pick_device(args.device)
@@ -380,6 +383,7 @@ class Run:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
                                     timeout=datetime.timedelta(hours=2))
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
+            self.barrier()  # a rank that ends now would leave others in the midst of finding each other
         if args.batch_size % (self.world * args.accumulate):
             raise Fault(f"--batch-size {args.batch_size} must divide by ranks x accumulate = "
                         f"{self.world} x {args.accumulate}")
@@ -666,6 +670,9 @@ class Run:
             self.bar.close()
         if self.world > 1:
             self.barrier()
+            # Kept beyond the model: if that frees the group, PyTorch 2.11 waits with Python's lock for a thread of gloo
+            # that may be waiting for the lock.
+            Run.group = dist.group.WORLD
             dist.destroy_process_group()
         for number, handler in self.previous.items():  # only now: a launcher's may end this rank, others still need it
             signal.signal(number, handler)
@@ -1813,6 +1820,14 @@ class PlainNet(nn.Module):
         return maps
 
 
+class ThinProjection(nn.Conv2d):
+    """A 1x1 convolution of every other pixel, by slicing: oneDNN's backward pass with a stride writes past the end of
+    its memory where fewer than 16 channels of 64 px or more come in."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.conv2d(images[:, :, ::2, ::2], self.weight)
+
+
 class ResNet(nn.Module):
     """ResNet, the stride of a bottleneck in its 3x3; the feature is the mean over the last map, (B, dim)."""
 
@@ -1830,7 +1845,8 @@ class ResNet(nn.Module):
             for _ in range(depth):
                 shortcut = None
                 if stride == 2 or channels != planes * block.expansion:
-                    projection = nn.Conv2d(channels, planes * block.expansion, 1, stride, bias=False)
+                    convolution = ThinProjection if stride == 2 and channels < 16 else nn.Conv2d
+                    projection = convolution(channels, planes * block.expansion, 1, stride, bias=False)
                     shortcut = nn.Sequential(projection, nn.BatchNorm2d(planes * block.expansion))
                 blocks.append(block(channels, planes, stride, shortcut))
                 channels, stride = planes * block.expansion, 1
@@ -2062,6 +2078,11 @@ HAS_BFLOAT16: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: Fal
 HAS_INT8: bool = getattr(torch.cpu, "_is_vnni_supported", lambda: False)() and hasattr(torch, "_int_mm")
 
 
+def _screens(x: Tensor) -> bool:
+    """Whether products of rows x (N, D) are made in 8 bits first; of one column PyTorch 2.11's are silently garbage."""
+    return x.device.type == "cpu" and HAS_INT8 and x.shape[1] > 1
+
+
 class _Int8(NamedTuple):
     """Rows (N, D), nearly: scale * values, off by error (N,) in norm; norm (N,) is that of the row itself."""
 
@@ -2105,7 +2126,7 @@ def _where(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def low_chunks(x: Tensor, k: int) -> list[_Int8]:
     """Chunks of x (N, D) in 8 bits whose products with k centroids stay in the cache; none without instructions."""
-    if x.device.type != "cpu" or not HAS_INT8:
+    if not _screens(x):
         return []
     return [_int8(rows) for rows in torch.split(x, min(4096, max(256, (1 << 21) // k)))]
 
@@ -2236,7 +2257,7 @@ def neighbors(
     if backend == "faiss":
         return _neighbors_faiss(queries, keys, k, exclude)
     queries, keys = queries.detach().float(), keys.detach().float()
-    screened = queries.device.type == "cpu" and HAS_INT8 and len(keys) >= 128 * k
+    screened = _screens(queries) and len(keys) >= 128 * k
     work = _neighbors_screened if screened else functools.partial(_neighbors, best_first=best_first)
     every = torch.arange(len(queries), device=queries.device)
     workers = torch.get_num_threads() if queries.device.type == "cpu" else 1

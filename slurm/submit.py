@@ -43,9 +43,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-import submitit
-import submitit.helpers
 import torch
+
+try:
+    import submitit
+    import submitit.helpers
+except ImportError:
+    print("submit.py: error: submitit is missing: pip install submitit", file=sys.stderr)
+    sys.exit(2)
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

@@ -236,3 +236,19 @@ def test_unknown_architecture_is_named() -> None:
     """An unknown name is a ValueError that lists the known ones."""
     with pytest.raises(ValueError, match=r"resnet19.*resnet18"):
         common.backbone("resnet19")
+
+
+def test_thin_projection_is_the_strided_convolution() -> None:
+    """Output and gradients of the projection of thin networks are those of a convolution in float64 at 96 px."""
+    torch.manual_seed(0)
+    projection = common.backbone("resnet18", 4, True).layer2[0].downsample[0]
+    assert isinstance(projection, common.ThinProjection)
+    projection.to(memory_format=torch.channels_last)
+    reference = torch.nn.Conv2d(4, 8, 1, 2, bias=False, dtype=torch.float64)
+    reference.load_state_dict(projection.state_dict())
+    images = torch.randn(8, 4, 96, 95).to(memory_format=torch.channels_last)
+    found, expected = projection(images), reference(images.double())
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    for output in (found, expected):
+        output.square().sum().backward()
+    torch.testing.assert_close(projection.weight.grad.double(), reference.weight.grad, atol=1e-1, rtol=1e-5)

@@ -462,6 +462,14 @@ def test_optional_libraries_are_optional() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=common.ROOT, check=True)
 
 
+def test_submission_without_submitit() -> None:
+    """One line says what to install."""
+    code = "import sys, runpy; sys.modules['submitit'] = None; runpy.run_path('slurm/submit.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=common.ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "submit.py: error: submitit is missing: pip install submitit\n"
+
+
 def killed_worker() -> None:
     original = common._Decoder.__getitem__
 

@@ -44,7 +44,7 @@ def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("screened", [False, True])
-@pytest.mark.parametrize(("rows", "k", "dim"), [(3000, 61, 32), (2500, 256, 128), (5, 5, 3), (1, 1, 1)])
+@pytest.mark.parametrize(("rows", "k", "dim"), [(3000, 61, 32), (2500, 256, 128), (5, 5, 3), (40, 6, 1), (1, 1, 1)])
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_assignment_is_the_nearest(
     rows: int, k: int, dim: int, scale: float, screened: bool, device: str, monkeypatch: pytest.MonkeyPatch

@@ -78,6 +78,14 @@ def test_screened_neighbors_of_many_alike() -> None:
     assert torch.equal(index % 2, (torch.arange(5) % 2)[:, None].expand(5, 40))
 
 
+def test_neighbors_of_one_column() -> None:
+    """Features of one number have neighbours too, where a screen in 8 bits of one column is garbage (PyTorch 2.11)."""
+    keys = torch.randn(4096, 1, generator=torch.Generator().manual_seed(0))
+    similarity, index = common.neighbors(torch.ones(3, 1), keys, 8)
+    expected = keys[:, 0].topk(8)
+    assert torch.equal(similarity, expected.values.expand(3, -1)) and torch.equal(index, expected.indices.expand(3, -1))
+
+
 def test_neighbors_in_any_order(device: str) -> None:
     """Without an order the same neighbours are found, each with its own similarity."""
     queries, keys = unit(23, 32, 0, device), unit(4999, 32, 1, device)

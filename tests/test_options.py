@@ -57,6 +57,7 @@ def test_help_shows_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
     assert "of eq. (6), noise images drawn for each image (nce, sampled) (default: 512)" in texts[0]
     assert "(default: cifar10-nce512)" in texts[0] and "(default: 0.0005)" in texts[0]
     assert "(default: 4096)" in texts[1] and "(default: 0.0005)" not in texts[1]
+    assert "default: the best available" in texts[0] and "(default: None)" not in texts[0]
 
 
 def test_no_abbreviations(capsys: pytest.CaptureFixture[str]) -> None:

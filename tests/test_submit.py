@@ -20,6 +20,7 @@ from helpers import ROOT, TINY, Process, checkpoint, log, same, start
 
 import common
 
+pytest.importorskip("submitit")
 submit = importlib.import_module("slurm.submit")
 SUBMIT = [sys.executable, str(ROOT / "slurm" / "submit.py")]
 
