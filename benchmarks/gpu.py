@@ -786,10 +786,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="in miniature: for tests")
     parser.add_argument("--minutes", type=common.POSITIVE, default=9.0, help="for all; what does not fit is left out")
     parser.add_argument("--jpegs", type=Path, metavar="DIR", help="for decode; default: drawn ones of 500 x 375")
-    parser.add_argument("--output", type=Path, default=Path("results/gpu.jsonl"), help="JSON lines, appended")
+    parser.add_argument("--output", type=Path, help="JSON lines, appended; default: results/gpu.jsonl, of --tiny none")
     parser.add_argument("--paper", action="store_true", help="print the profile on paper and end")
     parser.add_argument("--child", action="store_true", help="run one benchmark in this process")
     args = parser.parse_args(argv)
+    args.output = args.output or Path(os.devnull if args.tiny else "results/gpu.jsonl")
     if unknown := set(args.names) - set(BENCHMARKS):
         parser.error(f"no benchmark {', '.join(unknown)}: {', '.join(BENCHMARKS)}")
     return args
