@@ -1821,11 +1821,12 @@ class PlainNet(nn.Module):
 
 
 class ThinProjection(nn.Conv2d):
-    """A 1x1 convolution of every other pixel, by slicing: oneDNN's backward pass with a stride writes past the end of
+    """A 1x1 convolution with a stride, by slicing: oneDNN's backward pass with a stride writes past the end of
     its memory where fewer than 16 channels of 64 px or more come in."""
 
     def forward(self, images: Tensor) -> Tensor:
-        return F.conv2d(images[:, :, ::2, ::2], self.weight)
+        down, across = self.stride
+        return F.conv2d(images[:, :, ::down, ::across], self.weight)
 
 
 class ResNet(nn.Module):
