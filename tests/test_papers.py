@@ -103,7 +103,7 @@ def test_figures_are_logged() -> None:
     assert rows
     for row in rows:
         folder = (common.ROOT / re.findall(r"\((results/[^)]+)\)", row)[-1]).parent
-        lines = [line for name in ("log.jsonl", "eval.jsonl") if (folder / name).exists()
+        lines = [line for name in ("log.jsonl", "eval.jsonl", "sweep.jsonl") if (folder / name).exists()
                  for line in (folder / name).read_text().splitlines()]
         known = set[str]().union(*(numbers(json.loads(line)) for line in lines))
         for cell in row.strip("|").split("|")[1:]:
