@@ -38,12 +38,12 @@ Differences from the paper and from the existing codes:
     or not N divides by B. The k-means seeds follow from --seed: the same each epoch, or `--cluster-seeds redrawn`.
   * DBSCAN collapses, as the paper says: kept for Table 5's discussion as `--clustering dbscan`.
 
-log.jsonl has, beside NPID's keys: la_loss; close_size, mean |C_i|; skewness, mean distance of v_i to the centre of C_i
-(section 5.2); intersection, mean |B_i and C_i|, and alone, the share of images with nothing but themselves in it;
-forced, the share that had to be put into their own B_i; objective, empty and splits of the k-means; nmi with the
-clustering before; cluster_seconds; and, each --knn-every epochs and after the last, local_density and
-background_density (Fig. 2: mean similarity to the 30 nearest, and to ranks 1000 to 4096, or the same shares of fewer
-images).
+log.jsonl has, beside NPID's keys: npid_loss and la_loss, each of its epochs; close_size, mean |C_i|; skewness, mean
+distance of v_i to the centre of C_i (section 5.2); intersection, mean |B_i and C_i|, and alone, the share of images
+with nothing but themselves in it; forced, the share that had to be put into their own B_i; objective, empty and splits
+of the k-means; nmi with the clustering before; cluster_seconds; and, each --knn-every epochs and after the last,
+local_density and background_density (Fig. 2: mean similarity to the 30 nearest, and to ranks 1000 to 4096, or the same
+shares of fewer images).
 """
 
 import argparse
@@ -170,8 +170,7 @@ def fit_to(count: int, args: argparse.Namespace) -> list[str]:
     for name, value in fitting.items():
         given = getattr(args, name)
         if given > count and name in args.typed:
-            raise common.Fault(f"--{name} {given} is more than the {count} images; "
-                               f"{value} would fit as ImageNet's does")
+            raise common.Fault(f"--{name} {given} is more than the {count} images; {value} would fit")
         if given > count // 4 and name not in args.typed:
             notes.append(f"--{name} {value}, scaled from {given} to {count:,} images")
             setattr(args, name, value)
@@ -457,9 +456,9 @@ def main(args: argparse.Namespace) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            warm = epoch >= args.warmup_epochs
+            warming = epoch < args.warmup_epochs
             due = step == 0 or (args.recluster_every and step % args.recluster_every == 0)
-            if warm and due and "clusters" in (args.close, args.background):
+            if not warming and due and "clusters" in (args.close, args.background):
                 clustering_began = time.perf_counter()
                 features = bank.features
                 if args.cluster_on == "center-crop":
@@ -483,7 +482,7 @@ def main(args: argparse.Namespace) -> None:
 
             images = data.normalize(augment(images, run.draw(epoch, step), not data.small, args.flip))
             noise = index[:, None]
-            if not warm and args.warmup_loss == "nce":
+            if warming and args.warmup_loss == "nce":
                 source = run.generator("noise", epoch, step, device=run.device)
                 shape = (args.batch_size, NOISE)
                 noise = torch.randint(len(data), shape, generator=source, device=run.device)[run.rows(args.batch_size)]
@@ -494,9 +493,9 @@ def main(args: argparse.Namespace) -> None:
                 with run.autocast():
                     feature = model(part)
                 f = F.normalize(feature)
-                if not warm and args.warmup_loss == "softmax":
+                if warming and args.warmup_loss == "softmax":
                     losses = common.bank_softmax(f, i, bank.features, args.temperature)
-                elif not warm:
+                elif warming:
                     positive = (f * bank.features[i].float()).sum(1) / args.temperature
                     negative = noise_scores(f, j, bank.features, args.temperature)
                     estimate = negative.detach().flatten().logsumexp(0) + math.log(len(data) / negative.numel())
@@ -512,7 +511,7 @@ def main(args: argparse.Namespace) -> None:
                     totals.add(forced=missing.float().mean())
                 else:
                     losses, size = local_aggregation_dense(f, i, background, clusters, bank.features, args.temperature)
-                if not warm:
+                if warming:
                     totals.add(npid_loss=losses.mean())
                 else:
                     totals.add(la_loss=losses.mean(), intersection=size.float().mean(),
