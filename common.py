@@ -20,6 +20,7 @@ a test of its own holds it. Nothing happens at import. In order of use:
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -27,6 +28,7 @@ import datetime
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import io
 import json
@@ -670,14 +672,23 @@ class Run:
             self.bar.close()
         if self.world > 1:
             self.barrier()
-            # Kept beyond the model: if that frees the group, PyTorch 2.11 waits with Python's lock for a thread of gloo
-            # that may be waiting for the lock.
             Run.group = dist.group.WORLD
+            atexit.register(release_group)
             dist.destroy_process_group()
         for number, handler in self.previous.items():  # only now: a launcher's may end this rank, others still need it
             signal.signal(number, handler)
         if self.rank == 0:
             self.lock.close()
+
+
+def release_group() -> None:
+    """Drop the group of ranks when all else is gone, and before Python is.
+
+    Freed with the model, PyTorch 2.11 waits with Python's lock for a thread of gloo that may be waiting for the lock;
+    freed with Python itself, such a thread ends the process by abort.
+    """
+    gc.collect()  # the model, which holds the group too
+    Run.group = None
 
 
 class Totals:
