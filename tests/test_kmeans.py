@@ -176,6 +176,41 @@ def test_same_seed_same_result(backend: str) -> None:
     assert not torch.equal(one.centroids, other.centroids)
 
 
+HALF = {
+    "features": lambda x: x,
+    "nearly alike": lambda x: F.normalize(torch.ones(x.shape[1]), dim=0) + 0.03 * x,
+    "huge": lambda x: 1e6 * x,
+    "tiny": lambda x: 1e-6 * x,
+}
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+@pytest.mark.parametrize("case", HALF)
+def test_half_precision_only_leads_the_way(case: str, spherical: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: iterations in float16 end as low as those in float32, with float32's nearest centroids as labels."""
+    x, used = HALF[case](cloud(4000, 64)), list[Tensor]()
+    exact = common.kmeans(x, 60, seed=1, spherical=spherical)
+    monkeypatch.setattr(common, "TENSOR_CORES", {"cpu"})
+    rough = common._Half.nearest
+    monkeypatch.setattr(common._Half, "nearest", lambda *args: used.append(rough(*args)) or used[-1])
+    found = common.kmeans(x, 60, seed=1, spherical=spherical)
+    assert len(used) > 10 and all(labels.dtype == torch.int64 for labels in used)
+    assert found.objective[0] == pytest.approx(exact.objective[0], rel=1e-4)
+    assert found.objective[-1] == pytest.approx(exact.objective[-1], rel=3e-3)
+    labels, total = common.assign(F.normalize(x, dim=1) if spherical else x, found.centroids)
+    assert torch.equal(found.labels.long(), labels) and found.objective[-1] == total
+
+
+def test_half_precision_ends_at_a_fixed_point_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where float16 moves no label any more, float32 goes on until it moves none either."""
+    monkeypatch.setattr(common, "TENSOR_CORES", {"cpu"})
+    x = cloud(3000, 8)
+    found = common.kmeans(x, 12, iterations=500)
+    assert len(found.objective) < 400
+    sums, counts = common.cluster_sums(x, found.labels.long(), 12)
+    torch.testing.assert_close(found.centroids, sums / counts[:, None], rtol=0, atol=0)
+
+
 def test_empty_clusters_are_split(device: str) -> None:
     """Starts that no row is nearest to take halves of full clusters, and all clusters end up used."""
     x = cloud(1000, 8, device=device)
