@@ -25,6 +25,7 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import difflib
 import errno
 import fcntl
 import functools
@@ -301,12 +302,15 @@ def parse(
 ) -> argparse.Namespace:
     """Defaults < preset `base` < preset (by --preset, else by --data) < command line. Bad presets are errors."""
     default = options.get_default("data")
-    options.add_argument("--preset", choices=list(presets), help="a row of a paper's table (README.md, PAPERS.md); "
-                         "default: the preset that carries the data set's name")
+    options.add_argument("--preset", choices=list(presets), metavar="NAME", help="a row of a paper's table (README.md, "
+                         f"PAPERS.md), one of {', '.join(presets)}; default: the one that carries the data set's name")
     first = _Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=list(presets))
+    first.add_argument("--preset")
     first.add_argument("--data", default=default)
     early = first.parse_known_args(argv)[0]
+    if early.preset is not None and early.preset not in presets:
+        near = ", ".join(difflib.get_close_matches(early.preset, presets, cutoff=0.4))
+        options.error(f"there is no preset {early.preset}" + f"; near it: {near}" * bool(near))
     name = early.preset or (early.data if early.data in presets else base)
     known = {action.dest: action for action in options._actions}
     for key, value in (presets[base] | presets[name]).items():

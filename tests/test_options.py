@@ -89,6 +89,16 @@ def test_every_option_has_help(module: Any, monkeypatch: pytest.MonkeyPatch) -> 
         assert action.help and action.help is not argparse.SUPPRESS, action.option_strings
 
 
+@pytest.mark.parametrize(("name", "near"), [("cifar10-nce", "; near it: cifar10-nce1, "), ("zzz", " (see --help)")])
+def test_unknown_preset(name: str, near: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A preset that does not exist is one short line, with those of a similar name if there are any."""
+    with pytest.raises(SystemExit) as end:
+        npid.parse_args(["--preset", name])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and len(error) < 200
+    assert f"there is no preset {name}{near}" in error
+
+
 @pytest.mark.parametrize("preset", npid.PRESETS)
 def test_presets_parse(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every preset parses, and would have parsed if it had been typed."""
