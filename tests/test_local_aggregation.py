@@ -270,10 +270,26 @@ def test_defaults_shrink_to_the_data_and_typed_values_do_not() -> None:
     assert (args.m, args.k) == (6000, 1000)
 
 
-def test_a_run_that_ends_in_its_warm_start_is_warned() -> None:
-    """As many warm-up epochs as epochs leave none for Local Aggregation: a warning, and none with one more epoch."""
-    notes = [la.fit_to(50_000, la.parse_args(["--data", "cifar10", "--epochs", str(n)])) for n in (10, 11)]
-    assert len(notes[0]) == 1 and "--warmup-epochs 10" in notes[0][0] and notes[1] == []
+@pytest.mark.parametrize(("preset", "images", "m"), [
+    ("cifar10", 50_000, 10_000), ("cifar10", 20_000, 4000), ("cifar10-thin", 5000, 1000), ("cifar10-thin", 1000, 200),
+    ("stl10", 105_000, 21_000), ("stl10", 10_500, 2100), ("imagenet", 1_281_167, 30_000), ("table5-3-10k", 12_811, 100),
+])
+def test_clusters_keep_their_size(preset: str, images: int, m: int) -> None:
+    """Of fewer images than a preset is meant for there are fewer clusters, as large as those of all."""
+    args = la.parse_args(["--preset", preset])
+    la.fit_to(images, args)
+    assert args.m == m
+
+
+@pytest.mark.parametrize(("options", "warm", "word"), [
+    (["--epochs", "68"], 67, ""), (["--epochs", "67"], 22, "a third"), (["--epochs", "2"], 1, "a third"),
+    (["--epochs", "1"], 67, "warning"), (["--epochs", "30", "--warmup-epochs", "30"], 30, "warning"),
+])
+def test_a_run_shorter_than_its_warm_start(options: list[str], warm: int, word: str) -> None:
+    """A default warm start that leaves no epoch takes a third, one that was typed is warned of."""
+    args = la.parse_args(["--data", "cifar10", *options])
+    notes = la.fit_to(50_000, args)
+    assert args.warmup_epochs == warm and len(notes) == bool(word) and all(word in note for note in notes)
 
 
 def test_a_bank_that_is_not_finite_is_not_clustered() -> None:
