@@ -2099,7 +2099,7 @@ class _Half:
 
     def nearest(self, centroids: Tensor) -> Tensor:
         """Labels (N,) int64."""
-        keys = (centroids - self.mean) * self.scale
+        keys = ((centroids - self.mean) * self.scale).clamp_(-100, 100)  # one that is far away stays finite, and far
         keys, offset = keys.half(), (-0.5 * keys.square().sum(1)).half()
         parts = torch.split(self.rows, CHUNK.get(self.rows.device.type, 1024))
         return torch.cat([F.linear(rows, keys, offset).max(1).indices for rows in parts])

@@ -201,6 +201,18 @@ def test_half_precision_only_leads_the_way(case: str, spherical: bool, monkeypat
     assert torch.equal(found.labels.long(), labels) and found.objective[-1] == total
 
 
+@pytest.mark.parametrize("far", [1e2, 1e5, 1e9, 1e30])
+def test_half_precision_bears_far_centroids(far: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start far beyond float16's range is nobody's nearest, and is split off a full cluster like any empty one."""
+    monkeypatch.setattr(common, "TENSOR_CORES", {"cpu"})
+    x = cloud(1000, 64)
+    start = torch.cat([x[:10], torch.full((10, 64), far)])
+    half, truth = common._Half(x), squared_distances(x, start).argmin(1)
+    assert float((half.nearest(start) == truth).float().mean()) > 0.99
+    found = common.kmeans(x, 20, init=start, iterations=15)
+    assert found.splits >= 10 and len(found.labels.unique()) == 20
+
+
 def test_half_precision_ends_at_a_fixed_point_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where float16 moves no label any more, float32 goes on until it moves none either."""
     monkeypatch.setattr(common, "TENSOR_CORES", {"cpu"})
