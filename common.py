@@ -205,9 +205,10 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def default_workers() -> int:
-    """This rank's share of the processor's cores, 16 at most."""
+    """This rank's share of the processor's cores, 16 at most. SLURM may have bound it to its own cores already."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    bound = "TORCHELASTIC_RUN_ID" not in os.environ and cores <= int(os.environ.get("SLURM_CPUS_PER_TASK", "0"))
+    return min(16, max(1, cores // (1 if bound else int(os.environ.get("LOCAL_WORLD_SIZE", "1")))))
 
 
 def add_set_options(data: argparse._ArgumentGroup) -> None:
@@ -431,7 +432,7 @@ class Run:
             return tensors
         joined = []
         for tensor in tensors:
-            parts = [torch.empty_like(tensor) for _ in range(self.world)]
+            parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.world)]
             dist.all_gather(parts, tensor.contiguous())
             joined.append(torch.cat(parts))
         return tuple(joined)
@@ -1973,7 +1974,8 @@ def bank_attention(z: Tensor, bank: Tensor, temperature: float) -> tuple[Tensor,
     query = z / temperature
     peak = query.new_full((len(z), 1), -math.inf)
     total, output = torch.zeros_like(peak), torch.zeros_like(query)
-    for keys in torch.split(bank, 4096 if z.device.type == "cpu" else 32768):
+    # On a CPU products that stay in the cache; on a GPU few launches, and logits of 134 MB at most.
+    for keys in torch.split(bank, 4096 if z.device.type == "cpu" else max(32768, (1 << 25) // len(z))):
         keys = keys.to(query.dtype)
         logits = products(query, keys)
         new_peak = torch.maximum(peak, logits.amax(1, keepdim=True))
@@ -2069,11 +2071,15 @@ def kmeans(
 CHUNK = {"cuda": 16384}  # rows at once; elsewhere 1,024, of 256 to 4,096 the fastest on a CPU
 
 
-def nearest(x: Tensor, centroids: Tensor, low: list[_Int8] | None = None) -> Tensor:
-    """The nearest centroid of each row, (N,) int64, by float32 scores.
+def nearest(
+    x: Tensor, centroids: Tensor, low: list[_Int8] | None = None, half: _Half | None = None
+) -> Tensor:
+    """The nearest centroid of each row, (N,) int64, by float32 scores, or in a hurry by half's.
 
-    low: low_chunks(x, len(centroids)), from whoever needs them more than once.
+    low: low_chunks(x, len(centroids)), from whoever needs them more than once; half: half_rows(x).
     """
+    if half is not None:
+        return half.nearest(centroids)
     offset = -0.5 * centroids.square().sum(1)
     low = low_chunks(x, len(centroids)) if low is None else low
     if low and (labels := _nearest_screened(x, centroids, offset, low)) is not None:
@@ -2105,11 +2111,16 @@ class _Half:
         return torch.cat([F.linear(rows, keys, offset).max(1).indices for rows in parts])
 
 
+def half_rows(x: Tensor) -> _Half | None:
+    """Rows x (N, D) for all iterations of k-means but the last; none without tensor cores."""
+    return _Half(x) if x.device.type in TENSOR_CORES else None
+
+
 def assign(
     x: Tensor, centroids: Tensor, low: list[_Int8] | None = None, half: _Half | None = None
 ) -> tuple[Tensor, float]:
-    """nearest(x, centroids, low), or half's, and the sum of squared distances, k-means' objective, in float32."""
-    labels = nearest(x, centroids, low) if half is None else half.nearest(centroids)
+    """nearest(...), and the sum of squared distances, k-means' objective, in float32."""
+    labels = nearest(x, centroids, low, half)
     chunk = 4 * CHUNK.get(x.device.type, 1024)  # of a lighter operator
     parts = zip(torch.split(x, chunk), torch.split(labels, chunk), strict=True)
     totals = [F.mse_loss(rows, centroids.index_select(0, found), reduction="sum").double() for rows, found in parts]
@@ -2214,7 +2225,7 @@ def _kmeans_torch(x: Tensor, centroids: Tensor, iterations: int, seed: int, sphe
     random = np.random.default_rng([seed, 1])
     k, empty, splits = len(centroids), 0, 0
     objective: list[float] = []
-    low, half = low_chunks(x, k), _Half(x) if x.device.type in TENSOR_CORES else None
+    low, half = low_chunks(x, k), half_rows(x)
     labels = torch.full((len(x),), -1, device=x.device)
     for iteration in range(iterations + 1):
         before, (labels, total) = labels, assign(x, centroids, low, half if iteration < iterations else None)

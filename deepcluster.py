@@ -454,12 +454,15 @@ def kmeans_half(x: Tensor, k: int, seed: int, iterations: int = 20) -> tuple[Ten
     """Lloyd's k-means from k random rows of x (N, D), no cluster left empty: labels (N,), empties of the last step."""
     random = np.random.default_rng(seed)
     centroids = x[torch.from_numpy(random.permutation(len(x))[:k]).to(x.device)]
-    low = common.low_chunks(x, k)
+    low, half = common.low_chunks(x, k), common.half_rows(x)
     labels, empties = torch.full((len(x),), -1, device=x.device), 0
     for iteration in range(iterations + 1):
-        before, (labels, empties) = labels, fill_empty(common.nearest(x, centroids, low), k, random)
-        if iteration == iterations or (empties == 0 and torch.equal(labels, before)):
+        half = half if iteration < iterations else None
+        before, (labels, empties) = labels, fill_empty(common.nearest(x, centroids, low, half), k, random)
+        settled = empties == 0 and torch.equal(labels, before)
+        if iteration == iterations or (settled and half is None):
             break
+        half = None if settled else half  # float32 decides whether this is a fixed point
         sums, counts = common.cluster_sums(x, labels, k)
         centroids = sums / counts[:, None]
     return labels, empties

@@ -376,11 +376,12 @@ class Anchors(AnchorGenerator):  # type: ignore[misc]
 
 
 class ProposalHead(RPNHead):  # type: ignore[misc]
-    """Torchvision's, its output in float32: 8 bits are too few for boxes."""
+    """Torchvision's, its last layers in float32: 8 bits are too few for boxes and for the order of scores."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        scores, offsets = super().forward(x)
-        return [score.float() for score in scores], [offset.float() for offset in offsets]
+        hidden = [self.conv(part) for part in x]
+        with torch.autocast(x[0].device.type, enabled=False):
+            return [self.cls_logits(h.float()) for h in hidden], [self.bbox_pred(h.float()) for h in hidden]
 
 
 class Proposals(RegionProposalNetwork):  # type: ignore[misc]
@@ -432,7 +433,8 @@ class Predictor(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        return self.scores(features).float(), self.offsets(features).float()
+        with torch.autocast(features.device.type, enabled=False):
+            return self.scores(features.float()), self.offsets(features.float())
 
 
 class Detector(nn.Module):

@@ -936,8 +936,12 @@ def edges(args: argparse.Namespace) -> None:
 
 def variance_kept(features: Tensor) -> Tensor:
     """Share in percent of the variance of rows (N, D) that the 1, 2, ... D largest eigenvalues have, (D,)."""
-    x = features.double()
-    values: Tensor = torch.linalg.eigvalsh((x - x.mean(0)).T @ (x - x.mean(0))).flip(0).clamp(min=0)
+    parts = torch.split(features, 8192)  # in float64 all rows of ImageNet would take tens of GB
+    mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / len(features)
+    scatter = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
+    for part in parts:
+        scatter.addmm_((part.double() - mean).T, part.double() - mean)
+    values: Tensor = torch.linalg.eigvalsh(scatter).flip(0).clamp(min=0)
     return 100 * values.cumsum(0) / values.sum().clamp(min=1e-300)
 
 

@@ -290,13 +290,14 @@ def local_aggregation(z: Tensor, slots: Tensor, similarity: Tensor, close: Tenso
 
 
 def local_aggregation_dense(
-    z: Tensor, index: Tensor, background: Clusters, close: Clusters, bank: Tensor, tau: float, chunk: int = 8192
+    z: Tensor, index: Tensor, background: Clusters, close: Clusters, bank: Tensor, tau: float, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """L_i of eq. (4), (B,), and |B_i and C_i|, (B,), with B_i too given by clusters, of any size: chunk by chunk."""
     query = z.detach() / tau
     peak = torch.full((2, len(z), 1), -math.inf, device=z.device)
     total, mean = torch.zeros_like(peak), torch.zeros(2, *z.shape, device=z.device)
     size = torch.zeros(len(z), device=z.device)
+    chunk = chunk or (8192 if z.device.type == "cpu" else max(8192, (1 << 25) // len(z)))
     for start in range(0, len(bank), chunk):
         slots = torch.arange(start, min(start + chunk, len(bank)), device=z.device)
         rows = bank[slots].float()
@@ -315,7 +316,8 @@ def local_aggregation_dense(
 
 def noise_scores(z: Tensor, noise: Tensor, bank: Tensor, tau: float) -> Tensor:
     """v_j . f / tau of the noise slots (B, m), for the paper's warm start."""
-    if 16 * noise.shape[1] > len(bank):  # many draws: all products at once beat gathering rows
+    # Many draws: all products at once beat gathering rows, on a GPU where they are fewer bytes.
+    if (16 if z.device.type == "cpu" else z.shape[1]) * noise.shape[1] > len(bank):
         return (z @ bank.float().T).gather(1, noise) / tau
     return torch.einsum("bd,bmd->bm", z, bank[noise].float()) / tau
 

@@ -166,7 +166,8 @@ def parametric_softmax(features: Tensor, index: Tensor, weights: Tensor) -> Tens
 
 def noise_scores(z: Tensor, noise: Tensor, bank: Tensor, temperature: float) -> Tensor:
     """v_j . f / tau for each image's own noise draws: (B, m)."""
-    if 16 * noise.shape[1] > len(bank):  # many draws: all products at once beat gathering rows
+    # Many draws: all products at once beat gathering rows, on a GPU where they are fewer bytes.
+    if (16 if z.device.type == "cpu" else z.shape[1]) * noise.shape[1] > len(bank):
         return (z @ bank.float().T).gather(1, noise) / temperature
     return torch.einsum("bd,bmd->bm", z, bank[noise].float()) / temperature
 

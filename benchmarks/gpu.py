@@ -1,7 +1,7 @@
 """Speed on one GPU, as a share of its own measured ceilings and against the plain PyTorch way of doing the same.
 
-    python benchmarks/gpu.py --minutes 9               # all of it on a CUDA device, into results/gpu.jsonl
-    python benchmarks/gpu.py ceilings softmax step     # some of it
+    python benchmarks/gpu.py ceilings softmax step kmeans knn la-search      # into results/gpu.jsonl, nine minutes,
+    python benchmarks/gpu.py ceilings scripts resnet50 checkpoint decode     # and nine more
     python benchmarks/gpu.py --device cpu --tiny       # the same code in miniature, on any machine
     python benchmarks/gpu.py --paper                   # the profile of benchmarks/README.md: work, bytes, least times
 
@@ -18,6 +18,7 @@ import io
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -795,7 +796,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default: all")
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"], help="what is measured")
     parser.add_argument("--tiny", action="store_true", help="in miniature: for tests")
-    parser.add_argument("--minutes", type=common.POSITIVE, default=9.0, help="for all; what does not fit is left out")
+    parser.add_argument("--minutes", type=common.POSITIVE, default=9.0,
+                        help="for the whole call; what does not fit is left out, and said")
     parser.add_argument("--jpegs", type=Path, metavar="DIR", help="for decode; default: drawn ones of 500 x 375")
     parser.add_argument("--output", type=Path, help="JSON lines, appended; default: results/gpu.jsonl, of --tiny none")
     parser.add_argument("--paper", action="store_true", help="print the profile on paper and end")
@@ -805,6 +807,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if unknown := set(args.names) - set(BENCHMARKS):
         parser.error(f"no benchmark {', '.join(unknown)}: {', '.join(BENCHMARKS)}")
     return args
+
+
+def call(command: Sequence[str], limit: float) -> int:
+    """The exit code of a command. After `limit` seconds it ends with all that it has started, which would go on."""
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        return process.wait(limit)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
 
 
 def main(args: argparse.Namespace) -> None:
@@ -825,7 +838,7 @@ def main(args: argparse.Namespace) -> None:
         try:
             if limit < 5:
                 problem = "no time was left"
-            elif code := subprocess.run(command, timeout=limit).returncode:
+            elif code := call(command, limit):
                 problem = f"exit code {code}"
         except subprocess.TimeoutExpired:
             problem = f"stopped after {limit:.0f} s"

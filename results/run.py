@@ -20,6 +20,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,8 +41,8 @@ KNN = "eval_knn.py {run}/checkpoint.pth --k 200 20"
 LINEAR = "eval_linear.py {run}/checkpoint.pth --layers backbone"
 SVM = "eval_linear.py {run}/checkpoint.pth --preset svm-head"
 SVM_BACKBONE = "eval_linear.py {run}/checkpoint.pth --preset svm-head --layers backbone"  # DeepCluster has no head
-CURVES = "figures.py curves {run} --out {results}/curves.png"
-GALLERY = "figures.py gallery {run} --out {results}/gallery.png"
+CURVES = "figures.py curves {run} --out {run}/curves.png"
+GALLERY = "figures.py gallery {run} --out {run}/gallery.png"
 MADE = (KNN, LINEAR, SVM)
 DRAWN = (*MADE, CURVES, GALLERY)
 
@@ -174,6 +175,8 @@ def publish(name: str, facts: dict[str, Any], args: argparse.Namespace) -> None:
     for file in ("log.jsonl", "eval.jsonl"):
         if (source / file).exists():
             (target / file).write_text(portable((source / file).read_text(), args))
+    for picture in source.glob("*.png"):
+        shutil.copy(picture, target)
     (target / "row.json").write_text(portable(json.dumps(facts, indent=1), args) + "\n")
 
 
@@ -186,13 +189,13 @@ def make(name: str, args: argparse.Namespace, deadline: float) -> bool:
                                  steps=[])
     if state.exists():
         facts = json.loads(state.read_text())
+        publish(name, facts, args)  # the last call may have been killed before it did, or its results be gone
     train = row.train.replace("data/", f"{args.data_dir}/").split()
     train += ["--data-dir", str(args.data_dir), "--output", str(folder), *args.added]
-    steps = [train, *(step.format(run=folder, results=args.results / name).split() for step in row.steps)]
+    steps = [train, *(step.format(run=folder).split() for step in row.steps)]
     if importlib.util.find_spec("matplotlib") is None:
         print(f"{name}: without pictures, which need matplotlib", flush=True)
         steps = [step for step in steps if step[0] != "figures.py"]
-    (args.results / name).mkdir(parents=True, exist_ok=True)
     for number, step in enumerate(steps):
         if number < len(facts["steps"]):
             continue

@@ -334,6 +334,8 @@ def executor(args: argparse.Namespace, folder: Path, nodes: int, gpus: int, task
     )
     rest: dict[str, Any] = dict(requeue=True)
     for key, value in args.slurm:
+        if key == "cpus_per_task":  # which srun, unlike sbatch, would have to be told again
+            own["srun_args"].append(f"--cpus-per-task={value}")
         if key == "setup":
             own[key] = [*own.get(key, []), value]
         elif key == "srun_args":

@@ -494,6 +494,20 @@ def test_kmeans_of_duplicates(distinct: int, k: int) -> None:
     assert dc.cluster_means(x, labels).isfinite().all()
 
 
+def test_half_precision_only_leads_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: iterations in float16 end as low as those in float32, which makes the last labels."""
+    x, used = unit_rows(3000, 32), list[Tensor]()
+    exact = dc.kmeans_half(x, 40, seed=3)[0]
+    rough = common._Half.nearest
+    monkeypatch.setattr(common, "TENSOR_CORES", {"cpu"})
+    monkeypatch.setattr(common._Half, "nearest", lambda *args: used.append(rough(*args)) or used[-1])
+    assert torch.equal(dc.kmeans_half(x, 40, seed=3, iterations=0)[0], common.nearest(x, x[torch.from_numpy(
+        np.random.default_rng(3).permutation(len(x))[:40])])) and not used
+    labels = dc.kmeans_half(x, 40, seed=3)[0]
+    spread = [float((x - dc.cluster_means(x, found)[found]).square().sum()) for found in (labels, exact)]
+    assert len(used) > 10 and spread[0] == pytest.approx(spread[1], rel=5e-3)
+
+
 # ---- power iteration clustering --------------------------------------------------------------------------------------
 
 

@@ -681,3 +681,14 @@ def test_bfloat16(folder: Path, tmp_path: Path) -> None:
         losses.append([row["loss"] for row in log(tmp_path / amp)[1:]])
         assert torch.load(tmp_path / amp / "detections.pth")["found"]["boxes"].dtype == torch.float32
     assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
+
+
+def test_scores_and_boxes_keep_their_bits() -> None:
+    """Under autocast the layers that score and place boxes compute in float32: their output has more than 8 bits."""
+    predictor = eval_detection.Predictor(16, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        (scores,), (offsets,) = eval_detection.ProposalHead(16, 9)([torch.randn(1, 16, 8, 8)])
+        outputs = [scores, offsets, *predictor(torch.randn(50, 16).bfloat16())]
+    for output in outputs:
+        assert output.dtype == torch.float32
+        assert float((output == output.bfloat16().float()).float().mean()) < 0.1

@@ -145,3 +145,19 @@ def test_copied_script(inside: bool, tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stderr == "", done.stderr
     output = folder / "runs" / "mine-smoke-seed0"
     assert {path.name for path in output.iterdir()} >= {"checkpoint.pth", "backbone.pth", "log.jsonl"}
+
+
+@pytest.mark.parametrize(("environment", "workers"), [
+    ({}, 12), (dict(LOCAL_WORLD_SIZE="4"), 3), (dict(LOCAL_WORLD_SIZE="8", SLURM_CPUS_PER_TASK="12"), 12),
+    (dict(LOCAL_WORLD_SIZE="4", SLURM_CPUS_PER_TASK="2"), 3),
+    (dict(LOCAL_WORLD_SIZE="4", SLURM_CPUS_PER_TASK="12", TORCHELASTIC_RUN_ID="a"), 3),
+    (dict(LOCAL_WORLD_SIZE="99"), 1),
+])
+def test_default_workers(environment: dict[str, str], workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks share the cores that they see; one that SLURM has bound to its own takes all of them."""
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_CPUS_PER_TASK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    assert common.default_workers() == workers

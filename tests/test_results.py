@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -90,6 +91,17 @@ def test_rows_are_made_in_order_and_once(run: ModuleType, fake: list[str], tmp_p
     assert not (tmp_path / "results/large").exists()
     assert call(run, fake) == 0
     assert capfd.readouterr().out.split("\n")[:2] == ["one: finished", "two: finished"]
+
+
+def test_a_finished_row_is_published_again(run: ModuleType, fake: list[str], tmp_path: Path) -> None:
+    """A call that was killed after its last step, or results that are gone, cost nothing: the next call publishes."""
+    assert call(run, [*fake, "one"]) == 0
+    (tmp_path / "work/one/curves.png").write_bytes(b"a picture")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "results/one").iterdir()}
+    shutil.rmtree(tmp_path / "results/one")
+    assert call(run, [*fake, "one"]) == 0
+    after = {path.name: path.read_bytes() for path in (tmp_path / "results/one").iterdir()}
+    assert after == before | {"curves.png": b"a picture"}
 
 
 def test_a_row_is_made_in_pieces(run: ModuleType, fake: list[str], tmp_path: Path) -> None:

@@ -112,14 +112,15 @@ def test_what_sbatch_gets(fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "here").mkdir()
     submitted(["--nodes", "2", "--gpus", "8", "--hours", "1.01", "--partition", "long", "--account", "vision",
                "--constraint", "a100", "--slurm", "qos=high", "mem=400G", "exclusive=true", "setup=module load cuda",
-               "array_parallelism=2", "switches=1", "--sweep", "lr=0.01,0.03", "seed=0,1", "--then",
+               "array_parallelism=2", "switches=1", "cpus_per_task=12", "--sweep", "lr=0.01,0.03", "seed=0,1", "--then",
                "eval_knn.py --k 20", NPID, "--data", "cifar10"], monkeypatch, tmp_path / "here")
     text = (fake_slurm / "1.sh").read_text()
     for line in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "time=61", "partition=long", "account=vision",
                  "constraint=a100", "qos=high", "mem=400G", "exclusive", "switches=1", "requeue", "array=0-3%2",
-                 "signal=USR2@300", "job-name=npid"):
+                 "signal=USR2@300", "job-name=npid", "cpus-per-task=12"):
         assert f"#SBATCH --{line}\n" in text, (line, text)
-    assert "\nmodule load cuda\n" in text and "--kill-on-bad-exit=1" in text and "gpus-per-task" not in text
+    assert "\nmodule load cuda\n" in text and "gpus-per-task" not in text
+    assert re.search(r"^srun .*--kill-on-bad-exit=1 --cpus-per-task=12 ", text, re.M)
     then = (fake_slurm / "2.sh").read_text()
     for line in ("nodes=1", "gpus-per-node=1", "dependency=aftercorr:1", "kill-on-invalid-dep=yes", "array=0-3%2"):
         assert f"#SBATCH --{line}\n" in then, (line, then)
