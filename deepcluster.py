@@ -538,10 +538,20 @@ def treat_singletons(labels: Tensor, nearest: Tensor, how: str) -> tuple[Tensor,
     return torch.where(labels >= 0, torch.searchsorted(used, labels), -1), int(single.sum())
 
 
-def pic(x: Tensor, num_neighbors: int, sigma: float | str, singletons: str) -> tuple[Tensor, int]:
-    """Clusters (N,) of unit rows x (N, D), -1: dropped; and the number of singletons among the basins."""
-    k = min(num_neighbors, len(x) - 1)
-    nearest = common.neighbors(x, x, k, exclude=torch.arange(len(x), device=x.device))[1]
+def own_neighbors(x: Tensor, k: int, run: common.Run | None = None) -> Tensor:
+    """The k (or N - 1) other rows of x (N, D) nearest to each, (N, k), nearest first; each rank looks for a share."""
+    rank, world = (0, 1) if run is None else (run.rank, run.world)
+    share = -(-len(x) // world)  # equal shares, the last padded with the last row
+    rows = torch.arange(rank * share, (rank + 1) * share, device=x.device).clamp_(max=len(x) - 1)
+    nearest = common.neighbors(x[rows], x, min(k, len(x) - 1), exclude=rows)[1]
+    return nearest if run is None else run.gather(nearest)[0][: len(x)]
+
+
+def pic(x: Tensor, nearest: Tensor, sigma: float | str, singletons: str) -> tuple[Tensor, int]:
+    """Clusters (N,) of unit rows x (N, D), -1: dropped; and the number of singletons among the basins.
+
+    nearest: own_neighbors(x, k), (N, k).
+    """
     graph = affinity(x, nearest, sigma)
     return treat_singletons(basins(graph, power_iteration(graph)), graph.nearest, singletons)
 
@@ -610,15 +620,18 @@ def ratio_edge_intra_class(nearest: Tensor, labels: Tensor) -> Tensor:
     return sums / (nearest.shape[1] * torch.bincount(labels))
 
 
-def label_figures(x: Tensor, pseudo_labels: Tensor, labels: Tensor) -> dict[str, float]:
-    """Mean ratio edge intra-class (%) of the 10-NN graph of x (N, D), NMI of clusters with labels (N,), -1: unknown."""
+def label_figures(
+    x: Tensor, pseudo_labels: Tensor, labels: Tensor, run: common.Run | None = None
+) -> dict[str, float]:
+    """Mean ratio edge intra-class (%) of the 10-NN graph of x (N, D), NMI of clusters with labels (N,), -1: unknown.
+
+    With `run` all ranks have to call it.
+    """
     known = labels >= 0
     if known.sum() < 2:
         return {}
     x, pseudo_labels, labels = x[known.to(x.device)], pseudo_labels[known], labels[known]
-    itself = torch.arange(len(x), device=x.device)
-    nearest = common.neighbors(x, x, min(10, len(x) - 1), exclude=itself)[1].cpu()
-    ratio = 100 * float(ratio_edge_intra_class(nearest, labels).nanmean())
+    ratio = 100 * float(ratio_edge_intra_class(own_neighbors(x, 10, run).cpu(), labels).nanmean())
     return dict(ratio_edge=round(ratio, 2), nmi_labels=nmi(pseudo_labels, labels))
 
 
@@ -804,9 +817,10 @@ def main(args: argparse.Namespace) -> None:
                 seconds, clock = seconds | took, time.perf_counter()
                 seed = run.generator("clustering", epoch).initial_seed() % 2**31  # Faiss takes no longer one
                 labels = torch.zeros(pool_size)
+                nearest = own_neighbors(x, args.num_neighbors, run) if args.clustering == "pic" else torch.empty(0)
                 if run.rank == 0:
                     if args.clustering == "pic":
-                        labels, figures["singletons"] = pic(x, args.num_neighbors, args.sigma, args.singletons)
+                        labels, figures["singletons"] = pic(x, nearest, args.sigma, args.singletons)
                     elif args.empties == "half":
                         labels, figures["empties"] = kmeans_half(x, args.num_clusters, seed)
                     else:
@@ -814,9 +828,9 @@ def main(args: argparse.Namespace) -> None:
                         labels, figures["empties"] = result.labels, result.empty
                     seconds["cluster_seconds"] = round(time.perf_counter() - clock, 2)
                     figures["pca_variance"] = variance
-                    if (epoch == 0 and test) or monitored(epoch + 1):
-                        figures |= label_figures(x, labels.cpu(), data.labels[pool])
                 labels = rank0(run, labels.long().to(run.device)).cpu()
+                if (epoch == 0 and test) or monitored(epoch + 1):
+                    figures |= label_figures(x, labels, data.labels[pool], run)
                 if not (labels >= 0).any():
                     raise common.Fault("every image is a singleton, none is left to train on: try --sigma median")
             previous, clusters.pseudo_labels = clusters.pseudo_labels, torch.full_like(clusters.pseudo_labels, -1)
@@ -831,8 +845,7 @@ def main(args: argparse.Namespace) -> None:
             run.broadcast(encoder)
             x, _, _, _, took = describe(run, part_of(data, pool), encode, encoder.dim, args.feature_dim)
             seconds |= took
-            if run.rank == 0:
-                clusters.figures |= label_figures(x, clusters.pseudo_labels[pool], data.labels[pool])
+            clusters.figures |= label_figures(x, clusters.pseudo_labels[pool], data.labels[pool], run)
 
         source, count = run.generator("order", epoch), steps * args.batch_size
         order = training_order(clusters.pseudo_labels.long(), count, args.sampling, source)

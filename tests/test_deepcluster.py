@@ -581,9 +581,35 @@ def test_power_iteration_climbs_density() -> None:
     assert float(torch.corrcoef(torch.stack([degree, v]))[0, 1]) > 0.9999
 
 
+@pytest.mark.parametrize(("rows", "world"), [(50, 3), (7, 8), (64, 2)])
+def test_ranks_share_the_search(rows: int, world: int) -> None:
+    """Each rank looks for the neighbours of its share of the rows; together they are those of one rank."""
+    x, parts = unit_rows(rows, 6), list[Tensor]()
+
+    class Rank:
+        def __init__(self, rank: int) -> None:
+            self.rank, self.world = rank, world
+
+        def gather(self, found: Tensor) -> tuple[Tensor, ...]:
+            parts.append(found)
+            return (found,)
+
+    for rank in range(world):
+        dc.own_neighbors(x, 5, Rank(rank))  # type: ignore[arg-type]
+    assert len({part.shape for part in parts}) == 1
+    assert torch.equal(torch.cat(parts)[:rows], dc.own_neighbors(x, 5))
+    assert not (dc.own_neighbors(x, 5) == torch.arange(rows)[:, None]).any()
+    assert dc.own_neighbors(x[:3], 5).shape == (3, 2)
+
+
+def pic(x: Tensor, k: int, *options: Any) -> tuple[Tensor, int]:
+    return dc.pic(x, dc.own_neighbors(x, k), *options)
+
+
+
 def test_pic_of_two_blobs() -> None:
     """Property 3: no cluster crosses two disconnected blobs; there are at least two clusters, not always two."""
-    labels, _ = dc.pic(blobs([60, 40]), 5, 0.2, "redistribute")
+    labels, _ = pic(blobs([60, 40]), 5, 0.2, "redistribute")
     assert not set(labels[:60].tolist()) & set(labels[60:].tolist())
     assert 2 <= len(torch.unique(labels)) <= 30
 
@@ -591,17 +617,17 @@ def test_pic_of_two_blobs() -> None:
 def test_pic_does_not_depend_on_the_order() -> None:
     """Property 4: permuted rows have the same partition."""
     x, order = blobs([50, 40, 30], spread=0.1), torch.randperm(120, generator=seeded())
-    labels, singletons = dc.pic(x, 5, 0.3, "redistribute")
-    permuted, again = dc.pic(x[order], 5, 0.3, "redistribute")
+    labels, singletons = pic(x, 5, 0.3, "redistribute")
+    permuted, again = pic(x[order], 5, 0.3, "redistribute")
     assert same_partition(labels[order], permuted) and singletons == again
 
 
 def test_sigma() -> None:
     """Far neighbours vanish at sigma 0.2: only singletons, all dropped if asked; the median brings them back."""
     x = unit_rows(300, 256)
-    assert dc.pic(x, 5, 0.2, "keep")[1] == 300
-    assert (dc.pic(x, 5, 0.2, "drop")[0] == -1).all()
-    labels, singletons = dc.pic(x, 5, "median", "keep")
+    assert pic(x, 5, 0.2, "keep")[1] == 300
+    assert (pic(x, 5, 0.2, "drop")[0] == -1).all()
+    labels, singletons = pic(x, 5, "median", "keep")
     assert singletons < 150 and len(torch.unique(labels)) < 200
     distances = torch.tensor([[0.0], [1.0], [3.0], [7.0]])
     nearest = torch.tensor([[1], [0], [1], [2]])  # distances 1, 1, 2, 4: the (lower) median is 1
@@ -627,10 +653,10 @@ def test_singletons() -> None:
 def test_pic_of_duplicates(distinct: int, how: str, sigma: float | str) -> None:
     """Equal and repeated rows, two rows: names 0 ... K - 1 or -1, no NaN, twice the same."""
     x = unit_rows(distinct, 6).repeat(10 if distinct == 3 else 1, 1) if distinct else torch.zeros(30, 6)
-    labels, _ = dc.pic(x, 5, sigma, how)
+    labels, _ = pic(x, 5, sigma, how)
     kept = labels[labels >= 0]
     assert torch.equal(torch.unique(kept), torch.arange(len(torch.unique(kept)))) and len(labels) == len(x)
-    assert torch.equal(labels, dc.pic(x, 5, sigma, how)[0])
+    assert torch.equal(labels, pic(x, 5, sigma, how)[0])
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------
