@@ -275,7 +275,7 @@ class TopLayer(nn.Module):
 
     def reset(self, num_clusters: int, generator: torch.Generator) -> None:
         """Weights N(0, 0.01), biases 0."""
-        weight = 0.01 * torch.randn(num_clusters, self.dim, generator=generator)
+        weight = torch.randn(num_clusters, self.dim, generator=generator).mul_(0.01)
         self.weight = nn.Parameter(weight.to(self.device))
         self.bias = nn.Parameter(torch.zeros(num_clusters, device=self.device))
 
@@ -389,7 +389,7 @@ def describe(
     began = time.perf_counter()
     sketch = None
     if width > WIDEST:
-        sketch = torch.randn(width, WIDEST, generator=run.generator("sketch")).to(run.device) / WIDEST**0.5
+        sketch = torch.randn(width, WIDEST, generator=run.generator("sketch")).to(run.device).div_(WIDEST**0.5)
         width = WIDEST
 
     def short(images: Tensor) -> Tensor:
