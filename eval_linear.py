@@ -827,7 +827,7 @@ def newton_step(x: Tensor, active: Tensor, target: Tensor, iterations: int = 100
         p += alpha[:, None] * direction
         residual -= alpha[:, None] * product
         new = torch.where(size > goal, residual.square().sum(1), size)
-        direction = residual + (new / size)[:, None] * direction
+        direction = residual + torch.where(size > goal, new / size, 0)[:, None] * direction  # a residual may be just 0
         size = new
     return p
 
@@ -862,26 +862,32 @@ def fit_svms(x: Tensor, targets: Tensor, costs: Tensor, positive_weight: float) 
 
 
 def cross_validate(
-    x: Tensor, targets: Tensor, args: argparse.Namespace, several: bool, key: Sequence[int | str]
+    x: Tensor, targets: Tensor, args: argparse.Namespace, several: bool, key: Sequence[int | str], views: int = 1
 ) -> Tensor:
     """The cost (C,) of each class: one for all that classifies most left-out images right, or, where an image may have
-    `several` classes, the one of the best average precision for each. The middle one if a fold would lack a class."""
-    count = targets.shape[1]
+    `several` classes, the one of the best average precision for each. The middle one if a fold would lack a class.
+
+    x: (n V, d), the V crops of an image one after the other, all in one fold; targets: (n V, C). A fold is left out by
+    targets of 0: a copy of the other rows may be too large.
+    """
+    count, images = targets.shape[1], targets[::views]
     costs = torch.tensor(args.cost, dtype=torch.float64)
-    if len(costs) == 1 or ((targets > 0).sum(0) < args.folds).any():
+    # In parts, since what is summed becomes int64 first.
+    with_class = torch.stack([(part > 0).sum(0) for part in torch.split(images, 8192)]).sum(0)
+    if len(costs) == 1 or (with_class < args.folds).any():
         return costs[len(costs) // 2].repeat(count)
-    order = torch.randperm(len(x), generator=common.generator(*key, "folds"))
+    order = torch.randperm(len(images), generator=common.generator(*key, "folds"))
     if not several:
-        order = order[targets.argmax(1).cpu()[order].argsort(stable=True)]
-    fold = torch.empty(len(x), dtype=torch.long)
-    fold[order] = torch.arange(len(x)) % args.folds
+        order = order[images.argmax(1).cpu()[order].argsort(stable=True)]
+    fold = torch.empty(len(images), dtype=torch.long)
+    fold[order] = torch.arange(len(images)) % args.folds
+    fold = fold.repeat_interleave(views).to(x.device)
     merits = torch.zeros(len(costs), count)
     for left_out in range(args.folds):
-        rows, rest = ((fold == left_out).nonzero()[:, 0], (fold != left_out).nonzero()[:, 0])
-        rows, rest = rows.to(x.device), rest.to(x.device)
-        weights = fit_svms(x[rest], targets[rest], costs[:, None].expand(-1, count), args.positive_weight)
+        rows = (fold == left_out).nonzero()[:, 0]
+        weights = fit_svms(x, targets.index_fill(0, rows, 0), costs[:, None].expand(-1, count), args.positive_weight)
         for number, weight in enumerate(weights):
-            scores = x[rows] @ weight.T
+            scores = torch.cat([x[part] @ weight.T for part in torch.split(rows, 8192)])
             if several:
                 known = [targets[rows, c] != 0 for c in range(count)]
                 merits[number] += torch.tensor([common.average_precision(
@@ -896,11 +902,26 @@ def cross_validate(
     return best
 
 
+def one_vs_rest(labels: Tensor, classes: int) -> Tensor:
+    """Class numbers (n,) as targets (n, C), 1 or -1: int8, of ImageNet 1.3 GB."""
+    return torch.full((len(labels), classes), -1, dtype=torch.int8).scatter_(1, labels[:, None], 1)
+
+
+def with_intercept(layer: Layer, rows: Tensor) -> Tensor:
+    """(n V, d + 1) float32: all crops of the images at `rows` and a 1, whose weight is the intercept. Written in place:
+    a layer of ImageNet takes 47 GB."""
+    views = layer.values.shape[1]
+    x = torch.ones(len(rows) * views, layer.size + 1, device=layer.device)
+    for part, place in zip(torch.split(rows, 1024), torch.split(x, 1024 * views), strict=True):
+        place[:, :-1] = layer.crops(part).flatten(0, 1)
+    return x
+
+
 def svm_draws(args: argparse.Namespace, task: Task) -> list[tuple[dict[str, Any], Tensor, Tensor]]:
     """(facts, rows, targets (n, C)) of each draw of labelled images."""
     if task.train_targets.ndim == 1:
-        targets = 2 * F.one_hot(task.train_targets, len(task.train.classes)) - 1
-        return [(facts, rows, targets[rows]) for facts, rows in draws(args, task)]
+        return [(facts, rows, one_vs_rest(task.train_targets[rows], len(task.train.classes)))
+                for facts, rows in draws(args, task)]
     if not args.per_class:
         return [(facts, rows, task.train_targets[rows]) for facts, rows in draws(args, task)]
     found = []
@@ -940,11 +961,11 @@ def svm(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task
             here = Layer(train[name], args, run.device)
             there = Layer(test[name], args, run.device, here)
         facts, rows, targets = found[number]
-        x = torch.cat([here.crops(part).flatten(0, 1) for part in torch.split(rows, 1024)])
-        x = F.pad(x, (0, 1), value=1.0)  # the intercept is a weight like the others
-        targets = targets.repeat_interleave(args.train_crops, 0).to(run.device)
-        cost = cross_validate(x, targets, args, task.train_targets.ndim == 2, (args.seed, number))
+        x = with_intercept(here, rows)
+        targets = targets.to(run.device).repeat_interleave(args.train_crops, 0)
+        cost = cross_validate(x, targets, args, task.train_targets.ndim == 2, (args.seed, number), args.train_crops)
         weight = fit_svms(x, targets, cost[None], args.positive_weight)[0]
+        del x  # the next turn makes its own
         scores = torch.cat([(F.pad(there.crops(part), (0, 1), value=1.0) @ weight.T).mean(1)
                             for part in torch.split(torch.arange(len(there)), 256)])
         row = dict(layer=name, size=here.size, **facts, cost=sorted(set(cost.tolist())),

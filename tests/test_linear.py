@@ -344,6 +344,56 @@ def test_cost_by_cross_validation(tmp_path: Path) -> None:
     assert chosen[1] > 1e-5  # what can be learnt wants more
 
 
+def test_svms_copy_no_features(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folds are left out by targets of 0, int8, of one and the same features; both crops of an image lie in one fold,
+    and the classes are spread over the folds."""
+    fits, original = list[tuple[int, Tensor]](), eval_linear.fit_svms
+
+    def fit(x: Tensor, targets: Tensor, *rest: Any) -> Tensor:
+        fits.append((x.data_ptr(), targets))
+        assert (x[:, -1] == 1).all()
+        return original(x, targets, *rest)
+
+    monkeypatch.setattr(eval_linear, "fit_svms", fit)
+    evaluate(checkpoint, "--protocol", "svm", "--layers", "conv5", "--train-crops", 2, "--C", 0.1, 1)
+    assert len({pointer for pointer, _ in fits}) == 1 and {targets.dtype for _, targets in fits} == {torch.int8}
+    *folds, whole = (targets.view(60, 2, 10) for _, targets in fits)
+    assert (whole.sum(2) == -8).all() and len(folds) == 3
+    left_out = torch.stack([(targets == 0).all(2) for targets in folds])
+    assert torch.equal(left_out[..., 0], left_out[..., 1]) and (left_out[..., 0].sum(0) == 1).all()
+    for targets, out in zip(folds, left_out, strict=True):
+        assert torch.equal(targets[~out], whole[~out]) and ((whole[out] > 0).sum(0) == 4).all()
+
+
+def test_costs_are_those_of_folds_by_rows(tmp_path: Path) -> None:
+    """The chosen costs are those of SVMs that are given the rows of the other folds alone."""
+    args = options(tmp_path, "--C", "1e-4", "1e-3", "1e-2", "1")
+    costs = torch.tensor(args.cost)
+    for count, size in ((300, 20), (40, 90), (60, 50)):
+        x, labels = blobs(count, size, 3, spread=4.0)
+        x = F.pad(x, (0, 1), value=1.0).double()
+        order = torch.randperm(count, generator=common.generator(0, "folds"))
+        fold = torch.empty(count, dtype=torch.long)
+        fold[order[labels[order].argsort(stable=True)]] = torch.arange(count) % 3
+        right = torch.zeros(4)
+        for number in range(3):
+            fitted = x[fold != number], eval_linear.one_vs_rest(labels[fold != number], 3)
+            for at, weight in enumerate(eval_linear.fit_svms(*fitted, costs[:, None].expand(-1, 3), 1.0)):
+                right[at] += ((x @ weight.T).argmax(1) == labels)[fold == number].double().mean()
+        chosen = eval_linear.cross_validate(x, eval_linear.one_vs_rest(labels, 3), args, False, (0,))
+        assert chosen.tolist() == pytest.approx([args.cost[int(right.argmax())]] * 3)
+
+
+def test_newton_steps_that_end_early() -> None:
+    """A class of which no image is active is solved in one step, and stays solved while others go on."""
+    x, _ = blobs(30, 12, 3)
+    target, active = torch.randn(2, 12), torch.ones(30, 2)
+    active[:, 0] = 0
+    found = eval_linear.newton_step(x, active, target)
+    assert torch.equal(found[0], target[0])
+    assert (found[1] + x.T @ (x @ found[1]) - target[1]).norm() < 0.11 * target[1].norm()
+
+
 # metrics
 
 
