@@ -35,6 +35,7 @@ average precisions in percent. A killed run started again goes on.
 import argparse
 import contextlib
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -381,12 +382,26 @@ def images_checksum(data: common.ImageSet) -> str:
     return content.hexdigest()
 
 
+class FeatureFile(NamedTuple):
+    """Where the features of one layer lie, what they are of, their shape (N, V, d) and type."""
+
+    path: Path
+    key: dict[str, Any]
+    shape: tuple[int, int, int]
+    kind: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.kind.itemsize
+
+
 @torch.no_grad()
 def cached_features(
-    args: argparse.Namespace, encoder: common.Encoder, data: common.ImageSet, split: str, crops: int,
+    args: argparse.Namespace, encoder: common.Encoder, sets: Sequence[tuple[common.ImageSet, str, int]],
     device: torch.device,
-) -> dict[str, Tensor]:
-    """The features (N, V, d) of each of --layers, mapped from files that are made if they are not there.
+) -> list[dict[str, Tensor]]:
+    """The features (N, V, d) of each of --layers for each of the `sets` (images, split, V), mapped from files that are
+    made if they are not there.
 
     A file belongs to one set of weights, images, crops and one layer: its name is a checksum of these, the .json beside
     it spells them out and says how many rows are done, with their checksum: a killed pass goes on, a damaged one is
@@ -399,15 +414,17 @@ def cached_features(
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             return layer_features(encoder, images.to(memory_format=torch.channels_last), layers, args.layer_size)
 
-    probe = encode(torch.zeros(1, 3, data.size, data.size, device=device), args.layers)
-    checksums = dict(weights=weights_checksum(encoder), images=images_checksum(data))
-    files, keys = list[Path](), list[dict[str, Any]]()
-    for layer, sample in zip(args.layers, probe, strict=True):
-        key = dict(checksums, data=data.identity(), crops=crops, layer=layer, layer_size=args.layer_size,
-                   size=sample.shape[1], type=kind, amp=amp, format=1)
-        digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
-        files.append(args.features / f"{split}-{layer}-{digest}.bin")
-        keys.append(key)
+    wanted, weights = list[list[FeatureFile]](), weights_checksum(encoder)
+    for data, split, crops in sets:
+        probe = encode(torch.zeros(1, 3, data.size, data.size, device=device), args.layers)
+        checksums, files = dict(weights=weights, images=images_checksum(data)), list[FeatureFile]()
+        for layer, sample in zip(args.layers, probe, strict=True):
+            key = dict(checksums, data=data.identity(), crops=crops, layer=layer, layer_size=args.layer_size,
+                       size=sample.shape[1], type=kind, amp=amp, format=1)
+            digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
+            files.append(FeatureFile(args.features / f"{split}-{layer}-{digest}.bin", key,
+                                     (len(data), crops, sample.shape[1]), getattr(torch, kind)))
+        wanted.append(files)
     args.features.mkdir(parents=True, exist_ok=True)
     with (args.features / "lock").open("w") as lock:  # of two runs at once the second finds what the first has made
         try:
@@ -415,27 +432,34 @@ def cached_features(
         except OSError:
             print(f"waiting for another run that writes features to {args.features}", flush=True)
             fcntl.lockf(lock, fcntl.LOCK_EX)
-        mapped = [open_features(path, (len(data), crops, key["size"]), getattr(torch, kind))
-                  for path, key in zip(files, keys, strict=True)]
-        done = [rows_done(*each) for each in zip(files, keys, mapped, strict=True)]
-        todo = [number for number, rows in enumerate(done) if rows < len(data)]
-        if todo:
-            layers, first = [args.layers[number] for number in todo], min(done[number] for number in todo)
-            gigabytes = sum(mapped[number].nbytes for number in todo) / 1e9
-            print(f"features of {len(data):,} {split} images, {crops} crops, {', '.join(layers)}: {gigabytes:.2f} GB "
-                  f"in {args.features}" + f", going on at image {first:,}" * (first > 0), flush=True)
-            batches = crops_of(data, torch.arange(first, len(data)), crops, args.image_batch, device)
-            fill([(mapped[number], files[number], keys[number]) for number in todo], first,
-                 lambda images: encode(images, layers), batches)
-    return dict(zip(args.layers, mapped, strict=True))
+        make_room([file for files in wanted for file in files], args.features)
+        found = list[dict[str, Tensor]]()
+        for (data, split, crops), files in zip(sets, wanted, strict=True):
+            # torch.from_file takes no names of other bytes than UTF-8
+            mapped = [torch.from_numpy(np.memmap(file.path, np.uint8, "r+")).view(file.kind).view(file.shape)
+                      for file in files]
+            done = [rows_done(file.path, file.key, values) for file, values in zip(files, mapped, strict=True)]
+            todo = [number for number, rows in enumerate(done) if rows < len(data)]
+            if todo:
+                layers, first = [args.layers[number] for number in todo], min(done[number] for number in todo)
+                gigabytes = sum(mapped[number].nbytes for number in todo) / 1e9
+                print(f"features of {len(data):,} {split} images, {crops} crops, {', '.join(layers)}: "
+                      f"{gigabytes:.2f} GB in {args.features}" + f", going on at image {first:,}" * (first > 0),
+                      flush=True)
+                batches = crops_of(data, torch.arange(first, len(data)), crops, args.image_batch, device)
+                fill([(mapped[number], files[number].path, files[number].key) for number in todo], first,
+                     functools.partial(encode, layers=layers), batches)
+            found.append(dict(zip(args.layers, mapped, strict=True)))
+    return found
 
 
 def both_features(
     args: argparse.Namespace, encoder: common.Encoder, task: Task, device: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The features of the training and of the test images, by layer."""
-    return (cached_features(args, encoder, task.train, "train", args.train_crops, device),
-            cached_features(args, encoder, task.test, "test", args.test_crops, device))
+    train, test = cached_features(args, encoder, [(task.train, "train", args.train_crops),
+                                                  (task.test, "test", args.test_crops)], device)
+    return train, test
 
 
 def rows_done(path: Path, key: dict[str, Any], values: Tensor) -> int:
@@ -458,19 +482,28 @@ def checksum(rows: Tensor, crc: int = 0) -> int:
     return crc
 
 
-def open_features(path: Path, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
-    """A file as a tensor; a new one takes its room on the disk at once: a full disk must not show in the middle."""
-    size = math.prod(shape) * kind.itemsize
-    if not path.exists() or path.stat().st_size != size:
-        free = shutil.disk_usage(path.parent).free
-        if size > free:
-            raise common.Fault(f"the features take {size / 1e9:.1f} GB, but {path.parent} has {free / 1e9:.1f} GB "
-                               "free: name another --features, fewer --layers or crops, or a --subset")
-        path.with_suffix(".json").unlink(missing_ok=True)
-        with path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size) if hasattr(os, "posix_fallocate") else file.truncate(size)
-    content = np.memmap(path, np.uint8, "r+")  # torch.from_file takes no names of other bytes than UTF-8
-    return torch.from_numpy(content).view(kind).view(shape)
+def make_room(files: Sequence[FeatureFile], folder: Path) -> None:
+    """Take the room of all new files on the disk at once, or none: a full disk must not show in the middle."""
+    found = [file.path.stat().st_size if file.path.exists() else 0 for file in files]
+    new = [file for file, size in zip(files, found, strict=True) if size != file.bytes]
+    size, free = sum(file.bytes for file in files) - sum(found), shutil.disk_usage(folder).free
+    if size > free:
+        raise common.Fault(f"the features take {size / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free: name "
+                           "another --features, fewer --layers or crops, or a --subset")
+    if new:
+        print(f"features take {size / 1e9:.2f} GB of the {free / 1e9:.1f} GB free in {folder}", flush=True)
+    try:
+        for file in new:
+            file.path.with_suffix(".json").unlink(missing_ok=True)
+            with file.path.open("wb") as out:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(out.fileno(), 0, file.bytes)
+                else:
+                    out.truncate(file.bytes)
+    except OSError:  # a quota, which the free space does not show
+        for file in new:
+            file.path.unlink(missing_ok=True)
+        raise
 
 
 def fill(

@@ -1,7 +1,9 @@
 """Classification protocols: probes, SVMs and metrics against references; drawn labels, cached features, resuming."""
 
 import argparse
+import errno
 import json
+import os
 import shutil
 import sys
 import tarfile
@@ -111,7 +113,7 @@ def options(tmp_path: Path, *words: str) -> argparse.Namespace:
 
 
 def features(args: argparse.Namespace, encoder: common.Encoder, data: common.ImageSet, crops: int = 1) -> list[Tensor]:
-    return list(eval_linear.cached_features(args, encoder, data, "train", crops, CPU).values())
+    return list(eval_linear.cached_features(args, encoder, [(data, "train", crops)], CPU)[0].values())
 
 
 def encoder_and_data(seed: int = 0, count: int = 24) -> tuple[common.Encoder, common.ImageSet]:
@@ -207,6 +209,30 @@ def test_damaged_features_are_made_anew(how: str, tmp_path: Path, capsys: pytest
         path.unlink()
     assert torch.equal(features(args, encoder, data)[0], whole)
     assert ("is damaged and made anew" in capsys.readouterr().err) == (how == "a bit")
+
+
+@pytest.mark.parametrize("what", ["space", "quota"])
+def test_features_that_do_not_fit_take_no_room(
+    what: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Room is taken for all layers of both splits together: if it is not there, or ends at a quota, no file is left."""
+    free, allocate, calls = 60 * 96 * 2 + 1000, os.posix_fallocate, list[int]()  # both layers of the training images
+
+    def up_to_a_quota(*args: int) -> None:
+        calls.append(args[2])
+        if len(calls) == 3:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        allocate(*args)
+
+    if what == "space":
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - free, free))
+    monkeypatch.setattr(os, "posix_fallocate", up_to_a_quota)
+    with pytest.raises(common.Fault if what == "space" else OSError):
+        evaluate(checkpoint)
+    assert not list(checkpoint.parent.glob("**/features/*.bin")) and len(calls) == (0 if what == "space" else 3)
+    assert ("features take 0.00 GB of the " in capsys.readouterr().out) == (what == "quota")
+    monkeypatch.undo()
+    assert evaluate(checkpoint)["layer"] in ("conv1", "conv5")
 
 
 # linear probes
