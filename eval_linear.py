@@ -1044,15 +1044,18 @@ class Job(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """A body (B, ...) -> (B, d) and a last layer of its own: logits (B, C), float32."""
+    """A body (B, ...) -> (B, d) and a last layer of its own: logits (B, C), float32 under autocast too: rounded to
+    bfloat16's 8 bits many would be equal."""
 
     def __init__(self, body: nn.Module, size: int, classes: int) -> None:
         super().__init__()
         self.body, self.last = body, nn.Linear(size, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.last(self.body(x))
-        return logits.float()
+        features = self.body(x)
+        with torch.autocast(features.device.type, enabled=False):
+            logits: Tensor = self.last(features.float())
+        return logits
 
 
 def hidden_layers(size: int, hidden: int, dropout: float) -> nn.Sequential:

@@ -457,6 +457,21 @@ def test_difficult_objects_have_no_loss() -> None:
     assert logits.grad is not None and logits.grad[0, 1] == 0 and (logits.grad != 0).sum() == 3
 
 
+def test_last_layer_is_float32() -> None:
+    """Under autocast the logits are those of float32, which tell apart what bfloat16 would round to the same; of them
+    and of the loss the gradients reach the body."""
+    torch.manual_seed(0)
+    model = eval_linear.Classifier(torch.nn.Linear(8, 16), 16, 5)
+    x = torch.randn(64, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        body, logits = model.body(x), model(x)
+    assert body.dtype == torch.bfloat16 and logits.dtype == torch.float32
+    assert torch.equal(logits, F.linear(body.float(), model.last.weight, model.last.bias))
+    assert not torch.equal(logits, logits.bfloat16().float())
+    F.cross_entropy(logits, torch.arange(64) % 5).backward()
+    assert model.body.weight.grad is not None and model.body.weight.grad.abs().sum() > 0
+
+
 # drawn labels
 
 
