@@ -1088,16 +1088,25 @@ Batches = Callable[[Tensor, int, int], Iterator[tuple[int, Tensor, Tensor]]]  # 
 
 def train_networks(
     args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task: Task, model: Classifier,
-    found: list[tuple[dict[str, Any], Tensor]], batches: Batches, predict: Callable[[Tensor | None], Tensor],
+    found: list[tuple[dict[str, Any], Tensor]], batches: Batches, predict: Callable[[bool, Tensor], Tensor],
     reset: Callable[[dict[str, Tensor], int], None], every_epoch: bool,
 ) -> list[dict[str, Any]]:
     """Train `model` for each draw of labelled images with each setting of the grid, then with the best one on all.
 
-    predict(rows or None): scores (n, C) of training images, or of all test images. every_epoch: the best epoch is
-    chosen too, else only settings are, by the last epoch; with one setting nothing is held out then.
+    predict(test, rows): scores (n, C) of test or training images. every_epoch: the best epoch is chosen too, else only
+    settings are, by the last epoch; with one setting nothing is held out then.
     """
     targets, multi = task.train_targets, task.train_targets.ndim == 2
     key = "map_area" if multi else "top1"
+    every_test = torch.arange(len(task.test))
+
+    def scores(test: bool, rows: Tensor) -> Tensor:
+        """What predict says, each rank of its share: all have the same scores in the end, and choose the same."""
+        share = -(-len(rows) // run.world)  # equal shares, the last padded with the first image
+        places = torch.arange(run.rank * share, (run.rank + 1) * share)
+        places[places >= len(rows)] = 0
+        return run.gather(predict(test, rows[places]))[0][: len(rows)]
+
     criterion: Any = masked_bce if multi else F.cross_entropy
     grid = list(itertools.product(args.lr, args.weight_decay, args.head_factor))
     search = every_epoch or len(grid) > 1
@@ -1158,7 +1167,7 @@ def train_networks(
         model.eval()
         run.broadcast(model)
         if job.setting is not None and (last or every_epoch):
-            row["holdout"] = merit(predict(held), targets[held])[key]
+            row["holdout"] = merit(scores(False, held), targets[held])[key]
             ledger.history.append([[lr, decay, factor], local + 1, row["holdout"]])
             if last and (number + 1 == len(jobs) or jobs[number + 1].setting is None):
                 best = max(ledger.history, key=lambda entry: entry[2])  # of equal ones the first
@@ -1166,9 +1175,9 @@ def train_networks(
         if job.setting is None:
             chosen = ledger.chosen.get("epoch", args.epochs)
             if local + 1 == chosen:
-                ledger.best = merit(predict(None), task.test_targets)
+                ledger.best = merit(scores(True, every_test), task.test_targets)
             if last:
-                ended = ledger.best if chosen == args.epochs else merit(predict(None), task.test_targets)
+                ended = ledger.best if chosen == args.epochs else merit(scores(True, every_test), task.test_targets)
                 row |= dict(facts, best_lr=lr, weight_decay=decay, head_factor=factor, best_epoch=chosen,
                             **({"holdout": ledger.chosen["holdout"]} if search else {}), **ledger.best,
                             **{f"last_{name}": value for name, value in ended.items() if name in ("top1", "top5", key)})
@@ -1196,11 +1205,10 @@ def mlp(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task
             yield step, order[part], here.crop(order[part], views[part])
 
     @torch.no_grad()
-    def predict(rows: Tensor | None) -> Tensor:
-        layer, rows = (there, torch.arange(len(there))) if rows is None else (here, rows)
+    def predict(test: bool, rows: Tensor) -> Tensor:
         found = []
         for part in torch.split(rows, 256):
-            x = layer.crops(part) if layer is there else layer.centers(part)[:, None]
+            x = there.crops(part) if test else here.centers(part)[:, None]
             with run.autocast():
                 found.append(model(x.flatten(0, 1)).softmax(1).view(*x.shape[:2], -1).mean(1))
         return torch.cat(found)
@@ -1239,9 +1247,8 @@ def finetune(args: argparse.Namespace, run: common.Run, encoder: common.Encoder,
             yield step, index, task.train.normalize(common.random_flip(images, run.draw(epoch, step)))
 
     @torch.no_grad()
-    def predict(rows: Tensor | None) -> Tensor:
-        data, crops = (task.test, args.test_crops) if rows is None else (task.train, 1)
-        rows, found = torch.arange(len(data)) if rows is None else rows, list[Tensor]()
+    def predict(test: bool, rows: Tensor) -> Tensor:
+        (data, crops), found = (task.test, args.test_crops) if test else (task.train, 1), list[Tensor]()
         for views in crops_of(data, rows, crops, args.image_batch, run.device):
             with run.autocast():
                 answers = model(views.flatten(0, 1).to(memory_format=torch.channels_last))

@@ -2,9 +2,11 @@
 
 import argparse
 import errno
+import functools
 import json
 import os
 import shutil
+import socket
 import sys
 import tarfile
 from pathlib import Path
@@ -703,6 +705,46 @@ def test_real_voc_images(trained: Path, tmp_path: Path) -> None:
                  "--lr", 0.003, "--weight-decay", 1e-6, "--workers", 0]
         found = evaluate(path, *words, data_dir=lists.parents[3])
         assert found["data"] == "voc07" and len([*found.get("runs", []), *found.get("layers", [])]) == 1
+
+
+def watch_rank(rank: int, port: int, folder: Path) -> None:
+    """What a launcher tells one of two ranks; which images it classifies, and what it finds, to a file."""
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    crops_of, merit = eval_linear.crops_of, eval_linear.merit
+
+    def note(*facts: Any) -> None:
+        common.append_line(folder / f"{rank}.jsonl", json.dumps(facts))
+
+    def crops(data: common.ImageSet, rows: Tensor, *rest: Any) -> Any:
+        note("rows", len(data), rows.tolist())
+        return crops_of(data, rows, *rest)
+
+    def judged(scores: Tensor, targets: Tensor) -> dict[str, Any]:
+        found = merit(scores, targets)
+        note("merit", len(targets), found, scores.double().sum().item())
+        return found
+
+    eval_linear.crops_of, eval_linear.merit = crops, judged  # type: ignore[assignment]
+
+
+def test_two_ranks_share_the_images_and_agree(checkpoint: Path, tmp_path: Path) -> None:
+    """Fine-tuning on two ranks: each classifies half of the held-out and of the test images, and both know all scores,
+    so that they choose the same."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [checkpoint, *SMALL, tmp_path, "--protocol", "finetune", "--lr", "0.01", "0.1", "--weight-decay", "0.0001",
+             "--test-subset", "41", "--holdout", "0.12", "--epochs", "1"]
+    ranks = [start("eval_linear", words, functools.partial(watch_rank, rank, port, tmp_path)) for rank in range(2)]
+    assert [process.wait().code for process in ranks] == [0, 0], [process.err for process in ranks]
+    first, second = ([json.loads(line) for line in (tmp_path / f"{rank}.jsonl").read_text().splitlines()]
+                     for rank in range(2))
+    assert [fact[0] for fact in first] == ["rows", "merit"] * 3
+    assert first[1::2] == second[1::2] and [fact[1] for fact in first[1::2]] == [7, 7, 41]
+    for (_, count, mine), (_, _, others) in zip(first[::2], second[::2], strict=True):
+        assert len(mine) == len(others) == (4 if count == 60 else 21)
+        assert len({*mine, *others}) == (7 if count == 60 else 41)
 
 
 # resuming, faults
