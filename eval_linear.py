@@ -589,8 +589,9 @@ class Layer:
 
 def free_memory(device: torch.device) -> float:
     """Bytes that a device has free, or a guess."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cuda":  # where PyTorch keeps blocks that it does not use at present
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + kept)
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * float(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
@@ -745,7 +746,7 @@ def linear(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, t
         job, local = divmod(epoch, args.epochs)
         wanted, search = jobs[job]
         if wanted != name or here is None or there is None:
-            name = wanted
+            name, here, there = wanted, None, None  # what they take is free before the next are made
             here = Layer(train[name], args, run.device)
             there = Layer(test[name], args, run.device, here)
         rows = fitted if search else every
@@ -990,7 +991,7 @@ def svm(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task
         began = time.perf_counter()
         wanted, number = jobs[epoch]
         if wanted != name or here is None or there is None:
-            name = wanted
+            name, here, there = wanted, None, None  # what they take is free before the next are made
             here = Layer(train[name], args, run.device)
             there = Layer(test[name], args, run.device, here)
         facts, rows, targets = found[number]

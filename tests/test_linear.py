@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 import tarfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,35 @@ def test_features_that_do_not_fit_take_no_room(
     assert ("features take 0.00 GB of the " in capsys.readouterr().out) == (what == "quota")
     monkeypatch.undo()
     assert evaluate(checkpoint)["layer"] in ("conv1", "conv5")
+
+
+@pytest.mark.parametrize("protocol", ["linear", "svm"])
+def test_one_layer_at_a_time(protocol: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer's features, and what was made of them, are gone from memory before the next layer's come."""
+    alive, original = weakref.WeakSet[Any](), eval_linear.Layer.__init__
+
+    def init(self: eval_linear.Layer, values: Tensor, args: Any, device: Any, like: Any = None) -> None:
+        assert list(alive) == [like] * (like is not None)
+        original(self, values, args, device, like)
+        alive.add(self)
+
+    def with_intercept(layer: eval_linear.Layer, rows: Tensor) -> Tensor:
+        assert not any(matrix() is not None for matrix in matrices)
+        x = join(layer, rows)
+        matrices[:] = [weakref.ref(x)]
+        return x
+
+    join, matrices = eval_linear.with_intercept, list[Any]()
+    monkeypatch.setattr(eval_linear.Layer, "__init__", init)
+    monkeypatch.setattr(eval_linear, "with_intercept", with_intercept)
+    assert len(evaluate(checkpoint, "--protocol", protocol, "--layers", "conv1", "conv3", "conv5")["layers"]) == 3
+
+
+def test_blocks_that_pytorch_keeps_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a GPU is free what the driver says and what PyTorch holds without using it."""
+    for name, value in (("mem_get_info", (10, 99)), ("memory_reserved", 7), ("memory_allocated", 4)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert eval_linear.free_memory(torch.device("cuda")) == 13
 
 
 # linear probes
