@@ -214,6 +214,18 @@ def test_damaged_features_are_made_anew(how: str, tmp_path: Path, capsys: pytest
     assert ("is damaged and made anew" in capsys.readouterr().err) == (how == "a bit")
 
 
+def test_whole_features_are_not_read_for_their_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that finds whole files as they were left trusts them; where another time stands the checksum decides."""
+    args, (encoder, data) = options(tmp_path, "--layers", "conv5"), encoder_and_data()
+    (whole,) = [values.clone() for values in features(args, encoder, data)]
+    sums, original = list[int](), eval_linear.checksum
+    monkeypatch.setattr(eval_linear, "checksum", lambda rows, *crc: sums.append(len(rows)) or original(rows, *crc))
+    assert torch.equal(features(args, encoder, data)[0], whole) and sums == []
+    (path,) = (tmp_path / "features").glob("*.bin")
+    os.utime(path)
+    assert torch.equal(features(args, encoder, data)[0], whole) and sums == [24]
+
+
 @pytest.mark.parametrize("what", ["space", "quota"])
 def test_features_that_do_not_fit_take_no_room(
     what: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
