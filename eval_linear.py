@@ -35,6 +35,7 @@ average precisions in percent. A killed run started again goes on.
 import argparse
 import contextlib
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -381,16 +382,30 @@ def images_checksum(data: common.ImageSet) -> str:
     return content.hexdigest()
 
 
+class FeatureFile(NamedTuple):
+    """Where the features of one layer lie, what they are of, their shape (N, V, d) and type."""
+
+    path: Path
+    key: dict[str, Any]
+    shape: tuple[int, int, int]
+    kind: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.kind.itemsize
+
+
 @torch.no_grad()
 def cached_features(
-    args: argparse.Namespace, encoder: common.Encoder, data: common.ImageSet, split: str, crops: int,
+    args: argparse.Namespace, encoder: common.Encoder, sets: Sequence[tuple[common.ImageSet, str, int]],
     device: torch.device,
-) -> dict[str, Tensor]:
-    """The features (N, V, d) of each of --layers, mapped from files that are made if they are not there.
+) -> list[dict[str, Tensor]]:
+    """The features (N, V, d) of each of --layers for each of the `sets` (images, split, V), mapped from files that are
+    made if they are not there.
 
     A file belongs to one set of weights, images, crops and one layer: its name is a checksum of these, the .json beside
     it spells them out and says how many rows are done, with their checksum: a killed pass goes on, a damaged one is
-    made anew.
+    made anew. A whole file that nobody has written to since is not read for its checksum again: 242 GB take minutes.
     """
     amp = common.amp_default(device) if args.amp is None else args.amp
     kind = args.feature_type or ("bfloat16" if amp else "float32")
@@ -399,15 +414,17 @@ def cached_features(
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             return layer_features(encoder, images.to(memory_format=torch.channels_last), layers, args.layer_size)
 
-    probe = encode(torch.zeros(1, 3, data.size, data.size, device=device), args.layers)
-    checksums = dict(weights=weights_checksum(encoder), images=images_checksum(data))
-    files, keys = list[Path](), list[dict[str, Any]]()
-    for layer, sample in zip(args.layers, probe, strict=True):
-        key = dict(checksums, data=data.identity(), crops=crops, layer=layer, layer_size=args.layer_size,
-                   size=sample.shape[1], type=kind, amp=amp, format=1)
-        digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
-        files.append(args.features / f"{split}-{layer}-{digest}.bin")
-        keys.append(key)
+    wanted, weights = list[list[FeatureFile]](), weights_checksum(encoder)
+    for data, split, crops in sets:
+        probe = encode(torch.zeros(1, 3, data.size, data.size, device=device), args.layers)
+        checksums, files = dict(weights=weights, images=images_checksum(data)), list[FeatureFile]()
+        for layer, sample in zip(args.layers, probe, strict=True):
+            key = dict(checksums, data=data.identity(), crops=crops, layer=layer, layer_size=args.layer_size,
+                       size=sample.shape[1], type=kind, amp=amp, format=1)
+            digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
+            files.append(FeatureFile(args.features / f"{split}-{layer}-{digest}.bin", key,
+                                     (len(data), crops, sample.shape[1]), getattr(torch, kind)))
+        wanted.append(files)
     args.features.mkdir(parents=True, exist_ok=True)
     with (args.features / "lock").open("w") as lock:  # of two runs at once the second finds what the first has made
         try:
@@ -415,27 +432,34 @@ def cached_features(
         except OSError:
             print(f"waiting for another run that writes features to {args.features}", flush=True)
             fcntl.lockf(lock, fcntl.LOCK_EX)
-        mapped = [open_features(path, (len(data), crops, key["size"]), getattr(torch, kind))
-                  for path, key in zip(files, keys, strict=True)]
-        done = [rows_done(*each) for each in zip(files, keys, mapped, strict=True)]
-        todo = [number for number, rows in enumerate(done) if rows < len(data)]
-        if todo:
-            layers, first = [args.layers[number] for number in todo], min(done[number] for number in todo)
-            gigabytes = sum(mapped[number].nbytes for number in todo) / 1e9
-            print(f"features of {len(data):,} {split} images, {crops} crops, {', '.join(layers)}: {gigabytes:.2f} GB "
-                  f"in {args.features}" + f", going on at image {first:,}" * (first > 0), flush=True)
-            batches = crops_of(data, torch.arange(first, len(data)), crops, args.image_batch, device)
-            fill([(mapped[number], files[number], keys[number]) for number in todo], first,
-                 lambda images: encode(images, layers), batches)
-    return dict(zip(args.layers, mapped, strict=True))
+        make_room([file for files in wanted for file in files], args.features)
+        found = list[dict[str, Tensor]]()
+        for (data, split, crops), files in zip(sets, wanted, strict=True):
+            # torch.from_file takes no names of other bytes than UTF-8
+            mapped = [torch.from_numpy(np.memmap(file.path, np.uint8, "r+")).view(file.kind).view(file.shape)
+                      for file in files]
+            done = [rows_done(file.path, file.key, values) for file, values in zip(files, mapped, strict=True)]
+            todo = [number for number, rows in enumerate(done) if rows < len(data)]
+            if todo:
+                layers, first = [args.layers[number] for number in todo], min(done[number] for number in todo)
+                gigabytes = sum(mapped[number].nbytes for number in todo) / 1e9
+                print(f"features of {len(data):,} {split} images, {crops} crops, {', '.join(layers)}: "
+                      f"{gigabytes:.2f} GB in {args.features}" + f", going on at image {first:,}" * (first > 0),
+                      flush=True)
+                batches = crops_of(data, torch.arange(first, len(data)), crops, args.image_batch, device)
+                fill([(mapped[number], files[number].path, files[number].key) for number in todo], first,
+                     functools.partial(encode, layers=layers), batches)
+            found.append(dict(zip(args.layers, mapped, strict=True)))
+    return found
 
 
 def both_features(
     args: argparse.Namespace, encoder: common.Encoder, task: Task, device: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The features of the training and of the test images, by layer."""
-    return (cached_features(args, encoder, task.train, "train", args.train_crops, device),
-            cached_features(args, encoder, task.test, "test", args.test_crops, device))
+    train, test = cached_features(args, encoder, [(task.train, "train", args.train_crops),
+                                                  (task.test, "test", args.test_crops)], device)
+    return train, test
 
 
 def rows_done(path: Path, key: dict[str, Any], values: Tensor) -> int:
@@ -443,7 +467,8 @@ def rows_done(path: Path, key: dict[str, Any], values: Tensor) -> int:
     try:
         found = json.loads(path.with_suffix(".json").read_text())
         rows = int(found["rows"]) if found["key"] == key else 0
-        if not rows or found["crc"] == checksum(values[:rows]):
+        untouched = rows == len(values) and found.get("mtime_ns") == path.stat().st_mtime_ns
+        if not rows or untouched or found["crc"] == checksum(values[:rows]):
             return rows
         print(f"note: {path} is damaged and made anew", file=sys.stderr, flush=True)
     except (OSError, ValueError, KeyError, TypeError):
@@ -458,19 +483,28 @@ def checksum(rows: Tensor, crc: int = 0) -> int:
     return crc
 
 
-def open_features(path: Path, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
-    """A file as a tensor; a new one takes its room on the disk at once: a full disk must not show in the middle."""
-    size = math.prod(shape) * kind.itemsize
-    if not path.exists() or path.stat().st_size != size:
-        free = shutil.disk_usage(path.parent).free
-        if size > free:
-            raise common.Fault(f"the features take {size / 1e9:.1f} GB, but {path.parent} has {free / 1e9:.1f} GB "
-                               "free: name another --features, fewer --layers or crops, or a --subset")
-        path.with_suffix(".json").unlink(missing_ok=True)
-        with path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size) if hasattr(os, "posix_fallocate") else file.truncate(size)
-    content = np.memmap(path, np.uint8, "r+")  # torch.from_file takes no names of other bytes than UTF-8
-    return torch.from_numpy(content).view(kind).view(shape)
+def make_room(files: Sequence[FeatureFile], folder: Path) -> None:
+    """Take the room of all new files on the disk at once, or none: a full disk must not show in the middle."""
+    found = [file.path.stat().st_size if file.path.exists() else 0 for file in files]
+    new = [file for file, size in zip(files, found, strict=True) if size != file.bytes]
+    size, free = sum(file.bytes for file in files) - sum(found), shutil.disk_usage(folder).free
+    if size > free:
+        raise common.Fault(f"the features take {size / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free: name "
+                           "another --features, fewer --layers or crops, or a --subset")
+    if new:
+        print(f"features take {size / 1e9:.2f} GB of the {free / 1e9:.1f} GB free in {folder}", flush=True)
+    try:
+        for file in new:
+            file.path.with_suffix(".json").unlink(missing_ok=True)
+            with file.path.open("wb") as out:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(out.fileno(), 0, file.bytes)
+                else:
+                    out.truncate(file.bytes)
+    except OSError:  # a quota, which the free space does not show
+        for file in new:
+            file.path.unlink(missing_ok=True)
+        raise
 
 
 def fill(
@@ -484,8 +518,9 @@ def fill(
         for (_, path, key), crc in zip(parts, sums, strict=True):
             with path.open("rb+") as file:  # rows that the disk does not have must not be taken for done
                 os.fsync(file.fileno())
+            written = path.stat().st_mtime_ns  # with the size, which the key gives, the mark of a file as it was left
             temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(dict(rows=rows, crc=crc, key=key)))
+            temporary.write_text(json.dumps(dict(rows=rows, crc=crc, mtime_ns=written, key=key)))
             temporary.replace(path.with_suffix(".json"))
 
     row, marked, sums = first, time.monotonic(), [checksum(values[:first]) for values, _, _ in parts]
@@ -556,8 +591,9 @@ class Layer:
 
 def free_memory(device: torch.device) -> float:
     """Bytes that a device has free, or a guess."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cuda":  # where PyTorch keeps blocks that it does not use at present
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + kept)
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * float(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
@@ -712,7 +748,7 @@ def linear(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, t
         job, local = divmod(epoch, args.epochs)
         wanted, search = jobs[job]
         if wanted != name or here is None or there is None:
-            name = wanted
+            name, here, there = wanted, None, None  # what they take is free before the next are made
             here = Layer(train[name], args, run.device)
             there = Layer(test[name], args, run.device, here)
         rows = fitted if search else every
@@ -827,7 +863,7 @@ def newton_step(x: Tensor, active: Tensor, target: Tensor, iterations: int = 100
         p += alpha[:, None] * direction
         residual -= alpha[:, None] * product
         new = torch.where(size > goal, residual.square().sum(1), size)
-        direction = residual + (new / size)[:, None] * direction
+        direction = residual + torch.where(size > goal, new / size, 0)[:, None] * direction  # a residual may be just 0
         size = new
     return p
 
@@ -862,26 +898,32 @@ def fit_svms(x: Tensor, targets: Tensor, costs: Tensor, positive_weight: float) 
 
 
 def cross_validate(
-    x: Tensor, targets: Tensor, args: argparse.Namespace, several: bool, key: Sequence[int | str]
+    x: Tensor, targets: Tensor, args: argparse.Namespace, several: bool, key: Sequence[int | str], views: int = 1
 ) -> Tensor:
     """The cost (C,) of each class: one for all that classifies most left-out images right, or, where an image may have
-    `several` classes, the one of the best average precision for each. The middle one if a fold would lack a class."""
-    count = targets.shape[1]
+    `several` classes, the one of the best average precision for each. The middle one if a fold would lack a class.
+
+    x: (n V, d), the V crops of an image one after the other, all in one fold; targets: (n V, C). A fold is left out by
+    targets of 0: a copy of the other rows may be too large.
+    """
+    count, images = targets.shape[1], targets[::views]
     costs = torch.tensor(args.cost, dtype=torch.float64)
-    if len(costs) == 1 or ((targets > 0).sum(0) < args.folds).any():
+    # In parts, since what is summed becomes int64 first.
+    with_class = torch.stack([(part > 0).sum(0) for part in torch.split(images, 8192)]).sum(0)
+    if len(costs) == 1 or (with_class < args.folds).any():
         return costs[len(costs) // 2].repeat(count)
-    order = torch.randperm(len(x), generator=common.generator(*key, "folds"))
+    order = torch.randperm(len(images), generator=common.generator(*key, "folds"))
     if not several:
-        order = order[targets.argmax(1).cpu()[order].argsort(stable=True)]
-    fold = torch.empty(len(x), dtype=torch.long)
-    fold[order] = torch.arange(len(x)) % args.folds
+        order = order[images.argmax(1).cpu()[order].argsort(stable=True)]
+    fold = torch.empty(len(images), dtype=torch.long)
+    fold[order] = torch.arange(len(images)) % args.folds
+    fold = fold.repeat_interleave(views).to(x.device)
     merits = torch.zeros(len(costs), count)
     for left_out in range(args.folds):
-        rows, rest = ((fold == left_out).nonzero()[:, 0], (fold != left_out).nonzero()[:, 0])
-        rows, rest = rows.to(x.device), rest.to(x.device)
-        weights = fit_svms(x[rest], targets[rest], costs[:, None].expand(-1, count), args.positive_weight)
+        rows = (fold == left_out).nonzero()[:, 0]
+        weights = fit_svms(x, targets.index_fill(0, rows, 0), costs[:, None].expand(-1, count), args.positive_weight)
         for number, weight in enumerate(weights):
-            scores = x[rows] @ weight.T
+            scores = torch.cat([x[part] @ weight.T for part in torch.split(rows, 8192)])
             if several:
                 known = [targets[rows, c] != 0 for c in range(count)]
                 merits[number] += torch.tensor([common.average_precision(
@@ -896,11 +938,26 @@ def cross_validate(
     return best
 
 
+def one_vs_rest(labels: Tensor, classes: int) -> Tensor:
+    """Class numbers (n,) as targets (n, C), 1 or -1: int8, of ImageNet 1.3 GB."""
+    return torch.full((len(labels), classes), -1, dtype=torch.int8).scatter_(1, labels[:, None], 1)
+
+
+def with_intercept(layer: Layer, rows: Tensor) -> Tensor:
+    """(n V, d + 1) float32: all crops of the images at `rows` and a 1, whose weight is the intercept. Written in place:
+    a layer of ImageNet takes 47 GB."""
+    views = layer.values.shape[1]
+    x = torch.ones(len(rows) * views, layer.size + 1, device=layer.device)
+    for part, place in zip(torch.split(rows, 1024), torch.split(x, 1024 * views), strict=True):
+        place[:, :-1] = layer.crops(part).flatten(0, 1)
+    return x
+
+
 def svm_draws(args: argparse.Namespace, task: Task) -> list[tuple[dict[str, Any], Tensor, Tensor]]:
     """(facts, rows, targets (n, C)) of each draw of labelled images."""
     if task.train_targets.ndim == 1:
-        targets = 2 * F.one_hot(task.train_targets, len(task.train.classes)) - 1
-        return [(facts, rows, targets[rows]) for facts, rows in draws(args, task)]
+        return [(facts, rows, one_vs_rest(task.train_targets[rows], len(task.train.classes)))
+                for facts, rows in draws(args, task)]
     if not args.per_class:
         return [(facts, rows, task.train_targets[rows]) for facts, rows in draws(args, task)]
     found = []
@@ -936,15 +993,15 @@ def svm(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task
         began = time.perf_counter()
         wanted, number = jobs[epoch]
         if wanted != name or here is None or there is None:
-            name = wanted
+            name, here, there = wanted, None, None  # what they take is free before the next are made
             here = Layer(train[name], args, run.device)
             there = Layer(test[name], args, run.device, here)
         facts, rows, targets = found[number]
-        x = torch.cat([here.crops(part).flatten(0, 1) for part in torch.split(rows, 1024)])
-        x = F.pad(x, (0, 1), value=1.0)  # the intercept is a weight like the others
-        targets = targets.repeat_interleave(args.train_crops, 0).to(run.device)
-        cost = cross_validate(x, targets, args, task.train_targets.ndim == 2, (args.seed, number))
+        x = with_intercept(here, rows)
+        targets = targets.to(run.device).repeat_interleave(args.train_crops, 0)
+        cost = cross_validate(x, targets, args, task.train_targets.ndim == 2, (args.seed, number), args.train_crops)
         weight = fit_svms(x, targets, cost[None], args.positive_weight)[0]
+        del x  # the next turn makes its own
         scores = torch.cat([(F.pad(there.crops(part), (0, 1), value=1.0) @ weight.T).mean(1)
                             for part in torch.split(torch.arange(len(there)), 256)])
         row = dict(layer=name, size=here.size, **facts, cost=sorted(set(cost.tolist())),
@@ -990,15 +1047,18 @@ class Job(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """A body (B, ...) -> (B, d) and a last layer of its own: logits (B, C), float32."""
+    """A body (B, ...) -> (B, d) and a last layer of its own: logits (B, C), float32 under autocast too: rounded to
+    bfloat16's 8 bits many would be equal."""
 
     def __init__(self, body: nn.Module, size: int, classes: int) -> None:
         super().__init__()
         self.body, self.last = body, nn.Linear(size, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.last(self.body(x))
-        return logits.float()
+        features = self.body(x)
+        with torch.autocast(features.device.type, enabled=False):
+            logits: Tensor = self.last(features.float())
+        return logits
 
 
 def hidden_layers(size: int, hidden: int, dropout: float) -> nn.Sequential:
@@ -1031,16 +1091,25 @@ Batches = Callable[[Tensor, int, int], Iterator[tuple[int, Tensor, Tensor]]]  # 
 
 def train_networks(
     args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task: Task, model: Classifier,
-    found: list[tuple[dict[str, Any], Tensor]], batches: Batches, predict: Callable[[Tensor | None], Tensor],
+    found: list[tuple[dict[str, Any], Tensor]], batches: Batches, predict: Callable[[bool, Tensor], Tensor],
     reset: Callable[[dict[str, Tensor], int], None], every_epoch: bool,
 ) -> list[dict[str, Any]]:
     """Train `model` for each draw of labelled images with each setting of the grid, then with the best one on all.
 
-    predict(rows or None): scores (n, C) of training images, or of all test images. every_epoch: the best epoch is
-    chosen too, else only settings are, by the last epoch; with one setting nothing is held out then.
+    predict(test, rows): scores (n, C) of test or training images. every_epoch: the best epoch is chosen too, else only
+    settings are, by the last epoch; with one setting nothing is held out then.
     """
     targets, multi = task.train_targets, task.train_targets.ndim == 2
     key = "map_area" if multi else "top1"
+    every_test = torch.arange(len(task.test))
+
+    def scores(test: bool, rows: Tensor) -> Tensor:
+        """What predict says, each rank of its share: all have the same scores in the end, and choose the same."""
+        share = -(-len(rows) // run.world)  # equal shares, the last padded with the first image
+        places = torch.arange(run.rank * share, (run.rank + 1) * share)
+        places[places >= len(rows)] = 0
+        return run.gather(predict(test, rows[places]))[0][: len(rows)]
+
     criterion: Any = masked_bce if multi else F.cross_entropy
     grid = list(itertools.product(args.lr, args.weight_decay, args.head_factor))
     search = every_epoch or len(grid) > 1
@@ -1101,7 +1170,7 @@ def train_networks(
         model.eval()
         run.broadcast(model)
         if job.setting is not None and (last or every_epoch):
-            row["holdout"] = merit(predict(held), targets[held])[key]
+            row["holdout"] = merit(scores(False, held), targets[held])[key]
             ledger.history.append([[lr, decay, factor], local + 1, row["holdout"]])
             if last and (number + 1 == len(jobs) or jobs[number + 1].setting is None):
                 best = max(ledger.history, key=lambda entry: entry[2])  # of equal ones the first
@@ -1109,9 +1178,9 @@ def train_networks(
         if job.setting is None:
             chosen = ledger.chosen.get("epoch", args.epochs)
             if local + 1 == chosen:
-                ledger.best = merit(predict(None), task.test_targets)
+                ledger.best = merit(scores(True, every_test), task.test_targets)
             if last:
-                ended = ledger.best if chosen == args.epochs else merit(predict(None), task.test_targets)
+                ended = ledger.best if chosen == args.epochs else merit(scores(True, every_test), task.test_targets)
                 row |= dict(facts, best_lr=lr, weight_decay=decay, head_factor=factor, best_epoch=chosen,
                             **({"holdout": ledger.chosen["holdout"]} if search else {}), **ledger.best,
                             **{f"last_{name}": value for name, value in ended.items() if name in ("top1", "top5", key)})
@@ -1139,11 +1208,10 @@ def mlp(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task
             yield step, order[part], here.crop(order[part], views[part])
 
     @torch.no_grad()
-    def predict(rows: Tensor | None) -> Tensor:
-        layer, rows = (there, torch.arange(len(there))) if rows is None else (here, rows)
+    def predict(test: bool, rows: Tensor) -> Tensor:
         found = []
         for part in torch.split(rows, 256):
-            x = layer.crops(part) if layer is there else layer.centers(part)[:, None]
+            x = there.crops(part) if test else here.centers(part)[:, None]
             with run.autocast():
                 found.append(model(x.flatten(0, 1)).softmax(1).view(*x.shape[:2], -1).mean(1))
         return torch.cat(found)
@@ -1182,9 +1250,8 @@ def finetune(args: argparse.Namespace, run: common.Run, encoder: common.Encoder,
             yield step, index, task.train.normalize(common.random_flip(images, run.draw(epoch, step)))
 
     @torch.no_grad()
-    def predict(rows: Tensor | None) -> Tensor:
-        data, crops = (task.test, args.test_crops) if rows is None else (task.train, 1)
-        rows, found = torch.arange(len(data)) if rows is None else rows, list[Tensor]()
+    def predict(test: bool, rows: Tensor) -> Tensor:
+        (data, crops), found = (task.test, args.test_crops) if test else (task.train, 1), list[Tensor]()
         for views in crops_of(data, rows, crops, args.image_batch, run.device):
             with run.autocast():
                 answers = model(views.flatten(0, 1).to(memory_format=torch.channels_last))

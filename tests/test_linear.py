@@ -1,10 +1,15 @@
 """Classification protocols: probes, SVMs and metrics against references; drawn labels, cached features, resuming."""
 
 import argparse
+import errno
+import functools
 import json
+import os
 import shutil
+import socket
 import sys
 import tarfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +116,7 @@ def options(tmp_path: Path, *words: str) -> argparse.Namespace:
 
 
 def features(args: argparse.Namespace, encoder: common.Encoder, data: common.ImageSet, crops: int = 1) -> list[Tensor]:
-    return list(eval_linear.cached_features(args, encoder, data, "train", crops, CPU).values())
+    return list(eval_linear.cached_features(args, encoder, [(data, "train", crops)], CPU)[0].values())
 
 
 def encoder_and_data(seed: int = 0, count: int = 24) -> tuple[common.Encoder, common.ImageSet]:
@@ -207,6 +212,71 @@ def test_damaged_features_are_made_anew(how: str, tmp_path: Path, capsys: pytest
         path.unlink()
     assert torch.equal(features(args, encoder, data)[0], whole)
     assert ("is damaged and made anew" in capsys.readouterr().err) == (how == "a bit")
+
+
+def test_whole_features_are_not_read_for_their_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that finds whole files as they were left trusts them; where another time stands the checksum decides."""
+    args, (encoder, data) = options(tmp_path, "--layers", "conv5"), encoder_and_data()
+    (whole,) = [values.clone() for values in features(args, encoder, data)]
+    sums, original = list[int](), eval_linear.checksum
+    monkeypatch.setattr(eval_linear, "checksum", lambda rows, *crc: sums.append(len(rows)) or original(rows, *crc))
+    assert torch.equal(features(args, encoder, data)[0], whole) and sums == []
+    (path,) = (tmp_path / "features").glob("*.bin")
+    os.utime(path)
+    assert torch.equal(features(args, encoder, data)[0], whole) and sums == [24]
+
+
+@pytest.mark.parametrize("what", ["space", "quota"])
+def test_features_that_do_not_fit_take_no_room(
+    what: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Room is taken for all layers of both splits together: if it is not there, or ends at a quota, no file is left."""
+    free, allocate, calls = 60 * 96 * 2 + 1000, os.posix_fallocate, list[int]()  # both layers of the training images
+
+    def up_to_a_quota(*args: int) -> None:
+        calls.append(args[2])
+        if len(calls) == 3:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        allocate(*args)
+
+    if what == "space":
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - free, free))
+    monkeypatch.setattr(os, "posix_fallocate", up_to_a_quota)
+    with pytest.raises(common.Fault if what == "space" else OSError):
+        evaluate(checkpoint)
+    assert not list(checkpoint.parent.glob("**/features/*.bin")) and len(calls) == (0 if what == "space" else 3)
+    assert ("features take 0.00 GB of the " in capsys.readouterr().out) == (what == "quota")
+    monkeypatch.undo()
+    assert evaluate(checkpoint)["layer"] in ("conv1", "conv5")
+
+
+@pytest.mark.parametrize("protocol", ["linear", "svm"])
+def test_one_layer_at_a_time(protocol: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer's features, and what was made of them, are gone from memory before the next layer's come."""
+    alive, original = weakref.WeakSet[Any](), eval_linear.Layer.__init__
+
+    def init(self: eval_linear.Layer, values: Tensor, args: Any, device: Any, like: Any = None) -> None:
+        assert list(alive) == [like] * (like is not None)
+        original(self, values, args, device, like)
+        alive.add(self)
+
+    def with_intercept(layer: eval_linear.Layer, rows: Tensor) -> Tensor:
+        assert not any(matrix() is not None for matrix in matrices)
+        x = join(layer, rows)
+        matrices[:] = [weakref.ref(x)]
+        return x
+
+    join, matrices = eval_linear.with_intercept, list[Any]()
+    monkeypatch.setattr(eval_linear.Layer, "__init__", init)
+    monkeypatch.setattr(eval_linear, "with_intercept", with_intercept)
+    assert len(evaluate(checkpoint, "--protocol", protocol, "--layers", "conv1", "conv3", "conv5")["layers"]) == 3
+
+
+def test_blocks_that_pytorch_keeps_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a GPU is free what the driver says and what PyTorch holds without using it."""
+    for name, value in (("mem_get_info", (10, 99)), ("memory_reserved", 7), ("memory_allocated", 4)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert eval_linear.free_memory(torch.device("cuda")) == 13
 
 
 # linear probes
@@ -344,6 +414,56 @@ def test_cost_by_cross_validation(tmp_path: Path) -> None:
     assert chosen[1] > 1e-5  # what can be learnt wants more
 
 
+def test_svms_copy_no_features(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folds are left out by targets of 0, int8, of one and the same features; both crops of an image lie in one fold,
+    and the classes are spread over the folds."""
+    fits, original = list[tuple[int, Tensor]](), eval_linear.fit_svms
+
+    def fit(x: Tensor, targets: Tensor, *rest: Any) -> Tensor:
+        fits.append((x.data_ptr(), targets))
+        assert (x[:, -1] == 1).all()
+        return original(x, targets, *rest)
+
+    monkeypatch.setattr(eval_linear, "fit_svms", fit)
+    evaluate(checkpoint, "--protocol", "svm", "--layers", "conv5", "--train-crops", 2, "--C", 0.1, 1)
+    assert len({pointer for pointer, _ in fits}) == 1 and {targets.dtype for _, targets in fits} == {torch.int8}
+    *folds, whole = (targets.view(60, 2, 10) for _, targets in fits)
+    assert (whole.sum(2) == -8).all() and len(folds) == 3
+    left_out = torch.stack([(targets == 0).all(2) for targets in folds])
+    assert torch.equal(left_out[..., 0], left_out[..., 1]) and (left_out[..., 0].sum(0) == 1).all()
+    for targets, out in zip(folds, left_out, strict=True):
+        assert torch.equal(targets[~out], whole[~out]) and ((whole[out] > 0).sum(0) == 4).all()
+
+
+def test_costs_are_those_of_folds_by_rows(tmp_path: Path) -> None:
+    """The chosen costs are those of SVMs that are given the rows of the other folds alone."""
+    args = options(tmp_path, "--C", "1e-4", "1e-3", "1e-2", "1")
+    costs = torch.tensor(args.cost)
+    for count, size in ((300, 20), (40, 90), (60, 50)):
+        x, labels = blobs(count, size, 3, spread=4.0)
+        x = F.pad(x, (0, 1), value=1.0).double()
+        order = torch.randperm(count, generator=common.generator(0, "folds"))
+        fold = torch.empty(count, dtype=torch.long)
+        fold[order[labels[order].argsort(stable=True)]] = torch.arange(count) % 3
+        right = torch.zeros(4)
+        for number in range(3):
+            fitted = x[fold != number], eval_linear.one_vs_rest(labels[fold != number], 3)
+            for at, weight in enumerate(eval_linear.fit_svms(*fitted, costs[:, None].expand(-1, 3), 1.0)):
+                right[at] += ((x @ weight.T).argmax(1) == labels)[fold == number].double().mean()
+        chosen = eval_linear.cross_validate(x, eval_linear.one_vs_rest(labels, 3), args, False, (0,))
+        assert chosen.tolist() == pytest.approx([args.cost[int(right.argmax())]] * 3)
+
+
+def test_newton_steps_that_end_early() -> None:
+    """A class of which no image is active is solved in one step, and stays solved while others go on."""
+    x, _ = blobs(30, 12, 3)
+    target, active = torch.randn(2, 12), torch.ones(30, 2)
+    active[:, 0] = 0
+    found = eval_linear.newton_step(x, active, target)
+    assert torch.equal(found[0], target[0])
+    assert (found[1] + x.T @ (x @ found[1]) - target[1]).norm() < 0.11 * target[1].norm()
+
+
 # metrics
 
 
@@ -379,6 +499,21 @@ def test_difficult_objects_have_no_loss() -> None:
     expected = sum(torch.tensor(v).exp().log1p() for v in (-0.5, -1.0, -2.0)) / 2
     torch.testing.assert_close(loss.detach(), expected)
     assert logits.grad is not None and logits.grad[0, 1] == 0 and (logits.grad != 0).sum() == 3
+
+
+def test_last_layer_is_float32() -> None:
+    """Under autocast the logits are those of float32, which tell apart what bfloat16 would round to the same; of them
+    and of the loss the gradients reach the body."""
+    torch.manual_seed(0)
+    model = eval_linear.Classifier(torch.nn.Linear(8, 16), 16, 5)
+    x = torch.randn(64, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        body, logits = model.body(x), model(x)
+    assert body.dtype == torch.bfloat16 and logits.dtype == torch.float32
+    assert torch.equal(logits, F.linear(body.float(), model.last.weight, model.last.bias))
+    assert not torch.equal(logits, logits.bfloat16().float())
+    F.cross_entropy(logits, torch.arange(64) % 5).backward()
+    assert model.body.weight.grad is not None and model.body.weight.grad.abs().sum() > 0
 
 
 # drawn labels
@@ -612,6 +747,46 @@ def test_real_voc_images(trained: Path, tmp_path: Path) -> None:
                  "--lr", 0.003, "--weight-decay", 1e-6, "--workers", 0]
         found = evaluate(path, *words, data_dir=lists.parents[3])
         assert found["data"] == "voc07" and len([*found.get("runs", []), *found.get("layers", [])]) == 1
+
+
+def watch_rank(rank: int, port: int, folder: Path) -> None:
+    """What a launcher tells one of two ranks; which images it classifies, and what it finds, to a file."""
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    crops_of, merit = eval_linear.crops_of, eval_linear.merit
+
+    def note(*facts: Any) -> None:
+        common.append_line(folder / f"{rank}.jsonl", json.dumps(facts))
+
+    def crops(data: common.ImageSet, rows: Tensor, *rest: Any) -> Any:
+        note("rows", len(data), rows.tolist())
+        return crops_of(data, rows, *rest)
+
+    def judged(scores: Tensor, targets: Tensor) -> dict[str, Any]:
+        found = merit(scores, targets)
+        note("merit", len(targets), found, scores.double().sum().item())
+        return found
+
+    eval_linear.crops_of, eval_linear.merit = crops, judged  # type: ignore[assignment]
+
+
+def test_two_ranks_share_the_images_and_agree(checkpoint: Path, tmp_path: Path) -> None:
+    """Fine-tuning on two ranks: each classifies half of the held-out and of the test images, and both know all scores,
+    so that they choose the same."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [checkpoint, *SMALL, tmp_path, "--protocol", "finetune", "--lr", "0.01", "0.1", "--weight-decay", "0.0001",
+             "--test-subset", "41", "--holdout", "0.12", "--epochs", "1"]
+    ranks = [start("eval_linear", words, functools.partial(watch_rank, rank, port, tmp_path)) for rank in range(2)]
+    assert [process.wait().code for process in ranks] == [0, 0], [process.err for process in ranks]
+    first, second = ([json.loads(line) for line in (tmp_path / f"{rank}.jsonl").read_text().splitlines()]
+                     for rank in range(2))
+    assert [fact[0] for fact in first] == ["rows", "merit"] * 3
+    assert first[1::2] == second[1::2] and [fact[1] for fact in first[1::2]] == [7, 7, 41]
+    for (_, count, mine), (_, _, others) in zip(first[::2], second[::2], strict=True):
+        assert len(mine) == len(others) == (4 if count == 60 else 21)
+        assert len({*mine, *others}) == (7 if count == 60 else 41)
 
 
 # resuming, faults
