@@ -154,6 +154,16 @@ def run_rows(output: Path, *options: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()[1:]]
 
 
+def test_the_warm_start_is_npid(tmp_path: Path) -> None:
+    """Local Aggregation that is all warm start and npid.py with the same options end with the same bits."""
+    words = ["--preset", "smoke", "--epochs", "2", "--knn-every", "0", "--flip", "--output"]
+    run_rows(tmp_path / "la", "--epochs", "2", "--warmup-epochs", "2")
+    npid.main(npid.parse_args([*words, str(tmp_path / "npid")]))
+    one, two = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)["state"] for name in ("la", "npid"))
+    assert torch.equal(one["bank"]["features"], two["bank"]["features"])
+    assert all(torch.equal(value, two["encoder"][name]) for name, value in one["encoder"].items())
+
+
 @pytest.mark.parametrize("count", [256, 250])
 @pytest.mark.parametrize("every", [0, 3])
 def test_clusters_are_there_at_the_first_step_and_renewed_on_time(
