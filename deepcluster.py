@@ -457,12 +457,14 @@ def kmeans_half(x: Tensor, k: int, seed: int, iterations: int = 20) -> tuple[Ten
     low, half = common.low_chunks(x, k), common.half_rows(x)
     labels, empties = torch.full((len(x),), -1, device=x.device), 0
     for iteration in range(iterations + 1):
-        half = half if iteration < iterations else None
-        before, (labels, empties) = labels, fill_empty(common.nearest(x, centroids, low, half), k, random)
+        hurry = half if iteration < iterations else None
+        before, (labels, empties) = labels, fill_empty(common.nearest(x, centroids, low, hurry), k, random)
         settled = empties == 0 and torch.equal(labels, before)
-        if iteration == iterations or (settled and half is None):
+        if settled and half:  # float32 decides whether this is a fixed point, as in common.kmeans
+            half, (labels, empties) = None, fill_empty(common.nearest(x, centroids, low), k, random)
+            settled = empties == 0 and torch.equal(labels, before)
+        if settled or iteration == iterations:
             break
-        half = None if settled else half  # float32 decides whether this is a fixed point
         sums, counts = common.cluster_sums(x, labels, k)
         centroids = sums / counts[:, None]
     return labels, empties

@@ -166,9 +166,9 @@ def fit_to(count: int, args: argparse.Namespace) -> list[str]:
     m shrinks with N, so that clusters keep their size; k to a tenth of N, wider than C_i; the warm start to a third of
     the epochs. Returns what to tell the user.
     """
-    notes, preset = list[str](), PRESETS[args.preset]
+    notes, preset = list[str](), PRESETS["imagenet"] | PRESETS[args.preset]
     whole = preset.get("subset", IMAGES[preset.get("data", "imagenet")])
-    fitting = dict(m=max(2, round(args.m * count / whole)), k=max(2, count // 10))
+    fitting = dict(m=max(2, round(preset["m"] * count / whole)), k=max(2, count // 10))
     for name, value in fitting.items():
         given = getattr(args, name)
         if given > count and name in args.typed:

@@ -586,16 +586,17 @@ def test_ranks_share_the_search(rows: int, world: int) -> None:
     """Each rank looks for the neighbours of its share of the rows; together they are those of one rank."""
     x, parts = unit_rows(rows, 6), list[Tensor]()
 
-    class Rank:
+    class Rank(FakeRun):
         def __init__(self, rank: int) -> None:
             self.rank, self.world = rank, world
 
-        def gather(self, found: Tensor) -> tuple[Tensor, ...]:
-            parts.append(found)
-            return (found,)
+        def gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+            parts.extend(tensors)
+            return tensors
 
     for rank in range(world):
-        dc.own_neighbors(x, 5, Rank(rank))  # type: ignore[arg-type]
+        run: Any = Rank(rank)
+        dc.own_neighbors(x, 5, run)
     assert len({part.shape for part in parts}) == 1
     assert torch.equal(torch.cat(parts)[:rows], dc.own_neighbors(x, 5))
     assert not (dc.own_neighbors(x, 5) == torch.arange(rows)[:, None]).any()

@@ -289,6 +289,8 @@ def test_clusters_keep_their_size(preset: str, images: int, m: int) -> None:
     args = la.parse_args(["--preset", preset])
     la.fit_to(images, args)
     assert args.m == m
+    with pytest.raises(common.Fault, match=f"; {m} would fit"):
+        la.fit_to(images, la.parse_args(["--preset", preset, "--m", str(images + 1)]))
 
 
 @pytest.mark.parametrize(("options", "warm", "word"), [
