@@ -508,6 +508,15 @@ def test_half_precision_only_leads_the_way(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(used) > 10 and spread[0] == pytest.approx(spread[1], rel=5e-3)
 
 
+def test_float32_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where float16 moves no label any more, k-means goes on in float32 until that moves none either."""
+    x = unit_rows(300, 8)
+    monkeypatch.setattr(common, "TENSOR_CORES", {"cpu"})
+    monkeypatch.setattr(common._Half, "nearest", lambda half, centroids: torch.arange(300) % 10)
+    labels, _ = dc.kmeans_half(x, 10, seed=3, iterations=500)
+    assert torch.equal(labels, common.nearest(x, dc.cluster_means(x, labels)))
+
+
 # ---- power iteration clustering --------------------------------------------------------------------------------------
 
 
