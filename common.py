@@ -46,7 +46,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
@@ -378,9 +378,12 @@ class Run:
     """
 
     group: dist.ProcessGroup | None = None
+    writing: Future[None] | None = None  # the checkpoint on its way to the disk
+    in_background = False  # checkpoints are written while training goes on
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        self.writer = ThreadPoolExecutor(1)
         self.device = pick_device(args.device)
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -510,6 +513,8 @@ class Run:
     def describe(self, data: ImageSet | VocSet, **facts: Any) -> None:
         """Say what runs, and keep it for the first line of the log and the checkpoint."""
         self.data = data.identity()
+        # Where workers decode there is nothing to gain, and they are better forked from a process without threads.
+        self.in_background = isinstance(data, ImageSet) and data.pixels is not None
         self.header = dict(
             command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), options=plain_options(self.args), data=self.data,
             git=git_commit(), python=sys.version.split()[0], torch=torch.__version__, device=device_name(self.device),
@@ -647,7 +652,10 @@ class Run:
         raise Stop(128 + number)
 
     def save(self, state: dict[str, Any], epoch: int, step: int) -> None:
-        """Write checkpoint.pth: all of `state`, and where to go on. Atomic: a kill leaves the old or the new one."""
+        """Write checkpoint.pth: all of `state`, and where to go on. Atomic: a kill leaves the old or the new one.
+
+        In the background, a copy: the disk takes a sixth of an epoch of CIFAR-10 on a GPU. `written` waits for it.
+        """
         self.check_finite()
         weights = [w for part in state.values() if isinstance(part, nn.Module) for w in part.parameters()]
         if weights and not torch.stack([w.detach().isfinite().all() for w in weights]).all():
@@ -657,15 +665,28 @@ class Run:
             if hasattr(part, "collect"):
                 part.collect(self)
         if self.rank == 0:
-            log = self.output / "log.jsonl"
-            write_checkpoint(self.output / "checkpoint.pth", dict(
+            self.written()
+            content = dict(
                 options=self.header["options"], data=self.data, git=self.header["git"], epoch=epoch, step=step,
-                log_size=log.stat().st_size, state={name: part.state_dict() for name, part in state.items()},
-            ))
+                log_size=(self.output / "log.jsonl").stat().st_size,
+                state={name: part.state_dict() for name, part in state.items()},
+            )
+            if self.in_background:
+                content = copied(content)
+            self.writing = self.writer.submit(write_checkpoint, self.output / "checkpoint.pth", content)
+            if not self.in_background:
+                self.written()
             self.saved_at = time.monotonic()
+
+    def written(self) -> None:
+        """Wait until the last checkpoint is on the disk; what went wrong there is raised here."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
 
     def finish(self, backbone: nn.Module) -> None:
         """Write backbone.pth, the plain weights under torchvision's names, and give the signals back."""
+        self.written()
         if self.rank == 0:
             weights = {name: weight.cpu() for name, weight in backbone.state_dict().items()}  # for any machine
             write_checkpoint(self.output / "backbone.pth", weights)
@@ -673,6 +694,7 @@ class Run:
 
     def close(self) -> None:
         """Give the signals, the ranks and the output folder back."""
+        self.written()
         if self.bar is not None:
             self.bar.close()
         if self.world > 1:
@@ -808,6 +830,17 @@ def git_commit(folder: Path = ROOT) -> str:
 def plain_options(args: argparse.Namespace) -> dict[str, Any]:
     """Options as plain strings and numbers: a Namespace or a Path in a checkpoint would not load safely."""
     return {key: str(value) if isinstance(value, Path) else value for key, value in sorted(vars(args).items())}
+
+
+def copied(content: Any) -> Any:
+    """Dictionaries and lists with copies of their tensors, on the CPU."""
+    if isinstance(content, Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, dict):
+        return {key: copied(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [copied(value) for value in content]
+    return content
 
 
 def write_checkpoint(path: Path, content: Any) -> None:
