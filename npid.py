@@ -25,8 +25,9 @@ Differences from the paper and from the authors' code:
   * CIFAR's recipe is the code's: jitter before grey, no flip, tau 0.1, batch 128, weight decay 5e-4; the paper gives
     none.
 
-log.jsonl has, for each epoch: loss; chance_loss, which is ln N, that of equal probabilities; z_over_n for NCE, with
-2.2 what a random bank gives at tau 0.07 and D 128; knn_top1 each --knn-every epochs (K = 200, temperature tau).
+log.jsonl has, in its first line, chance_loss, ln N, that of equal probabilities; for each epoch: loss; z_over_n
+for NCE, with 2.2 what a random bank gives at tau 0.07 and D 128; knn_top1 each --knn-every epochs (K = 200,
+temperature tau).
 """
 
 import argparse
