@@ -99,8 +99,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--m", "--num-negatives", dest="num_negatives", type=common.COUNT, default=4096, metavar="M",
                         help="m of eq. (6), noise images drawn for each image (nce, sampled)")
     method.add_argument("--z", choices=["first", "ema", "exact"], default="first",
-                        help="Z of eq. (8): estimated from the first step and kept (the paper's); a running mean with "
-                             "0.99; or each image's own exact sum (nce)")
+                        help="nce: Z of eq. (8), estimated from the first step and kept (the paper's); a running mean "
+                             "with 0.99; or each image's own exact sum")
     method.add_argument("--bank-momentum", type=common.SHARE, default=0.5, metavar="SHARE",
                         help="share of the old feature in v_i <- normalize(share * v_i + (1 - share) * f_i); "
                              "0: the paper's")
