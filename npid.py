@@ -25,8 +25,9 @@ Differences from the paper and from the authors' code:
   * CIFAR's recipe is the code's: jitter before grey, no flip, tau 0.1, batch 128, weight decay 5e-4; the paper gives
     none.
 
-log.jsonl has, for each epoch: loss; chance_loss, which is ln N, that of equal probabilities; z_over_n for NCE, with
-2.2 what a random bank gives at tau 0.07 and D 128; knn_top1 each --knn-every epochs (K = 200, temperature tau).
+log.jsonl has, in its first line, chance_loss, ln N, that of equal probabilities; for each epoch: loss; z_over_n
+for NCE, with 2.2 what a random bank gives at tau 0.07 and D 128; knn_top1 each --knn-every epochs (K = 200,
+temperature tau).
 """
 
 import argparse
@@ -98,8 +99,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--m", "--num-negatives", dest="num_negatives", type=common.COUNT, default=4096, metavar="M",
                         help="m of eq. (6), noise images drawn for each image (nce, sampled)")
     method.add_argument("--z", choices=["first", "ema", "exact"], default="first",
-                        help="Z of eq. (8): estimated from the first step and kept (the paper's); a running mean with "
-                             "0.99; or each image's own exact sum (nce)")
+                        help="nce: Z of eq. (8), estimated from the first step and kept (the paper's); a running mean "
+                             "with 0.99; or each image's own exact sum")
     method.add_argument("--bank-momentum", type=common.SHARE, default=0.5, metavar="SHARE",
                         help="share of the old feature in v_i <- normalize(share * v_i + (1 - share) * f_i); "
                              "0: the paper's")

@@ -90,6 +90,24 @@ def test_links_and_pictures() -> None:
     assert all((common.ROOT / link).stat().st_size < 200_000 for link in links if link.endswith(".png"))
 
 
+LOGGED = re.findall(r"^\|.*`python (\w+)\.py ([^`]+)`.*\((results/[\w./-]+/log\.jsonl)\) \|$", PAGE, re.M)
+
+
+@pytest.mark.parametrize(("script", "options", "log"), LOGGED)
+def test_commands_are_those_of_the_logs(script: str, options: str, log: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command in a row of a table sets all that is learnt as the options in the log beside it."""
+    monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+    args = common.plain_options(importlib.import_module(script).parse_args(options.split()))
+    logged = json.loads((common.ROOT / log).read_text().splitlines()[0])["options"]
+    learnt = args.keys() - common.FREE_OPTIONS | {"data", "epochs"}
+    assert {key: args[key] for key in learnt if args[key] != logged[key]} == {}
+
+
+def test_there_are_commands_with_a_log() -> None:
+    """The test above has something to test."""
+    assert len(LOGGED) == 5
+
+
 def numbers(value: object) -> set[str]:
     """All numbers in a nest of results, to one decimal."""
     if isinstance(value, dict | list):

@@ -4,7 +4,8 @@
 
 The tiny network makes the steps short, so that there are many epochs, clusterings and checkpoints. Samples stand in
 soak.jsonl; the last line says how memory grew between the second and the last quarter of each half, how many files
-were open, and how much the log took for an epoch. It fails where memory grew by more than 5 %, files at all.
+were open, and how much the log took for an epoch. It fails where memory grew by more than 5 %, or the number of open
+files varied by more than two.
 """
 
 import argparse
