@@ -55,7 +55,7 @@ from torch import Tensor, nn
 
 import common
 
-Encode = Callable[[Tensor], Tensor]  # normalised images (b, 3, S, S) -> descriptors or logits (b, d)
+Encode = Callable[[Tensor], Tensor]  # normalised images (b, 3, S, S) -> descriptors (b, d)
 
 # ---- presets ---------------------------------------------------------------------------------------------------------
 # "imagenet" is the base of all and serves any directory; a preset lists what differs. flickr*: directories of YFCC100M.
@@ -318,6 +318,11 @@ ONE_PASS = 1 << 30  # bytes of descriptors (N, d) that may be held; larger ones 
 WIDEST = 8192  # numbers of a descriptor whose covariance (d, d) is still at hand
 
 
+def exact(device: torch.device) -> torch.device:
+    """Where float64 is: not on mps."""
+    return common.CPU if device.type == "mps" else device
+
+
 def moments(
     batches: Iterable[Tensor], dim: int, device: torch.device, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor, int]:
@@ -325,7 +330,7 @@ def moments(
 
     dtype: of the products within a batch, made of what is left of the rows without the first batch's mean.
     """
-    device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+    device = exact(device)
     shift = torch.zeros(dim, device=device)
     total = torch.zeros(dim, dtype=torch.float64, device=device)
     square, count = torch.zeros(dim, dim, dtype=torch.float64, device=device), 0
@@ -348,6 +353,8 @@ def pca_whiten(total: Tensor, square: Tensor, count: int, dim: int) -> tuple[Ten
     the rounding of float32 descriptors are projected to zero. Variance kept: its share. Span: the length of descriptors
     over their deviation in the smallest direction kept; float32 is off by 6e-8 of the former.
     """
+    if not square.isfinite().all():
+        raise common.Fault("the descriptors are not finite, or very large: lower --lr")
     mean = total / count
     values, vectors = torch.linalg.eigh(square / count - mean.outer(mean))
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
@@ -423,7 +430,6 @@ def describe(
 # ---- k-means ---------------------------------------------------------------------------------------------------------
 
 
-
 def fill_empty(labels: Tensor, k: int, random: np.random.Generator) -> tuple[Tensor, int]:
     """Each empty cluster takes half of the images of a random other one (section 3.2). labels: (N,); also how many."""
     counts = torch.bincount(labels, minlength=k).cpu().numpy()
@@ -488,6 +494,7 @@ class Graph(NamedTuple):
 def affinity(x: Tensor, nearest: Tensor, sigma: float | str) -> Graph:
     """A_ij = exp(-|x_i - x_j|^2 / sigma^2) if j is among the nearest (N, k) of i, else 0. x: (N, D)."""
     n, k = nearest.shape
+    x = x.to(exact(x.device))
     parts = zip(torch.split(x, 4096), torch.split(nearest.to(x.device), 4096), strict=True)
     distances = torch.cat([(rows[:, None].double() - x[near]).square().sum(2) for rows, near in parts]).cpu()
     squared = distances.flatten().median() if sigma == "median" else torch.tensor(float(sigma) ** 2)
@@ -599,11 +606,11 @@ def training_order(labels: Tensor, count: int, sampling: str, source: torch.Gene
 
 def target_rows(targets: Tensor, num_clusters: int, count: int, source: torch.Generator) -> Tensor:
     """Clusters whose weights a step uses and moves, ascending: its targets' and random others, `count` in all."""
-    present = torch.unique(targets).cpu()
+    present = torch.unique(targets)
     draw = torch.rand(num_clusters, generator=source)
     draw[present] = -1
     count = min(num_clusters, max(count, len(present)))
-    return draw.topk(count, largest=False).indices.sort().values.to(targets.device)
+    return draw.topk(count, largest=False).indices.sort().values
 
 
 # ---- figures of merit ------------------------------------------------------------------------------------------------
@@ -655,12 +662,6 @@ def knn(
     return common.knn_monitor(x, data, queries, test, temperature=0.07)
 
 
-def accuracy(run: common.Run, test: common.ImageSet, classify: Encode) -> float:
-    """Share of the test images whose largest logit is their class, in percent (Table 4.2)."""
-    found = common.extract(run, test, lambda images: classify(images).argmax(1)).cpu().long()
-    return round(100 * float((found == test.labels).double().mean()), 2)
-
-
 # ---- assignments -----------------------------------------------------------------------------------------------------
 
 
@@ -700,7 +701,7 @@ def assign_images(args: argparse.Namespace) -> None:
         raise common.Fault(f"{args.output} holds no run of {args.script} that has ended: no {CLUSTERS} there")
     try:
         clusters = common.load_plain(args.output / CLUSTERS)
-        clusters = {key: clusters[key].to(device) for key in ("centroids", "projection", "offset")}
+        clusters = {key: clusters[key].to(exact(device)) for key in ("centroids", "projection", "offset")}
     except Exception:  # garbage makes the unpickler raise almost anything
         raise common.Fault(f"{args.output / CLUSTERS} is damaged: remove it, and the command that trained the network "
                            "writes it again") from None
@@ -716,7 +717,7 @@ def assign_images(args: argparse.Namespace) -> None:
         h = encoder.activate(h) if options.descriptors == "after" else h
         return whiten(h, clusters["projection"], clusters["offset"])
 
-    labels = common.nearest(common.extract(device, data, embed), clusters["centroids"])
+    labels = common.nearest(common.extract(device, data, embed), clusters["centroids"].to(device))
     path, part = args.output / "assigned.csv", args.output / "assigned.tmp"
     with part.open("w", newline="", errors="surrogateescape") as file:
         csv.writer(file).writerows([("path", "cluster"), *zip(image_names(data), labels.tolist(), strict=True)])
@@ -864,7 +865,9 @@ def main(args: argparse.Namespace) -> None:
             rows = None
             if args.targets_per_step:
                 source = run.generator("targets", epoch, step)
-                rows = target_rows(run.gather(targets)[0], len(top.weight), args.targets_per_step, source)
+                batch = order[step * args.batch_size : (step + 1) * args.batch_size]  # of all ranks, on the CPU
+                rows = target_rows(clusters.pseudo_labels[batch].long(), len(top.weight), args.targets_per_step, source)
+                rows = rows.to(run.device, non_blocking=True)
                 targets = torch.searchsorted(rows, targets)
 
             optimizer.zero_grad()
@@ -889,10 +892,10 @@ def main(args: argparse.Namespace) -> None:
             encoder.eval()
             run.broadcast(encoder)
             row |= knn(run, data, test, encode, encoder.dim, args.feature_dim)
-            if args.clustering == "labels":
-                row["test_top1"] = accuracy(run, test, lambda images: top(encoder.activate(encoder(images))))
-        lr = common.learning_rate(args, epoch + 1 - 1 / steps)  # a resume after the last step has no other
-        run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=lr, **row, **seconds,
+            if args.clustering == "labels":  # Table 4.2
+                guesses = common.extract(run, test, lambda images: top(encoder.activate(encoder(images))).argmax(1))
+                row["test_top1"] = round(100 * float((guesses.cpu() == test.labels).double().mean()), 2)
+        run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=optimizer.param_groups[0]["lr"], **row, **seconds,
                 images_per_second=round((steps - start) * args.batch_size / train_seconds),
                 train_seconds=round(train_seconds, 1), seconds=round(time.perf_counter() - began, 1),
                 memory_gb=common.memory_gb(run.device))
