@@ -33,9 +33,9 @@ log.jsonl has, for each epoch: loss; chance_loss, ln of the number of clusters; 
 filled; singletons before they were redistributed; largest_share of the images; nmi_previous, NMI with the last
 clustering; pca_variance, the share that is kept; seconds of each part, 0 where a resumed epoch did not repeat it. From
 labels, each --knn-every epochs: ratio_edge, the ratio edge intra-class of section 4.1 in percent, by the network before
-the epoch (in the first row: untrained); nmi_labels of the last clustering; knn_top1 of descriptors after the epoch.
-Epochs between clusterings have the figures of the row above. assignments/epochNNNN.npz holds `cluster`, a number for
-each line of assignments/images.txt.
+the epoch (in the first row: untrained); nmi_labels of the last clustering; knn_top1 of descriptors after the epoch, and
+test_top1 of the last layer with --clustering labels. Epochs between clusterings have the figures of the row above.
+assignments/epochNNNN.npz holds `cluster`, a number for each line of assignments/images.txt.
 """
 
 import argparse
@@ -177,21 +177,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 # ---- augmentation ----------------------------------------------------------------------------------------------------
 
 
-CROPS = {  # of section 4.3: range of the area, of the ratio
-    "random-sized": ((0.08, 1.0), (3 / 4, 4 / 3)),  # from --min-crop on
-    "random": ((0.574, 0.574), (1.0, 1.0)),  # one size, that of 224 px in a 4:3 photograph of 256 px
-    "central": ((1.0, 1.0), (1.0, 1.0)),  # the central square, which does not fit anywhere else; its middle is cut out
-}
-
-
 def training_crop(args: argparse.Namespace, data: common.ImageSet) -> common.Crop:
-    """What is cut from an image before `augment`; the central crop is that of the descriptors."""
-    scale, ratio = CROPS[args.crop]
-    scale = (args.min_crop, 1.0) if args.crop == "random-sized" else scale
-    if args.crop != "central":
-        return common.Crop(data.size, scale, ratio)
+    """What is cut from an image before `augment`, by section 4.3; the central crop is that of the descriptors."""
+    if args.crop == "random-sized":
+        return common.Crop(data.size, (args.min_crop, 1.0))
+    if args.crop == "random":  # one size, that of 224 px in a 4:3 photograph of 256 px
+        return common.Crop(data.size, (0.574, 0.574), (1.0, 1.0))
     source = 2**16 if data.pixels is None else min(data.pixels.shape[-2:])  # photographs are larger than what is cut
-    return common.Crop(common.shorter_side(data.size, source), scale, ratio)
+    # The central square, since it fits nowhere else; `augment` cuts out its middle.
+    return common.Crop(common.shorter_side(data.size, source), (1.0, 1.0), (1.0, 1.0))
 
 
 def augment(images: Tensor, draw: common.Draw, flip: str, size: int) -> Tensor:
@@ -728,11 +722,6 @@ def assign_images(args: argparse.Namespace) -> None:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def part_of(data: common.ImageSet, rows: Tensor) -> common.ImageSet:
-    """The images at `rows`, ascending; no copy if these are all."""
-    return data if len(rows) == len(data) else data.select(rows)
-
-
 def dropout_numbers(run: common.Run, epoch: int, step: int, part: int) -> Callable[[int], Tensor]:
     """d -> uniform numbers (b, d) of a step's `part` on this rank, of --accumulate: rows of the global batch's."""
     source = run.generator("dropout", epoch, step, device=run.device)
@@ -811,16 +800,23 @@ def main(args: argparse.Namespace) -> None:
         pool = torch.arange(len(data))
         if pool_size < len(data):
             pool = torch.randperm(len(data), generator=run.generator("pool", assigned))[:pool_size].sort().values
-        if start == 0 and epoch == assigned:
+        anew = start == 0 and epoch == assigned
+        judged = start == 0 and ((epoch == 0 and test is not None) or monitored(epoch + 1))  # by true labels
+        if args.clustering != "labels" and (anew or judged):  # Fig. 4.5: between clusterings too
+            encoder.eval()
+            run.broadcast(encoder)
+            chosen = data if pool_size == len(data) else data.select(pool)
+            x, _, _, variance, took = describe(run, chosen, encode, encoder.dim, args.feature_dim)
+            del chosen  # a copy of its pixels
+            seconds |= took
+        if anew:
             labels, figures = data.labels[pool], dict[str, float]()
             if args.clustering != "labels":
-                encoder.eval()
-                run.broadcast(encoder)
-                x, _, _, variance, took = describe(run, part_of(data, pool), encode, encoder.dim, args.feature_dim)
-                seconds, clock = seconds | took, time.perf_counter()
+                clock = time.perf_counter()
                 seed = run.generator("clustering", epoch).initial_seed() % 2**31  # Faiss takes no longer one
                 labels = torch.zeros(pool_size)
-                nearest = own_neighbors(x, args.num_neighbors, run) if args.clustering == "pic" else torch.empty(0)
+                if args.clustering == "pic":
+                    nearest = own_neighbors(x, args.num_neighbors, run)
                 if run.rank == 0:
                     if args.clustering == "pic":
                         labels, figures["singletons"] = pic(x, nearest, args.sigma, args.singletons)
@@ -832,7 +828,7 @@ def main(args: argparse.Namespace) -> None:
                     seconds["cluster_seconds"] = round(time.perf_counter() - clock, 2)
                     figures["pca_variance"] = variance
                 labels = rank0(run, labels.long().to(run.device)).cpu()
-                if (epoch == 0 and test) or monitored(epoch + 1):
+                if judged:
                     figures |= label_figures(x, labels, data.labels[pool], run)
                 if not (labels >= 0).any():
                     raise common.Fault("every image is a singleton, none is left to train on: try --sigma median")
@@ -843,11 +839,7 @@ def main(args: argparse.Namespace) -> None:
             top.reset(count, run.generator("top", epoch))
             if run.rank == 0:
                 save_assignments(run.output / "assignments", epoch + 1, clusters.pseudo_labels, names)
-        elif start == 0 and args.clustering != "labels" and monitored(epoch + 1):  # Fig. 4.5: between clusterings too
-            encoder.eval()
-            run.broadcast(encoder)
-            x, _, _, _, took = describe(run, part_of(data, pool), encode, encoder.dim, args.feature_dim)
-            seconds |= took
+        elif judged and args.clustering != "labels":
             clusters.figures |= label_figures(x, clusters.pseudo_labels[pool], data.labels[pool], run)
 
         source, count = run.generator("order", epoch), steps * args.batch_size
