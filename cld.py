@@ -665,10 +665,11 @@ def main(args: argparse.Namespace) -> None:
     if args.group_weight and num_groups == rows and run.rank == 0:
         print(f"warning: {rows} rows are grouped at once: --num-groups {args.num_groups} makes {rows} groups of one "
               "row each; lower it, or see --groups-over", file=sys.stderr)
-    if HOSTS[args.host].crops > 2 and args.batch_size > args.queue_size:
-        raise common.Fault(f"--queue-size {args.queue_size} is less than a batch of {args.batch_size}: raise it")
-    if HOSTS[args.host].crops > 2 and queue_size < args.queue_size and "queue_size" in args.typed:
-        raise common.Fault(f"--queue-size {args.queue_size} is more than the {len(data):,} images: lower it")
+    if HOSTS[args.host].crops > 2:  # a crop for the keys: there is a queue
+        if args.batch_size > args.queue_size:
+            raise common.Fault(f"--queue-size {args.queue_size} is less than a batch of {args.batch_size}: raise it")
+        if queue_size < args.queue_size and "queue_size" in args.typed:
+            raise common.Fault(f"--queue-size {args.queue_size} is more than the {len(data):,} images: lower it")
     run.describe(data, num_groups=num_groups, queue_size=queue_size)
     steps = run.steps_per_epoch(len(data))
 
