@@ -30,7 +30,8 @@ Differences from the paper and from the authors' code:
   * The key encoder follows by its parameters alone. It stays in training mode and has batch statistics of its own,
     which no evaluation reads. Against leaks through them there is --sync-bn for both encoders, in place of MoCo's
     shuffling.
-  * InfoMin cuts its nine patches from a crop of the usual scale, not of (0.6, 1). BYOL has SGD, not LARS.
+  * InfoMin cuts its nine patches, 55 px wide, from a crop of the usual size and scale, where its own are 64 px wide and
+    from 255 px of scale (0.6, 1). BYOL has SGD, not LARS.
   * `cifar10` and `cifar100` are the released scripts' settings, `cifar10-supplement` and `cifar100-supplement` the
     text's.
 
@@ -251,6 +252,27 @@ def views_of_instances(data: common.ImageSet, count: int, seed: int) -> common.I
     return dataclasses.replace(data, pixels=torch.cat(views).to(data.pixels.device), labels=labels[instance])
 
 
+def load(args: argparse.Namespace, run: common.Run) -> tuple[common.ImageSet, common.ImageSet | None]:
+    """Training images and those of the kNN monitor: what the lists, --imbalance and --instances make of them."""
+    for chosen, part, name in ((args.file_list, args.subset, ""), (args.val_list, args.test_subset, "test-")):
+        if chosen and part:
+            raise common.Fault(f"{chosen} names the images: no --{name}subset beside it, not from a preset either")
+    data = common.load(args, "pretrain", run.device)
+    if args.file_list:
+        data = listed(data, args.file_list)
+    if args.imbalance:
+        data = long_tailed(data, args.imbalance, args.seed)
+        if run.rank == 0:
+            print("images of each class:", *torch.bincount(data.labels).tolist(), flush=True)
+    test = common.load_monitor(args, data, run.device)
+    if test and args.val_list:
+        test = listed(test, args.val_list)
+    if args.instances:
+        data = views_of_instances(data, args.instances, seed=0)
+        test = test and views_of_instances(test, args.instances, seed=1)
+    return data, test
+
+
 # ---- augmentation ----------------------------------------------------------------------------------------------------
 
 
@@ -306,9 +328,10 @@ def rand_augment(images: Tensor, draw: common.Draw) -> Tensor:
     """RandAugment of InfoMin by torchvision's operations: two at full strength, each with probability 1/2."""
     operation = RandAugment(num_ops=1, magnitude=30, fill=0.5)
     images = images.clone()
+    numbers = common.Draw(draw.source, draw.batch_size, draw.rows, common.CPU)(2, 2)  # read without a wait for the GPU
     with torch.random.fork_rng([]):  # torchvision draws from the global stream, here from a seed for each image
-        for image, numbers in zip(images, draw(2, 2).tolist(), strict=True):
-            for seed, done in numbers:
+        for image, chances in zip(images, numbers.tolist(), strict=True):
+            for seed, done in chances:
                 if done < 0.5:
                     torch.default_generator.manual_seed(int(seed * 2**24))
                     image.copy_(operation(image))
@@ -319,7 +342,7 @@ def patches(images: Tensor, draw: common.Draw) -> Tensor:
     """Jigsaw of InfoMin: a patch of each cell, 3 x 3, of crops (B, 3, S, S), in random order: (B, 9, 3, P, P)."""
     images = common.random_flip(images, draw)
     cell = images.shape[3] // 3
-    size = max(1, 3 * cell // 4)  # 64 of 85 pixels
+    size = max(1, 3 * cell // 4)  # as 64 of 85 pixels: 55 of 74 at 224 px
     offset = (draw(9, 2) * (cell - size + 1)).long()
     corner = offset + cell * torch.cartesian_prod(*2 * [torch.arange(3, device=images.device)])
     boxes = F.pad(corner, (0, 2), value=size).unbind(1)
@@ -462,7 +485,7 @@ def spectral_embedding(z: Tensor, k: int) -> Tensor:
 
     The affinity is |cosine| without the diagonal: plain cosines can have negative degrees.
     """
-    affinity = (z @ z.mT).abs()
+    affinity = (z @ z.mT).abs().nan_to_num()  # of a network that diverges: its loss will say so
     affinity.diagonal(dim1=1, dim2=2).zero_()
     scale = affinity.sum(2).clamp(min=1e-12).rsqrt()
     laplacian = torch.eye(z.shape[1], device=z.device) - scale[:, :, None] * affinity * scale[:, None]
@@ -634,27 +657,6 @@ def warm_up(progress: float, epochs: int) -> float:
     return min(1.0, 0.01 + 0.99 * progress / epochs) if epochs else 1.0
 
 
-def load(args: argparse.Namespace, run: common.Run) -> tuple[common.ImageSet, common.ImageSet | None]:
-    """Training images and those of the kNN monitor: what the lists, --imbalance and --instances make of them."""
-    for chosen, part, name in ((args.file_list, args.subset, ""), (args.val_list, args.test_subset, "test-")):
-        if chosen and part:
-            raise common.Fault(f"{chosen} names the images: no --{name}subset beside it, not from a preset either")
-    data = common.load(args, "pretrain", run.device)
-    if args.file_list:
-        data = listed(data, args.file_list)
-    if args.imbalance:
-        data = long_tailed(data, args.imbalance, args.seed)
-        if run.rank == 0:
-            print("images of each class:", *torch.bincount(data.labels).tolist(), flush=True)
-    test = common.load_monitor(args, data, run.device)
-    if test and args.val_list:
-        test = listed(test, args.val_list)
-    if args.instances:
-        data = views_of_instances(data, args.instances, seed=0)
-        test = test and views_of_instances(test, args.instances, seed=1)
-    return data, test
-
-
 def main(args: argparse.Namespace) -> None:
     run = common.Run(args)
     data, test = load(args, run)
@@ -663,10 +665,11 @@ def main(args: argparse.Namespace) -> None:
     if args.group_weight and num_groups == rows and run.rank == 0:
         print(f"warning: {rows} rows are grouped at once: --num-groups {args.num_groups} makes {rows} groups of one "
               "row each; lower it, or see --groups-over", file=sys.stderr)
-    if HOSTS[args.host].crops > 2 and not args.batch_size <= args.queue_size:
-        raise common.Fault(f"--queue-size {args.queue_size} is less than a batch of {args.batch_size}: raise it")
-    if HOSTS[args.host].crops > 2 and queue_size < args.queue_size and "queue_size" in args.typed:
-        raise common.Fault(f"--queue-size {args.queue_size} is more than the {len(data):,} images: lower it")
+    if HOSTS[args.host].crops > 2:  # a crop for the keys: there is a queue
+        if args.batch_size > args.queue_size:
+            raise common.Fault(f"--queue-size {args.queue_size} is less than a batch of {args.batch_size}: raise it")
+        if queue_size < args.queue_size and "queue_size" in args.typed:
+            raise common.Fault(f"--queue-size {args.queue_size} is more than the {len(data):,} images: lower it")
     run.describe(data, num_groups=num_groups, queue_size=queue_size)
     steps = run.steps_per_epoch(len(data))
 

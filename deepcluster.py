@@ -33,9 +33,9 @@ log.jsonl has, for each epoch: loss; chance_loss, ln of the number of clusters; 
 filled; singletons before they were redistributed; largest_share of the images; nmi_previous, NMI with the last
 clustering; pca_variance, the share that is kept; seconds of each part, 0 where a resumed epoch did not repeat it. From
 labels, each --knn-every epochs: ratio_edge, the ratio edge intra-class of section 4.1 in percent, by the network before
-the epoch (in the first row: untrained); nmi_labels of the last clustering; knn_top1 of descriptors after the epoch.
-Epochs between clusterings have the figures of the row above. assignments/epochNNNN.npz holds `cluster`, a number for
-each line of assignments/images.txt.
+the epoch (in the first row: untrained); nmi_labels of the last clustering; knn_top1 of descriptors after the epoch, and
+test_top1 of the last layer with --clustering labels. Epochs between clusterings have the figures of the row above.
+assignments/epochNNNN.npz holds `cluster`, a number for each line of assignments/images.txt.
 """
 
 import argparse
@@ -55,7 +55,7 @@ from torch import Tensor, nn
 
 import common
 
-Encode = Callable[[Tensor], Tensor]  # normalised images (b, 3, S, S) -> descriptors or logits (b, d)
+Encode = Callable[[Tensor], Tensor]  # normalised images (b, 3, S, S) -> descriptors (b, d)
 
 # ---- presets ---------------------------------------------------------------------------------------------------------
 # "imagenet" is the base of all and serves any directory; a preset lists what differs. flickr*: directories of YFCC100M.
@@ -177,21 +177,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 # ---- augmentation ----------------------------------------------------------------------------------------------------
 
 
-CROPS = {  # of section 4.3: range of the area, of the ratio
-    "random-sized": ((0.08, 1.0), (3 / 4, 4 / 3)),  # from --min-crop on
-    "random": ((0.574, 0.574), (1.0, 1.0)),  # one size, that of 224 px in a 4:3 photograph of 256 px
-    "central": ((1.0, 1.0), (1.0, 1.0)),  # the central square, which does not fit anywhere else; its middle is cut out
-}
-
-
 def training_crop(args: argparse.Namespace, data: common.ImageSet) -> common.Crop:
-    """What is cut from an image before `augment`; the central crop is that of the descriptors."""
-    scale, ratio = CROPS[args.crop]
-    scale = (args.min_crop, 1.0) if args.crop == "random-sized" else scale
-    if args.crop != "central":
-        return common.Crop(data.size, scale, ratio)
+    """What is cut from an image before `augment`, by section 4.3; the central crop is that of the descriptors."""
+    if args.crop == "random-sized":
+        return common.Crop(data.size, (args.min_crop, 1.0))
+    if args.crop == "random":  # one size, that of 224 px in a 4:3 photograph of 256 px
+        return common.Crop(data.size, (0.574, 0.574), (1.0, 1.0))
     source = 2**16 if data.pixels is None else min(data.pixels.shape[-2:])  # photographs are larger than what is cut
-    return common.Crop(common.shorter_side(data.size, source), scale, ratio)
+    # The central square, since it fits nowhere else; `augment` cuts out its middle.
+    return common.Crop(common.shorter_side(data.size, source), (1.0, 1.0), (1.0, 1.0))
 
 
 def augment(images: Tensor, draw: common.Draw, flip: str, size: int) -> Tensor:
@@ -318,6 +312,11 @@ ONE_PASS = 1 << 30  # bytes of descriptors (N, d) that may be held; larger ones 
 WIDEST = 8192  # numbers of a descriptor whose covariance (d, d) is still at hand
 
 
+def exact(device: torch.device) -> torch.device:
+    """Where float64 is: not on mps."""
+    return common.CPU if device.type == "mps" else device
+
+
 def moments(
     batches: Iterable[Tensor], dim: int, device: torch.device, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor, int]:
@@ -325,7 +324,7 @@ def moments(
 
     dtype: of the products within a batch, made of what is left of the rows without the first batch's mean.
     """
-    device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+    device = exact(device)
     shift = torch.zeros(dim, device=device)
     total = torch.zeros(dim, dtype=torch.float64, device=device)
     square, count = torch.zeros(dim, dim, dtype=torch.float64, device=device), 0
@@ -348,6 +347,8 @@ def pca_whiten(total: Tensor, square: Tensor, count: int, dim: int) -> tuple[Ten
     the rounding of float32 descriptors are projected to zero. Variance kept: its share. Span: the length of descriptors
     over their deviation in the smallest direction kept; float32 is off by 6e-8 of the former.
     """
+    if not square.isfinite().all():
+        raise common.Fault("the descriptors are not finite, or very large: lower --lr")
     mean = total / count
     values, vectors = torch.linalg.eigh(square / count - mean.outer(mean))
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
@@ -423,7 +424,6 @@ def describe(
 # ---- k-means ---------------------------------------------------------------------------------------------------------
 
 
-
 def fill_empty(labels: Tensor, k: int, random: np.random.Generator) -> tuple[Tensor, int]:
     """Each empty cluster takes half of the images of a random other one (section 3.2). labels: (N,); also how many."""
     counts = torch.bincount(labels, minlength=k).cpu().numpy()
@@ -488,6 +488,7 @@ class Graph(NamedTuple):
 def affinity(x: Tensor, nearest: Tensor, sigma: float | str) -> Graph:
     """A_ij = exp(-|x_i - x_j|^2 / sigma^2) if j is among the nearest (N, k) of i, else 0. x: (N, D)."""
     n, k = nearest.shape
+    x = x.to(exact(x.device))
     parts = zip(torch.split(x, 4096), torch.split(nearest.to(x.device), 4096), strict=True)
     distances = torch.cat([(rows[:, None].double() - x[near]).square().sum(2) for rows, near in parts]).cpu()
     squared = distances.flatten().median() if sigma == "median" else torch.tensor(float(sigma) ** 2)
@@ -599,11 +600,11 @@ def training_order(labels: Tensor, count: int, sampling: str, source: torch.Gene
 
 def target_rows(targets: Tensor, num_clusters: int, count: int, source: torch.Generator) -> Tensor:
     """Clusters whose weights a step uses and moves, ascending: its targets' and random others, `count` in all."""
-    present = torch.unique(targets).cpu()
+    present = torch.unique(targets)
     draw = torch.rand(num_clusters, generator=source)
     draw[present] = -1
     count = min(num_clusters, max(count, len(present)))
-    return draw.topk(count, largest=False).indices.sort().values.to(targets.device)
+    return draw.topk(count, largest=False).indices.sort().values
 
 
 # ---- figures of merit ------------------------------------------------------------------------------------------------
@@ -655,12 +656,6 @@ def knn(
     return common.knn_monitor(x, data, queries, test, temperature=0.07)
 
 
-def accuracy(run: common.Run, test: common.ImageSet, classify: Encode) -> float:
-    """Share of the test images whose largest logit is their class, in percent (Table 4.2)."""
-    found = common.extract(run, test, lambda images: classify(images).argmax(1)).cpu().long()
-    return round(100 * float((found == test.labels).double().mean()), 2)
-
-
 # ---- assignments -----------------------------------------------------------------------------------------------------
 
 
@@ -700,7 +695,7 @@ def assign_images(args: argparse.Namespace) -> None:
         raise common.Fault(f"{args.output} holds no run of {args.script} that has ended: no {CLUSTERS} there")
     try:
         clusters = common.load_plain(args.output / CLUSTERS)
-        clusters = {key: clusters[key].to(device) for key in ("centroids", "projection", "offset")}
+        clusters = {key: clusters[key].to(exact(device)) for key in ("centroids", "projection", "offset")}
     except Exception:  # garbage makes the unpickler raise almost anything
         raise common.Fault(f"{args.output / CLUSTERS} is damaged: remove it, and the command that trained the network "
                            "writes it again") from None
@@ -716,7 +711,7 @@ def assign_images(args: argparse.Namespace) -> None:
         h = encoder.activate(h) if options.descriptors == "after" else h
         return whiten(h, clusters["projection"], clusters["offset"])
 
-    labels = common.nearest(common.extract(device, data, embed), clusters["centroids"])
+    labels = common.nearest(common.extract(device, data, embed), clusters["centroids"].to(device))
     path, part = args.output / "assigned.csv", args.output / "assigned.tmp"
     with part.open("w", newline="", errors="surrogateescape") as file:
         csv.writer(file).writerows([("path", "cluster"), *zip(image_names(data), labels.tolist(), strict=True)])
@@ -725,11 +720,6 @@ def assign_images(args: argparse.Namespace) -> None:
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
-
-
-def part_of(data: common.ImageSet, rows: Tensor) -> common.ImageSet:
-    """The images at `rows`, ascending; no copy if these are all."""
-    return data if len(rows) == len(data) else data.select(rows)
 
 
 def dropout_numbers(run: common.Run, epoch: int, step: int, part: int) -> Callable[[int], Tensor]:
@@ -810,16 +800,23 @@ def main(args: argparse.Namespace) -> None:
         pool = torch.arange(len(data))
         if pool_size < len(data):
             pool = torch.randperm(len(data), generator=run.generator("pool", assigned))[:pool_size].sort().values
-        if start == 0 and epoch == assigned:
+        anew = start == 0 and epoch == assigned
+        judged = start == 0 and ((epoch == 0 and test is not None) or monitored(epoch + 1))  # by true labels
+        if args.clustering != "labels" and (anew or judged):  # Fig. 4.5: between clusterings too
+            encoder.eval()
+            run.broadcast(encoder)
+            chosen = data if pool_size == len(data) else data.select(pool)
+            x, _, _, variance, took = describe(run, chosen, encode, encoder.dim, args.feature_dim)
+            del chosen  # a copy of its pixels
+            seconds |= took
+        if anew:
             labels, figures = data.labels[pool], dict[str, float]()
             if args.clustering != "labels":
-                encoder.eval()
-                run.broadcast(encoder)
-                x, _, _, variance, took = describe(run, part_of(data, pool), encode, encoder.dim, args.feature_dim)
-                seconds, clock = seconds | took, time.perf_counter()
+                clock = time.perf_counter()
                 seed = run.generator("clustering", epoch).initial_seed() % 2**31  # Faiss takes no longer one
                 labels = torch.zeros(pool_size)
-                nearest = own_neighbors(x, args.num_neighbors, run) if args.clustering == "pic" else torch.empty(0)
+                if args.clustering == "pic":
+                    nearest = own_neighbors(x, args.num_neighbors, run)
                 if run.rank == 0:
                     if args.clustering == "pic":
                         labels, figures["singletons"] = pic(x, nearest, args.sigma, args.singletons)
@@ -831,7 +828,7 @@ def main(args: argparse.Namespace) -> None:
                     seconds["cluster_seconds"] = round(time.perf_counter() - clock, 2)
                     figures["pca_variance"] = variance
                 labels = rank0(run, labels.long().to(run.device)).cpu()
-                if (epoch == 0 and test) or monitored(epoch + 1):
+                if judged:
                     figures |= label_figures(x, labels, data.labels[pool], run)
                 if not (labels >= 0).any():
                     raise common.Fault("every image is a singleton, none is left to train on: try --sigma median")
@@ -842,11 +839,7 @@ def main(args: argparse.Namespace) -> None:
             top.reset(count, run.generator("top", epoch))
             if run.rank == 0:
                 save_assignments(run.output / "assignments", epoch + 1, clusters.pseudo_labels, names)
-        elif start == 0 and args.clustering != "labels" and monitored(epoch + 1):  # Fig. 4.5: between clusterings too
-            encoder.eval()
-            run.broadcast(encoder)
-            x, _, _, _, took = describe(run, part_of(data, pool), encode, encoder.dim, args.feature_dim)
-            seconds |= took
+        elif judged and args.clustering != "labels":
             clusters.figures |= label_figures(x, clusters.pseudo_labels[pool], data.labels[pool], run)
 
         source, count = run.generator("order", epoch), steps * args.batch_size
@@ -864,7 +857,9 @@ def main(args: argparse.Namespace) -> None:
             rows = None
             if args.targets_per_step:
                 source = run.generator("targets", epoch, step)
-                rows = target_rows(run.gather(targets)[0], len(top.weight), args.targets_per_step, source)
+                batch = order[step * args.batch_size : (step + 1) * args.batch_size]  # of all ranks, on the CPU
+                rows = target_rows(clusters.pseudo_labels[batch].long(), len(top.weight), args.targets_per_step, source)
+                rows = rows.to(run.device, non_blocking=True)
                 targets = torch.searchsorted(rows, targets)
 
             optimizer.zero_grad()
@@ -889,10 +884,10 @@ def main(args: argparse.Namespace) -> None:
             encoder.eval()
             run.broadcast(encoder)
             row |= knn(run, data, test, encode, encoder.dim, args.feature_dim)
-            if args.clustering == "labels":
-                row["test_top1"] = accuracy(run, test, lambda images: top(encoder.activate(encoder(images))))
-        lr = common.learning_rate(args, epoch + 1 - 1 / steps)  # a resume after the last step has no other
-        run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=lr, **row, **seconds,
+            if args.clustering == "labels":  # Table 4.2
+                guesses = common.extract(run, test, lambda images: top(encoder.activate(encoder(images))).argmax(1))
+                row["test_top1"] = round(100 * float((guesses.cpu() == test.labels).double().mean()), 2)
+        run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=optimizer.param_groups[0]["lr"], **row, **seconds,
                 images_per_second=round((steps - start) * args.batch_size / train_seconds),
                 train_seconds=round(train_seconds, 1), seconds=round(time.perf_counter() - began, 1),
                 memory_gb=common.memory_gb(run.device))

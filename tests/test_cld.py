@@ -246,6 +246,14 @@ def test_spectral_clustering_survives_random_and_equal_rows() -> None:
         assert bool(cld.spectral_embedding(z, 4).isfinite().all())
 
 
+@pytest.mark.parametrize("clustering", ["spherical", "euclidean", "spectral"])
+def test_features_that_are_not_finite_make_such_a_loss(clustering: str) -> None:
+    """No clustering breaks down before the loss has shown that the network diverges."""
+    z = unit(2, 16, 8)
+    z[0, 3] = math.nan
+    assert not bool(cld.group_loss(z, cld.group(z, 4, 5, clustering), 0.2)[0].mean().isfinite())
+
+
 @pytest.mark.parametrize("clustering", ["spherical", "euclidean"])
 @pytest.mark.parametrize("cross_view", [True, False])
 def test_loss_equals_its_definition(clustering: str, cross_view: bool) -> None:
@@ -772,6 +780,13 @@ def test_augmentation_depends_on_its_draws_alone(name: str) -> None:
     assert torch.equal(one, same) and float(one.min()) >= 0 and float(one.max()) <= 1
     assert len(one.unique(dim=0)) >= 7
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_rand_augment_reads_nothing_from_the_device() -> None:
+    """Which operations an image gets is known on the CPU, from the draws of any device."""
+    images, source = torch.rand(8, 3, 24, 24), torch.Generator().manual_seed(0)
+    elsewhere = common.Draw(source, 8, slice(None), torch.device("meta"))  # whose numbers cannot be read
+    assert torch.equal(cld.rand_augment(images, elsewhere), cld.rand_augment(images, draws(8)))
 
 
 def test_erased_boxes() -> None:

@@ -390,6 +390,20 @@ def test_equal_descriptors(value: float) -> None:
     assert not projected(noisy, 8)[0].any()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_descriptors_of_a_network_that_diverges(value: float) -> None:
+    """Descriptors that are not finite, or whose squares are not, end with a word on --lr, not within the PCA."""
+    h = torch.randn(50, 20, generator=seeded())
+    h[3, 4] = value
+    with pytest.raises(common.Fault, match="lower --lr"):
+        dc.pca_of(h, 8)
+
+
+def test_float64_is_never_asked_of_mps() -> None:
+    """PCA, PIC and --assign compute in float64: on the CPU where the device has none."""
+    assert dc.exact(torch.device("mps")) == common.CPU and dc.exact(torch.device("cuda", 1)) == torch.device("cuda", 1)
+
+
 class FakeRun:
     """One rank."""
 
@@ -614,7 +628,6 @@ def test_ranks_share_the_search(rows: int, world: int) -> None:
 
 def pic(x: Tensor, k: int, *options: Any) -> tuple[Tensor, int]:
     return dc.pic(x, dc.own_neighbors(x, k), *options)
-
 
 
 def test_pic_of_two_blobs() -> None:
@@ -1015,6 +1028,33 @@ def test_reassignment_and_parts(tmp_path: Path) -> None:
     assert train(tmp_path / "c", "--epochs", "1", "--updates-per-epoch", "9") == 0
     assert rows_of(tmp_path / "c")[0]["step"] == 9
     assert train(tmp_path / "d", "--images-per-epoch", "65") == 2
+
+
+def no_exchange() -> None:
+    """Within a step nothing is gathered from other ranks, nor from the device."""
+    batches, after_step, gather, within = common.ImageSet.batches, common.Run.after_step, common.Run.gather, [False]
+
+    def watched(*args: Any) -> Any:
+        for step in batches(*args):
+            within[0] = True
+            yield step
+
+    def after(*args: Any) -> None:
+        within[0] = False
+        after_step(*args)
+
+    def checked(self: common.Run, *tensors: Tensor) -> tuple[Tensor, ...]:
+        assert not within[0], "gathered within a step"
+        return gather(self, *tensors)
+
+    common.ImageSet.batches, common.Run.after_step = watched, after  # type: ignore[method-assign]
+    common.Run.gather = checked  # type: ignore[method-assign]
+
+
+def test_targets_of_a_step_are_known_beforehand(tmp_path: Path) -> None:
+    """--targets-per-step takes the clusters of all ranks' images from the order: no rank waits for another's, nor for
+    its device."""
+    assert train(tmp_path / "run", "--epochs", "2", "--targets-per-step", "4", before=no_exchange) == 0
 
 
 def test_figures_of_clusters_that_serve_several_epochs(tmp_path: Path) -> None:
