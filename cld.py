@@ -662,6 +662,9 @@ def main(args: argparse.Namespace) -> None:
     data, test = load(args, run)
     rows = args.batch_size // args.accumulate // (1 if args.groups_over == "all" else run.world)
     num_groups, queue_size = min(args.num_groups, rows), min(args.queue_size, len(data))
+    if "bn-mlp" in (args.head, HOSTS[args.host].head) and args.batch_size == run.world * args.accumulate:
+        raise common.Fault("batch normalisation in the head needs two images on each rank and in each part of "
+                           "--accumulate: raise --batch-size")
     if args.group_weight and num_groups == rows and run.rank == 0:
         print(f"warning: {rows} rows are grouped at once: --num-groups {args.num_groups} makes {rows} groups of one "
               "row each; lower it, or see --groups-over", file=sys.stderr)

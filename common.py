@@ -94,6 +94,8 @@ def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], 
               or "out of memory" in reason or "ALLOC_FAILED" in reason  # of CUDA itself and of its libraries
               or "calculation overflowed" in reason):  # so much that its bytes cannot be counted
             problem = f"out of memory: {less_memory(args)}"
+        elif "Output size is too small" in reason or "greater than actual input size" in reason:
+            problem = f"the images are too small for --arch {getattr(args, 'arch', '')}: raise --image-size"
         elif reason.startswith("DataLoader worker"):
             problem = f"{reason.splitlines()[0]}: lower --workers"
         elif isinstance(error, BrokenPipeError):
@@ -569,7 +571,7 @@ class Run:
                     with log.open("rb+") as file:  # a log that something else has cut ends with a whole line
                         file.truncate(file.read(saved["log_size"]).rfind(b"\n") + 1)
                 what = "already finished" if epoch == self.args.epochs else "resumed"
-                print(f"{what}: {path} at epoch {epoch}, step {step} of {steps}", flush=True)
+                print(f"{what}: {path} after {epoch} epochs and {step} of {steps} steps", flush=True)
         elif self.rank == 0:
             log.unlink(missing_ok=True)
         self.barrier()
@@ -602,7 +604,7 @@ class Run:
             raise Fault(f"{path} was trained with other options ({'; '.join(changed)}): use those, another --output or "
                         "--overwrite")
         if (saved["epoch"], saved["step"]) > (self.args.epochs, 0):
-            raise Fault(f"{path} is past --epochs {self.args.epochs}, at epoch {saved['epoch']}: choose more epochs, "
+            raise Fault(f"{path} is past --epochs {self.args.epochs}, after {saved['epoch']}: choose more epochs, "
                         "or another --output")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -638,15 +640,15 @@ class Run:
         """A loss that was not finite on any rank is a Fault on all."""
         first = -self.agree(-int(self.first_bad.item()))
         if first < NEVER:
-            raise Fault(f"the loss is not finite (epoch {first // self.steps}, step {first % self.steps}): lower --lr; "
-                        f"the last checkpoint in {self.output}, if any, is good")
+            raise Fault(f"the loss is not finite (epoch {first // self.steps + 1}, step {first % self.steps + 1}): "
+                        f"lower --lr; the last checkpoint in {self.output}, if any, is good")
 
     def _stop(self, number: int, epoch: int, step: int) -> None:
         previous = self.previous[signal.Signals(number)]
         self.close()
         if self.rank == 0:
             command = "the same command, without --overwrite," if self.args.overwrite else "the same command"
-            print(f"stopped at epoch {epoch}, step {step}; {command} continues", file=sys.stderr, flush=True)
+            print(f"stopped after {epoch} epochs and {step} steps; {command} continues", file=sys.stderr, flush=True)
         if callable(previous) and previous is not signal.default_int_handler:
             previous(number, None)  # a launcher's own handler, such as submitit's: it requeues the job
         raise Stop(128 + number)
@@ -659,8 +661,8 @@ class Run:
         self.check_finite()
         weights = [w for part in state.values() if isinstance(part, nn.Module) for w in part.parameters()]
         if weights and not torch.stack([w.detach().isfinite().all() for w in weights]).all():
-            raise Fault(f"weights are not finite (epoch {epoch}, step {step}): lower --lr; the last checkpoint in "
-                        f"{self.output}, if any, is good")
+            raise Fault(f"weights are not finite after {epoch} epochs and {step} steps: lower --lr; the last "
+                        f"checkpoint in {self.output}, if any, is good")
         for part in state.values():  # what the ranks have in parts
             if hasattr(part, "collect"):
                 part.collect(self)
@@ -1908,7 +1910,11 @@ class ResNet(nn.Module):
         """Mean over the last map, (B, dim)."""
         images = self.maxpool(F.relu(self.bn1(self.conv1(self.front(images)))))
         for group in (self.layer1, self.layer2, self.layer3, self.layer4):
-            images = group(images)
+            if images.shape[2:] == (1, 1):  # oneDNN's bfloat16 gradient of a strided convolution of a pixel is garbage
+                with torch.autocast(images.device.type, enabled=False):
+                    images = group(images.float())
+            else:
+                images = group(images)
         return images.mean((2, 3))
 
     def stages(self, images: Tensor) -> list[Tensor]:

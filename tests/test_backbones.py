@@ -252,3 +252,22 @@ def test_thin_projection_is_the_strided_convolution() -> None:
     for output in (found, expected):
         output.square().sum().backward()
     torch.testing.assert_close(projection.weight.grad.double(), reference.weight.grad, atol=1e-1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_gradients_of_one_pixel(arch: str) -> None:
+    """Of a map of one pixel only the middle tap of a strided convolution has a gradient, in bfloat16 too."""
+    torch.manual_seed(0)
+    network = common.backbone(arch, 32, True).to(memory_format=torch.channels_last)
+    images = torch.rand(144, 3, 4, 4).to(memory_format=torch.channels_last)  # one pixel at the start of layer4
+    block = network.layer4[0]
+    weight = (block.conv1 if arch == "resnet18" else block.conv2).weight
+    for _ in range(4):
+        rest = [torch.full((1 << size,), float("nan")) for size in range(4, 20)]  # of memory that is not cleared
+        del rest
+        with torch.autocast("cpu", torch.bfloat16):
+            output = network(images)
+        (gradient,) = torch.autograd.grad(output.float().square().sum(), weight)
+        middle = gradient[:, :, 1, 1].clone()
+        gradient[:, :, 1, 1] = 0
+        assert middle.any() and not gradient.any()

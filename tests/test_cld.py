@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import TINY, one_line, run
 from PIL import Image
 from torch import Tensor, nn
 
@@ -650,6 +651,13 @@ def test_too_many_groups_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFix
     train(tmp_path / "run", "--num-groups", "120", "--epochs", "1")
     assert "16 groups of one row" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])["num_groups"] == 16
+
+
+def test_head_with_batch_normalisation_needs_two_images(tmp_path: Path) -> None:
+    """BYOL with one image on a rank, or in a part of --accumulate, is refused in one line."""
+    words = [*TINY, "--host", "byol", "--batch-size", "2", "--accumulate", "2", "--output", tmp_path]
+    one_line(run("cld", words), "needs two images", "raise --batch-size")
+
 
 
 @pytest.mark.parametrize("options", [["--queue-size", "8"], ["--queue-size", "65"]])

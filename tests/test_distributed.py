@@ -172,7 +172,7 @@ def test_all_ranks_know_of_a_bad_loss(tmp_path: Path) -> None:
     """A loss that is not finite on one rank alone stops all before anything of it is saved."""
     ranks = launch(2, [*TINY, "--output", str(tmp_path / "a")], tmp_path / "images", nan_on_one)
     for process in ranks:
-        one_line(process.wait(), "the loss is not finite (epoch 1, step 3)")
+        one_line(process.wait(), "the loss is not finite (epoch 2, step 4)")
     assert checkpoint(tmp_path / "a")["epoch"] == 1
 
 

@@ -361,9 +361,15 @@ def infinite_gradient_at_step_three() -> None:
     common.bank_softmax = loss
 
 
+def test_images_too_small_for_the_network(train: list[str]) -> None:
+    """Images that a network's pooling cannot take are named as such."""
+    one_line(run("npid", [*train, "--arch", "alexnet", "--image-size", "8"]), "too small for --arch alexnet",
+             "--image-size")
+
+
 def test_loss_not_finite(train: list[str], tmp_path: Path) -> None:
     """A loss that is not finite ends the run with its step named; the checkpoint before it stays and goes on."""
-    one_line(run("npid", train, before=nan_at_step_six), "the loss is not finite (epoch 1, step 2)", "--lr")
+    one_line(run("npid", train, before=nan_at_step_six), "the loss is not finite (epoch 2, step 3)", "--lr")
     saved = checkpoint(tmp_path / "out")
     assert (saved["epoch"], saved["step"]) == (1, 0) and not (tmp_path / "out" / "backbone.pth").exists()
     assert saved["state"]["bank"]["features"].isfinite().all()

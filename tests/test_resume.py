@@ -1,8 +1,10 @@
 """A run that was stopped in any way ends, continued, as one that never was."""
 
+import errno
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from helpers import TINY, Process, checkpoint, log, one_line, run, same, same_runs, start
 
 import common
+import npid
 
 # Two monitors of three epochs, and a checkpoint after almost every step.
 OFTEN = [*TINY, "--epochs", "3", "--knn-every", "2", "--save-minutes", "0.0001"]
@@ -335,3 +338,32 @@ def interrupt_soon() -> None:
         raise KeyboardInterrupt
 
     common.Run.after_step = after_step  # type: ignore[assignment,method-assign]
+
+
+def test_checkpoint_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save does not wait for the disk and holds what was there when it began; the next waits, and finds faults."""
+    work = common.Run(npid.parse_args([*TINY, "--output", str(tmp_path)]))
+    work.describe(common.load(work.args, "pretrain", work.device))
+    network = torch.nn.Linear(3, 2)
+    state = dict(network=network)
+    work.resume(state, 4)
+    before, go = network.weight.detach().clone(), threading.Event()
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (go.wait(20), fsync(descriptor)))
+    work.save(state, 0, 1)
+    with torch.no_grad():
+        network.weight.zero_()
+    assert not (tmp_path / "checkpoint.pth").exists()
+    go.set()
+    work.written()
+    assert torch.equal(checkpoint(tmp_path)["state"]["network"]["weight"], before)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    work.save(state, 0, 2)
+    with pytest.raises(common.Fault, match="No space left"):
+        work.save(state, 0, 3)
+    assert checkpoint(tmp_path)["step"] == 1
+    work.close()

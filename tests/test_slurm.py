@@ -123,9 +123,9 @@ def test_cancelled(pair: Cluster, tmp_path: Path) -> None:
     pair.wait(sent.number, "CANCELLED", seconds=20)
     until(lambda: pair.ask("squeue", "-h", "-j", sent.number) == "", "end of the job", 30)
     assert time.monotonic() - began < 30  # after which it would have been killed
-    assert "SIGTERM: saving" in sent.errors() and "stopped at epoch" in sent.errors()
+    assert "SIGTERM: saving" in sent.errors() and "stopped after" in sent.errors()
     saved = checkpoint(tmp_path / "runs" / "npid-smoke-seed0")
-    assert f"stopped at epoch {saved['epoch']}, step {saved['step']};" in sent.errors()
+    assert f"stopped after {saved['epoch']} epochs and {saved['step']} steps;" in sent.errors()
     again = Sent(tmp_path, *command, "--epochs", str(saved["epoch"] + 1))
     pair.wait(again.number, "COMPLETED", seconds=LONG)
     assert "resumed: " in again.text()

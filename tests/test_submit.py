@@ -213,7 +213,7 @@ def test_local_time_out(tmp_path: Path) -> None:
     assert process.returncode == 0, (errors, text)
     assert "attempt 2" in text and "resumed: " in text and "--overwrite" in text.split("attempt 2")[0]
     assert "--overwrite" not in text.split("attempt 2")[1]
-    steps = re.findall(r"resumed: .* at epoch (\d+), step (\d+)", text)
+    steps = re.findall(r"resumed: .* after (\d+) epochs and (\d+)", text)
     assert steps and sorted(steps) == steps
     ports = re.findall(r"port (\d+)", text)
     assert len(set(ports)) == len(ports) > 1
