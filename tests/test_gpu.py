@@ -3,7 +3,6 @@
 What can be claimed of a GPU without one is tested on the CPU: that the data path asks for no value and copies nothing.
 """
 
-import argparse
 import importlib
 import json
 from collections.abc import Callable, Iterator
@@ -159,7 +158,7 @@ def gpu() -> Any:
 def test_benchmarks_in_miniature(gpu: Any, tmp_path: Path) -> None:
     """Each record has its time, work and shares; a candidate that cannot run here is a record with its error."""
     output = tmp_path / "gpu.jsonl"
-    args = argparse.Namespace(device="cpu", tiny=True, output=output, jpegs=None)
+    args = gpu.parse_args(["--device", "cpu", "--tiny", "--output", str(output)])
     for name in ("ceilings", "softmax", "la-search"):
         gpu.BENCHMARKS[name][0](gpu.Bench(args, name))
     records = [json.loads(line) for line in output.read_text().splitlines()]
@@ -169,6 +168,49 @@ def test_benchmarks_in_miniature(gpu: Any, tmp_path: Path) -> None:
     assert softmax["chunked float32"]["lse_error"] < 1e-5 and softmax["chunked bfloat16, 8192 rows"]["lse_error"] < 2e-2
     assert "NotImplementedError" in softmax["flash bfloat16, 132 heads"]["error"]
     assert records[0]["case"] == "matmul bfloat16" and records[-1]["way"] == "the whole loss"
+
+
+def test_candidates_that_fail(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that fails is a record, and the next has its turn; one that loses the device ends the process."""
+    bench = gpu.Bench(gpu.parse_args(["--device", "cpu", "--tiny", "--output", str(tmp_path / "gpu.jsonl")]), "mine")
+
+    def fails() -> None:
+        raise RuntimeError("no\nkernel")
+
+    bench.case("a", "plain", lambda: None)
+    bench.case("a", "one", fails)
+    bench.case("a", "two", lambda: None, loss=lambda: 1.5)
+    monkeypatch.setattr(bench, "wait", fails)
+    with pytest.raises(RuntimeError):
+        bench.case("a", "three", fails)
+    _plain, one, two, three = (json.loads(line) for line in gpu.lines_of(tmp_path / "gpu.jsonl"))
+    assert one["error"] == three["error"] == "RuntimeError: no kernel"
+    assert two["loss"] == 1.5 and {"seconds", "times_plain"} <= two.keys()
+
+
+def test_a_benchmark_goes_on_after_a_lost_device(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as it comes further it is started again, without what is recorded; a time limit ends it."""
+    output, starts = tmp_path / "gpu.jsonl", list[list[str]]()
+    words = ["softmax", "--device", "cpu", "--tiny", "--output", str(output)]
+    output.write_text('{"benchmark": "softmax", "case": "N=600", "way": "old", "device": "cpu"}\n{"half')
+    output.write_text(output.read_text() + "\n")
+
+    def call(command: list[str], limit: float) -> int:
+        starts.append(command)
+        bench = gpu.Bench(gpu.parse_args(command[2:]), "softmax")
+        for way in ("plain", "one"):
+            if ("N=600", way) not in bench.done:
+                bench.write(case="N=600", way=way, seconds=2.0)
+                return 1
+        assert bench.plain == {"N=600": 2.0} and ("N=600", "old") not in bench.done
+        return 0 if len(starts) == 3 else 1
+
+    monkeypatch.setattr(gpu, "call", call)
+    gpu.main(gpu.parse_args(words))
+    assert len(starts) == 3 and all(command[-2:] == ["--since", "2"] for command in starts)
+    assert "error" not in json.loads(gpu.lines_of(output)[-1])
+    gpu.main(gpu.parse_args(words))
+    assert len(starts) == 6 and json.loads(gpu.lines_of(output)[-1])["error"] == "exit code 1"
 
 
 def test_benchmark_heads_merge_exactly(gpu: Any) -> None:
