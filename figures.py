@@ -36,7 +36,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import matplotlib
 import torch
@@ -92,6 +92,18 @@ def look(number: int) -> dict[str, Any]:
     return dict(color=COLORS[number % 7], linestyle=["-", "--", ":", "-."][number % 4], marker="osD^v"[number % 5])
 
 
+def folder_of(name: str) -> Path:
+    """The folder of a run that is named by itself or by a file in it."""
+    return Path(name).parent if Path(name).is_file() else Path(name)
+
+
+def mark(axes: Any, level: float, text: str) -> None:
+    """A dotted line across the panel at y = level."""
+    axes.axhline(level, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)))
+    axes.annotate(text, (0, level), (3, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
+                  color="0.4", fontsize=7)
+
+
 def save(figure: Figure, title: str, note: str, runs: dict[str, Source], path: Path) -> None:
     """Write the file whole or not at all. A PNG has a palette, and as many dots as fit into 200 kB."""
     figure.suptitle(title, x=0.01, ha="left")
@@ -126,51 +138,77 @@ def save(figure: Figure, title: str, note: str, runs: dict[str, Source], path: P
 # ---- networks and their features -------------------------------------------------------------------------------------
 
 
-def open_networks(args: argparse.Namespace, device: torch.device) -> tuple[list[common.Encoder], dict[str, Source]]:
-    """The encoder of each run; "random" is an untrained one of the first run's architecture."""
+Kept = TypeVar("Kept")
+
+
+def keep(args: argparse.Namespace, key: tuple[Any, ...], make: Callable[[], Kept]) -> Kept:
+    """make(), once for each key: all pictures of `all` share their networks, images and features."""
+    if key not in args.kept:
+        args.kept[key] = make()
+    found: Kept = args.kept[key]
+    return found
+
+
+def open_network(args: argparse.Namespace, name: str) -> tuple[common.Encoder, Source]:
+    """The encoder in a run's folder or in a file."""
+    path = Path(name, "checkpoint.pth") if Path(name).is_dir() else Path(name)
     small = args.image_size < common.SMALL if args.image_size else None
-    encoders, sources = dict[str, common.Encoder](), {"random": Source("untrained", {}, {}, "", 0)}
-    for name in [name for name in args.runs if name != "random"]:
-        path = Path(name, "checkpoint.pth") if Path(name).is_dir() else Path(name)
-        encoder = encoders[name] = common.load_encoder(path, args.arch, args.width, small, device, args.layer)
-        sources[name] = Source(path.name, {}, {}, "", 0)
-        if encoder.options:
-            saved = common.load_checkpoint(path)
-            folder = path.resolve().parent.name
-            sources[name] = Source(folder, encoder.options, encoder.data, saved["git"], saved["epoch"])
-    if not encoders:
+    encoder = common.load_encoder(path, args.arch, args.width, small, args.device, args.layer)
+    if not encoder.options:
+        return encoder, Source(path.name, {}, {}, "", 0)
+    saved = common.load_checkpoint(path)
+    return encoder, Source(path.resolve().parent.name, encoder.options, encoder.data, saved["git"], saved["epoch"])
+
+
+def untrained(args: argparse.Namespace, like: common.Encoder) -> tuple[common.Encoder, Source]:
+    """An untrained network of the same architecture, for the same images."""
+    arch, width = args.arch or like.options["arch"], args.width or like.options.get("width", 64)
+    small = args.image_size < common.SMALL if args.image_size else like.data.get("small", False)
+    torch.manual_seed(args.seed)
+    encoder = common.untrained_encoder(arch, width, small, args.device)
+    return dataclasses.replace(encoder, options=like.options, data=like.data), Source("untrained", {}, {}, "", 0)
+
+
+def open_networks(args: argparse.Namespace) -> tuple[list[common.Encoder], dict[str, Source]]:
+    """The encoder of each run; "random" is an untrained one of the first run's architecture."""
+    networks = {name: keep(args, ("network", name), functools.partial(open_network, args, name))
+                for name in args.runs if name != "random"}
+    if not networks:
         raise common.Fault('name a run beside "random": the untrained network takes its architecture')
     if "random" in args.runs:
-        first = next(iter(encoders.values()))
-        arch, width = args.arch or first.options["arch"], args.width or first.options.get("width", 64)
-        torch.manual_seed(args.seed)
-        stem = first.data.get("small", False) if small is None else small
-        encoder = common.untrained_encoder(arch, width, stem, device)
-        encoders["random"] = dataclasses.replace(encoder, options=first.options, data=first.data)
-    found = [sources[name] for name in args.runs]
-    return [encoders[name] for name in args.runs], dict(zip(legend(found), found, strict=True))
+        first = next(iter(networks.values()))[0]
+        networks["random"] = keep(args, ("network", "random"), functools.partial(untrained, args, first))
+    encoders, sources = zip(*(networks[name] for name in args.runs), strict=True)
+    return list(encoders), dict(zip(legend(sources), sources, strict=True))
 
 
-def load_data(encoder: common.Encoder, args: argparse.Namespace, device: torch.device) -> Sequence[common.ImageSet]:
+def load_data(encoder: common.Encoder, args: argparse.Namespace) -> tuple[common.ImageSet, common.ImageSet]:
     """The train and test images of the encoder's own run, unless --data or --subset names others."""
     split = "train" if {"data", "subset"} & set(args.typed) else "pretrain"
-    return encoder.load_data(argparse.Namespace(**vars(args)), split, device)
+    return keep(args, ("images", encoder.sha256),
+                lambda: encoder.load_data(argparse.Namespace(**vars(args)), split, args.device))
 
 
 def extract(
-    encoder: common.Encoder, data: common.ImageSet, args: argparse.Namespace, device: torch.device,
+    encoder: common.Encoder, data: common.ImageSet, args: argparse.Namespace,
     describe: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Unit rows (N, D) of all images, or describe(images), at the size and with the statistics of the encoder's run."""
+    shown = data
     if encoder.data:
         size, mean, std = args.image_size or encoder.data["size"], encoder.data["mean"], encoder.data["std"]
-        data = dataclasses.replace(data, size=size, mean=tuple(mean), std=tuple(std))
+        shown = dataclasses.replace(data, size=size, mean=tuple(mean), std=tuple(std))
 
     def embed(images: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, common.amp_default(device) if args.amp is None else args.amp):
+        amp = common.amp_default(args.device) if args.amp is None else args.amp
+        with torch.autocast(args.device.type, torch.bfloat16, amp):
             return (describe or encoder.embed)(images)
 
-    return common.extract(device, data, embed, args.batch_size)
+    def make() -> tuple[object, object, Tensor]:
+        return encoder, data, common.extract(args.device, shown, embed, args.batch_size)
+
+    # With the features go what they are of, so that no other object takes its id.
+    return make()[2] if describe else keep(args, ("features", id(encoder), id(data)), make)[2]
 
 
 # ---- images beside images -------------------------------------------------------------------------------------------
@@ -186,30 +224,40 @@ class Strip(NamedTuple):
     notes: Sequence[str] = ()  # at the end of each row; default: how many are right
 
 
-def labelled(encoder: common.Encoder, args: argparse.Namespace, device: torch.device) -> list[common.ImageSet]:
+def labelled(encoder: common.Encoder, args: argparse.Namespace) -> list[common.ImageSet]:
     """Train and test images of the encoder's run that have a class."""
-    sets = [data.select((data.labels >= 0).nonzero()[:, 0]) for data in load_data(encoder, args, device)]
+
+    def choose() -> list[common.ImageSet]:
+        known = [(data, data.labels >= 0) for data in load_data(encoder, args)]
+        return [data if some.all() else data.select(some.nonzero()[:, 0]) for data, some in known]
+
+    sets = keep(args, ("labelled", encoder.sha256), choose)
     if not all(len(data) for data in sets):
         raise common.Fault(f"{sets[0].name} has no classes: the picture needs a folder for each class")
     return sets
 
 
-def pictures(
-    data: common.ImageSet, rows: Tensor, args: argparse.Namespace, device: torch.device
-) -> tuple[Tensor, list[str]]:
+def pictures(data: common.ImageSet, rows: Tensor, args: argparse.Namespace) -> tuple[Tensor, list[str]]:
     """Images at `rows` (R, 3, S, S) in [0, 1], and the names of their classes."""
-    images = torch.cat(list(data.centers(rows, args.batch_size, device))).cpu()
+    images = torch.cat(list(data.centers(rows, args.batch_size, args.device))).cpu()
     return images, [data.classes[label][:9] for label in data.labels[rows].tolist()]
 
 
-def strip(
-    title: str, train: common.ImageSet, index: Tensor, right: Tensor, args: argparse.Namespace, device: torch.device
-) -> Strip:
+def strip(title: str, train: common.ImageSet, index: Tensor, right: Tensor, args: argparse.Namespace) -> Strip:
     """The images at `index` (R, K) of `train`, right where `right` (R, K)."""
-    images, names = pictures(train, index.flatten(), args, device)
+    images, names = pictures(train, index.flatten(), args)
     k = index.shape[1]
     return Strip(title, images.view(*index.shape, *images.shape[1:]), right,
                  [names[i : i + k] for i in range(0, len(names), k)])
+
+
+def retrieved(
+    encoder: common.Encoder, train: common.ImageSet, test: common.ImageSet, args: argparse.Namespace
+) -> tuple[Tensor, Tensor]:
+    """The K nearest training images of each test image, nearest first (Q, K), and whether the class is right (Q, K)."""
+    queries, keys = extract(encoder, test, args), extract(encoder, train, args)
+    index = common.neighbors(queries, keys, args.num_neighbors)[1].cpu()
+    return index, train.labels[index] == test.labels[:, None]
 
 
 def pick_queries(right: Tensor, labels: Tensor, rows: int, seed: int) -> list[int]:
@@ -232,9 +280,9 @@ def pick_queries(right: Tensor, labels: Tensor, rows: int, seed: int) -> list[in
 
 def spread_out(order: list[int], labels: Tensor, rows: int) -> list[int]:
     """`rows` of the queries in `order`, no class twice before every other came once, in their order. labels: (Q,)."""
-    seen, turn = Counter[int](), dict[int, int]()
+    seen, turn, classes = Counter[int](), dict[int, int](), labels.tolist()
     for query in order:
-        label = int(labels[query])
+        label = classes[query]
         turn[query], seen[label] = seen[label], seen[label] + 1
     chosen = sorted(order, key=turn.__getitem__)[:rows]
     return [query for query in order if query in chosen]
@@ -247,11 +295,10 @@ def draw_gallery(queries: Tensor, names: list[str], strips: list[Strip], parts: 
     """
     k = strips[0].right.shape[1]
     pitch, start = 1.08 * k + 0.9 + 0.7 * bool(strips[0].notes), 1.5  # in widths of an image
-    tops = [1.36 * row for row in range(len(queries))]
-    first = 0
-    for number, rows in enumerate(parts.values()):
-        tops[first : first + rows] = [top + 0.75 * number for top in tops[first : first + rows]]
-        first += rows
+    tops, headings = list[float](), dict[str, float]()
+    for heading, rows in parts.items():
+        headings[heading] = 1.36 * len(tops) + 0.75 * len(headings)
+        tops += [headings[heading] + 1.36 * row for row in range(rows)]
     width, inches = start + len(strips) * pitch, 0.62 if len(strips) == 1 else 0.5
     figure = Figure((inches * width + 0.2, inches * (tops[-1] + 2.3) + 0.7), layout="constrained")
     axes = figure.add_subplot(xlim=(-0.1, width), ylim=(tops[-1] + 1.4, -0.9), aspect="equal")
@@ -262,10 +309,8 @@ def draw_gallery(queries: Tensor, names: list[str], strips: list[Strip], parts: 
         axes.add_patch(Rectangle((x, y), 1, 1, fill=False, edgecolor=color, linewidth=1.8))
         axes.text(x + 0.5, y + 1.06, text, ha="center", va="top", fontsize=5.5, color=color)
 
-    first = 0
-    for heading, rows in parts.items():
-        axes.text(0, tops[first] - 0.12, heading, fontweight="bold", va="bottom")
-        first += rows
+    for heading, top in headings.items():
+        axes.text(0, top - 0.12, heading, fontweight="bold", va="bottom")
     for image, name, y in zip(queries, names, tops, strict=True):
         show(image, 0, y, "black", name)
     for number, strip in enumerate(strips):
@@ -282,17 +327,14 @@ def draw_gallery(queries: Tensor, names: list[str], strips: list[Strip], parts: 
 
 def gallery(args: argparse.Namespace) -> None:
     """Test images and their nearest training images, best and worst cases (NPID, Fig. 5)."""
-    device, k = common.pick_device(args.device), args.num_neighbors
-    encoders, runs = open_networks(args, device)
-    train, test = labelled(encoders[0], args, device)
-    chosen, strips = list[int](), list[Strip]()
+    encoders, runs = open_networks(args)
+    train, test = labelled(encoders[0], args)
+    k, chosen, strips = args.num_neighbors, list[int](), list[Strip]()
     for encoder, title in zip(encoders, runs, strict=True):
-        queries, keys = extract(encoder, test, args, device), extract(encoder, train, args, device)
-        index = common.neighbors(queries, keys, k)[1].cpu()
-        right = train.labels[index] == test.labels[:, None]
+        index, right = retrieved(encoder, train, test, args)
         chosen = chosen or pick_queries(right.sum(1), test.labels, args.rows, args.seed)
         title += f": {100 * right.float().mean():.1f} % right over all {len(test):,} test images"
-        strips.append(strip(title, train, index[chosen], right[chosen], args, device))
+        strips.append(strip(title, train, index[chosen], right[chosen], args))
     parts = dict[str, int]()
     for word, half in (("best", slice(args.rows)), ("worst", slice(args.rows, None))):
         counts = sorted(set(strips[0].right[half].sum(1).tolist()))
@@ -300,37 +342,32 @@ def gallery(args: argparse.Namespace) -> None:
         parts[f"{word} cases: {span} of {k} right"] = args.rows
     note = (f"Left: test images of {test.name}, chosen by neighbours in the first network, seed {args.seed}. Right: "
             f"the {k} nearest of {len(train):,} training images, nearest first; green and ✓: the class is right.")
-    figure = draw_gallery(*pictures(test, torch.tensor(chosen), args, device), strips, parts)
+    figure = draw_gallery(*pictures(test, torch.tensor(chosen), args), strips, parts)
     save(figure, f"Test images and their {k} nearest training images", note, runs, args.out)
 
 
-def votes(
-    queries: Tensor, keys: Tensor, train: common.ImageSet, temperature: float = 0.07
-) -> tuple[Tensor, Tensor, Tensor]:
+def votes(queries: Tensor, keys: Tensor, train: common.ImageSet) -> tuple[Tensor, Tensor, Tensor]:
     """Class (Q,) of the weighted kNN, its share of the votes (Q,), and the K = 200 neighbours (Q, K), nearest first."""
-    found, share, nearest = list[Tensor](), list[Tensor](), list[Tensor]()
-    labels = train.labels.to(keys.device)
-    for part in torch.split(queries, 4096):
-        similarity, index = common.neighbors(part, keys, min(200, len(keys)))
-        scores = common.knn_scores(similarity, labels[index], len(train.classes), temperature)
+    parts, labels = list[tuple[Tensor, Tensor, Tensor]](), train.labels.to(keys.device)
+    for some in torch.split(queries, 4096):
+        similarity, index = common.neighbors(some, keys, min(200, len(keys)))
+        scores = common.knn_scores(similarity, labels[index], len(train.classes), 0.07).cpu()  # mps has no float64
         best = scores.max(1)
-        found.append(best.indices.cpu())
-        share.append((best.values.double() / scores.sum(1)).cpu())
-        nearest.append(index.cpu())
-    return torch.cat(found), torch.cat(share), torch.cat(nearest)
+        parts.append((best.indices, best.values.double() / scores.sum(1), index.cpu()))
+    found, share, nearest = map(torch.cat, zip(*parts, strict=True))
+    return found, share, nearest
 
 
 def neighbors(args: argparse.Namespace) -> None:
     """Sure and unsure test images and their neighbours, trained and untrained (Local Aggregation, Fig. 3; DeepCluster,
     Fig. 5.3)."""
-    device = common.pick_device(args.device)
-    encoders, runs = open_networks(args, device)
-    train, test = labelled(encoders[0], args, device)
+    encoders, runs = open_networks(args)
+    train, test = labelled(encoders[0], args)
     if args.num_neighbors > len(train):
         raise common.Fault(f"--k {args.num_neighbors} is more than the {len(train)} training images")
     chosen, parts, strips = list[int](), dict[str, int](), list[Strip]()
     for encoder, title in zip(encoders, runs, strict=True):
-        found, share, index = votes(extract(encoder, test, args, device), extract(encoder, train, args, device), train)
+        found, share, index = votes(extract(encoder, test, args), extract(encoder, train, args), train)
         correct = found == test.labels
         if not chosen:  # by the first network, as far as there are any
             order = share.argsort(descending=True, stable=True)
@@ -342,41 +379,37 @@ def neighbors(args: argparse.Namespace) -> None:
             parts = {heading: rows for heading, rows in headings.items() if rows}
         title += f": kNN accuracy {100 * correct.double().mean():.1f} %"
         nearest = index[chosen, : args.num_neighbors]
-        shown = strip(title, train, nearest, train.labels[nearest] == test.labels[chosen, None], args, device)
+        shown = strip(title, train, nearest, train.labels[nearest] == test.labels[chosen, None], args)
         results = [f"{train.classes[found[query]][:9]}\n{100 * share[query]:.0f} %" for query in chosen]
         strips.append(shown._replace(notes=results))
     note = (f"Left: test images of {test.name}, of each class the one that the first network is surest of (below: "
             "least sure of and wrong), of these the surest (least sure). After each row the "
             f"class that the weighted kNN (K = {index.shape[1]}, tau = 0.07) finds, and its share of the votes; "
             f"{len(train):,} training images, nearest first; green and ✓: the class is right.")
-    figure = draw_gallery(*pictures(test, torch.tensor(chosen), args, device), strips, parts)
+    figure = draw_gallery(*pictures(test, torch.tensor(chosen), args), strips, parts)
     save(figure, "Nearest neighbours by confidence", note, runs, args.out)
 
 
 def retrieval(args: argparse.Namespace) -> None:
     """Retrievals of two networks side by side, for queries drawn at random (CLD, Fig. A.3)."""
-    device, k = common.pick_device(args.device), args.num_neighbors
-    encoders, runs = open_networks(args, device)
+    encoders, runs = open_networks(args)
     if len(encoders) != 2:
         raise common.Fault(f"retrieval compares two networks, not {len(encoders)}: name two runs, or one")
-    train, test = labelled(encoders[0], args, device)
+    train, test = labelled(encoders[0], args)
     if args.rows > len(test):
         raise common.Fault(f"--rows {args.rows} is more than the {len(test)} test images")
     order = torch.randperm(len(test), generator=common.generator(args.seed, "retrieval")).tolist()
     chosen, strips = spread_out(order, test.labels, args.rows), list[Strip]()
     for encoder, title in zip(encoders, runs, strict=True):
-        keys = extract(encoder, train, args, device)
-        queries = extract(encoder, test, args, device)
-        index = common.neighbors(queries, keys, k)[1].cpu()
-        right = train.labels[index] == test.labels[:, None]
+        index, right = retrieved(encoder, train, test, args)
         if not strips:
             chosen.sort(key=lambda query: -int(right[query].sum()))
         title += f": {100 * right.float().mean():.1f} % right over all {len(test):,}"
-        strips.append(strip(title, train, index[chosen], right[chosen], args, device))
+        strips.append(strip(title, train, index[chosen], right[chosen], args))
     note = (f"Left: test images of {test.name}, drawn by seed {args.seed}, a class at most once more than any other, "
-            f"sorted by the first network. Right: the {k} nearest of {len(train):,} training images; green and ✓: the "
-            "class is right.")
-    figure = draw_gallery(*pictures(test, torch.tensor(chosen), args, device), strips, {"random queries": args.rows})
+            f"sorted by the first network. Right: the {args.num_neighbors} nearest of {len(train):,} training images; "
+            "green and ✓: the class is right.")
+    figure = draw_gallery(*pictures(test, torch.tensor(chosen), args), strips, {"random queries": args.rows})
     save(figure, "Retrievals side by side", note, runs, args.out)
 
 
@@ -390,7 +423,7 @@ PANELS = {"Training loss": ("epoch", "loss"), "kNN accuracy": ("epoch", "knn_top
 
 def read_log(name: str) -> tuple[Source, Rows, float | None]:
     """What was run, its epochs, and the loss of equal probabilities where it is known."""
-    path = (Path(name).parent if Path(name).is_file() else Path(name)) / "log.jsonl"
+    path = folder_of(name) / "log.jsonl"
     try:
         lines = path.read_text().splitlines(keepends=True)
         header, *rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may not be whole yet
@@ -432,9 +465,7 @@ def draw_curves(groups: dict[str, list[Rows]], chance: dict[str, float], compare
                 text = f"{end.mean():.{digits}f}" + (f" ± {end.std():.{digits}f}" if several else "")
                 ends.append((end.mean().item(), points[:, -1, 0].mean().item(), text, COLORS[number % 7]))
         for text, level in chance.items() if y == "loss" else ():
-            axes.axhline(level, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)))
-            axes.annotate(text, (0, level), (3, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
-                          color="0.4", fontsize=7)
+            mark(axes, level, text)
         if x == "loss":
             axes.invert_xaxis()
             continue
@@ -515,23 +546,22 @@ def draw_density(panels: dict[str, dict[str, Tensor]]) -> Figure:
 
 def density(args: argparse.Namespace) -> None:
     """How closely features lie around each image, and in its wider surroundings (Local Aggregation, Fig. 2)."""
-    device = common.pick_device(args.device)
-    encoders, runs = open_networks(args, device)
+    encoders, runs = open_networks(args)
     banks = all(encoder.bank is not None for encoder in encoders) and not {"data", "subset"} & set(args.typed)
     kind = args.features or ("bank" if banks else "clean")
-    data = load_data(encoders[0], args, device)[0] if kind == "clean" else None
+    data = load_data(encoders[0], args)[0] if kind == "clean" else None
     near, far, ranks, counts = dict[str, Tensor](), dict[str, Tensor](), set[tuple[int, int, int]](), set[str]()
     for encoder, (label, source) in zip(encoders, runs.items(), strict=True):
-        features = encoder.bank if data is None else extract(encoder, data, args, device)
+        features = encoder.bank if data is None else extract(encoder, data, args)
         if features is None:
             raise common.Fault(f"{source.name} has no memory bank: use --features clean")
-        features = features.to(device).float()
+        features = features.to(args.device).float()
         if not features.isfinite().all():
             raise common.Fault(f"the features of {source.name} are not finite")
         rows = torch.randperm(len(features), generator=common.generator(args.seed, "density"))[: args.images]
         ranks.add(density_ranks(len(features)))
         counts.add(f"{len(rows):,} of {len(features):,}")
-        near[label], far[label] = densities(features, rows.to(device), *density_ranks(len(features)))
+        near[label], far[label] = densities(features, rows.to(args.device), *density_ranks(len(features)))
     titles = ("Local density: " + " or ".join(f"the {local} nearest" for local in sorted({rank[0] for rank in ranks})),
               "Background density: " + " or ".join(f"ranks {first:,} to {last:,}" for _, first, last in sorted(ranks)))
     words = "of the memory bank, as training left them" if data is None else f"of {data.name}, without augmentation"
@@ -607,25 +637,24 @@ def draw_mds(clouds: list[Cloud]) -> Figure:
 
 def mds(args: argparse.Namespace) -> None:
     """Training images of classes with high and with low kNN accuracy in the plane (Local Aggregation, Fig. 4)."""
-    device = common.pick_device(args.device)
-    encoders, runs = open_networks(args, device)
-    train, test = labelled(encoders[0], args, device)
+    encoders, runs = open_networks(args)
+    train, test = labelled(encoders[0], args)
     clouds = list[Cloud]()
-    present = [label for label in range(len(train.classes)) if (train.labels == label).sum() > 2]
+    present = (torch.bincount(train.labels) > 2).nonzero()[:, 0].tolist()
     count = min(args.classes, len(present) // 2)
     if not count:
         raise common.Fault(f"{train.name} has fewer than two classes with three training images")
     for encoder, name in zip(encoders, runs, strict=True):
-        keys = extract(encoder, train, args, device)
-        correct = votes(extract(encoder, test, args, device), keys, train)[0] == test.labels
-        accuracy = {label: 100 * float(correct[test.labels == label].double().nan_to_num().mean().nan_to_num())
-                    for label in present}
+        keys = extract(encoder, train, args)
+        correct = votes(extract(encoder, test, args), keys, train)[0] == test.labels
+        hits = torch.bincount(test.labels, correct.double(), len(train.classes))
+        accuracy = (100 * hits / torch.bincount(test.labels, minlength=len(hits)).clamp(min=1)).tolist()
         order = sorted(present, key=lambda label: -accuracy[label])
         for word, labels in (("high", order[:count]), ("low", order[-count:])):
             source = common.generator(args.seed, "mds")
             rows = [(train.labels == label).nonzero()[:, 0] for label in labels]
             index = torch.cat([own[torch.randperm(len(own), generator=source)[: args.images]] for own in rows])
-            images = pictures(train, index, args, device)[0]
+            images = pictures(train, index, args)[0]
             names = {label: f"{train.classes[label][:14]}, {accuracy[label]:.0f} %" for label in labels}
             title = f"{name}: {word} accuracy" if len(runs) > 1 else f"classes with {word} kNN accuracy"
             clouds.append(Cloud(title, embed_mds(keys[index]), train.labels[index], names, images))
@@ -667,7 +696,7 @@ def draw_filters(panels: dict[str, Tensor]) -> Figure:
 
 def filters(args: argparse.Namespace) -> None:
     """Filters of the first layer, with Sobel's composed (DeepCluster, Fig. 5.2)."""
-    encoders, runs = open_networks(args, torch.device("cpu"))
+    encoders, runs = open_networks(args)
     panels = dict[str, Tensor]()
     for encoder, name in zip(encoders, runs, strict=True):
         found = first_filters(encoder.backbone)
@@ -799,39 +828,38 @@ def draw_maximize(rows: dict[str, list[Channel]]) -> Figure:
 
 def maximize(args: argparse.Namespace) -> None:
     """Images by gradient ascent on channels of each stage, and those that fire them most (DeepCluster, Fig. 5.4)."""
-    device = common.pick_device(args.device)
-    encoders, runs = open_networks(args, device)
+    encoders, runs = open_networks(args)
     if len(encoders) > 1:
         raise common.Fault("maximize looks into one network: name one run")
     network: Any = encoders[0].backbone
-    data = load_data(encoders[0], args, device)[0]
+    data = load_data(encoders[0], args)[0]
     data = data.select(torch.randperm(len(data), generator=common.generator(args.seed, "images"))[: args.images])
     wanted = [STAGES.index(stage) for stage in args.stages]
 
     def means(images: Tensor) -> Tensor:
         return torch.cat([network.stages(images)[stage].mean((2, 3)) for stage in wanted], 1)
 
-    fired = extract(encoders[0], data, args, device, means).cpu()  # (N, channels of all stages)
-    size, rows, offset = args.image_size or encoders[0].data.get("size", data.size), dict[str, list[Channel]](), 0
-    for stage in wanted:
-        maps = network.stages(torch.zeros(1, 3, size, size, device=device))[stage].shape[1]
+    size = args.image_size or encoders[0].data.get("size", data.size)
+    widths = [maps.shape[1] for maps in network.stages(torch.zeros(1, 3, size, size, device=args.device))]
+    fired = torch.split(extract(encoders[0], data, args, means).cpu(), [widths[stage] for stage in wanted], 1)
+    rows = dict[str, list[Channel]]()
+    for stage, activation in zip(wanted, fired, strict=True):
         source = common.generator(args.seed, "maximize", stage)
-        noise = CONTRAST * torch.randn(16, 3, size, size, generator=source).to(device)
+        noise = CONTRAST * torch.randn(16, 3, size, size, generator=source).to(args.device)
         with torch.no_grad():
             fires = network.stages(noise)[stage].mean((2, 3)).amax(0).cpu() > 0
-        alive = ((fired[:, offset : offset + maps].amax(0) > 0) & fires).nonzero()[:, 0]
+        alive = ((activation.amax(0) > 0) & fires).nonzero()[:, 0]
         chosen = alive[torch.randperm(len(alive), generator=source)[: args.channels]].sort().values
         if not len(chosen):
-            offset += maps
             continue
-        most = optima(network, stage, chosen.to(device), noise, args.steps)
-        shown, channels = stretch(most.images).cpu(), list[Channel]()
-        for number, index in enumerate(chosen.tolist()):
-            top = fired[:, offset + index].topk(min(9, len(data))).indices
-            before, loud, after = (level[number].item() for level in (most.before, most.loud, most.after))
-            images = torch.cat(list(data.centers(top, 9, device))).cpu()
-            channels.append(Channel(f"channel {index}", shown[number], before, loud, after, images))
-        rows[STAGES[stage]], offset = channels, offset + maps
+        most = optima(network, stage, chosen.to(args.device), noise, args.steps)
+        levels = (level.tolist() for level in (most.before, most.loud, most.after))
+        channels = rows[STAGES[stage]] = []
+        found = zip(chosen.tolist(), stretch(most.images).cpu(), *levels, strict=True)
+        for index, optimum, before, loud, after in found:
+            top = activation[:, index].topk(min(9, len(data))).indices
+            images = torch.cat(list(data.centers(top, 9, args.device))).cpu()
+            channels.append(Channel(f"channel {index}", optimum, before, loud, after, images))
     drawn = [channel for channels in rows.values() for channel in channels]
     if not drawn:
         raise common.Fault(f"{args.runs[0]}: no channel of {', '.join(args.stages)} fires on both noise and images")
@@ -883,9 +911,7 @@ def draw_edges(boxes: dict[str, Tensor], chance: float, curves: dict[str, list[t
         for place, values in enumerate(shown, 1):
             mean = sum(values) / len(values)
             left.annotate(f"{mean:.1f}", (place + 0.3, mean), va="center", fontsize=7)
-        left.axhline(chance, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)))
-        left.annotate(f"random graph {chance:.1f}", (0, chance), (3, 2), xycoords=("axes fraction", "data"),
-                      textcoords="offset points", color="0.4", fontsize=7)
+        mark(left, chance, f"random graph {chance:.1f}")
         left.set(title=f"{len(shown[0])} classes, final network", ylabel="edges that stay in their class, %")
         left.set_xticks(range(1, len(boxes) + 1), [textwrap.fill(name, 16) for name in boxes], fontsize=7)
     if curves:
@@ -899,36 +925,36 @@ def draw_edges(boxes: dict[str, Tensor], chance: float, curves: dict[str, list[t
 
 def edges(args: argparse.Namespace) -> None:
     """Ratio edge intra-class, box plots and curves (DeepCluster, Fig. 4.1, 4.2, 4.4 to 4.7, 4.9, 4.10)."""
-    device, logs = common.pick_device(args.device), dict[str, tuple[Source, list[tuple[int, float]]]]()
-    folders = {name: Path(name).parent if Path(name).is_file() else Path(name) for name in args.runs}
-    for name, folder in folders.items():
-        if (folder / "log.jsonl").exists() and name != "random":
+    sources, points = list[Source](), list[list[tuple[int, float]]]()
+    for name in args.runs:
+        if name != "random" and (folder_of(name) / "log.jsonl").exists():
             source, rows, _ = read_log(name)
-            if points := edge_curve(source.options, rows):
-                logs[name] = source, points
+            if found := edge_curve(source.options, rows):
+                sources.append(source)
+                points.append(found)
     drawn = [name for name in args.runs if Path(name).is_file() or Path(name, "checkpoint.pth").exists()]
-    if not drawn and not logs:
+    if not drawn and not points:
         raise common.Fault(f"{args.runs[0]} has neither a checkpoint nor a log with ratio_edge")
-    boxes, chance, note, runs = dict[str, Tensor](), math.nan, "", dict[str, Source]()
-    names = legend([source for source, _ in logs.values()])
-    curves = dict(zip(names, (points for _, points in logs.values()), strict=True))
+    boxes, chance, notes, runs = dict[str, Tensor](), math.nan, list[str](), dict[str, Source]()
     if drawn:
         named = [name for name in args.runs if name in (*drawn, "random")]
-        encoders, runs = open_networks(argparse.Namespace(**vars(args) | dict(runs=named)), device)
-        data = labelled(encoders[0], args, device)[0]
+        encoders, runs = open_networks(argparse.Namespace(**vars(args) | dict(runs=named)))
+        data = labelled(encoders[0], args)[0]
+        itself = torch.arange(len(data), device=args.device)
         for encoder, name in zip(encoders, runs, strict=True):
-            features, every = extract(encoder, data, args, device), torch.arange(len(data))
-            nearest = common.neighbors(features, features, args.num_neighbors, exclude=every.to(device))[1].cpu()
+            features = extract(encoder, data, args)
+            nearest = common.neighbors(features, features, args.num_neighbors, exclude=itself)[1].cpu()
             boxes[name] = edge_shares(nearest, data.labels)
         sizes = torch.bincount(data.labels).double()
         chance = float((100 * (sizes[sizes > 0] - 1) / (len(data) - 1)).mean())
-        note = (f"Box plots: {args.num_neighbors} nearest neighbours among {len(data):,} training images of "
-                f"{data.name}, by unit features; orange: median, diamond and number: mean, box: quartiles, whiskers: "
-                "1.5 times their distance.")
-    if logs:
-        note += "\n" * bool(note) + "Curves: from the logs, 10 neighbours, by the descriptors that are clustered."
-    runs |= dict(zip(curves, (source for source, _ in logs.values()), strict=True))
-    save(draw_edges(boxes, chance, curves), "Ratio edge intra-class", note, runs, args.out)
+        notes.append(f"Box plots: {args.num_neighbors} nearest neighbours among {len(data):,} training images of "
+                     f"{data.name}, by unit features; orange: median, diamond and number: mean, box: quartiles, "
+                     "whiskers: 1.5 times their distance.")
+    if points:
+        notes.append("Curves: from the logs, 10 neighbours, by the descriptors that are clustered.")
+    names = legend(sources)
+    figure = draw_edges(boxes, chance, dict(zip(names, points, strict=True)))
+    save(figure, "Ratio edge intra-class", "\n".join(notes), runs | dict(zip(names, sources, strict=True)), args.out)
 
 
 # ---- pca -------------------------------------------------------------------------------------------------------------
@@ -964,14 +990,13 @@ def draw_pca(curves: dict[str, Tensor]) -> Figure:
 
 def pca(args: argparse.Namespace) -> None:
     """Share of the variance that the largest eigenvalues keep, before whitening (DeepCluster, Fig. 4.3)."""
-    device = common.pick_device(args.device)
-    encoders, runs = open_networks(args, device)
-    data = load_data(encoders[0], args, device)[0]
+    encoders, runs = open_networks(args)
+    data = load_data(encoders[0], args)[0]
     curves = dict[str, Tensor]()
     for encoder, name in zip(encoders, runs, strict=True):
         network: Any = encoder.backbone
         before_relu = functools.partial(network, relu_last=False) if args.layer != "head" else None
-        curves[name] = variance_kept(extract(encoder, data, args, device, before_relu).cpu())
+        curves[name] = variance_kept(extract(encoder, data, args, before_relu).cpu())
     layer = "Unit features of the heads" if args.layer == "head" else "Features of the backbones, before the last ReLU"
     note = f"{layer}; {len(data):,} training images of {data.name}."
     save(draw_pca(curves), "Principal components", note, runs, args.out)
@@ -982,7 +1007,7 @@ def pca(args: argparse.Namespace) -> None:
 
 def read_eval(name: str, baselines: bool = False) -> Rows:
     """The lines of eval.jsonl beside a run's checkpoint, oldest first; baselines: those of untrained networks, too."""
-    path = (Path(name).parent if Path(name).is_file() else Path(name)) / "eval.jsonl"
+    path = folder_of(name) / "eval.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
     except OSError:
@@ -1394,7 +1419,7 @@ def detections(args: argparse.Namespace) -> None:
                 pictures.append((number, common.rgb(image)))
         except common.UNREADABLE:
             raise common.Fault(f"cannot read the image {path}: draw where eval_detection.py ran") from None
-    names = [Path(name if Path(name).is_dir() else Path(name).parent).resolve().name for name in args.runs]
+    names = [folder_of(name).resolve().name for name in args.runs]
     labels = names if len(set(names)) == len(names) else [str(name) for name in args.runs]
     notes = [f"First run: {len(pictures)} of {total:,} test images, drawn with seed {args.seed}; white dashes: truth; "
              f"boxes of score {args.min_score:g} or more: green right, orange wrong, grey on a difficult object."]
@@ -1419,6 +1444,7 @@ def every_picture(args: argparse.Namespace) -> None:
     for name in args.names:
         own = parse_args([name, *args.runs, "--out", str(args.out / f"{name}.png")])
         vars(own).update({key: getattr(args, key) for key in args.typed if key in vars(own) and key != "out"})
+        vars(own).update(device=args.device, kept=args.kept)
         own.typed = [*own.typed, *args.typed]
         doc = " ".join((own.draw.__doc__ or "").split())
         try:
@@ -1509,7 +1535,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     made = list(names.choices)
     add(every_picture, name="all")
     args = parser.parse_args(argv)
-    args.typed = common.typed(args.options, argv)
+    args.typed, args.kept = common.typed(args.options, argv), dict[tuple[Any, ...], Any]()
     if args.draw in (neighbors, retrieval, edges, pca) and len(args.runs) == 1:
         args.runs.append("random")
     first = Path(next((name for name in args.runs if name != "random"), "."))
@@ -1524,6 +1550,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    if "device" in args:
+        args.device = common.pick_device(args.device)
     with matplotlib.rc_context(STYLE):
         args.draw(args)
 
