@@ -149,10 +149,20 @@ def keep(args: argparse.Namespace, key: tuple[Any, ...], make: Callable[[], Kept
     return found
 
 
-def open_network(args: argparse.Namespace, name: str) -> tuple[common.Encoder, Source]:
-    """The encoder in a run's folder or in a file."""
-    path = Path(name, "checkpoint.pth") if Path(name).is_dir() else Path(name)
+def open_network(
+    args: argparse.Namespace, name: str, first: common.Encoder | None
+) -> tuple[common.Encoder, Source]:
+    """The encoder in a run's folder or in a file; "random": an untrained one of the architecture of `first`."""
     small = args.image_size < common.SMALL if args.image_size else None
+    if name == "random":
+        if first is None:
+            raise common.Fault('name a run beside "random": the untrained network takes its architecture')
+        arch, width = args.arch or first.options["arch"], args.width or first.options.get("width", 64)
+        torch.manual_seed(args.seed)
+        stem = first.data.get("small", False) if small is None else small
+        encoder = common.untrained_encoder(arch, width, stem, args.device)
+        return dataclasses.replace(encoder, options=first.options, data=first.data), Source("untrained", {}, {}, "", 0)
+    path = Path(name, "checkpoint.pth") if Path(name).is_dir() else Path(name)
     encoder = common.load_encoder(path, args.arch, args.width, small, args.device, args.layer)
     if not encoder.options:
         return encoder, Source(path.name, {}, {}, "", 0)
@@ -160,25 +170,13 @@ def open_network(args: argparse.Namespace, name: str) -> tuple[common.Encoder, S
     return encoder, Source(path.resolve().parent.name, encoder.options, encoder.data, saved["git"], saved["epoch"])
 
 
-def untrained(args: argparse.Namespace, like: common.Encoder) -> tuple[common.Encoder, Source]:
-    """An untrained network of the same architecture, for the same images."""
-    arch, width = args.arch or like.options["arch"], args.width or like.options.get("width", 64)
-    small = args.image_size < common.SMALL if args.image_size else like.data.get("small", False)
-    torch.manual_seed(args.seed)
-    encoder = common.untrained_encoder(arch, width, small, args.device)
-    return dataclasses.replace(encoder, options=like.options, data=like.data), Source("untrained", {}, {}, "", 0)
-
-
 def open_networks(args: argparse.Namespace) -> tuple[list[common.Encoder], dict[str, Source]]:
-    """The encoder of each run; "random" is an untrained one of the first run's architecture."""
-    networks = {name: keep(args, ("network", name), functools.partial(open_network, args, name))
-                for name in args.runs if name != "random"}
-    if not networks:
-        raise common.Fault('name a run beside "random": the untrained network takes its architecture')
-    if "random" in args.runs:
-        first = next(iter(networks.values()))[0]
-        networks["random"] = keep(args, ("network", "random"), functools.partial(untrained, args, first))
-    encoders, sources = zip(*(networks[name] for name in args.runs), strict=True)
+    """The encoder of each run, and what it was made from."""
+    found, first = dict[str, tuple[common.Encoder, Source]](), None
+    for name in sorted(args.runs, key=lambda name: name == "random"):
+        found[name] = keep(args, ("network", name), functools.partial(open_network, args, name, first))
+        first = first or found[name][0]
+    encoders, sources = zip(*(found[name] for name in args.runs), strict=True)
     return list(encoders), dict(zip(legend(sources), sources, strict=True))
 
 
@@ -194,20 +192,20 @@ def extract(
     describe: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Unit rows (N, D) of all images, or describe(images), at the size and with the statistics of the encoder's run."""
-    shown = data
-    if encoder.data:
-        size, mean, std = args.image_size or encoder.data["size"], encoder.data["mean"], encoder.data["std"]
-        shown = dataclasses.replace(data, size=size, mean=tuple(mean), std=tuple(std))
 
     def embed(images: Tensor) -> Tensor:
         amp = common.amp_default(args.device) if args.amp is None else args.amp
         with torch.autocast(args.device.type, torch.bfloat16, amp):
             return (describe or encoder.embed)(images)
 
-    def make() -> tuple[object, object, Tensor]:
+    def make() -> tuple[common.Encoder, common.ImageSet, Tensor]:
+        shown = data
+        if encoder.data:
+            size, mean, std = args.image_size or encoder.data["size"], encoder.data["mean"], encoder.data["std"]
+            shown = dataclasses.replace(data, size=size, mean=tuple(mean), std=tuple(std))
         return encoder, data, common.extract(args.device, shown, embed, args.batch_size)
 
-    # With the features go what they are of, so that no other object takes its id.
+    # Kept with the network and the images, so that nothing else can take their ids.
     return make()[2] if describe else keep(args, ("features", id(encoder), id(data)), make)[2]
 
 
@@ -249,15 +247,6 @@ def strip(title: str, train: common.ImageSet, index: Tensor, right: Tensor, args
     k = index.shape[1]
     return Strip(title, images.view(*index.shape, *images.shape[1:]), right,
                  [names[i : i + k] for i in range(0, len(names), k)])
-
-
-def retrieved(
-    encoder: common.Encoder, train: common.ImageSet, test: common.ImageSet, args: argparse.Namespace
-) -> tuple[Tensor, Tensor]:
-    """The K nearest training images of each test image, nearest first (Q, K), and whether the class is right (Q, K)."""
-    queries, keys = extract(encoder, test, args), extract(encoder, train, args)
-    index = common.neighbors(queries, keys, args.num_neighbors)[1].cpu()
-    return index, train.labels[index] == test.labels[:, None]
 
 
 def pick_queries(right: Tensor, labels: Tensor, rows: int, seed: int) -> list[int]:
@@ -325,16 +314,31 @@ def draw_gallery(queries: Tensor, names: list[str], strips: list[Strip], parts: 
     return figure
 
 
-def gallery(args: argparse.Namespace) -> None:
-    """Test images and their nearest training images, best and worst cases (NPID, Fig. 5)."""
+def compare(
+    args: argparse.Namespace, choose: Callable[[Tensor, Tensor], list[int]]
+) -> tuple[dict[str, Source], common.ImageSet, common.ImageSet, list[int], list[Strip]]:
+    """Runs, training and test images, which of the latter are queries, and a strip of their neighbours in each network.
+
+    choose: labels (Q,) of all test images, whether their neighbours in the first network are right (Q, K) -> queries.
+    """
     encoders, runs = open_networks(args)
     train, test = labelled(encoders[0], args)
-    k, chosen, strips = args.num_neighbors, list[int](), list[Strip]()
+    chosen, strips = list[int](), list[Strip]()
     for encoder, title in zip(encoders, runs, strict=True):
-        index, right = retrieved(encoder, train, test, args)
-        chosen = chosen or pick_queries(right.sum(1), test.labels, args.rows, args.seed)
+        queries, keys = extract(encoder, test, args), extract(encoder, train, args)
+        index = common.neighbors(queries, keys, args.num_neighbors)[1].cpu()
+        right = train.labels[index] == test.labels[:, None]
+        chosen = chosen or choose(test.labels, right)
         title += f": {100 * right.float().mean():.1f} % right over all {len(test):,} test images"
         strips.append(strip(title, train, index[chosen], right[chosen], args))
+    return runs, train, test, chosen, strips
+
+
+def gallery(args: argparse.Namespace) -> None:
+    """Test images and their nearest training images, best and worst cases (NPID, Fig. 5)."""
+    runs, train, test, chosen, strips = compare(
+        args, lambda labels, right: pick_queries(right.sum(1), labels, args.rows, args.seed))
+    k = args.num_neighbors
     parts = dict[str, int]()
     for word, half in (("best", slice(args.rows)), ("worst", slice(args.rows, None))):
         counts = sorted(set(strips[0].right[half].sum(1).tolist()))
@@ -392,20 +396,16 @@ def neighbors(args: argparse.Namespace) -> None:
 
 def retrieval(args: argparse.Namespace) -> None:
     """Retrievals of two networks side by side, for queries drawn at random (CLD, Fig. A.3)."""
-    encoders, runs = open_networks(args)
-    if len(encoders) != 2:
-        raise common.Fault(f"retrieval compares two networks, not {len(encoders)}: name two runs, or one")
-    train, test = labelled(encoders[0], args)
-    if args.rows > len(test):
-        raise common.Fault(f"--rows {args.rows} is more than the {len(test)} test images")
-    order = torch.randperm(len(test), generator=common.generator(args.seed, "retrieval")).tolist()
-    chosen, strips = spread_out(order, test.labels, args.rows), list[Strip]()
-    for encoder, title in zip(encoders, runs, strict=True):
-        index, right = retrieved(encoder, train, test, args)
-        if not strips:
-            chosen.sort(key=lambda query: -int(right[query].sum()))
-        title += f": {100 * right.float().mean():.1f} % right over all {len(test):,}"
-        strips.append(strip(title, train, index[chosen], right[chosen], args))
+    if len(args.runs) != 2:
+        raise common.Fault(f"retrieval compares two networks, not {len(args.runs)}: name two runs, or one")
+
+    def choose(labels: Tensor, right: Tensor) -> list[int]:
+        if args.rows > len(labels):
+            raise common.Fault(f"--rows {args.rows} is more than the {len(labels)} test images")
+        order = torch.randperm(len(labels), generator=common.generator(args.seed, "retrieval")).tolist()
+        return sorted(spread_out(order, labels, args.rows), key=lambda query: -int(right[query].sum()))
+
+    runs, train, test, chosen, strips = compare(args, choose)
     note = (f"Left: test images of {test.name}, drawn by seed {args.seed}, a class at most once more than any other, "
             f"sorted by the first network. Right: the {args.num_neighbors} nearest of {len(train):,} training images; "
             "green and ✓: the class is right.")
@@ -454,16 +454,16 @@ def draw_curves(groups: dict[str, list[Rows]], chance: dict[str, float], compare
         axes.set(title=title, xlabel=AXES[x], ylabel=AXES[y])
         ends, digits = [], 2 if y == "loss" else 1
         for number, (label, runs) in enumerate(groups.items()):
-            points = series(runs, x, y)
-            if points.numel():
-                several = len(runs) > 1
-                for line in points if several else ():
-                    axes.plot(*line.T, color=COLORS[number % 7], linewidth=0.6, alpha=0.5)
-                label += f" (mean of {len(runs)} seeds)" * several
-                axes.plot(*points.mean(0).T, **look(number), markersize=3, label=label)
-                end = points[:, -1, 1]
-                text = f"{end.mean():.{digits}f}" + (f" ± {end.std():.{digits}f}" if several else "")
-                ends.append((end.mean().item(), points[:, -1, 0].mean().item(), text, COLORS[number % 7]))
+            points, several, color = series(runs, x, y), len(runs) > 1, COLORS[number % 7]
+            if not points.numel():
+                continue
+            for line in points if several else ():
+                axes.plot(*line.T, color=color, linewidth=0.6, alpha=0.5)
+            label += f" (mean of {len(runs)} seeds)" * several
+            axes.plot(*points.mean(0).T, **look(number), markersize=3, label=label)
+            where, end = points[:, -1, 0].mean().item(), points[:, -1, 1]
+            text = f"{end.mean():.{digits}f}" + (f" ± {end.std():.{digits}f}" if several else "")
+            ends.append((end.mean().item(), where, text, color))
         for text, level in chance.items() if y == "loss" else ():
             mark(axes, level, text)
         if x == "loss":
@@ -1026,15 +1026,15 @@ def last(rows: Rows, key: str) -> float | None:
 def draw_queue(points: dict[str, dict[int, list[float]]]) -> Figure:
     """A panel for each figure of merit, by the size of the queue; several runs of a size: their mean, each a dot."""
     figure = Figure((3.1 * len(points) + 0.3, 3.4), layout="constrained")
-    for number, (axes, (name, sizes)) in enumerate(zip(figure.subplots(1, len(points)), points.items(), strict=True)):
-        means = [sum(sizes[size]) / len(sizes[size]) for size in sorted(sizes)]
-        axes.plot(sorted(sizes), means, **look(number))
-        for size, values in sizes.items():
-            axes.scatter([size] * len(values), values, s=8, color=COLORS[number % 7])
-        for size, mean in zip(sorted(sizes), means, strict=True):
+    for number, (axes, (name, found)) in enumerate(zip(figure.subplots(1, len(points)), points.items(), strict=True)):
+        sizes = sorted(found)
+        means = [sum(found[size]) / len(found[size]) for size in sizes]
+        axes.plot(sizes, means, **look(number))
+        for size, mean in zip(sizes, means, strict=True):
+            axes.scatter([size] * len(found[size]), found[size], s=8, color=COLORS[number % 7])
             axes.annotate(f"{mean:.1f}", (size, mean), (0, 5), textcoords="offset points", ha="center", fontsize=7)
         axes.set(title=name, xscale="log", xlabel="keys in the queue", ylabel="%")
-        axes.set_xticks(sorted(sizes), [f"{size:,}" for size in sorted(sizes)])
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axes.minorticks_off()
         axes.margins(0.12, 0.15)
         low, high = axes.get_ylim()
@@ -1063,8 +1063,11 @@ def queue(args: argparse.Namespace) -> None:
          args.out)
 
 
-def draw_labels(curves: dict[str, list[tuple[float, float, float]]], x: str, y: str) -> Figure:
-    """Accuracy over the number of labels: (labels, mean, deviation over the draws) for each network."""
+Points = list[tuple[float, float, float]]  # labels, mean accuracy, deviation over the draws
+
+
+def draw_labels(curves: dict[str, Points], x: str, y: str) -> Figure:
+    """Accuracy over the number of labels, a line for each network."""
     figure = Figure((5.4, 3.8), layout="constrained")
     axes = figure.subplots()
     ticks = sorted({labels for points in curves.values() for labels, *_ in points})
@@ -1083,12 +1086,12 @@ def draw_labels(curves: dict[str, list[tuple[float, float, float]]], x: str, y: 
     return figure
 
 
-def label_curves(
-    args: argparse.Namespace, preset: str, key: str, labels: Callable[[dict[str, Any], Source], float]
-) -> tuple[dict[str, Source], dict[str, list[tuple[float, float, float]]], str]:
-    """What was run, its curves by fine-tuning under `preset`, and the small print; untrained networks as baselines."""
-    sources, own = [read_log(name)[0] for name in args.runs], list[list[tuple[float, float, float]]]()
-    untrained = dict[str, list[tuple[float, float, float]]]()
+def finetuned(
+    args: argparse.Namespace, preset: str, key: str, labels: Callable[[dict[str, Any], Source], float], x: str,
+    title: str,
+) -> None:
+    """Accuracies of networks, untrained ones too if they were evaluated, after fine-tuning under `preset`."""
+    sources, own, baseline = [read_log(name)[0] for name in args.runs], list[Points](), dict[str, Points]()
     for name, source in zip(args.runs, sources, strict=True):
         lines = [row for row in read_eval(name, baselines=True) if row.get("preset") == preset and "draws" in row]
         points = {row["checkpoint"] == "random": [(labels(row | entry, source), entry[key], entry[f"{key}_std"])
@@ -1097,28 +1100,26 @@ def label_curves(
             raise common.Fault(f"{name} has no {preset} in eval.jsonl: run eval_linear.py {name}/checkpoint.pth "
                                f"--preset {preset}")
         own.append(points[False])
-        untrained |= {"untrained": points[True]} if True in points else {}
+        baseline |= {"untrained": points[True]} if True in points else {}
     words = "{epochs} epochs, {test_images:,} test images of {data}".format_map(lines[-1])
     draws = sorted({entry["draws"] for row in lines for entry in row["draws"]})
     spread = f"mean and deviation of {'/'.join(map(str, draws))} draws" if max(draws) > 1 else "one draw of each"
-    note = f"eval_linear.py --preset {preset}: {words}; {spread}."
     names = legend(sources)
-    return dict(zip(names, sources, strict=True)), dict(zip(names, own, strict=True)) | untrained, note
+    figure = draw_labels(dict(zip(names, own, strict=True)) | baseline, x, f"{key.replace('top', 'top-')} in %")
+    save(figure, title, f"eval_linear.py --preset {preset}: {words}; {spread}.",
+         dict(zip(names, sources, strict=True)), args.out)
 
 
 def lowshot(args: argparse.Namespace) -> None:
     """Top-1 accuracy after fine-tuning on a few images of each class (DeepCluster, Fig. 5.1)."""
-    runs, curves, note = label_curves(args, "lowshot", "top1", lambda row, run: row["labels"] / run.data["classes"])
-    figure = draw_labels(curves, "labelled images of each class", "top-1 in %")
-    save(figure, "Low-shot learning", note, runs, args.out)
+    finetuned(args, "lowshot", "top1", lambda row, run: row["labels"] / run.data["classes"],
+              "labelled images of each class", "Low-shot learning")
 
 
 def semisup(args: argparse.Namespace) -> None:
     """Top-5 accuracy after fine-tuning on a share of the labels (NPID, Fig. 6)."""
-    runs, curves, note = label_curves(
-        args, "finetune", "top5", lambda row, _: 100 * row["labels"] / row["train_images"])
-    figure = draw_labels(curves, "labelled images, % of the training images", "top-5 in %")
-    save(figure, "Semi-supervised learning", note, runs, args.out)
+    finetuned(args, "finetune", "top5", lambda row, run: 100 * row["labels"] / row["train_images"],
+              "labelled images, % of the training images", "Semi-supervised learning")
 
 
 # ---- linear ----------------------------------------------------------------------------------------------------------
