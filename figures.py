@@ -1014,8 +1014,8 @@ def read_eval(name: str, baselines: bool = False) -> Rows:
         return []
     except ValueError:
         raise common.Fault(f"{path} is no list of results: each line has to be JSON") from None
-    own = [row for row in rows if isinstance(row, dict) and row.get("checkpoint") not in ("random", "pixels")]
-    return [row for row in rows if isinstance(row, dict)] if baselines else own
+    rows = [row for row in rows if isinstance(row, dict)]
+    return rows if baselines else [row for row in rows if row.get("checkpoint") not in ("random", "pixels")]
 
 
 def last(rows: Rows, key: str) -> float | None:
@@ -1300,19 +1300,19 @@ def draw_ablation(table: Table, ours: dict[str, dict[str, list[float]]]) -> Figu
 def ablation(args: argparse.Namespace) -> None:
     """A table of a paper as bars, the paper's figures beside ours (--table)."""
     found = {name: (*read_log(name)[:2], read_eval(name)) for name in args.runs}
-    presets = {name: source.options["preset"].removeprefix("thin-").removesuffix("-thin")
-               for name, (source, *_) in found.items()}
 
-    def row_of(name: str, table: Table) -> str | None:
-        if found[name][0].options["script"] != table.script:
-            return None
-        return next((row for row, (preset, _) in table.rows.items() if preset == presets[name]), None)
+    def row_of(options: dict[str, Any], table: Table) -> str | None:
+        preset = options["preset"].removeprefix("thin-").removesuffix("-thin")
+        rows = (row for row, (key, _) in table.rows.items() if (table.script, key) == (options["script"], preset))
+        return next(rows, None)
 
-    key = args.table or max(TABLES, key=lambda key: sum(row_of(name, TABLES[key]) is not None for name in args.runs))
-    table, sources = TABLES[key], dict[str, Source]()
+    def hits(key: str) -> int:
+        return sum(row_of(source.options, TABLES[key]) is not None for source, *_ in found.values())
+
+    table, sources = TABLES[args.table or max(TABLES, key=hits)], dict[str, Source]()
     ours = {column: dict[str, list[float]]() for column in table.columns}
     for name, (source, log, rows) in found.items():
-        row = row_of(name, table)
+        row = row_of(source.options, table)
         if row is None:
             raise common.Fault(f"{name} is no row of {table.title if args.table else 'any table'}: its preset is "
                                f"{source.options['preset']} of {source.options['script']}.py")
@@ -1408,8 +1408,10 @@ def detections(args: argparse.Namespace) -> None:
     """Test images with true and found boxes, and precision over recall, of runs of eval_detection.py."""
     from PIL import Image
 
-    every = {name: read_detections(name) for name in args.runs}
-    saved = every[args.runs[0]]
+    every = [read_detections(name) for name in args.runs]
+    names = [folder_of(name).resolve().name for name in args.runs]
+    runs = dict(zip(names if len(set(names)) == len(names) else args.runs, every, strict=True))
+    saved = every[0]
     total = len(saved["images"])
     chosen = torch.randperm(total, generator=common.generator(args.seed, "detections"))[: args.images].sort().values
     pictures = list[tuple[int, Any]]()
@@ -1420,18 +1422,14 @@ def detections(args: argparse.Namespace) -> None:
                 pictures.append((number, common.rgb(image)))
         except common.UNREADABLE:
             raise common.Fault(f"cannot read the image {path}: draw where eval_detection.py ran") from None
-    names = [folder_of(name).resolve().name for name in args.runs]
-    labels = names if len(set(names)) == len(names) else [str(name) for name in args.runs]
     notes = [f"First run: {len(pictures)} of {total:,} test images, drawn with seed {args.seed}; white dashes: truth; "
              f"boxes of score {args.min_score:g} or more: green right, orange wrong, grey on a difficult object."]
-    for label, other in zip(labels, every.values(), strict=True):
-        result = other["result"]
+    for label, other in runs.items():
         notes.append("{0}: eval_detection.py, preset {preset}, checkpoint {checkpoint}, {arch} of width {width}, seed "
                      "{seed}, {train_images:,} images of {data}, {iterations:,} iterations of {batch_size}, commit {1}"
-                     .format(label, other["git"], **result))
-    figure = draw_detections(saved, pictures, dict(zip(labels, every.values(), strict=True)), args.min_score)
-    title = f"Detections in {saved['result']['data']}"
-    save(figure, title, "\n".join(notes), {}, args.out)
+                     .format(label, other["git"], **other["result"]))
+    figure = draw_detections(saved, pictures, runs, args.min_score)
+    save(figure, f"Detections in {saved['result']['data']}", "\n".join(notes), {}, args.out)
 
 
 # ---- all -------------------------------------------------------------------------------------------------------------
