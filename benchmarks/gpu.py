@@ -113,10 +113,11 @@ class Bench:
             self.wait()
             return (time.perf_counter() - began) / calls
 
+        timed(1)  # loads and builds what it needs
         once = timed(1)
-        if once > 1:  # too long for more than one call after that which warms up
-            return timed(1)
-        once = min(timed(1), timed(1))
+        if once > 1:  # too long for any more
+            return once
+        once = min(once, timed(1))
         calls = max(1, min(1000, round(self.sizes.seconds / max(once, 1e-6))))
         return statistics.median(timed(calls) for _ in range(self.sizes.rounds))
 
