@@ -3,6 +3,7 @@
 What can be claimed of a GPU without one is tested on the CPU: that the data path asks for no value and copies nothing.
 """
 
+import dataclasses
 import importlib
 import json
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ def cuda() -> None:
 
 
 class Waits(TorchDispatchMode):
-    """Notes what would keep the host waiting for a GPU: values that are read, constants that are copied to it."""
+    """Notes what would keep the host waiting for a GPU: values that are read, constants and slow copies to it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +44,10 @@ class Waits(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh"):
             self.found.append(name)
-        return func(*args, **kwargs or {})
+        options = kwargs or {}
+        if name == "_to_copy" and args[0].device.type == "cpu" != torch.device(options.get("device") or "cpu").type:
+            self.found += [name] * (not options.get("non_blocking"))
+        return func(*args, **options)
 
 
 def steps(device: str, output: Path, count: int) -> Iterator[Callable[[], None]]:
@@ -89,12 +93,42 @@ def test_no_step_asks_for_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert waits.found == []
 
 
+def test_a_step_on_a_pretended_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CUDA device of which only shapes exist no operator around the network mixes devices; from the second step on
+    none waits, and what is copied there comes from pinned memory."""
+    device, pinned, rand = torch.device("cuda", 0), list[bool](), torch.rand
+    args = npid.parse_args([*TINY, "--output", str(tmp_path / "cpu")])
+    data = common.load(args, "pretrain", torch.device("cpu"))
+    assert data.pixels is not None
+    shape = data.pixels.shape
+
+    def pretended(*_: Any) -> common.ImageSet:
+        return dataclasses.replace(data, pixels=torch.empty(shape, dtype=torch.uint8, device=device))
+
+    def draw(*shape: int, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        pinned.append(pin_memory)
+        return rand(*shape, **options)
+
+    for place, name, value in ((common, "pick_device", lambda name: device), (common, "load", pretended),
+                               (common, "amp_default", lambda device: False), (torch, "rand", draw),
+                               (torch.Tensor, "backward", lambda self: None)):  # its threads want a device
+        monkeypatch.setattr(place, name, value)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for step in steps("cuda", tmp_path / "gpu", 2):
+            with Waits() as waits:
+                step()
+    assert waits.found == [] and len(pinned) > 10 and all(pinned)
+
+
 def test_waits_are_seen() -> None:
-    """The test above would notice them."""
+    """The tests above would notice them."""
     with Waits() as waits:
         torch.zeros(2).sum().item()
         torch.tensor([1.0])
-    assert waits.found == ["_local_scalar_dense", "lift_fresh"]
+        with FakeTensorMode():
+            torch.zeros(2).to("cuda", non_blocking=True)
+            torch.zeros(2).to("cuda")
+    assert waits.found == ["_local_scalar_dense", "lift_fresh", "_to_copy"]
 
 
 def test_weights_are_saved_for_any_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
