@@ -1442,8 +1442,8 @@ def every_picture(args: argparse.Namespace) -> None:
     shown, missing = list[str](), list[str]()
     for name in args.names:
         own = parse_args([name, *args.runs, "--out", str(args.out / f"{name}.png")])
-        vars(own).update({key: getattr(args, key) for key in args.typed if key in vars(own) and key != "out"})
-        vars(own).update(device=args.device, kept=args.kept)
+        shared = [key for key in args.typed if key in vars(own) and key != "out"] + ["device", "kept"]
+        vars(own).update({key: getattr(args, key) for key in shared})
         own.typed = [*own.typed, *args.typed]
         doc = " ".join((own.draw.__doc__ or "").split())
         try:
@@ -1473,9 +1473,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     names = parser.add_subparsers(dest="name", metavar="NAME", required=True, help="picture; NAME --help: its options")
 
-    def add(
-        draw: Callable[[argparse.Namespace], None], network: bool = True, name: str | None = None
-    ) -> argparse.ArgumentParser:
+    def add(draw: Callable[[argparse.Namespace], None], network: bool = True, name: str | None = None,
+            **counts: tuple[int, str]) -> argparse.ArgumentParser:
+        """A picture with the options of all, and its own: numbers with their default and help text."""
         options = names.add_parser(name or draw.__name__, help=draw.__doc__, description=draw.__doc__,
                                    allow_abbrev=False, formatter_class=parser.formatter_class)
         options.set_defaults(draw=draw, options=options)
@@ -1492,34 +1492,28 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             options.add_argument("--batch-size", type=common.COUNT, default=256, help="images in one forward pass")
             common.add_data_options(options)
             common.add_device_options(options)
+        for key, (default, text) in counts.items():
+            flags = ["--k", "--num-neighbors"] if key == "num_neighbors" else [f"--{key}"]
+            options.add_argument(*flags, dest=key, type=common.COUNT, default=default, metavar="N", help=text)
         return options
 
-    for draw, rows, k in ((gallery, 4, 10), (neighbors, 4, 5), (retrieval, 8, 8)):
-        options = add(draw)
-        options.add_argument("--rows", type=common.COUNT, default=rows, help="queries" if draw is retrieval else
-                             "queries in the upper and in the lower half")
-        options.add_argument("--k", "--num-neighbors", dest="num_neighbors", type=common.COUNT, default=k, metavar="K",
-                             help="neighbours of each query")
+    half, each = "queries in the upper and in the lower half", "neighbours of each query"
+    add(gallery, rows=(4, half), num_neighbors=(10, each))
+    add(neighbors, rows=(4, half), num_neighbors=(5, each))
+    add(retrieval, rows=(8, "queries"), num_neighbors=(8, each))
     add(curves, network=False)
-    options = add(density)
+    options = add(density, images=(20_000, "the distribution over N images, drawn at random; their neighbours are "
+                                           "sought among all"))
     options.add_argument("--features", choices=["bank", "clean"], help="the memory bank, or features without any "
                          "augmentation; default: the bank if every run has one, and neither --data nor --subset")
-    options.add_argument("--images", type=common.COUNT, default=20_000, metavar="N", help="the distribution over N "
-                         "images, drawn at random; their neighbours are sought among all")
-    options = add(mds)
+    options = add(mds, images=(100, "of each class"))
     options.add_argument("--classes", type=common.number(int, 1, 7), default=6, metavar="N", help="classes in a panel; "
                          "at most half of all")
-    options.add_argument("--images", type=common.COUNT, default=100, metavar="N", help="of each class")
     add(filters)
-    options = add(maximize)
+    options = add(maximize, channels=(4, "of each stage, drawn at random"), steps=(200, "of gradient ascent"),
+                  images=(10_000, "training images, drawn at random; those that fire a channel most are shown"))
     options.add_argument("--stages", choices=STAGES, nargs="+", default=STAGES, help="rows")
-    options.add_argument("--channels", type=common.COUNT, default=4, metavar="N", help="of each stage, drawn at random")
-    options.add_argument("--steps", type=common.COUNT, default=200, help="of gradient ascent")
-    options.add_argument("--images", type=common.COUNT, default=10_000, metavar="N", help="training images among which "
-                         "those are sought that fire a channel most, drawn at random")
-    options = add(edges)
-    options.add_argument("--k", "--num-neighbors", dest="num_neighbors", type=common.COUNT, default=10, metavar="K",
-                         help="neighbours in the graph")
+    add(edges, num_neighbors=(10, "neighbours in the graph"))
     add(pca)
     for from_logs in (queue, lowshot, semisup):
         add(from_logs, network=False)
@@ -1527,8 +1521,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.add_argument("--protocol", choices=["linear", "svm"], default="linear", help="of eval_linear.py")
     options = add(ablation, network=False)
     options.add_argument("--table", choices=list(TABLES), help="default: the one that has most of the runs")
-    options = add(detections, network=False)
-    options.add_argument("--images", type=common.COUNT, default=8, metavar="N", help="test images to show")
+    options = add(detections, network=False, images=(8, "test images to show"))
     options.add_argument("--min-score", type=common.SHARE, default=0.5, help="least score of the boxes that are shown")
     options.add_argument("--seed", type=common.COUNT_OR_ZERO, default=0, help="of the choice of images")
     made = list(names.choices)
