@@ -577,7 +577,7 @@ def embed_mds(features: Tensor) -> Tensor:
     """Metric MDS (N, 2) of the Euclidean distances between rows (N, D): scikit-learn's, from the principal plane on."""
     from sklearn.manifold import MDS
 
-    x = features.double().cpu()
+    x = features.cpu().double()  # in this order: mps has no float64
     left, scale, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
     start = F.pad(left[:, :2] * scale[:2], (0, max(0, 2 - len(scale))))
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of defaults that are not used here
