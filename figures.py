@@ -36,7 +36,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import matplotlib
 import torch
@@ -92,6 +92,18 @@ def look(number: int) -> dict[str, Any]:
     return dict(color=COLORS[number % 7], linestyle=["-", "--", ":", "-."][number % 4], marker="osD^v"[number % 5])
 
 
+def folder_of(name: str) -> Path:
+    """The folder of a run that is named by itself or by a file in it."""
+    return Path(name).parent if Path(name).is_file() else Path(name)
+
+
+def mark(axes: Any, level: float, text: str) -> None:
+    """A dotted line across the panel at y = level."""
+    axes.axhline(level, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)))
+    axes.annotate(text, (0, level), (3, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
+                  color="0.4", fontsize=7)
+
+
 def save(figure: Figure, title: str, note: str, runs: dict[str, Source], path: Path) -> None:
     """Write the file whole or not at all. A PNG has a palette, and as many dots as fit into 200 kB."""
     figure.suptitle(title, x=0.01, ha="left")
@@ -126,51 +138,75 @@ def save(figure: Figure, title: str, note: str, runs: dict[str, Source], path: P
 # ---- networks and their features -------------------------------------------------------------------------------------
 
 
-def open_networks(args: argparse.Namespace, device: torch.device) -> tuple[list[common.Encoder], dict[str, Source]]:
-    """The encoder of each run; "random" is an untrained one of the first run's architecture."""
+Kept = TypeVar("Kept")
+
+
+def keep(args: argparse.Namespace, key: tuple[Any, ...], make: Callable[[], Kept]) -> Kept:
+    """make(), once for each key: all pictures of `all` share their networks, images and features."""
+    if key not in args.kept:
+        args.kept[key] = make()
+    found: Kept = args.kept[key]
+    return found
+
+
+def open_network(
+    args: argparse.Namespace, name: str, first: common.Encoder | None
+) -> tuple[common.Encoder, Source]:
+    """The encoder in a run's folder or in a file; "random": an untrained one of the architecture of `first`."""
     small = args.image_size < common.SMALL if args.image_size else None
-    encoders, sources = dict[str, common.Encoder](), {"random": Source("untrained", {}, {}, "", 0)}
-    for name in [name for name in args.runs if name != "random"]:
-        path = Path(name, "checkpoint.pth") if Path(name).is_dir() else Path(name)
-        encoder = encoders[name] = common.load_encoder(path, args.arch, args.width, small, device, args.layer)
-        sources[name] = Source(path.name, {}, {}, "", 0)
-        if encoder.options:
-            saved = common.load_checkpoint(path)
-            folder = path.resolve().parent.name
-            sources[name] = Source(folder, encoder.options, encoder.data, saved["git"], saved["epoch"])
-    if not encoders:
-        raise common.Fault('name a run beside "random": the untrained network takes its architecture')
-    if "random" in args.runs:
-        first = next(iter(encoders.values()))
+    if name == "random":
+        if first is None:
+            raise common.Fault('name a run beside "random": the untrained network takes its architecture')
         arch, width = args.arch or first.options["arch"], args.width or first.options.get("width", 64)
         torch.manual_seed(args.seed)
         stem = first.data.get("small", False) if small is None else small
-        encoder = common.untrained_encoder(arch, width, stem, device)
-        encoders["random"] = dataclasses.replace(encoder, options=first.options, data=first.data)
-    found = [sources[name] for name in args.runs]
-    return [encoders[name] for name in args.runs], dict(zip(legend(found), found, strict=True))
+        encoder = common.untrained_encoder(arch, width, stem, args.device)
+        return dataclasses.replace(encoder, options=first.options, data=first.data), Source("untrained", {}, {}, "", 0)
+    path = Path(name, "checkpoint.pth") if Path(name).is_dir() else Path(name)
+    encoder = common.load_encoder(path, args.arch, args.width, small, args.device, args.layer)
+    if not encoder.options:
+        return encoder, Source(path.name, {}, {}, "", 0)
+    saved = common.load_checkpoint(path)
+    return encoder, Source(path.resolve().parent.name, encoder.options, encoder.data, saved["git"], saved["epoch"])
 
 
-def load_data(encoder: common.Encoder, args: argparse.Namespace, device: torch.device) -> Sequence[common.ImageSet]:
+def open_networks(args: argparse.Namespace) -> tuple[list[common.Encoder], dict[str, Source]]:
+    """The encoder of each run, and what it was made from."""
+    found, first = dict[str, tuple[common.Encoder, Source]](), None
+    for name in sorted(args.runs, key=lambda name: name == "random"):
+        found[name] = keep(args, ("network", name), functools.partial(open_network, args, name, first))
+        first = first or found[name][0]
+    encoders, sources = zip(*(found[name] for name in args.runs), strict=True)
+    return list(encoders), dict(zip(legend(sources), sources, strict=True))
+
+
+def load_data(encoder: common.Encoder, args: argparse.Namespace) -> tuple[common.ImageSet, common.ImageSet]:
     """The train and test images of the encoder's own run, unless --data or --subset names others."""
     split = "train" if {"data", "subset"} & set(args.typed) else "pretrain"
-    return encoder.load_data(argparse.Namespace(**vars(args)), split, device)
+    return keep(args, ("images", encoder.sha256),
+                lambda: encoder.load_data(argparse.Namespace(**vars(args)), split, args.device))
 
 
 def extract(
-    encoder: common.Encoder, data: common.ImageSet, args: argparse.Namespace, device: torch.device,
+    encoder: common.Encoder, data: common.ImageSet, args: argparse.Namespace,
     describe: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Unit rows (N, D) of all images, or describe(images), at the size and with the statistics of the encoder's run."""
-    if encoder.data:
-        size, mean, std = args.image_size or encoder.data["size"], encoder.data["mean"], encoder.data["std"]
-        data = dataclasses.replace(data, size=size, mean=tuple(mean), std=tuple(std))
 
     def embed(images: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, common.amp_default(device) if args.amp is None else args.amp):
+        amp = common.amp_default(args.device) if args.amp is None else args.amp
+        with torch.autocast(args.device.type, torch.bfloat16, amp):
             return (describe or encoder.embed)(images)
 
-    return common.extract(device, data, embed, args.batch_size)
+    def make() -> tuple[common.Encoder, common.ImageSet, Tensor]:
+        shown = data
+        if encoder.data:
+            size, mean, std = args.image_size or encoder.data["size"], encoder.data["mean"], encoder.data["std"]
+            shown = dataclasses.replace(data, size=size, mean=tuple(mean), std=tuple(std))
+        return encoder, data, common.extract(args.device, shown, embed, args.batch_size)
+
+    # Kept with the network and the images, so that nothing else can take their ids.
+    return make()[2] if describe else keep(args, ("features", id(encoder), id(data)), make)[2]
 
 
 # ---- images beside images -------------------------------------------------------------------------------------------
@@ -186,27 +222,28 @@ class Strip(NamedTuple):
     notes: Sequence[str] = ()  # at the end of each row; default: how many are right
 
 
-def labelled(encoder: common.Encoder, args: argparse.Namespace, device: torch.device) -> list[common.ImageSet]:
+def labelled(encoder: common.Encoder, args: argparse.Namespace) -> list[common.ImageSet]:
     """Train and test images of the encoder's run that have a class."""
-    sets = [data.select((data.labels >= 0).nonzero()[:, 0]) for data in load_data(encoder, args, device)]
+
+    def choose() -> list[common.ImageSet]:
+        known = [(data, data.labels >= 0) for data in load_data(encoder, args)]
+        return [data if some.all() else data.select(some.nonzero()[:, 0]) for data, some in known]
+
+    sets = keep(args, ("labelled", encoder.sha256), choose)
     if not all(len(data) for data in sets):
         raise common.Fault(f"{sets[0].name} has no classes: the picture needs a folder for each class")
     return sets
 
 
-def pictures(
-    data: common.ImageSet, rows: Tensor, args: argparse.Namespace, device: torch.device
-) -> tuple[Tensor, list[str]]:
+def pictures(data: common.ImageSet, rows: Tensor, args: argparse.Namespace) -> tuple[Tensor, list[str]]:
     """Images at `rows` (R, 3, S, S) in [0, 1], and the names of their classes."""
-    images = torch.cat(list(data.centers(rows, args.batch_size, device))).cpu()
+    images = torch.cat(list(data.centers(rows, args.batch_size, args.device))).cpu()
     return images, [data.classes[label][:9] for label in data.labels[rows].tolist()]
 
 
-def strip(
-    title: str, train: common.ImageSet, index: Tensor, right: Tensor, args: argparse.Namespace, device: torch.device
-) -> Strip:
+def strip(title: str, train: common.ImageSet, index: Tensor, right: Tensor, args: argparse.Namespace) -> Strip:
     """The images at `index` (R, K) of `train`, right where `right` (R, K)."""
-    images, names = pictures(train, index.flatten(), args, device)
+    images, names = pictures(train, index.flatten(), args)
     k = index.shape[1]
     return Strip(title, images.view(*index.shape, *images.shape[1:]), right,
                  [names[i : i + k] for i in range(0, len(names), k)])
@@ -232,9 +269,9 @@ def pick_queries(right: Tensor, labels: Tensor, rows: int, seed: int) -> list[in
 
 def spread_out(order: list[int], labels: Tensor, rows: int) -> list[int]:
     """`rows` of the queries in `order`, no class twice before every other came once, in their order. labels: (Q,)."""
-    seen, turn = Counter[int](), dict[int, int]()
+    seen, turn, classes = Counter[int](), dict[int, int](), labels.tolist()
     for query in order:
-        label = int(labels[query])
+        label = classes[query]
         turn[query], seen[label] = seen[label], seen[label] + 1
     chosen = sorted(order, key=turn.__getitem__)[:rows]
     return [query for query in order if query in chosen]
@@ -247,11 +284,10 @@ def draw_gallery(queries: Tensor, names: list[str], strips: list[Strip], parts: 
     """
     k = strips[0].right.shape[1]
     pitch, start = 1.08 * k + 0.9 + 0.7 * bool(strips[0].notes), 1.5  # in widths of an image
-    tops = [1.36 * row for row in range(len(queries))]
-    first = 0
-    for number, rows in enumerate(parts.values()):
-        tops[first : first + rows] = [top + 0.75 * number for top in tops[first : first + rows]]
-        first += rows
+    tops, headings = list[float](), dict[str, float]()
+    for heading, rows in parts.items():
+        headings[heading] = 1.36 * len(tops) + 0.75 * len(headings)
+        tops += [headings[heading] + 1.36 * row for row in range(rows)]
     width, inches = start + len(strips) * pitch, 0.62 if len(strips) == 1 else 0.5
     figure = Figure((inches * width + 0.2, inches * (tops[-1] + 2.3) + 0.7), layout="constrained")
     axes = figure.add_subplot(xlim=(-0.1, width), ylim=(tops[-1] + 1.4, -0.9), aspect="equal")
@@ -262,10 +298,8 @@ def draw_gallery(queries: Tensor, names: list[str], strips: list[Strip], parts: 
         axes.add_patch(Rectangle((x, y), 1, 1, fill=False, edgecolor=color, linewidth=1.8))
         axes.text(x + 0.5, y + 1.06, text, ha="center", va="top", fontsize=5.5, color=color)
 
-    first = 0
-    for heading, rows in parts.items():
-        axes.text(0, tops[first] - 0.12, heading, fontweight="bold", va="bottom")
-        first += rows
+    for heading, top in headings.items():
+        axes.text(0, top - 0.12, heading, fontweight="bold", va="bottom")
     for image, name, y in zip(queries, names, tops, strict=True):
         show(image, 0, y, "black", name)
     for number, strip in enumerate(strips):
@@ -280,19 +314,31 @@ def draw_gallery(queries: Tensor, names: list[str], strips: list[Strip], parts: 
     return figure
 
 
-def gallery(args: argparse.Namespace) -> None:
-    """Test images and their nearest training images, best and worst cases (NPID, Fig. 5)."""
-    device, k = common.pick_device(args.device), args.num_neighbors
-    encoders, runs = open_networks(args, device)
-    train, test = labelled(encoders[0], args, device)
+def compare(
+    args: argparse.Namespace, choose: Callable[[Tensor, Tensor], list[int]]
+) -> tuple[dict[str, Source], common.ImageSet, common.ImageSet, list[int], list[Strip]]:
+    """Runs, training and test images, which of the latter are queries, and a strip of their neighbours in each network.
+
+    choose: labels (Q,) of all test images, whether their neighbours in the first network are right (Q, K) -> queries.
+    """
+    encoders, runs = open_networks(args)
+    train, test = labelled(encoders[0], args)
     chosen, strips = list[int](), list[Strip]()
     for encoder, title in zip(encoders, runs, strict=True):
-        queries, keys = extract(encoder, test, args, device), extract(encoder, train, args, device)
-        index = common.neighbors(queries, keys, k)[1].cpu()
+        queries, keys = extract(encoder, test, args), extract(encoder, train, args)
+        index = common.neighbors(queries, keys, args.num_neighbors)[1].cpu()
         right = train.labels[index] == test.labels[:, None]
-        chosen = chosen or pick_queries(right.sum(1), test.labels, args.rows, args.seed)
+        chosen = chosen or choose(test.labels, right)
         title += f": {100 * right.float().mean():.1f} % right over all {len(test):,} test images"
-        strips.append(strip(title, train, index[chosen], right[chosen], args, device))
+        strips.append(strip(title, train, index[chosen], right[chosen], args))
+    return runs, train, test, chosen, strips
+
+
+def gallery(args: argparse.Namespace) -> None:
+    """Test images and their nearest training images, best and worst cases (NPID, Fig. 5)."""
+    runs, train, test, chosen, strips = compare(
+        args, lambda labels, right: pick_queries(right.sum(1), labels, args.rows, args.seed))
+    k = args.num_neighbors
     parts = dict[str, int]()
     for word, half in (("best", slice(args.rows)), ("worst", slice(args.rows, None))):
         counts = sorted(set(strips[0].right[half].sum(1).tolist()))
@@ -300,37 +346,32 @@ def gallery(args: argparse.Namespace) -> None:
         parts[f"{word} cases: {span} of {k} right"] = args.rows
     note = (f"Left: test images of {test.name}, chosen by neighbours in the first network, seed {args.seed}. Right: "
             f"the {k} nearest of {len(train):,} training images, nearest first; green and ✓: the class is right.")
-    figure = draw_gallery(*pictures(test, torch.tensor(chosen), args, device), strips, parts)
+    figure = draw_gallery(*pictures(test, torch.tensor(chosen), args), strips, parts)
     save(figure, f"Test images and their {k} nearest training images", note, runs, args.out)
 
 
-def votes(
-    queries: Tensor, keys: Tensor, train: common.ImageSet, temperature: float = 0.07
-) -> tuple[Tensor, Tensor, Tensor]:
+def votes(queries: Tensor, keys: Tensor, train: common.ImageSet) -> tuple[Tensor, Tensor, Tensor]:
     """Class (Q,) of the weighted kNN, its share of the votes (Q,), and the K = 200 neighbours (Q, K), nearest first."""
-    found, share, nearest = list[Tensor](), list[Tensor](), list[Tensor]()
-    labels = train.labels.to(keys.device)
-    for part in torch.split(queries, 4096):
-        similarity, index = common.neighbors(part, keys, min(200, len(keys)))
-        scores = common.knn_scores(similarity, labels[index], len(train.classes), temperature)
+    parts, labels = list[tuple[Tensor, Tensor, Tensor]](), train.labels.to(keys.device)
+    for some in torch.split(queries, 4096):
+        similarity, index = common.neighbors(some, keys, min(200, len(keys)))
+        scores = common.knn_scores(similarity, labels[index], len(train.classes), 0.07).cpu()  # mps has no float64
         best = scores.max(1)
-        found.append(best.indices.cpu())
-        share.append((best.values.double() / scores.sum(1)).cpu())
-        nearest.append(index.cpu())
-    return torch.cat(found), torch.cat(share), torch.cat(nearest)
+        parts.append((best.indices, best.values.double() / scores.sum(1), index.cpu()))
+    found, share, nearest = map(torch.cat, zip(*parts, strict=True))
+    return found, share, nearest
 
 
 def neighbors(args: argparse.Namespace) -> None:
     """Sure and unsure test images and their neighbours, trained and untrained (Local Aggregation, Fig. 3; DeepCluster,
     Fig. 5.3)."""
-    device = common.pick_device(args.device)
-    encoders, runs = open_networks(args, device)
-    train, test = labelled(encoders[0], args, device)
+    encoders, runs = open_networks(args)
+    train, test = labelled(encoders[0], args)
     if args.num_neighbors > len(train):
         raise common.Fault(f"--k {args.num_neighbors} is more than the {len(train)} training images")
     chosen, parts, strips = list[int](), dict[str, int](), list[Strip]()
     for encoder, title in zip(encoders, runs, strict=True):
-        found, share, index = votes(extract(encoder, test, args, device), extract(encoder, train, args, device), train)
+        found, share, index = votes(extract(encoder, test, args), extract(encoder, train, args), train)
         correct = found == test.labels
         if not chosen:  # by the first network, as far as there are any
             order = share.argsort(descending=True, stable=True)
@@ -342,41 +383,33 @@ def neighbors(args: argparse.Namespace) -> None:
             parts = {heading: rows for heading, rows in headings.items() if rows}
         title += f": kNN accuracy {100 * correct.double().mean():.1f} %"
         nearest = index[chosen, : args.num_neighbors]
-        shown = strip(title, train, nearest, train.labels[nearest] == test.labels[chosen, None], args, device)
+        shown = strip(title, train, nearest, train.labels[nearest] == test.labels[chosen, None], args)
         results = [f"{train.classes[found[query]][:9]}\n{100 * share[query]:.0f} %" for query in chosen]
         strips.append(shown._replace(notes=results))
     note = (f"Left: test images of {test.name}, of each class the one that the first network is surest of (below: "
             "least sure of and wrong), of these the surest (least sure). After each row the "
             f"class that the weighted kNN (K = {index.shape[1]}, tau = 0.07) finds, and its share of the votes; "
             f"{len(train):,} training images, nearest first; green and ✓: the class is right.")
-    figure = draw_gallery(*pictures(test, torch.tensor(chosen), args, device), strips, parts)
+    figure = draw_gallery(*pictures(test, torch.tensor(chosen), args), strips, parts)
     save(figure, "Nearest neighbours by confidence", note, runs, args.out)
 
 
 def retrieval(args: argparse.Namespace) -> None:
     """Retrievals of two networks side by side, for queries drawn at random (CLD, Fig. A.3)."""
-    device, k = common.pick_device(args.device), args.num_neighbors
-    encoders, runs = open_networks(args, device)
-    if len(encoders) != 2:
-        raise common.Fault(f"retrieval compares two networks, not {len(encoders)}: name two runs, or one")
-    train, test = labelled(encoders[0], args, device)
-    if args.rows > len(test):
-        raise common.Fault(f"--rows {args.rows} is more than the {len(test)} test images")
-    order = torch.randperm(len(test), generator=common.generator(args.seed, "retrieval")).tolist()
-    chosen, strips = spread_out(order, test.labels, args.rows), list[Strip]()
-    for encoder, title in zip(encoders, runs, strict=True):
-        keys = extract(encoder, train, args, device)
-        queries = extract(encoder, test, args, device)
-        index = common.neighbors(queries, keys, k)[1].cpu()
-        right = train.labels[index] == test.labels[:, None]
-        if not strips:
-            chosen.sort(key=lambda query: -int(right[query].sum()))
-        title += f": {100 * right.float().mean():.1f} % right over all {len(test):,}"
-        strips.append(strip(title, train, index[chosen], right[chosen], args, device))
+    if len(args.runs) != 2:
+        raise common.Fault(f"retrieval compares two networks, not {len(args.runs)}: name two runs, or one")
+
+    def choose(labels: Tensor, right: Tensor) -> list[int]:
+        if args.rows > len(labels):
+            raise common.Fault(f"--rows {args.rows} is more than the {len(labels)} test images")
+        order = torch.randperm(len(labels), generator=common.generator(args.seed, "retrieval")).tolist()
+        return sorted(spread_out(order, labels, args.rows), key=lambda query: -int(right[query].sum()))
+
+    runs, train, test, chosen, strips = compare(args, choose)
     note = (f"Left: test images of {test.name}, drawn by seed {args.seed}, a class at most once more than any other, "
-            f"sorted by the first network. Right: the {k} nearest of {len(train):,} training images; green and ✓: the "
-            "class is right.")
-    figure = draw_gallery(*pictures(test, torch.tensor(chosen), args, device), strips, {"random queries": args.rows})
+            f"sorted by the first network. Right: the {args.num_neighbors} nearest of {len(train):,} training images; "
+            "green and ✓: the class is right.")
+    figure = draw_gallery(*pictures(test, torch.tensor(chosen), args), strips, {"random queries": args.rows})
     save(figure, "Retrievals side by side", note, runs, args.out)
 
 
@@ -390,7 +423,7 @@ PANELS = {"Training loss": ("epoch", "loss"), "kNN accuracy": ("epoch", "knn_top
 
 def read_log(name: str) -> tuple[Source, Rows, float | None]:
     """What was run, its epochs, and the loss of equal probabilities where it is known."""
-    path = (Path(name).parent if Path(name).is_file() else Path(name)) / "log.jsonl"
+    path = folder_of(name) / "log.jsonl"
     try:
         lines = path.read_text().splitlines(keepends=True)
         header, *rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may not be whole yet
@@ -421,20 +454,18 @@ def draw_curves(groups: dict[str, list[Rows]], chance: dict[str, float], compare
         axes.set(title=title, xlabel=AXES[x], ylabel=AXES[y])
         ends, digits = [], 2 if y == "loss" else 1
         for number, (label, runs) in enumerate(groups.items()):
-            points = series(runs, x, y)
-            if points.numel():
-                several = len(runs) > 1
-                for line in points if several else ():
-                    axes.plot(*line.T, color=COLORS[number % 7], linewidth=0.6, alpha=0.5)
-                label += f" (mean of {len(runs)} seeds)" * several
-                axes.plot(*points.mean(0).T, **look(number), markersize=3, label=label)
-                end = points[:, -1, 1]
-                text = f"{end.mean():.{digits}f}" + (f" ± {end.std():.{digits}f}" if several else "")
-                ends.append((end.mean().item(), points[:, -1, 0].mean().item(), text, COLORS[number % 7]))
+            points, several, color = series(runs, x, y), len(runs) > 1, COLORS[number % 7]
+            if not points.numel():
+                continue
+            for line in points if several else ():
+                axes.plot(*line.T, color=color, linewidth=0.6, alpha=0.5)
+            label += f" (mean of {len(runs)} seeds)" * several
+            axes.plot(*points.mean(0).T, **look(number), markersize=3, label=label)
+            where, end = points[:, -1, 0].mean().item(), points[:, -1, 1]
+            text = f"{end.mean():.{digits}f}" + (f" ± {end.std():.{digits}f}" if several else "")
+            ends.append((end.mean().item(), where, text, color))
         for text, level in chance.items() if y == "loss" else ():
-            axes.axhline(level, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)))
-            axes.annotate(text, (0, level), (3, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
-                          color="0.4", fontsize=7)
+            mark(axes, level, text)
         if x == "loss":
             axes.invert_xaxis()
             continue
@@ -515,23 +546,22 @@ def draw_density(panels: dict[str, dict[str, Tensor]]) -> Figure:
 
 def density(args: argparse.Namespace) -> None:
     """How closely features lie around each image, and in its wider surroundings (Local Aggregation, Fig. 2)."""
-    device = common.pick_device(args.device)
-    encoders, runs = open_networks(args, device)
+    encoders, runs = open_networks(args)
     banks = all(encoder.bank is not None for encoder in encoders) and not {"data", "subset"} & set(args.typed)
     kind = args.features or ("bank" if banks else "clean")
-    data = load_data(encoders[0], args, device)[0] if kind == "clean" else None
+    data = load_data(encoders[0], args)[0] if kind == "clean" else None
     near, far, ranks, counts = dict[str, Tensor](), dict[str, Tensor](), set[tuple[int, int, int]](), set[str]()
     for encoder, (label, source) in zip(encoders, runs.items(), strict=True):
-        features = encoder.bank if data is None else extract(encoder, data, args, device)
+        features = encoder.bank if data is None else extract(encoder, data, args)
         if features is None:
             raise common.Fault(f"{source.name} has no memory bank: use --features clean")
-        features = features.to(device).float()
+        features = features.to(args.device).float()
         if not features.isfinite().all():
             raise common.Fault(f"the features of {source.name} are not finite")
         rows = torch.randperm(len(features), generator=common.generator(args.seed, "density"))[: args.images]
         ranks.add(density_ranks(len(features)))
         counts.add(f"{len(rows):,} of {len(features):,}")
-        near[label], far[label] = densities(features, rows.to(device), *density_ranks(len(features)))
+        near[label], far[label] = densities(features, rows.to(args.device), *density_ranks(len(features)))
     titles = ("Local density: " + " or ".join(f"the {local} nearest" for local in sorted({rank[0] for rank in ranks})),
               "Background density: " + " or ".join(f"ranks {first:,} to {last:,}" for _, first, last in sorted(ranks)))
     words = "of the memory bank, as training left them" if data is None else f"of {data.name}, without augmentation"
@@ -547,7 +577,7 @@ def embed_mds(features: Tensor) -> Tensor:
     """Metric MDS (N, 2) of the Euclidean distances between rows (N, D): scikit-learn's, from the principal plane on."""
     from sklearn.manifold import MDS
 
-    x = features.double().cpu()
+    x = features.cpu().double()  # in this order: mps has no float64
     left, scale, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
     start = F.pad(left[:, :2] * scale[:2], (0, max(0, 2 - len(scale))))
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of defaults that are not used here
@@ -607,25 +637,24 @@ def draw_mds(clouds: list[Cloud]) -> Figure:
 
 def mds(args: argparse.Namespace) -> None:
     """Training images of classes with high and with low kNN accuracy in the plane (Local Aggregation, Fig. 4)."""
-    device = common.pick_device(args.device)
-    encoders, runs = open_networks(args, device)
-    train, test = labelled(encoders[0], args, device)
+    encoders, runs = open_networks(args)
+    train, test = labelled(encoders[0], args)
     clouds = list[Cloud]()
-    present = [label for label in range(len(train.classes)) if (train.labels == label).sum() > 2]
+    present = (torch.bincount(train.labels) > 2).nonzero()[:, 0].tolist()
     count = min(args.classes, len(present) // 2)
     if not count:
         raise common.Fault(f"{train.name} has fewer than two classes with three training images")
     for encoder, name in zip(encoders, runs, strict=True):
-        keys = extract(encoder, train, args, device)
-        correct = votes(extract(encoder, test, args, device), keys, train)[0] == test.labels
-        accuracy = {label: 100 * float(correct[test.labels == label].double().nan_to_num().mean().nan_to_num())
-                    for label in present}
+        keys = extract(encoder, train, args)
+        correct = votes(extract(encoder, test, args), keys, train)[0] == test.labels
+        hits = torch.bincount(test.labels, correct.double(), len(train.classes))
+        accuracy = (100 * hits / torch.bincount(test.labels, minlength=len(hits)).clamp(min=1)).tolist()
         order = sorted(present, key=lambda label: -accuracy[label])
         for word, labels in (("high", order[:count]), ("low", order[-count:])):
             source = common.generator(args.seed, "mds")
             rows = [(train.labels == label).nonzero()[:, 0] for label in labels]
             index = torch.cat([own[torch.randperm(len(own), generator=source)[: args.images]] for own in rows])
-            images = pictures(train, index, args, device)[0]
+            images = pictures(train, index, args)[0]
             names = {label: f"{train.classes[label][:14]}, {accuracy[label]:.0f} %" for label in labels}
             title = f"{name}: {word} accuracy" if len(runs) > 1 else f"classes with {word} kNN accuracy"
             clouds.append(Cloud(title, embed_mds(keys[index]), train.labels[index], names, images))
@@ -667,7 +696,7 @@ def draw_filters(panels: dict[str, Tensor]) -> Figure:
 
 def filters(args: argparse.Namespace) -> None:
     """Filters of the first layer, with Sobel's composed (DeepCluster, Fig. 5.2)."""
-    encoders, runs = open_networks(args, torch.device("cpu"))
+    encoders, runs = open_networks(args)
     panels = dict[str, Tensor]()
     for encoder, name in zip(encoders, runs, strict=True):
         found = first_filters(encoder.backbone)
@@ -799,39 +828,38 @@ def draw_maximize(rows: dict[str, list[Channel]]) -> Figure:
 
 def maximize(args: argparse.Namespace) -> None:
     """Images by gradient ascent on channels of each stage, and those that fire them most (DeepCluster, Fig. 5.4)."""
-    device = common.pick_device(args.device)
-    encoders, runs = open_networks(args, device)
+    encoders, runs = open_networks(args)
     if len(encoders) > 1:
         raise common.Fault("maximize looks into one network: name one run")
     network: Any = encoders[0].backbone
-    data = load_data(encoders[0], args, device)[0]
+    data = load_data(encoders[0], args)[0]
     data = data.select(torch.randperm(len(data), generator=common.generator(args.seed, "images"))[: args.images])
     wanted = [STAGES.index(stage) for stage in args.stages]
 
     def means(images: Tensor) -> Tensor:
         return torch.cat([network.stages(images)[stage].mean((2, 3)) for stage in wanted], 1)
 
-    fired = extract(encoders[0], data, args, device, means).cpu()  # (N, channels of all stages)
-    size, rows, offset = args.image_size or encoders[0].data.get("size", data.size), dict[str, list[Channel]](), 0
-    for stage in wanted:
-        maps = network.stages(torch.zeros(1, 3, size, size, device=device))[stage].shape[1]
+    size = args.image_size or encoders[0].data.get("size", data.size)
+    widths = [maps.shape[1] for maps in network.stages(torch.zeros(1, 3, size, size, device=args.device))]
+    fired = torch.split(extract(encoders[0], data, args, means).cpu(), [widths[stage] for stage in wanted], 1)
+    rows = dict[str, list[Channel]]()
+    for stage, activation in zip(wanted, fired, strict=True):
         source = common.generator(args.seed, "maximize", stage)
-        noise = CONTRAST * torch.randn(16, 3, size, size, generator=source).to(device)
+        noise = CONTRAST * torch.randn(16, 3, size, size, generator=source).to(args.device)
         with torch.no_grad():
             fires = network.stages(noise)[stage].mean((2, 3)).amax(0).cpu() > 0
-        alive = ((fired[:, offset : offset + maps].amax(0) > 0) & fires).nonzero()[:, 0]
+        alive = ((activation.amax(0) > 0) & fires).nonzero()[:, 0]
         chosen = alive[torch.randperm(len(alive), generator=source)[: args.channels]].sort().values
         if not len(chosen):
-            offset += maps
             continue
-        most = optima(network, stage, chosen.to(device), noise, args.steps)
-        shown, channels = stretch(most.images).cpu(), list[Channel]()
-        for number, index in enumerate(chosen.tolist()):
-            top = fired[:, offset + index].topk(min(9, len(data))).indices
-            before, loud, after = (level[number].item() for level in (most.before, most.loud, most.after))
-            images = torch.cat(list(data.centers(top, 9, device))).cpu()
-            channels.append(Channel(f"channel {index}", shown[number], before, loud, after, images))
-        rows[STAGES[stage]], offset = channels, offset + maps
+        most = optima(network, stage, chosen.to(args.device), noise, args.steps)
+        levels = (level.tolist() for level in (most.before, most.loud, most.after))
+        channels = rows[STAGES[stage]] = []
+        found = zip(chosen.tolist(), stretch(most.images).cpu(), *levels, strict=True)
+        for index, optimum, before, loud, after in found:
+            top = activation[:, index].topk(min(9, len(data))).indices
+            images = torch.cat(list(data.centers(top, 9, args.device))).cpu()
+            channels.append(Channel(f"channel {index}", optimum, before, loud, after, images))
     drawn = [channel for channels in rows.values() for channel in channels]
     if not drawn:
         raise common.Fault(f"{args.runs[0]}: no channel of {', '.join(args.stages)} fires on both noise and images")
@@ -883,9 +911,7 @@ def draw_edges(boxes: dict[str, Tensor], chance: float, curves: dict[str, list[t
         for place, values in enumerate(shown, 1):
             mean = sum(values) / len(values)
             left.annotate(f"{mean:.1f}", (place + 0.3, mean), va="center", fontsize=7)
-        left.axhline(chance, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)))
-        left.annotate(f"random graph {chance:.1f}", (0, chance), (3, 2), xycoords=("axes fraction", "data"),
-                      textcoords="offset points", color="0.4", fontsize=7)
+        mark(left, chance, f"random graph {chance:.1f}")
         left.set(title=f"{len(shown[0])} classes, final network", ylabel="edges that stay in their class, %")
         left.set_xticks(range(1, len(boxes) + 1), [textwrap.fill(name, 16) for name in boxes], fontsize=7)
     if curves:
@@ -899,36 +925,36 @@ def draw_edges(boxes: dict[str, Tensor], chance: float, curves: dict[str, list[t
 
 def edges(args: argparse.Namespace) -> None:
     """Ratio edge intra-class, box plots and curves (DeepCluster, Fig. 4.1, 4.2, 4.4 to 4.7, 4.9, 4.10)."""
-    device, logs = common.pick_device(args.device), dict[str, tuple[Source, list[tuple[int, float]]]]()
-    folders = {name: Path(name).parent if Path(name).is_file() else Path(name) for name in args.runs}
-    for name, folder in folders.items():
-        if (folder / "log.jsonl").exists() and name != "random":
+    sources, points = list[Source](), list[list[tuple[int, float]]]()
+    for name in args.runs:
+        if name != "random" and (folder_of(name) / "log.jsonl").exists():
             source, rows, _ = read_log(name)
-            if points := edge_curve(source.options, rows):
-                logs[name] = source, points
+            if found := edge_curve(source.options, rows):
+                sources.append(source)
+                points.append(found)
     drawn = [name for name in args.runs if Path(name).is_file() or Path(name, "checkpoint.pth").exists()]
-    if not drawn and not logs:
+    if not drawn and not points:
         raise common.Fault(f"{args.runs[0]} has neither a checkpoint nor a log with ratio_edge")
-    boxes, chance, note, runs = dict[str, Tensor](), math.nan, "", dict[str, Source]()
-    names = legend([source for source, _ in logs.values()])
-    curves = dict(zip(names, (points for _, points in logs.values()), strict=True))
+    boxes, chance, notes, runs = dict[str, Tensor](), math.nan, list[str](), dict[str, Source]()
     if drawn:
         named = [name for name in args.runs if name in (*drawn, "random")]
-        encoders, runs = open_networks(argparse.Namespace(**vars(args) | dict(runs=named)), device)
-        data = labelled(encoders[0], args, device)[0]
+        encoders, runs = open_networks(argparse.Namespace(**vars(args) | dict(runs=named)))
+        data = labelled(encoders[0], args)[0]
+        itself = torch.arange(len(data), device=args.device)
         for encoder, name in zip(encoders, runs, strict=True):
-            features, every = extract(encoder, data, args, device), torch.arange(len(data))
-            nearest = common.neighbors(features, features, args.num_neighbors, exclude=every.to(device))[1].cpu()
+            features = extract(encoder, data, args)
+            nearest = common.neighbors(features, features, args.num_neighbors, exclude=itself)[1].cpu()
             boxes[name] = edge_shares(nearest, data.labels)
         sizes = torch.bincount(data.labels).double()
         chance = float((100 * (sizes[sizes > 0] - 1) / (len(data) - 1)).mean())
-        note = (f"Box plots: {args.num_neighbors} nearest neighbours among {len(data):,} training images of "
-                f"{data.name}, by unit features; orange: median, diamond and number: mean, box: quartiles, whiskers: "
-                "1.5 times their distance.")
-    if logs:
-        note += "\n" * bool(note) + "Curves: from the logs, 10 neighbours, by the descriptors that are clustered."
-    runs |= dict(zip(curves, (source for source, _ in logs.values()), strict=True))
-    save(draw_edges(boxes, chance, curves), "Ratio edge intra-class", note, runs, args.out)
+        notes.append(f"Box plots: {args.num_neighbors} nearest neighbours among {len(data):,} training images of "
+                     f"{data.name}, by unit features; orange: median, diamond and number: mean, box: quartiles, "
+                     "whiskers: 1.5 times their distance.")
+    if points:
+        notes.append("Curves: from the logs, 10 neighbours, by the descriptors that are clustered.")
+    names = legend(sources)
+    figure = draw_edges(boxes, chance, dict(zip(names, points, strict=True)))
+    save(figure, "Ratio edge intra-class", "\n".join(notes), runs | dict(zip(names, sources, strict=True)), args.out)
 
 
 # ---- pca -------------------------------------------------------------------------------------------------------------
@@ -964,14 +990,13 @@ def draw_pca(curves: dict[str, Tensor]) -> Figure:
 
 def pca(args: argparse.Namespace) -> None:
     """Share of the variance that the largest eigenvalues keep, before whitening (DeepCluster, Fig. 4.3)."""
-    device = common.pick_device(args.device)
-    encoders, runs = open_networks(args, device)
-    data = load_data(encoders[0], args, device)[0]
+    encoders, runs = open_networks(args)
+    data = load_data(encoders[0], args)[0]
     curves = dict[str, Tensor]()
     for encoder, name in zip(encoders, runs, strict=True):
         network: Any = encoder.backbone
         before_relu = functools.partial(network, relu_last=False) if args.layer != "head" else None
-        curves[name] = variance_kept(extract(encoder, data, args, device, before_relu).cpu())
+        curves[name] = variance_kept(extract(encoder, data, args, before_relu).cpu())
     layer = "Unit features of the heads" if args.layer == "head" else "Features of the backbones, before the last ReLU"
     note = f"{layer}; {len(data):,} training images of {data.name}."
     save(draw_pca(curves), "Principal components", note, runs, args.out)
@@ -982,15 +1007,15 @@ def pca(args: argparse.Namespace) -> None:
 
 def read_eval(name: str, baselines: bool = False) -> Rows:
     """The lines of eval.jsonl beside a run's checkpoint, oldest first; baselines: those of untrained networks, too."""
-    path = (Path(name).parent if Path(name).is_file() else Path(name)) / "eval.jsonl"
+    path = folder_of(name) / "eval.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
     except OSError:
         return []
     except ValueError:
         raise common.Fault(f"{path} is no list of results: each line has to be JSON") from None
-    own = [row for row in rows if isinstance(row, dict) and row.get("checkpoint") not in ("random", "pixels")]
-    return [row for row in rows if isinstance(row, dict)] if baselines else own
+    rows = [row for row in rows if isinstance(row, dict)]
+    return rows if baselines else [row for row in rows if row.get("checkpoint") not in ("random", "pixels")]
 
 
 def last(rows: Rows, key: str) -> float | None:
@@ -1001,15 +1026,15 @@ def last(rows: Rows, key: str) -> float | None:
 def draw_queue(points: dict[str, dict[int, list[float]]]) -> Figure:
     """A panel for each figure of merit, by the size of the queue; several runs of a size: their mean, each a dot."""
     figure = Figure((3.1 * len(points) + 0.3, 3.4), layout="constrained")
-    for number, (axes, (name, sizes)) in enumerate(zip(figure.subplots(1, len(points)), points.items(), strict=True)):
-        means = [sum(sizes[size]) / len(sizes[size]) for size in sorted(sizes)]
-        axes.plot(sorted(sizes), means, **look(number))
-        for size, values in sizes.items():
-            axes.scatter([size] * len(values), values, s=8, color=COLORS[number % 7])
-        for size, mean in zip(sorted(sizes), means, strict=True):
+    for number, (axes, (name, found)) in enumerate(zip(figure.subplots(1, len(points)), points.items(), strict=True)):
+        sizes = sorted(found)
+        means = [sum(found[size]) / len(found[size]) for size in sizes]
+        axes.plot(sizes, means, **look(number))
+        for size, mean in zip(sizes, means, strict=True):
+            axes.scatter([size] * len(found[size]), found[size], s=8, color=COLORS[number % 7])
             axes.annotate(f"{mean:.1f}", (size, mean), (0, 5), textcoords="offset points", ha="center", fontsize=7)
         axes.set(title=name, xscale="log", xlabel="keys in the queue", ylabel="%")
-        axes.set_xticks(sorted(sizes), [f"{size:,}" for size in sorted(sizes)])
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axes.minorticks_off()
         axes.margins(0.12, 0.15)
         low, high = axes.get_ylim()
@@ -1038,8 +1063,11 @@ def queue(args: argparse.Namespace) -> None:
          args.out)
 
 
-def draw_labels(curves: dict[str, list[tuple[float, float, float]]], x: str, y: str) -> Figure:
-    """Accuracy over the number of labels: (labels, mean, deviation over the draws) for each network."""
+Points = list[tuple[float, float, float]]  # labels, mean accuracy, deviation over the draws
+
+
+def draw_labels(curves: dict[str, Points], x: str, y: str) -> Figure:
+    """Accuracy over the number of labels, a line for each network."""
     figure = Figure((5.4, 3.8), layout="constrained")
     axes = figure.subplots()
     ticks = sorted({labels for points in curves.values() for labels, *_ in points})
@@ -1058,12 +1086,12 @@ def draw_labels(curves: dict[str, list[tuple[float, float, float]]], x: str, y: 
     return figure
 
 
-def label_curves(
-    args: argparse.Namespace, preset: str, key: str, labels: Callable[[dict[str, Any], Source], float]
-) -> tuple[dict[str, Source], dict[str, list[tuple[float, float, float]]], str]:
-    """What was run, its curves by fine-tuning under `preset`, and the small print; untrained networks as baselines."""
-    sources, own = [read_log(name)[0] for name in args.runs], list[list[tuple[float, float, float]]]()
-    untrained = dict[str, list[tuple[float, float, float]]]()
+def finetuned(
+    args: argparse.Namespace, preset: str, key: str, labels: Callable[[dict[str, Any], Source], float], x: str,
+    title: str,
+) -> None:
+    """Accuracies of networks, untrained ones too if they were evaluated, after fine-tuning under `preset`."""
+    sources, own, baseline = [read_log(name)[0] for name in args.runs], list[Points](), dict[str, Points]()
     for name, source in zip(args.runs, sources, strict=True):
         lines = [row for row in read_eval(name, baselines=True) if row.get("preset") == preset and "draws" in row]
         points = {row["checkpoint"] == "random": [(labels(row | entry, source), entry[key], entry[f"{key}_std"])
@@ -1072,28 +1100,26 @@ def label_curves(
             raise common.Fault(f"{name} has no {preset} in eval.jsonl: run eval_linear.py {name}/checkpoint.pth "
                                f"--preset {preset}")
         own.append(points[False])
-        untrained |= {"untrained": points[True]} if True in points else {}
+        baseline |= {"untrained": points[True]} if True in points else {}
     words = "{epochs} epochs, {test_images:,} test images of {data}".format_map(lines[-1])
     draws = sorted({entry["draws"] for row in lines for entry in row["draws"]})
     spread = f"mean and deviation of {'/'.join(map(str, draws))} draws" if max(draws) > 1 else "one draw of each"
-    note = f"eval_linear.py --preset {preset}: {words}; {spread}."
     names = legend(sources)
-    return dict(zip(names, sources, strict=True)), dict(zip(names, own, strict=True)) | untrained, note
+    figure = draw_labels(dict(zip(names, own, strict=True)) | baseline, x, f"{key.replace('top', 'top-')} in %")
+    save(figure, title, f"eval_linear.py --preset {preset}: {words}; {spread}.",
+         dict(zip(names, sources, strict=True)), args.out)
 
 
 def lowshot(args: argparse.Namespace) -> None:
     """Top-1 accuracy after fine-tuning on a few images of each class (DeepCluster, Fig. 5.1)."""
-    runs, curves, note = label_curves(args, "lowshot", "top1", lambda row, run: row["labels"] / run.data["classes"])
-    figure = draw_labels(curves, "labelled images of each class", "top-1 in %")
-    save(figure, "Low-shot learning", note, runs, args.out)
+    finetuned(args, "lowshot", "top1", lambda row, run: row["labels"] / run.data["classes"],
+              "labelled images of each class", "Low-shot learning")
 
 
 def semisup(args: argparse.Namespace) -> None:
     """Top-5 accuracy after fine-tuning on a share of the labels (NPID, Fig. 6)."""
-    runs, curves, note = label_curves(
-        args, "finetune", "top5", lambda row, _: 100 * row["labels"] / row["train_images"])
-    figure = draw_labels(curves, "labelled images, % of the training images", "top-5 in %")
-    save(figure, "Semi-supervised learning", note, runs, args.out)
+    finetuned(args, "finetune", "top5", lambda row, run: 100 * row["labels"] / row["train_images"],
+              "labelled images, % of the training images", "Semi-supervised learning")
 
 
 # ---- linear ----------------------------------------------------------------------------------------------------------
@@ -1274,19 +1300,19 @@ def draw_ablation(table: Table, ours: dict[str, dict[str, list[float]]]) -> Figu
 def ablation(args: argparse.Namespace) -> None:
     """A table of a paper as bars, the paper's figures beside ours (--table)."""
     found = {name: (*read_log(name)[:2], read_eval(name)) for name in args.runs}
-    presets = {name: source.options["preset"].removeprefix("thin-").removesuffix("-thin")
-               for name, (source, *_) in found.items()}
 
-    def row_of(name: str, table: Table) -> str | None:
-        if found[name][0].options["script"] != table.script:
-            return None
-        return next((row for row, (preset, _) in table.rows.items() if preset == presets[name]), None)
+    def row_of(options: dict[str, Any], table: Table) -> str | None:
+        preset = options["preset"].removeprefix("thin-").removesuffix("-thin")
+        rows = (row for row, (key, _) in table.rows.items() if (table.script, key) == (options["script"], preset))
+        return next(rows, None)
 
-    key = args.table or max(TABLES, key=lambda key: sum(row_of(name, TABLES[key]) is not None for name in args.runs))
-    table, sources = TABLES[key], dict[str, Source]()
+    def hits(key: str) -> int:
+        return sum(row_of(source.options, TABLES[key]) is not None for source, *_ in found.values())
+
+    table, sources = TABLES[args.table or max(TABLES, key=hits)], dict[str, Source]()
     ours = {column: dict[str, list[float]]() for column in table.columns}
     for name, (source, log, rows) in found.items():
-        row = row_of(name, table)
+        row = row_of(source.options, table)
         if row is None:
             raise common.Fault(f"{name} is no row of {table.title if args.table else 'any table'}: its preset is "
                                f"{source.options['preset']} of {source.options['script']}.py")
@@ -1382,8 +1408,10 @@ def detections(args: argparse.Namespace) -> None:
     """Test images with true and found boxes, and precision over recall, of runs of eval_detection.py."""
     from PIL import Image
 
-    every = {name: read_detections(name) for name in args.runs}
-    saved = every[args.runs[0]]
+    every = [read_detections(name) for name in args.runs]
+    names = [folder_of(name).resolve().name for name in args.runs]
+    runs = dict(zip(names if len(set(names)) == len(names) else args.runs, every, strict=True))
+    saved = every[0]
     total = len(saved["images"])
     chosen = torch.randperm(total, generator=common.generator(args.seed, "detections"))[: args.images].sort().values
     pictures = list[tuple[int, Any]]()
@@ -1394,18 +1422,14 @@ def detections(args: argparse.Namespace) -> None:
                 pictures.append((number, common.rgb(image)))
         except common.UNREADABLE:
             raise common.Fault(f"cannot read the image {path}: draw where eval_detection.py ran") from None
-    names = [Path(name if Path(name).is_dir() else Path(name).parent).resolve().name for name in args.runs]
-    labels = names if len(set(names)) == len(names) else [str(name) for name in args.runs]
     notes = [f"First run: {len(pictures)} of {total:,} test images, drawn with seed {args.seed}; white dashes: truth; "
              f"boxes of score {args.min_score:g} or more: green right, orange wrong, grey on a difficult object."]
-    for label, other in zip(labels, every.values(), strict=True):
-        result = other["result"]
+    for label, other in runs.items():
         notes.append("{0}: eval_detection.py, preset {preset}, checkpoint {checkpoint}, {arch} of width {width}, seed "
                      "{seed}, {train_images:,} images of {data}, {iterations:,} iterations of {batch_size}, commit {1}"
-                     .format(label, other["git"], **result))
-    figure = draw_detections(saved, pictures, dict(zip(labels, every.values(), strict=True)), args.min_score)
-    title = f"Detections in {saved['result']['data']}"
-    save(figure, title, "\n".join(notes), {}, args.out)
+                     .format(label, other["git"], **other["result"]))
+    figure = draw_detections(saved, pictures, runs, args.min_score)
+    save(figure, f"Detections in {saved['result']['data']}", "\n".join(notes), {}, args.out)
 
 
 # ---- all -------------------------------------------------------------------------------------------------------------
@@ -1418,7 +1442,8 @@ def every_picture(args: argparse.Namespace) -> None:
     shown, missing = list[str](), list[str]()
     for name in args.names:
         own = parse_args([name, *args.runs, "--out", str(args.out / f"{name}.png")])
-        vars(own).update({key: getattr(args, key) for key in args.typed if key in vars(own) and key != "out"})
+        shared = [key for key in args.typed if key in vars(own) and key != "out"] + ["device", "kept"]
+        vars(own).update({key: getattr(args, key) for key in shared})
         own.typed = [*own.typed, *args.typed]
         doc = " ".join((own.draw.__doc__ or "").split())
         try:
@@ -1448,9 +1473,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     names = parser.add_subparsers(dest="name", metavar="NAME", required=True, help="picture; NAME --help: its options")
 
-    def add(
-        draw: Callable[[argparse.Namespace], None], network: bool = True, name: str | None = None
-    ) -> argparse.ArgumentParser:
+    def add(draw: Callable[[argparse.Namespace], None], network: bool = True, name: str | None = None,
+            **counts: tuple[int, str]) -> argparse.ArgumentParser:
+        """A picture with the options of all, and its own: numbers with their default and help text."""
         options = names.add_parser(name or draw.__name__, help=draw.__doc__, description=draw.__doc__,
                                    allow_abbrev=False, formatter_class=parser.formatter_class)
         options.set_defaults(draw=draw, options=options)
@@ -1467,34 +1492,28 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             options.add_argument("--batch-size", type=common.COUNT, default=256, help="images in one forward pass")
             common.add_data_options(options)
             common.add_device_options(options)
+        for key, (default, text) in counts.items():
+            flags = ["--k", "--num-neighbors"] if key == "num_neighbors" else [f"--{key}"]
+            options.add_argument(*flags, dest=key, type=common.COUNT, default=default, metavar="N", help=text)
         return options
 
-    for draw, rows, k in ((gallery, 4, 10), (neighbors, 4, 5), (retrieval, 8, 8)):
-        options = add(draw)
-        options.add_argument("--rows", type=common.COUNT, default=rows, help="queries" if draw is retrieval else
-                             "queries in the upper and in the lower half")
-        options.add_argument("--k", "--num-neighbors", dest="num_neighbors", type=common.COUNT, default=k, metavar="K",
-                             help="neighbours of each query")
+    half, each = "queries in the upper and in the lower half", "neighbours of each query"
+    add(gallery, rows=(4, half), num_neighbors=(10, each))
+    add(neighbors, rows=(4, half), num_neighbors=(5, each))
+    add(retrieval, rows=(8, "queries"), num_neighbors=(8, each))
     add(curves, network=False)
-    options = add(density)
+    options = add(density, images=(20_000, "the distribution over N images, drawn at random; their neighbours are "
+                                           "sought among all"))
     options.add_argument("--features", choices=["bank", "clean"], help="the memory bank, or features without any "
                          "augmentation; default: the bank if every run has one, and neither --data nor --subset")
-    options.add_argument("--images", type=common.COUNT, default=20_000, metavar="N", help="the distribution over N "
-                         "images, drawn at random; their neighbours are sought among all")
-    options = add(mds)
+    options = add(mds, images=(100, "of each class"))
     options.add_argument("--classes", type=common.number(int, 1, 7), default=6, metavar="N", help="classes in a panel; "
                          "at most half of all")
-    options.add_argument("--images", type=common.COUNT, default=100, metavar="N", help="of each class")
     add(filters)
-    options = add(maximize)
+    options = add(maximize, channels=(4, "of each stage, drawn at random"), steps=(200, "of gradient ascent"),
+                  images=(10_000, "training images, drawn at random; those that fire a channel most are shown"))
     options.add_argument("--stages", choices=STAGES, nargs="+", default=STAGES, help="rows")
-    options.add_argument("--channels", type=common.COUNT, default=4, metavar="N", help="of each stage, drawn at random")
-    options.add_argument("--steps", type=common.COUNT, default=200, help="of gradient ascent")
-    options.add_argument("--images", type=common.COUNT, default=10_000, metavar="N", help="training images among which "
-                         "those are sought that fire a channel most, drawn at random")
-    options = add(edges)
-    options.add_argument("--k", "--num-neighbors", dest="num_neighbors", type=common.COUNT, default=10, metavar="K",
-                         help="neighbours in the graph")
+    add(edges, num_neighbors=(10, "neighbours in the graph"))
     add(pca)
     for from_logs in (queue, lowshot, semisup):
         add(from_logs, network=False)
@@ -1502,14 +1521,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.add_argument("--protocol", choices=["linear", "svm"], default="linear", help="of eval_linear.py")
     options = add(ablation, network=False)
     options.add_argument("--table", choices=list(TABLES), help="default: the one that has most of the runs")
-    options = add(detections, network=False)
-    options.add_argument("--images", type=common.COUNT, default=8, metavar="N", help="test images to show")
+    options = add(detections, network=False, images=(8, "test images to show"))
     options.add_argument("--min-score", type=common.SHARE, default=0.5, help="least score of the boxes that are shown")
     options.add_argument("--seed", type=common.COUNT_OR_ZERO, default=0, help="of the choice of images")
     made = list(names.choices)
     add(every_picture, name="all")
     args = parser.parse_args(argv)
-    args.typed = common.typed(args.options, argv)
+    args.typed, args.kept = common.typed(args.options, argv), dict[tuple[Any, ...], Any]()
     if args.draw in (neighbors, retrieval, edges, pca) and len(args.runs) == 1:
         args.runs.append("random")
     first = Path(next((name for name in args.runs if name != "random"), "."))
@@ -1524,6 +1542,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    if "device" in args:
+        args.device = common.pick_device(args.device)
     with matplotlib.rc_context(STYLE):
         args.draw(args)
 

@@ -11,7 +11,6 @@ import re
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bench_cld
 import bench_deepcluster
+from bench_deepcluster import seconds
 
 import common
 import eval_linear
@@ -33,17 +33,6 @@ import local_aggregation
 import npid
 
 Record = dict[str, Any]
-
-
-def seconds(function: Callable[[], Any], device: torch.device) -> float:
-    """Wall-clock time of one call, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def race(case: str, theirs: Callable[[], Any], ours: Callable[[], Any], args: argparse.Namespace) -> Record:

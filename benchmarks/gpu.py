@@ -6,14 +6,17 @@
     python benchmarks/gpu.py --paper                   # the profile of benchmarks/README.md: work, bytes, least times
 
 The ceilings come first: products of large matrices, a copy, a kernel that does nothing, a copy from the host. Every
-benchmark then runs in a process of its own with a time limit, so that one that fails, hangs or loses the device costs
-no other; within it each candidate that fails is a record with its error. A record has the median seconds of a call,
-its operations and bytes where they are known, their shares of the ceilings, the aim, and how many times faster than
-"plain" it is. Records are JSON lines; a short table is printed.
+benchmark then runs in a process of its own with a time limit, so that one that fails or hangs costs no other; within it
+each candidate that fails is a record with its error, and after one that loses the device a new process goes on with
+the next. A record has the median seconds of a call, its operations and bytes where they are known, their shares of the
+ceilings, the aim, and how many times faster than "plain" it is. Records are JSON lines, each written at once; a short
+table is printed.
 """
 
 import argparse
 import contextlib
+import functools
+import gc
 import io
 import json
 import math
@@ -26,7 +29,7 @@ import tempfile
 import time
 import unittest.mock
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +74,11 @@ TINY = Sizes(64, 1 << 12, 600, 1200, 8, (12, 20), 50, 10, 32, 128, 16, 8, 4, 8, 
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
+def lines_of(path: Path) -> list[str]:
+    """The lines of a file, which need not be there yet."""
+    return path.read_text().splitlines() if path.exists() else []
+
+
 class Bench:
     """The device, its ceilings, and where records go."""
 
@@ -80,10 +88,16 @@ class Bench:
         self.facts = dict(device=common.device_name(self.device), torch=torch.__version__)
         self.ceilings: dict[str, float] = {}
         self.plain: dict[str, float] = {}
-        for line in args.output.read_text().splitlines() if args.output.exists() else ():
-            record = json.loads(line)
-            if record["benchmark"] == "ceilings" and record["device"] == self.facts["device"] and "rate" in record:
-                self.ceilings[record["case"]] = record["rate"]
+        self.done = set[tuple[str, str]]()  # what a process before this one has recorded in the same call
+        for number, line in enumerate(lines_of(args.output)):
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, left by a kill, is no record
+                record = json.loads(line)
+                if record["device"] == self.facts["device"] and "rate" in record:
+                    self.ceilings[record["case"]] = record["rate"]
+                if number >= args.since and record["benchmark"] == name:
+                    self.done.add((record["case"], record["way"]))
+                    if record["way"] == "plain" and "seconds" in record:
+                        self.plain[record["case"]] = record["seconds"]
 
     def wait(self) -> None:
         if self.device.type == "cuda":
@@ -91,24 +105,21 @@ class Bench:
 
     def seconds(self, work: Callable[[], Any]) -> float:
         """Median time of a call: rounds of as many calls as fill them, with one wait at each end."""
-        began = time.perf_counter()
-        for _ in range(2):
-            work()
-        self.wait()
-        once = (time.perf_counter() - began) / 2
-        began = time.perf_counter()
-        work()
-        self.wait()
-        once = min(once, time.perf_counter() - began)
-        calls = max(1, min(1000, round(self.sizes.seconds / max(once, 1e-6))))
-        rounds = []
-        for _ in range(self.sizes.rounds if once < 1 else 2):
+
+        def timed(calls: int) -> float:
             began = time.perf_counter()
             for _ in range(calls):
                 work()
             self.wait()
-            rounds.append((time.perf_counter() - began) / calls)
-        return statistics.median(rounds)
+            return (time.perf_counter() - began) / calls
+
+        timed(1)  # loads and builds what it needs
+        once = timed(1)
+        if once > 1:  # too long for any more
+            return once
+        once = min(once, timed(1))
+        calls = max(1, min(1000, round(self.sizes.seconds / max(once, 1e-6))))
+        return statistics.median(timed(calls) for _ in range(self.sizes.rounds))
 
     def write(self, **record: Any) -> None:
         line = dict(benchmark=self.name, **record, **self.facts)
@@ -117,61 +128,66 @@ class Bench:
         print(*(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in line.items()
                 if key not in self.facts), flush=True)
 
+    def attempt(self, case: str, way: str, work: Callable[[], None]) -> None:
+        """Do `work`, unless an earlier process has; if it fails, that is a result, too."""
+        if (case, way) in self.done:
+            return
+        try:
+            work()
+        except Exception as error:
+            self.write(case=case, way=way, error=" ".join(f"{type(error).__name__}: {error}".split())[:300])
+            self.wait()  # fails once more if the device is lost, and nothing works any more in this process
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
     def case(
         self, case: str, way: str, work: Callable[[], Any], *, flop: float = 0, read: float = 0, kind: str = "bfloat16",
         per: float = 0, aim: float = 0, times: float = 1, **facts: Any,
-    ) -> float | None:
+    ) -> None:
         """Record one way of doing a case. flop, read: operations, bytes of a call; kind: of the products; per: images
         of a call; aim: seconds, or images/s if `per`; times: what the time is multiplied with; way "plain" comes first.
+        Facts that are functions are asked after the timing.
         """
-        try:
-            took = self.seconds(work) * times
-        except Exception as error:  # a candidate that does not work here is a result
-            self.write(case=case, way=way, error=f"{type(error).__name__}: {str(error).splitlines()[:1]}"[:300])
-            return None
-        finally:
+
+        def measure() -> None:
             if self.device.type == "cuda":
-                with contextlib.suppress(RuntimeError):
-                    torch.cuda.empty_cache()
-        record: dict[str, Any] = dict(case=case, way=way, seconds=took)
-        if per:
-            record |= dict(images_per_second=per / took)
-        if aim:
-            record |= dict(aim=aim, met=per / took >= aim if per else took <= aim)
-        for key, amount, ceiling in (("flop", flop, f"matmul {kind}"), ("bytes", read, "copy")):
-            if amount:
-                record |= {key: amount, f"{key}_per_second": amount / took}
-                if ceiling in self.ceilings:
-                    record[f"{key}_share"] = amount / took / self.ceilings[ceiling]
-        if way == "plain":
-            self.plain[case] = took
-        elif case in self.plain:
-            record["times_plain"] = self.plain[case] / took
-        if self.device.type == "cuda":
-            record["memory_gb"] = common.memory_gb(self.device)
-            torch.cuda.reset_peak_memory_stats()
-        self.write(**record, **facts)
-        return took
+                torch.cuda.reset_peak_memory_stats()
+            took = self.seconds(work) * times
+            record: dict[str, Any] = dict(case=case, way=way, seconds=took)
+            if per:
+                record |= dict(images_per_second=per / took)
+            if aim:
+                record |= dict(aim=aim, met=per / took >= aim if per else took <= aim)
+            for key, amount, ceiling in (("flop", flop, f"matmul {kind}"), ("bytes", read, "copy")):
+                if amount:
+                    record |= {key: amount, f"{key}_per_second": amount / took}
+                    if ceiling in self.ceilings:
+                        record[f"{key}_share"] = amount / took / self.ceilings[ceiling]
+            if way == "plain":
+                self.plain[case] = took
+            elif case in self.plain:
+                record["times_plain"] = self.plain[case] / took
+            if self.device.type == "cuda":
+                record["memory_gb"] = common.memory_gb(self.device)
+            self.write(**record, **{key: value() if callable(value) else value for key, value in facts.items()})
+
+        self.attempt(case, way, measure)
 
     def unit(self, rows: int, dim: int = 128, seed: int = 0) -> Tensor:
         source = torch.Generator(self.device).manual_seed(seed)
         return F.normalize(torch.randn(rows, dim, device=self.device, generator=source), dim=1)
 
 
-@contextlib.contextmanager
-def tf32() -> Iterator[None]:
-    """Products of float32 in TF32."""
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision("highest")
+def in_tf32(work: Callable[..., Any]) -> Callable[..., Any]:
+    """The same work, its products of float32 in TF32."""
 
-
-def in_tf32(work: Callable[[], Any]) -> Callable[[], Any]:
-    def call() -> Any:
-        with tf32():
-            return work()
+    def call(*args: Any) -> Any:
+        torch.set_float32_matmul_precision("high")
+        try:
+            return work(*args)
+        finally:
+            torch.set_float32_matmul_precision("highest")
 
     return call
 
@@ -181,28 +197,28 @@ def in_tf32(work: Callable[[], Any]) -> Callable[[], Any]:
 
 def ceilings(bench: Bench) -> None:
     """FLOP/s of products, bytes/s of a copy (read and written) and from pinned host memory, seconds of a launch."""
+
+    def measure(case: str, work: Callable[[], Any], amount: float) -> None:
+        def record() -> None:
+            took = bench.seconds(work)
+            bench.write(case=case, seconds=took / amount if case == "launch" else took, rate=amount / took)
+
+        bench.attempt(case, "", record)
+
     size = bench.sizes.square
     for kind, dtype in (("bfloat16", torch.bfloat16), ("tf32", torch.float32), ("float32", torch.float32)):
         a, b = (torch.randn(size, size, device=bench.device, dtype=dtype) for _ in range(2))
-        out = torch.empty_like(a)
-
-        def product(a: Tensor = a, b: Tensor = b, out: Tensor = out) -> None:
-            torch.mm(a, b, out=out)
-
-        took = bench.seconds(in_tf32(product) if kind == "tf32" else product)
-        bench.write(case=f"matmul {kind}", seconds=took, rate=2 * size**3 / took)
+        product = functools.partial(torch.mm, a, b, out=torch.empty_like(a))
+        measure(f"matmul {kind}", in_tf32(product) if kind == "tf32" else product, 2 * size**3)
     source = torch.randn(bench.sizes.copy, device=bench.device)
     target = torch.empty_like(source)
-    took = bench.seconds(lambda: target.copy_(source))
-    bench.write(case="copy", seconds=took, rate=2 * source.nbytes / took)
+    measure("copy", lambda: target.copy_(source), 2 * source.nbytes)
     one = torch.zeros(1, device=bench.device)
-    took = bench.seconds(lambda: [one.add_(1) for _ in range(100)]) / 100
-    bench.write(case="launch", seconds=took, rate=1 / took)
+    measure("launch", lambda: [one.add_(1) for _ in range(100)], 100)
     if bench.device.type == "cuda":
         host = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
         there = torch.empty_like(host, device=bench.device)
-        took = bench.seconds(lambda: there.copy_(host, non_blocking=True))
-        bench.write(case="copy from the host", seconds=took, rate=host.nbytes / took)
+        measure("copy from the host", lambda: there.copy_(host, non_blocking=True), host.nbytes)
 
 
 # ---- the exact softmax over the bank ---------------------------------------------------------------------------------
@@ -256,6 +272,7 @@ def efficient(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cudnn(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    query = query.contiguous()  # its plans know no stride of zero
     found = torch.ops.aten._scaled_dot_product_cudnn_attention(query, keys, keys, None, True, scale=1 / TAU)
     return found[0], found[1]
 
@@ -270,52 +287,55 @@ def flex() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
 def softmax(bench: Bench) -> None:
     """O and LSE at N = 1.28M and 10M, B = 256, D = 128: candidates side by side, with their errors against float64."""
     for count, aim in ((bench.sizes.images, 1e-3), (bench.sizes.many, 8e-3)):
-        z, bank = bench.unit(bench.sizes.batch, seed=1), bench.unit(count)
-        index = torch.randint(count, (len(z),), device=bench.device)
-        half, case = bank.bfloat16(), f"N={count}"
-        work = dict(flop=4.0 * len(z) * count * 128, aim=aim)
-        logits = [(z[:16].double() / TAU) @ part.double().T for part in torch.split(bank, 1 << 17)]
-        lse = torch.stack([part.logsumexp(1) for part in logits]).logsumexp(0)
-        output = sum((part - lse[:, None]).exp() @ rows.double()
-                     for part, rows in zip(logits, torch.split(bank, 1 << 17), strict=True))
-        del logits
+        softmax_of(bench, count, aim)
 
-        def plain(z: Tensor = z, bank: Tensor = bank, index: Tensor = index) -> Tensor:
-            z = z.clone().requires_grad_()
-            return torch.autograd.grad(F.cross_entropy((z @ bank.T).float() / TAU, index), z)[0]
 
-        def ours(z: Tensor = z, bank: Tensor = bank, index: Tensor = index) -> Tensor:
-            z = z.clone().requires_grad_()
-            return torch.autograd.grad(common.bank_softmax(z, index, bank, TAU).mean(), z)[0]
+def softmax_of(bench: Bench, count: int, aim: float) -> None:
+    z, bank = bench.unit(bench.sizes.batch, seed=1), bench.unit(count)
+    index = torch.randint(count, (len(z),), device=bench.device)
+    half, case = bank.bfloat16(), f"N={count}"
+    work = dict(flop=4.0 * len(z) * count * 128, aim=aim)
+    logits = [(z[:16].double() / TAU) @ part.double().T for part in torch.split(bank, 1 << 17)]
+    lse = torch.stack([part.logsumexp(1) for part in logits]).logsumexp(0)
+    output = sum((part - lse[:, None]).exp() @ rows.double()
+                 for part, rows in zip(logits, torch.split(bank, 1 << 17), strict=True))
+    del logits
 
-        bench.case(case, "plain", plain, kind="float32", read=4.0 * bank.numel(), **work)
-        bench.case(case, "plain, bfloat16 logits", lambda h=half, z=z, p=plain: p(z.bfloat16(), h), **work)
-        bench.case(case, "bank_softmax, forward and backward", ours, kind="float32", read=4.0 * bank.numel(), **work)
-        ways: dict[str, tuple[Attention, Tensor]] = {
-            "chunked float32": (lambda z, v: common.bank_attention(z, v, TAU), bank),
-            "chunked tf32": (lambda z, v: in_tf32(lambda: common.bank_attention(z, v, TAU))(), bank),
-            **{f"chunked bfloat16, {rows} rows": (lambda z, v, rows=rows: chunked_half(z, v, rows), half)
-               for rows in (8192, 32768, 131072)},
-            "efficient float32, 132 heads": (in_heads(efficient, 132), bank),
-            "efficient bfloat16, 132 heads": (in_heads(efficient, 132), half),
-        }
-        fused = [("flash", flash), ("cudnn", cudnn)] + [("flex", flex())] * (bench.device.type == "cuda")
-        for name, operator in fused:
-            for heads in (66, 132, 264, 528) if name == "flash" else (66, 132):
-                ways[f"{name} bfloat16, {heads} heads"] = (in_heads(operator, heads), half)
-        ways["flash from a float32 bank"] = (lambda z, v: in_heads(flash, 132)(z, v.bfloat16()), bank)
-        for name, (attention, v) in ways.items():
-            try:
-                with torch.no_grad():
-                    o, s = attention(z, v)
-                errors = dict(lse_error=float((s[:16].double() - lse).abs().max()),
-                              output_error=float((o[:16].double() - output).norm() / output.norm()))
-            except Exception as error:
-                bench.write(case=case, way=name, error=f"{type(error).__name__}: {str(error).splitlines()[:1]}"[:300])
-                continue
-            kind = "float32" if name.endswith("float32") else "tf32" if "tf32" in name else "bfloat16"
-            bench.case(case, name, lambda a=attention, v=v, z=z: a(z, v), kind=kind, read=float(v.nbytes), **work,
-                       **errors)
+    def plain(z: Tensor, bank: Tensor) -> Tensor:
+        z = z.clone().requires_grad_()
+        return torch.autograd.grad(F.cross_entropy((z @ bank.T).float() / TAU, index), z)[0]
+
+    def ours() -> Tensor:
+        query = z.clone().requires_grad_()
+        return torch.autograd.grad(common.bank_softmax(query, index, bank, TAU).mean(), query)[0]
+
+    bench.case(case, "plain", lambda: plain(z, bank), kind="float32", read=4.0 * bank.numel(), **work)
+    bench.case(case, "plain, bfloat16 logits", lambda: plain(z.bfloat16(), half), **work)
+    bench.case(case, "bank_softmax, forward and backward", ours, kind="float32", read=4.0 * bank.numel(), **work)
+    attend: Attention = lambda z, v: common.bank_attention(z, v, TAU)  # noqa: E731
+    ways: dict[str, tuple[Attention, Tensor]] = {
+        "chunked float32": (attend, bank),
+        "chunked tf32": (in_tf32(attend), bank),
+        **{f"chunked bfloat16, {rows} rows": (functools.partial(chunked_half, chunk=rows), half)
+           for rows in (8192, 32768, 131072)},
+        **{f"flash bfloat16, {heads} heads": (in_heads(flash, heads), half) for heads in (66, 132, 264, 528)},
+        "flash bfloat16 from a float32 bank": (lambda z, v: in_heads(flash, 132)(z, v.bfloat16()), bank),
+        "efficient bfloat16, 132 heads": (in_heads(efficient, 132), half),
+        "efficient float32, 132 heads": (in_heads(efficient, 132), bank),
+        **{f"cudnn bfloat16, {heads} heads": (in_heads(cudnn, heads), half) for heads in (66, 132)},
+    }
+    if bench.device.type == "cuda" and count == bench.sizes.images:  # it compiles anew for every shape
+        ways["flex bfloat16, 132 heads"] = (in_heads(flex(), 132), half)
+
+    def one(name: str, attention: Attention, v: Tensor) -> None:
+        o, s = attention(z, v)
+        kind = next(kind for kind in ("bfloat16", "tf32", "float32") if kind in name)
+        bench.case(case, name, lambda: attention(z, v), kind=kind, read=float(v.nbytes), **work,
+                   lse_error=float((s[:16].double() - lse).abs().max()),
+                   output_error=float((o[:16].double() - output).norm() / output.norm()))
+
+    for name, (attention, v) in ways.items():
+        bench.attempt(case, name, functools.partial(one, name, attention, v))
 
 
 # ---- clustering and search -------------------------------------------------------------------------------------------
@@ -325,40 +345,43 @@ def kmeans(bench: Bench) -> None:
     """20 iterations over N = 1.28M rows, D = 128: one assignment in several ways, then the whole."""
     x = bench.unit(bench.sizes.images)
     for k, aim in zip(bench.sizes.clusters, (1.0, 3.0), strict=True):
-        centroids = x[torch.randperm(len(x), device=bench.device)[:k]]
-        case, flop = f"assignment, k={k}", 2.0 * x.numel() * k
-        exact = common.assign(x, centroids)[0]
+        kmeans_of(bench, x, k, aim)
 
-        def plain(c: Tensor = centroids) -> Tensor:
-            return torch.cat([torch.cdist(part, c).argmin(1) for part in torch.split(x, 16384)])
 
-        def by_products(dtype: torch.dtype, chunk: int, c: Tensor = centroids) -> Tensor:
-            keys, offset = c.to(dtype), -0.5 * c.square().sum(1)
-            return torch.cat([torch.addmm(offset.to(dtype), part.to(dtype), keys.T).max(1).indices
-                              for part in torch.split(x, chunk)])
+def kmeans_of(bench: Bench, x: Tensor, k: int, aim: float) -> None:
+    centroids = x[torch.randperm(len(x), device=bench.device)[:k]]
+    labels = common.assign(x, centroids)[0]
+    case, flop = f"assignment, k={k}", 2.0 * x.numel() * k
 
-        bench.case(case, "plain", plain, flop=flop, kind="float32")
-        bench.case(case, "assign", lambda c=centroids: common.assign(x, c), flop=flop, kind="float32")
-        half = common._Half(x)
-        same = float((half.nearest(centroids) == exact).float().mean())
-        bench.case(case, "assign, float16", lambda c=centroids, h=half: common.assign(x, c, half=h), flop=flop,
-                   labels_equal=same)
-        for name, dtype in (("tf32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)):
-            for chunk in (512, 1024, 4096, 16384):
-                call = lambda d=dtype, n=chunk, f=by_products: f(d, n)  # noqa: E731
-                call = in_tf32(call) if name == "tf32" else call
-                same = float((call() == exact).float().mean())
-                bench.case(case, f"{name}, chunks of {chunk}", call, flop=flop,
-                           kind="tf32" if name == "tf32" else "bfloat16", labels_equal=same)
-        labels = exact
-        bench.case(f"sums, k={k}", "cluster_sums", lambda k=k, labels=labels: common.cluster_sums(x, labels, k),
-                   read=float(x.nbytes))
-        for name, where, wrap in (("float16, then float32", {bench.device.type}, lambda f: f),
-                                  ("float32", set(), lambda f: f), ("tf32", set(), in_tf32)):
-            with unittest.mock.patch.object(common, "TENSOR_CORES", where):
-                call = wrap(lambda k=k: common.kmeans(x, k))
-                bench.case(f"20 iterations, k={k}", f"kmeans, {name}", call, flop=21 * flop, aim=aim,
-                           kind="bfloat16" if where else name, objective=call().objective[-1] / len(x))
+    def plain() -> Tensor:
+        return torch.cat([torch.cdist(part, centroids).argmin(1) for part in torch.split(x, 16384)])
+
+    def by_products(dtype: torch.dtype, chunk: int) -> Tensor:
+        keys, offset = centroids.to(dtype), (-0.5 * centroids.square().sum(1)).to(dtype)
+        return torch.cat([torch.addmm(offset, part.to(dtype), keys.T).max(1).indices for part in torch.split(x, chunk)])
+
+    def equal(find: Callable[[], Tensor]) -> Callable[[], float]:
+        return lambda: float((find() == labels).float().mean())
+
+    bench.case(case, "plain", plain, flop=flop, kind="float32")
+    bench.case(case, "assign", lambda: common.assign(x, centroids), flop=flop, kind="float32")
+    half = common._Half(x)
+    bench.case(case, "assign, float16", lambda: common.assign(x, centroids, half=half), flop=flop,
+               labels_equal=equal(lambda: half.nearest(centroids)))
+    for name, dtype in (("tf32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)):
+        for chunk in (512, 1024, 4096, 16384):
+            call = functools.partial(by_products, dtype, chunk)
+            call = in_tf32(call) if name == "tf32" else call
+            bench.case(case, f"{name}, chunks of {chunk}", call, flop=flop,
+                       kind="tf32" if name == "tf32" else "bfloat16", labels_equal=equal(call))
+    bench.case(f"sums, k={k}", "cluster_sums", lambda: common.cluster_sums(x, labels, k), read=float(x.nbytes))
+    found: list[common.KMeans] = []
+    for name, where, wrap in (("float16, then float32", {bench.device.type}, lambda f: f),
+                              ("float32", set(), lambda f: f), ("tf32", set(), in_tf32)):
+        call = wrap(lambda: found.append(common.kmeans(x, k)))
+        with unittest.mock.patch.object(common, "TENSOR_CORES", where):
+            bench.case(f"20 iterations, k={k}", f"kmeans, {name}", call, flop=21 * flop, aim=aim,
+                       kind="bfloat16" if where else name, objective=lambda: found[-1].objective[-1] / len(x))
 
 
 def knn(bench: Bench) -> None:
@@ -389,7 +412,7 @@ def la_search(bench: Bench) -> None:
     bench.case(case, "bfloat16 products, topk", lambda: (z.bfloat16() @ half.T).topk(k), read=float(half.nbytes),
                **work)
 
-    # The weighted sum of B_i's features, which is most of what the loss costs: which operator is quick where?
+    # The weighted sum of B_i's features is most of what the loss costs: which operator is quick where?
     slots, similarity, _ = local_aggregation.nearest(z, index, bank, k)
     weights, close = similarity.softmax(1), similarity > similarity.mean(1, keepdim=True)
     case, read = f"sum of {k} features for each of {len(z)}", float(slots.numel() * bank[0].nbytes)
@@ -398,8 +421,8 @@ def la_search(bench: Bench) -> None:
                read=read)
     bench.case(case, "rows of all weights", lambda: torch.zeros(len(z), len(bank), device=bench.device).scatter_(
         1, slots, weights) @ bank, read=float(bank.nbytes + 8 * len(z) * len(bank)))
-    bench.case(case, "the whole loss", lambda: local_aggregation.local_aggregation(z, slots, similarity, close, bank,
-                                                                                   0.07), read=read)
+    bench.case(case, "the whole loss",
+               lambda: local_aggregation.local_aggregation(z, slots, similarity, close, bank, TAU), read=read)
 
 
 # ---- training steps --------------------------------------------------------------------------------------------------
@@ -430,11 +453,12 @@ class Step:
         self.device, self.batch, self.plain, self.size = device, batch, plain, size
         self.photographs, self.amp = side > 32, amp and not plain
         self.pixels = torch.randint(256, (count, 3, side, side), dtype=torch.uint8, device=device)
-        self.encoder = npid.Encoder(arch, bench.sizes.width, side == 32, 128).to(device).train()
+        with device:  # drawn on the CPU, a bank of 1.28M would take seconds for every way
+            self.encoder = npid.Encoder(arch, bench.sizes.width, side == 32, 128).train()
+            self.bank = common.MemoryBank(rows, 128)
         if not plain:
             self.encoder.to(memory_format=torch.channels_last)
         self.augment: Callable[..., Tensor] = npid.augment
-        self.bank = common.MemoryBank(rows, 128, torch.Generator().manual_seed(0)).to(device)
         options = dict(fused=True) if fused else {}
         self.sgd = torch.optim.SGD(self.encoder.parameters(), 0.03, momentum=0.9, weight_decay=5e-4, **options)
         self.data = common.ImageSet("bench", size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), torch.zeros(count), [],
@@ -517,11 +541,13 @@ class Traffic(TorchDispatchMode):
 def training(bench: Bench, case: str, aim: float, arch: str, count: int, side: int, batch: int, rows: int) -> None:
     """One step in several ways, the plain one first; and what the profiler says of two."""
 
-    def build(**options: Any) -> Step:
-        torch.backends.cudnn.benchmark = options.pop("search", True)
+    def build(search: bool = True, **options: Any) -> Step:
+        torch.backends.cudnn.benchmark = search
+        gc.collect()  # a compiled network refers to itself, and its graph holds tens of GB
         return Step(bench, arch, count, side, batch, rows, **options)
 
-    def compiled(step: Step, mode: str | None, augment: bool) -> Step:
+    def compiled(step: Step, mode: str | None = None, augment: bool = True) -> Step:
+        torch.compiler.reset()  # graphs of the way before; nor is a second batch size taken for a variable one
         step.encoder.compile(mode=mode)
         if augment:
             step.augment = torch.compile(npid.augment)
@@ -531,38 +557,41 @@ def training(bench: Bench, case: str, aim: float, arch: str, count: int, side: i
         step.capture()
         return step
 
-    ways: dict[str, Callable[[], Step]] = {
+    ways: dict[str, Callable[[], Step]] = {  # those that compile, which takes most of the time, by what they promise
         "plain": lambda: build(plain=True),
         "eager": lambda: build(search=False),  # the script as it stands
         "eager, cudnn search": lambda: build(),
         "eager, fused SGD": lambda: build(fused=True),
-        "compiled network": lambda: compiled(build(fused=True), None, False),
-        "compiled network and augmentation": lambda: compiled(build(fused=True), None, True),
-        "reduce-overhead": lambda: compiled(build(fused=True), "reduce-overhead", True),
         "CUDA graph": lambda: captured(build(fused=True)),
-        "CUDA graph, compiled": lambda: captured(compiled(build(fused=True), None, True)),
-        "CUDA graph, compiled, float32": lambda: captured(compiled(build(fused=True, amp=False), None, True)),
+        "CUDA graph, compiled": lambda: captured(compiled(build(fused=True))),
+        "compiled network": lambda: compiled(build(fused=True), augment=False),
+        "compiled network and augmentation": lambda: compiled(build(fused=True)),
+        "reduce-overhead": lambda: compiled(build(fused=True), "reduce-overhead"),
+        "CUDA graph, compiled, float32": lambda: captured(compiled(build(fused=True, amp=False))),
     }
     if bench.device.type != "cuda":
         ways = {name: way for name, way in ways.items() if name.split(",")[0] in ("plain", "eager")}
-    flop, calls, traffic = work_of(build())
-    bench.write(case=case, way="counted", operators=calls, flop=flop, unfused_bytes=traffic, images=batch)
-    for name, make in ways.items():
-        try:
-            began = time.perf_counter()
-            step = make()
-            step()
-            bench.wait()
-        except Exception as error:
-            bench.write(case=case, way=name, error=f"{type(error).__name__}: {str(error).splitlines()[:1]}"[:300])
-            continue
-        kind = "float32" if not step.amp else "bfloat16"
-        bench.case(case, name, step, flop=flop, per=batch, aim=aim, kind=kind,
+    counted = dict(flop=0.0)
+
+    def count_work() -> None:
+        flop, calls, traffic = work_of(build())
+        counted.update(flop=flop)
+        bench.write(case=case, way="counted", operators=calls, flop=flop, unfused_bytes=traffic, images=batch)
+
+    def one(name: str) -> None:
+        began = time.perf_counter()
+        step = ways[name]()
+        step()
+        bench.wait()
+        bench.case(case, name, step, **counted, per=batch, aim=aim, kind="bfloat16" if step.amp else "float32",
                    first_seconds=round(time.perf_counter() - began, 1))
         if name in ("eager", "CUDA graph, compiled"):
-            with contextlib.suppress(Exception):
-                bench.write(case=case, way=f"profile of {name}", **profile(bench, step))
-        del step
+            bench.attempt(case, f"profile of {name}", lambda: bench.write(
+                case=case, way=f"profile of {name}", **profile(bench, step)))
+
+    bench.attempt(case, "counted", count_work)
+    for name in ways:
+        bench.attempt(case, name, functools.partial(one, name))
 
 
 def profile(bench: Bench, step: Step, count: int = 10) -> dict[str, Any]:
@@ -574,7 +603,8 @@ def profile(bench: Bench, step: Step, count: int = 10) -> dict[str, Any]:
         for _ in range(count):
             step()
         bench.wait()
-    on_device = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA
+                 and not getattr(event, "is_user_annotation", False)]  # these span kernels
     spent, calls = Counter[str](), Counter[str]()
     for event in on_device:
         spent[event.name] += event.device_time_total
@@ -610,16 +640,16 @@ def scripts(bench: Bench) -> None:
         preset = [] if "--preset" in options else ["--preset", "cifar10"]
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, str(root / script), *preset, *options, *small, *words, "--output", folder]
-            done = subprocess.run(command, capture_output=True, text=True)
-            log = Path(folder) / "log.jsonl"
-            rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-            size = (Path(folder) / "checkpoint.pth").stat().st_size if len(rows) > 1 else 0
-        if done.returncode or len(rows) < 2:
-            bench.write(case=name, error=done.stderr[-300:])
-            continue
+            try:
+                subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
+            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+                bench.write(case=name, error=f"{type(error).__name__}: {str(error.stderr)[-250:]}")
+                continue
+            last = json.loads(lines_of(Path(folder) / "log.jsonl")[-1])
+            size = (Path(folder) / "checkpoint.pth").stat().st_size
         keys = ("images_per_second", "seconds", "memory_gb", "loss", "cluster_seconds")
         bench.write(case=name, aim=40_000 if script == "npid.py" else None, checkpoint_mb=size / 1e6,
-                    **{key: rows[-1][key] for key in keys if key in rows[-1]})
+                    **{key: last[key] for key in keys if key in last})
 
 
 def checkpoint(bench: Bench) -> None:
@@ -786,7 +816,7 @@ def on_meta(arch: str, side: int, batch: int, count: int) -> tuple[float, int, f
 
 BENCHMARKS: dict[str, tuple[Callable[[Bench], None], float]] = {  # and seconds that it may take
     "ceilings": (ceilings, 60), "softmax": (softmax, 150), "step": (step, 240), "la-search": (la_search, 60),
-    "knn": (knn, 60), "kmeans": (kmeans, 120), "scripts": (scripts, 240), "resnet50": (resnet50, 180),
+    "knn": (knn, 60), "kmeans": (kmeans, 150), "scripts": (scripts, 240), "resnet50": (resnet50, 180),
     "checkpoint": (checkpoint, 60), "decode": (decode, 90),
 }
 
@@ -802,6 +832,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="JSON lines, appended; default: results/gpu.jsonl, of --tiny none")
     parser.add_argument("--paper", action="store_true", help="print the profile on paper and end")
     parser.add_argument("--child", action="store_true", help="run one benchmark in this process")
+    parser.add_argument("--since", type=common.COUNT_OR_ZERO, default=0, metavar="LINE", help="of a child: what stands "
+                        "in the output from this line on is done")
     args = parser.parse_args(argv)
     args.output = args.output or Path(os.devnull if args.tiny else "results/gpu.jsonl")
     if unknown := set(args.names) - set(BENCHMARKS):
@@ -831,17 +863,20 @@ def main(args: argparse.Namespace) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.minutes
     for name in args.names or BENCHMARKS:
-        limit = min(BENCHMARKS[name][1], end - time.monotonic())
+        began, since = time.monotonic(), len(lines_of(args.output))
+        last = min(end, began + BENCHMARKS[name][1])
         command = [sys.executable, __file__, name, "--child", "--device", args.device, "--output", str(args.output)]
         command += ["--tiny"] * args.tiny + (["--jpegs", str(args.jpegs)] if args.jpegs else [])
-        problem, began = "", time.monotonic()
-        try:
-            if limit < 5:
-                problem = "no time was left"
-            elif code := call(command, limit):
-                problem = f"exit code {code}"
-        except subprocess.TimeoutExpired:
-            problem = f"stopped after {limit:.0f} s"
+        known, problem = -1, "no time was left"
+        while last - time.monotonic() > 5 and known < len(lines_of(args.output)):  # as long as it comes further
+            known = len(lines_of(args.output))
+            try:
+                code = call([*command, "--since", str(since)], last - time.monotonic())
+                problem = f"exit code {code}" if code else ""
+            except subprocess.TimeoutExpired:
+                problem = f"stopped after {time.monotonic() - began:.0f} s"
+            if not problem:
+                break
         print(f"-- {name}: {problem or 'done'}, {time.monotonic() - began:.0f} s", flush=True)
         if problem:
             with args.output.open("a") as file:

@@ -14,6 +14,7 @@ Exit code 0: all rows asked for are finished; 1: some could not be made; 3: time
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -162,10 +163,18 @@ def encoding(row: Row, args: argparse.Namespace) -> str:
 def portable(text: str, args: argparse.Namespace) -> str:
     """A log without the paths of this machine."""
     names = {args.data_dir: "data", args.work: "runs/rows", args.results: "results", ROOT: ".", Path.home(): "~"}
-    places = {str(way): name for path, name in names.items() for way in (path, path.resolve()) if way.is_absolute()}
+    places = {str(way): name for path, name in names.items() for way in (path, path.resolve())
+              if way.is_absolute() and way.name}  # a home may be /
     for place in sorted(places, key=len, reverse=True):  # a folder before the one it lies in
         text = text.replace(place, places[place])
     return text
+
+
+def write(path: Path, text: str) -> None:
+    """The file whole, or as it was: a call may be killed at any moment."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def publish(name: str, facts: dict[str, Any], args: argparse.Namespace) -> None:
@@ -174,10 +183,10 @@ def publish(name: str, facts: dict[str, Any], args: argparse.Namespace) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for file in ("log.jsonl", "eval.jsonl"):
         if (source / file).exists():
-            (target / file).write_text(portable((source / file).read_text(), args))
+            write(target / file, portable((source / file).read_text(), args))
     for picture in source.glob("*.png"):
         shutil.copy(picture, target)
-    (target / "row.json").write_text(portable(json.dumps(facts, indent=1), args) + "\n")
+    write(target / "row.json", portable(json.dumps(facts, indent=1), args) + "\n")
 
 
 def make(name: str, args: argparse.Namespace, deadline: float) -> bool:
@@ -206,9 +215,9 @@ def make(name: str, args: argparse.Namespace, deadline: float) -> bool:
         if code == 0:
             facts["steps"].append(shlex.join(["python", *step]))
         facts["finished"] = len(facts["steps"]) == len(steps)
-        if (log := folder / "log.jsonl").exists():
-            facts["device"] = json.loads(log.open().readline())["device"]
-        state.write_text(json.dumps(facts))
+        with contextlib.suppress(OSError, ValueError):  # a script that was killed early has left no whole line
+            facts["device"] = json.loads((folder / "log.jsonl").read_text().partition("\n")[0])["device"]
+        write(state, json.dumps(facts))
         publish(name, facts, args)
         if code and time.monotonic() >= deadline:
             return False
@@ -218,20 +227,23 @@ def make(name: str, args: argparse.Namespace, deadline: float) -> bool:
 
 
 def stopped_at(deadline: float, step: list[str]) -> int:
-    """Run a script; at the deadline it is told to save and stop, and after two more minutes killed."""
+    """Run a script; at the deadline, or when this program is ended, it is told to save and stop, and after two more
+    minutes killed."""
     if time.monotonic() >= deadline:
         return 128 + signal.SIGTERM
     process = subprocess.Popen([sys.executable, str(ROOT / step[0]), *step[1:]])
     try:
         return process.wait(None if deadline == math.inf else deadline - time.monotonic())
     except subprocess.TimeoutExpired:
-        process.terminate()
-    try:
-        process.wait(120)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    return 128 + signal.SIGTERM
+        return 128 + signal.SIGTERM
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(120)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -294,6 +306,7 @@ def main(args: argparse.Namespace) -> None:
             steps = (f"python {step}" for step in row.steps)
             print(f"{name}: {said}", shown(row), *steps, sep="\n    ")
         return
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # not before the script has saved
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
     failed = False
     for name in args.rows or [name for name in ROWS if ROWS[name].steps]:

@@ -98,8 +98,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--then", action="append", default=[], metavar="COMMAND", help="a script and its options, once "
                         "the run has succeeded; may be given again")
     # The first word that is a script ends the options: --sweep and --slurm take as many words as there are.
-    here = (i for i, word in enumerate(words) if word.endswith(".py") and (i == 0 or words[i - 1] != "--then"))
-    end = next(here, len(words))
+    before = ["", *words]
+    end = next((i for i, word in enumerate(words) if re.fullmatch(r"[^-].*\.py", word) and before[i] != "--then"),
+               len(words))
     args = parser.parse_args(words[:end])
     if end == len(words):
         parser.error("which script? name one, such as npid.py")

@@ -592,8 +592,8 @@ def test_detections_do_not_depend_on_ranks(folder: Path) -> None:
 
 
 def test_picture(folder: Path, tmp_path: Path) -> None:
-    """`figures.py detections` draws boxes and curves of one run or two, also from the folder of the network; the mean
-    of a curve at 11 recalls is the AP of the result."""
+    """`figures.py detections` draws boxes and curves of one run, of two or of the same one twice, also from the folder
+    of the network; the mean of a curve at 11 recalls is the AP of the result."""
     output = tmp_path / "net" / "detection-shapes-seed0"
     assert run("eval_detection", tiny(folder, output, "--min-score", 0, "--iterations", 12)).code == 0
     saved = figures.read_detections(str(output))
@@ -602,7 +602,7 @@ def test_picture(folder: Path, tmp_path: Path) -> None:
     assert curves[:, ::10].mean(1).tolist() == pytest.approx(expected, abs=0.006) and max(expected) > 0
     assert figures.read_detections(str(output.parent))["result"] == saved["result"]
     out = tmp_path / "a.png"
-    for runs in ([output.parent], [output, output / "detections.pth"]):
+    for runs in ([output.parent], [output, output / "detections.pth"], [output, output]):
         process = run("figures", ["detections", *runs, "--images", "5", "--out", out])
         assert process.code == 0 and process.out == f"{out}\n", process.err
         with Image.open(out) as image:

@@ -433,7 +433,9 @@ def test_maximize_shows_the_images_that_fire_most(run: Path, tmp_path: Path, mon
     assert list(seen[0]) == ["conv1", "conv3"]
     encoder = common.load_encoder(run / "checkpoint.pth", None, None, None, torch.device("cpu"), "auto")
     network: Any = encoder.backbone
-    data = figures.load_data(encoder, figures.parse_args(["maximize", str(run)]), torch.device("cpu"))[0]
+    args = figures.parse_args(["maximize", str(run)])
+    args.device = torch.device("cpu")
+    data = figures.load_data(encoder, args)[0]
     pixels = torch.cat(list(data.centers(torch.arange(256), 256, torch.device("cpu"))))
     maps = network.stages(data.normalize(pixels))
     for stage, channels in zip((0, 2), seen[0].values(), strict=True):
@@ -600,10 +602,16 @@ def test_ablation(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_all(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the run allows is made, with an index that shows it and says what the other pictures lack."""
+    """What the run allows is made, with an index that shows it and says what the other pictures lack; images are
+    loaded once, and each network sees a set once for all pictures of its features and once for each other kind."""
     monkeypatch.setattr(figures, "ascend", lambda maps, images, peak, steps: (images, images[:, 0, 0, 0]))  # slow
-    folder = tmp_path / "figures"
+    passes, sets, folder = list[int](), list[str](), tmp_path / "figures"
+    extract, load = common.extract, common.load
+    monkeypatch.setattr(common, "extract", lambda *rest: (passes.append(len(rest[1])), extract(*rest))[1])
+    monkeypatch.setattr(common, "load", lambda *rest: (sets.append(rest[1]), load(*rest))[1])
     draw("all", run, *FEW, "--out", folder)
+    features, descriptors, activations = 2 * [256, 40], 2 * [256], [256]  # of the run and the untrained; of the run
+    assert sorted(passes) == sorted(features + descriptors + activations) and sets == ["pretrain", "test"]
     index = (folder / "index.md").read_text()
     made = {path.stem for path in folder.glob("*.png")}
     own = {"gallery", "neighbors", "retrieval", "curves", "density", "mds", "filters", "maximize", "edges", "pca"}

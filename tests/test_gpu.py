@@ -3,7 +3,7 @@
 What can be claimed of a GPU without one is tested on the CPU: that the data path asks for no value and copies nothing.
 """
 
-import argparse
+import dataclasses
 import importlib
 import json
 from collections.abc import Callable, Iterator
@@ -34,7 +34,7 @@ def cuda() -> None:
 
 
 class Waits(TorchDispatchMode):
-    """Notes what would keep the host waiting for a GPU: values that are read, constants that are copied to it."""
+    """Notes what would keep the host waiting for a GPU: values that are read, constants and slow copies to it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,10 @@ class Waits(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh"):
             self.found.append(name)
-        return func(*args, **kwargs or {})
+        options = kwargs or {}
+        if name == "_to_copy" and args[0].device.type == "cpu" != torch.device(options.get("device") or "cpu").type:
+            self.found += [name] * (not options.get("non_blocking"))
+        return func(*args, **options)
 
 
 def steps(device: str, output: Path, count: int) -> Iterator[Callable[[], None]]:
@@ -90,12 +93,42 @@ def test_no_step_asks_for_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert waits.found == []
 
 
+def test_a_step_on_a_pretended_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CUDA device of which only shapes exist no operator around the network mixes devices; from the second step on
+    none waits, and what is copied there comes from pinned memory."""
+    device, pinned, rand = torch.device("cuda", 0), list[bool](), torch.rand
+    args = npid.parse_args([*TINY, "--output", str(tmp_path / "cpu")])
+    data = common.load(args, "pretrain", torch.device("cpu"))
+    assert data.pixels is not None
+    shape = data.pixels.shape
+
+    def pretended(*_: Any) -> common.ImageSet:
+        return dataclasses.replace(data, pixels=torch.empty(shape, dtype=torch.uint8, device=device))
+
+    def draw(*shape: int, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        pinned.append(pin_memory)
+        return rand(*shape, **options)
+
+    for place, name, value in ((common, "pick_device", lambda name: device), (common, "load", pretended),
+                               (common, "amp_default", lambda device: False), (torch, "rand", draw),
+                               (torch.Tensor, "backward", lambda self: None)):  # its threads want a device
+        monkeypatch.setattr(place, name, value)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for step in steps("cuda", tmp_path / "gpu", 2):
+            with Waits() as waits:
+                step()
+    assert waits.found == [] and len(pinned) > 10 and all(pinned)
+
+
 def test_waits_are_seen() -> None:
-    """The test above would notice them."""
+    """The tests above would notice them."""
     with Waits() as waits:
         torch.zeros(2).sum().item()
         torch.tensor([1.0])
-    assert waits.found == ["_local_scalar_dense", "lift_fresh"]
+        with FakeTensorMode():
+            torch.zeros(2).to("cuda", non_blocking=True)
+            torch.zeros(2).to("cuda")
+    assert waits.found == ["_local_scalar_dense", "lift_fresh", "_to_copy"]
 
 
 def test_weights_are_saved_for_any_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +192,7 @@ def gpu() -> Any:
 def test_benchmarks_in_miniature(gpu: Any, tmp_path: Path) -> None:
     """Each record has its time, work and shares; a candidate that cannot run here is a record with its error."""
     output = tmp_path / "gpu.jsonl"
-    args = argparse.Namespace(device="cpu", tiny=True, output=output, jpegs=None)
+    args = gpu.parse_args(["--device", "cpu", "--tiny", "--output", str(output)])
     for name in ("ceilings", "softmax", "la-search"):
         gpu.BENCHMARKS[name][0](gpu.Bench(args, name))
     records = [json.loads(line) for line in output.read_text().splitlines()]
@@ -169,6 +202,49 @@ def test_benchmarks_in_miniature(gpu: Any, tmp_path: Path) -> None:
     assert softmax["chunked float32"]["lse_error"] < 1e-5 and softmax["chunked bfloat16, 8192 rows"]["lse_error"] < 2e-2
     assert "NotImplementedError" in softmax["flash bfloat16, 132 heads"]["error"]
     assert records[0]["case"] == "matmul bfloat16" and records[-1]["way"] == "the whole loss"
+
+
+def test_candidates_that_fail(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that fails is a record, and the next has its turn; one that loses the device ends the process."""
+    bench = gpu.Bench(gpu.parse_args(["--device", "cpu", "--tiny", "--output", str(tmp_path / "gpu.jsonl")]), "mine")
+
+    def fails() -> None:
+        raise RuntimeError("no\nkernel")
+
+    bench.case("a", "plain", lambda: None)
+    bench.case("a", "one", fails)
+    bench.case("a", "two", lambda: None, loss=lambda: 1.5)
+    monkeypatch.setattr(bench, "wait", fails)
+    with pytest.raises(RuntimeError):
+        bench.case("a", "three", fails)
+    _plain, one, two, three = (json.loads(line) for line in gpu.lines_of(tmp_path / "gpu.jsonl"))
+    assert one["error"] == three["error"] == "RuntimeError: no kernel"
+    assert two["loss"] == 1.5 and {"seconds", "times_plain"} <= two.keys()
+
+
+def test_a_benchmark_goes_on_after_a_lost_device(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as it comes further it is started again, without what is recorded; a time limit ends it."""
+    output, starts = tmp_path / "gpu.jsonl", list[list[str]]()
+    words = ["softmax", "--device", "cpu", "--tiny", "--output", str(output)]
+    output.write_text('{"benchmark": "softmax", "case": "N=600", "way": "old", "device": "cpu"}\n{"half')
+    output.write_text(output.read_text() + "\n")
+
+    def call(command: list[str], limit: float) -> int:
+        starts.append(command)
+        bench = gpu.Bench(gpu.parse_args(command[2:]), "softmax")
+        for way in ("plain", "one"):
+            if ("N=600", way) not in bench.done:
+                bench.write(case="N=600", way=way, seconds=2.0)
+                return 1
+        assert bench.plain == {"N=600": 2.0} and ("N=600", "old") not in bench.done
+        return 0 if len(starts) == 3 else 1
+
+    monkeypatch.setattr(gpu, "call", call)
+    gpu.main(gpu.parse_args(words))
+    assert len(starts) == 3 and all(command[-2:] == ["--since", "2"] for command in starts)
+    assert "error" not in json.loads(gpu.lines_of(output)[-1])
+    gpu.main(gpu.parse_args(words))
+    assert len(starts) == 6 and json.loads(gpu.lines_of(output)[-1])["error"] == "exit code 1"
 
 
 def test_benchmark_heads_merge_exactly(gpu: Any) -> None:

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +24,7 @@ import json, signal, sys, time
 from pathlib import Path
 out = Path(sys.argv[sys.argv.index("--output") + 1] if "--output" in sys.argv else Path(sys.argv[1]).parent)
 def stop(*_):
+    (out / "ended").touch()
     sys.exit(143)
 signal.signal(signal.SIGTERM, stop)
 if "--output" in sys.argv:
@@ -112,6 +115,31 @@ def test_a_row_is_made_in_pieces(run: ModuleType, fake: list[str], tmp_path: Pat
     assert not facts(tmp_path, "one")["finished"] and len(first.splitlines()) < 4
     assert call(run, [*fake, "one"]) == 0
     assert facts(tmp_path, "one")["finished"] and log.read_text().startswith(first)
+
+
+def test_a_call_that_is_ended_ends_its_script(run: ModuleType, fake: list[str], tmp_path: Path) -> None:
+    """SIGTERM reaches the script, which would otherwise go on and keep the row's folder from the next call."""
+    row = run.ROWS["one"]
+    code = (f"import sys; sys.path.insert(0, {str(common.ROOT)!r}); from results import run; import common; "
+            f"run.ROWS = dict(one=run.Row(*{tuple(row)!r})); common.launch(run.main, run.parse_args)")
+    process = subprocess.Popen([sys.executable, "-c", code, *fake, "one", "--", "slow"], stdout=subprocess.DEVNULL)
+    log = tmp_path / "work/one/log.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) > 1):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(30) == 143 and (tmp_path / "work/one/ended").exists()
+
+
+def test_results_are_written_whole(run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that is killed while it writes leaves the file as it was; a home at / is no part of every path."""
+    (tmp_path / "row.json").write_text("before")
+    monkeypatch.setattr(Path, "replace", lambda *_: sys.exit(137))
+    with pytest.raises(SystemExit):
+        run.write(tmp_path / "row.json", "after")
+    assert (tmp_path / "row.json").read_text() == "before"
+    monkeypatch.setenv("HOME", "/")
+    assert run.portable("/a/b", run.parse_args([])) == "/a/b"
 
 
 def test_a_row_that_fails_is_named(run: ModuleType, fake: list[str], tmp_path: Path,

@@ -34,6 +34,8 @@ def test_options_of_submission_and_script() -> None:
                               "1", "other.py"])
     assert (args.nodes, args.then, args.sweep) == (2, ["eval_knn.py"], [("lr", "1,2"), ("seed", "0")])
     assert (args.script, args.argv) == (Path("npid.py"), ["--lr", "1", "other.py"])
+    args = submit.parse_args(["--then=eval_knn.py", "--then", "eval_linear.py", "npid.py"])
+    assert (args.then, args.script) == (["eval_knn.py", "eval_linear.py"], Path("npid.py"))
     assert args.grace == submit.GRACE and submit.parse_args(["--hours", "0.1", "npid.py"]).grace == 90
 
 
