@@ -531,11 +531,11 @@ def fill(
     bar = tqdm(total=len(parts[0][1]), initial=first, unit="image", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     try:
         for views in batches:
-            count = len(views)
-            for i, ((_, values), found) in enumerate(zip(parts, encode(views.flatten(0, 1)), strict=True)):
-                values[row : row + count] = found.view(count, -1, values.shape[2]).to(values.device, values.dtype)
-                sums[i] = checksum(values[row : row + count], sums[i])
-            row += count
+            count, after = len(views), list[int]()
+            for (_, values), found, crc in zip(parts, encode(views.flatten(0, 1)), sums, strict=True):
+                values[row : row + count] = found.view(count, *values.shape[1:])
+                after.append(checksum(values[row : row + count], crc))
+            row, sums = row + count, after  # together: an interrupt must not come between rows and their checksum
             bar.update(count)
             if time.monotonic() - marked > 30:
                 mark()
@@ -722,12 +722,12 @@ def probe_accuracy(probes: Probes, count: int, layer: Layer, rows: Tensor, label
     return (100 * hits / len(rows)).tolist()
 
 
-def probe_figures(probes: Probes, count: int, which: int, layer: Layer, labels: Tensor) -> dict[str, float]:
-    """Accuracies of one of G probes, by the mean probability over all crops, and by that of the central one."""
+def probe_figures(probes: Probes, which: int, layer: Layer, labels: Tensor) -> dict[str, float]:
+    """Accuracies of one of two probes, by the mean probability over all crops, and by that of the central one."""
     mean, center = list[Tensor](), list[Tensor]()
     for rows in torch.split(torch.arange(len(layer)), 256):
         x = layer.crops(rows)
-        answers = probes.logits(x.flatten(0, 1), count)[:, which].softmax(1).view(*x.shape[:2], -1)
+        answers = probes.logits(x.flatten(0, 1), 2)[:, which].softmax(1).view(*x.shape[:2], -1)
         mean.append(answers.mean(1))
         center.append(answers[:, layer.center])
     return top_k(torch.cat(mean), labels) | dict(center_top1=top_k(torch.cat(center), labels)["top1"])
@@ -785,9 +785,9 @@ def linear(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, t
                 ledger.chosen = choose(torch.tensor(ledger.history), grid, args.lr, classes, name)
         else:
             if local + 1 == ledger.chosen["best"][2]:
-                ledger.best = probe_figures(probes, 2, 0, there, task.test_targets)
+                ledger.best = probe_figures(probes, 0, there, task.test_targets)
             if last:
-                ended = probe_figures(probes, 2, 1, there, task.test_targets)
+                ended = probe_figures(probes, 1, there, task.test_targets)
                 row = dict(layer=name, size=here.size, **dict(zip(("lr", "weight_decay", "epoch", "holdout_top1"),
                                                                   ledger.chosen["best"], strict=True)),
                            **ledger.best, last_lr=ledger.chosen["last"][0], last_weight_decay=ledger.chosen["last"][1],
@@ -966,20 +966,19 @@ def with_intercept(layer: Layer, rows: Tensor) -> Tensor:
 
 def svm_draws(args: argparse.Namespace, task: Task) -> list[tuple[dict[str, Any], Tensor, Tensor]]:
     """(facts, rows, targets (n, C)) of each draw of labelled images."""
-    if task.train_targets.ndim == 1:
-        return [(facts, rows, one_vs_rest(task.train_targets[rows], len(task.train.classes)))
-                for facts, rows in draws(args, task)]
+    every, classes, found = task.train_targets, task.train.classes, []
+    if every.ndim == 1:
+        return [(facts, rows, one_vs_rest(every[rows], len(classes))) for facts, rows in draws(args, task)]
     if not args.per_class:
-        return [(facts, rows, task.train_targets[rows]) for facts, rows in draws(args, task)]
-    found = []
+        return [(facts, rows, every[rows]) for facts, rows in draws(args, task)]
     for wanted, draw in itertools.product(args.per_class, range(args.draws)):
-        shown = torch.zeros_like(task.train_targets)
-        for number, target in enumerate(task.train_targets.T):
+        shown = torch.zeros_like(every)
+        for number, target in enumerate(every.T):
             for sign, count in ((1, wanted), (-1, 19 * wanted)):
                 rows = (target == sign).nonzero()[:, 0]
                 if sign > 0 and len(rows) < wanted:
                     raise common.Fault(f"--per-class {wanted}: {task.train.name} has {len(rows)} images of "
-                                       f"{task.train.classes[number]}")
+                                       f"{classes[number]}")
                 source = common.generator(args.seed, "shots", wanted, draw, number, sign)
                 shown[rows[torch.randperm(len(rows), generator=source)[:count]], number] = sign
         rows = shown.abs().sum(1).nonzero()[:, 0]
@@ -1055,14 +1054,6 @@ def spread(rows: list[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, An
 # ---- networks that train by backpropagation: an MLP on frozen features, fine-tuning, VOC07 ---------------------------
 
 
-class Job(NamedTuple):
-    """One training: which draw of labelled images; a setting of the grid that the others of the draw compete with, or
-    None for the training with what was chosen."""
-
-    draw: int
-    setting: tuple[float, float, float] | None  # lr, weight decay, factor of the last layer
-
-
 class Classifier(nn.Module):
     """A body (B, ...) -> (B, d) and a last layer of its own: logits (B, C), float32 under autocast too: rounded to
     bfloat16's 8 bits many would be equal."""
@@ -1115,7 +1106,8 @@ def train_networks(
     fewest = min(len(rows) for _, rows in found)
     if fewest - search * max(1, round(args.holdout * fewest)) < run.world:
         raise common.Fault(f"{fewest} labelled images are too few{' to choose by' * search}: take more")
-    jobs = [Job(draw, setting) for draw in range(len(found)) for setting in [*(grid if search else ()), None]]
+    # Trainings: each draw with each setting of the grid (rate, decay, factor), then, None, with what was best.
+    jobs = list(itertools.product(found, [*(grid if search else ()), None]))
     run.args.epochs = len(jobs) * args.epochs
     run.describe(task.train, **describe(args, encoder), trainings=len(jobs))
     start = {name: value.clone() for name, value in model.state_dict().items()}
@@ -1129,11 +1121,11 @@ def train_networks(
 
     for epoch in range(first_epoch, run.args.epochs):
         number, local = divmod(epoch, args.epochs)
-        job, (facts, rows) = jobs[number], found[jobs[number].draw]
+        (facts, rows), setting = jobs[number]
         held = rows[draw_labels(targets[rows], max(1, round(args.holdout * len(rows))), True, args.seed, "holdout")]
-        if job.setting is not None:
+        if setting is not None:
             rows = rows[~torch.isin(rows, held)]
-        lr, decay, factor = job.setting or (ledger.chosen["setting"] if search else grid[0])
+        lr, decay, factor = setting or (ledger.chosen["setting"] if search else grid[0])
         run.args.batch_size = min(args.batch_size, len(rows) // run.world * run.world)
         steps, first = run.steps_per_epoch(len(rows)), first_step if epoch == first_epoch else 0
         accumulate = args.accumulate if run.args.batch_size == args.batch_size else 1
@@ -1169,13 +1161,13 @@ def train_networks(
         last, row = local + 1 == args.epochs, dict[str, Any](totals.means(run))
         model.eval()
         run.broadcast(model)
-        if job.setting is not None and (last or every_epoch):
+        if setting is not None and (last or every_epoch):
             row["holdout"] = merit(scores(False, held), targets[held])[key]
             ledger.history.append([[lr, decay, factor], local + 1, row["holdout"]])
-            if last and jobs[number + 1].setting is None:
+            if last and jobs[number + 1][1] is None:
                 best = max(ledger.history, key=lambda entry: entry[2])  # of equal ones the first
                 ledger.chosen = dict(setting=best[0], epoch=best[1], holdout=best[2])
-        if job.setting is None:
+        if setting is None:
             chosen = ledger.chosen.get("epoch", args.epochs)
             if last or local + 1 == chosen:
                 ended = merit(scores(True, every_test), task.test_targets)

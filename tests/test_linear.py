@@ -200,6 +200,31 @@ def test_killed_pass_goes_on(tmp_path: Path) -> None:
         assert torch.equal(features(args, encoder, data)[0], whole) and len(seen) == 14
 
 
+def test_interrupted_between_two_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C when one of two layers has the features of a batch and the other has not yet damages neither."""
+    args, (encoder, data) = options(tmp_path, "--image-batch", "5"), encoder_and_data()
+    whole = [values.clone() for values in features(args, encoder, data)]
+    shutil.rmtree(tmp_path / "features")
+    original, calls = eval_linear.checksum, list[int]()
+
+    def interrupted(rows: Tensor, crc: int = 0) -> int:
+        calls.append(len(rows))
+        if len(calls) == 2 + 2 * 2 + 2:  # of nothing yet, of two batches, of the second layer's third
+            raise KeyboardInterrupt
+        return original(rows, crc)
+
+    monkeypatch.setattr(eval_linear, "checksum", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        features(args, encoder, data)
+    capsys.readouterr()
+    for ours, theirs in zip(features(args, encoder, data), whole, strict=True):
+        assert torch.equal(ours, theirs)
+    captured = capsys.readouterr()
+    assert "damaged" not in captured.err and "going on at image 10" in captured.out
+
+
 @pytest.mark.parametrize("how", ["a bit", "cut", "no file"])
 def test_damaged_features_are_made_anew(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A feature file of another length, or with a bit that has changed, is not taken for what it was."""
