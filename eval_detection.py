@@ -45,6 +45,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -348,10 +349,8 @@ def split(network: nn.Module, args: argparse.Namespace) -> tuple[list[nn.Module]
     for end in network.stage_ends:  # a max-pooling opens the stage after it
         stages.append(nn.Sequential(*[network.front] * (not start), *layers[start : end + 1]))
         start = end + 1
-    stride = 1
-    for layer in layers[:start]:
-        if isinstance(layer, nn.Conv2d | nn.MaxPool2d):
-            stride *= layer.stride if isinstance(layer.stride, int) else layer.stride[0]
+    strides = [layer.stride for layer in layers[:start] if isinstance(layer, nn.Conv2d | nn.MaxPool2d)]
+    stride = math.prod(one if isinstance(one, int) else one[0] for one in strides)
     linear = [layer for layer in network.classifier if isinstance(layer, nn.Linear)]  # fc6 and, mostly, fc7
     drop = nn.Dropout(args.dropout)
     hidden = [part for layer in linear for part in (layer, nn.ReLU(inplace=True), drop)]
@@ -683,6 +682,18 @@ def learning_rate(args: argparse.Namespace, step: int) -> float:
     return float(args.lr * factor)
 
 
+def load(args: argparse.Namespace) -> tuple[common.VocSet, common.VocSet]:
+    """Training and test images, with the same classes."""
+    data = common.load_voc(args, "train")
+    test = common.load_voc(args, "test", classes=data.classes)
+    data.size = test.size = args.test_size
+    if not any((args.train_difficult | ~image.difficult).any() for image in data.images):
+        raise common.Fault(f"the {len(data)} training images of {data.name} have no boxes")
+    if not any((~image.difficult).any() for image in test.images):
+        raise common.Fault(f"the {len(test)} test images of {test.name} have no boxes that count")
+    return data, test
+
+
 def main(args: argparse.Namespace) -> None:
     run = common.Run(args)
     usual = (PRESETS["voc07"] | PRESETS[args.preset])["batch_size"]
@@ -781,18 +792,6 @@ def main(args: argparse.Namespace) -> None:
     run.finish(encoder.backbone)
     if run.rank == 0:
         print(line, flush=True)
-
-
-def load(args: argparse.Namespace) -> tuple[common.VocSet, common.VocSet]:
-    """Training and test images, with the same classes."""
-    data = common.load_voc(args, "train")
-    test = common.load_voc(args, "test", classes=data.classes)
-    data.size = test.size = args.test_size
-    if not any((args.train_difficult | ~image.difficult).any() for image in data.images):
-        raise common.Fault(f"the {len(data)} training images of {data.name} have no boxes")
-    if not any((~image.difficult).any() for image in test.images):
-        raise common.Fault(f"the {len(test)} test images of {test.name} have no boxes that count")
-    return data, test
 
 
 if __name__ == "__main__":
