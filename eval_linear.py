@@ -649,7 +649,8 @@ def merit(scores: Tensor, targets: Tensor) -> dict[str, Any]:
 class Ledger:
     """What trainings have found so far; part of the checkpoint, so that a resumed run repeats none of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, test: common.ImageSet) -> None:
+        self.test = test.identity()
         self.history = list[Any]()  # held-out accuracies of the search at work
         self.chosen = dict[str, Any]()
         self.best = dict[str, Any]()  # test figures at the chosen epoch
@@ -659,6 +660,9 @@ class Ledger:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.get("test", self.test) != self.test:
+            raise common.Fault("the test images are not those that this run began with: use --overwrite, or another "
+                               "--output")
         vars(self).update(state)
 
 
@@ -747,7 +751,7 @@ def linear(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, t
     run.args.batch_size = min(args.batch_size, len(fitted))
     run.describe(task.train, **describe(args, encoder), grid=len(grid), held_out=len(held))
     train, test = both_features(args, encoder, task, run.device)
-    probes, ledger = Probes(), Ledger()
+    probes, ledger = Probes(), Ledger(task.test)
     state: dict[str, Any] = dict(probes=probes, ledger=ledger)
     first_epoch, first_step = run.resume(state, run.steps_per_epoch(len(every)))
     probes.load_state_dict({name: value.to(run.device) for name, value in probes.state_dict().items()})
@@ -994,7 +998,7 @@ def svm(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task
     run.args.epochs = len(jobs)
     run.describe(task.train, **describe(args, encoder))
     train, test = both_features(args, encoder, task, run.device)
-    ledger = Ledger()
+    ledger = Ledger(task.test)
     state: dict[str, Any] = dict(ledger=ledger)
     first, _ = run.resume(state, 1)
     name, here, there = "", None, None
@@ -1114,7 +1118,7 @@ def train_networks(
     body = [w for w in model.body.parameters() if w.requires_grad]  # none where only the last layer trains
     groups = [dict(params=part) for part in (body, list(model.last.parameters())) if part]
     optimizer = torch.optim.SGD(groups, args.lr[0], momentum=args.momentum)
-    network, ledger, totals = run.parallel(model), Ledger(), common.Totals(run.device)
+    network, ledger, totals = run.parallel(model), Ledger(task.test), common.Totals(run.device)
     state: dict[str, Any] = dict(model=model, optimizer=optimizer, ledger=ledger, totals=totals)
     truths = targets.to(run.device)  # once: in each step it would wait for the device
     first_epoch, first_step = run.resume(state, max(1, max(len(rows) for _, rows in found) // args.batch_size))
@@ -1291,6 +1295,8 @@ def folder_of(args: argparse.Namespace, encoder: common.Encoder | None) -> Path:
                if key not in common.FREE_OPTIONS | MACHINE or key in ("epochs", "test_subset")}
     options |= dict(data=args.data if "data" in args.typed or args.protocol.startswith("voc07") or not source
                     else source["data"], weights=encoder.sha256 if encoder else "random")
+    if args.val_dir:
+        options["val_dir"] = str(args.val_dir)
     if args.label_list:
         options["listed"] = hashlib.blake2b(args.label_list.read_bytes(), digest_size=8).hexdigest()
     digest = hashlib.blake2b(json.dumps(options, sort_keys=True).encode(), digest_size=4).hexdigest()

@@ -893,6 +893,24 @@ def test_settings_have_folders_of_their_own(checkpoint: Path) -> None:
     assert len((checkpoint.parent / "eval.jsonl").read_text().splitlines()) == 4
 
 
+def test_other_test_images_are_another_evaluation(tmp_path: Path) -> None:
+    """With another --val-dir the result is that of its images, not the one that the same training images had before."""
+    for split in ("train", "first", "second"):
+        for name in "ab":
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(6):
+                level = 200 if (name == "a") == (split != "second") else 40  # in the second set the classes are swapped
+                noise = np.random.default_rng(number).integers(0, 50, (40, 40, 3), np.uint8)
+                Image.fromarray(noise + np.uint8(level)).save(tmp_path / split / name / f"{number}.png")
+    words = ["--data", tmp_path / "train", "--subset", 12, "--test-subset", 1 - 1e-9, "--protocol", "svm", "--layers",
+             "conv1", "--width", 4, "--workers", 0, "--output", tmp_path / "out"]
+    found = [evaluate("random", *words, "--val-dir", tmp_path / split)["svm_top1"] for split in ("first", "second")]
+    assert found == [100, 0]
+    (tmp_path / "second/a/5.png").unlink()
+    with pytest.raises(common.Fault, match="the test images are not those"):
+        evaluate("random", *words, "--val-dir", tmp_path / "second")
+
+
 def test_faults(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What cannot be done is said in one line."""
     small = [checkpoint, *SMALL, tmp_path]
