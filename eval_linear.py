@@ -223,27 +223,26 @@ def presence(data: common.VocSet) -> Tensor:
     return found
 
 
-def voc_images(args: argparse.Namespace, split: str, classes: list[str] | None) -> tuple[common.ImageSet, Tensor]:
+def voc_images(
+    args: argparse.Namespace, split: str, classes: list[str] | None, spec: common.DataSet
+) -> tuple[common.ImageSet, Tensor]:
     """A set in VOC's layout as images without a class each, and its targets (N, C)."""
     found = common.load_voc(args, split, classes=classes)
     paths = [image.path for image in found.images]
     root = Path(os.path.commonpath([path.parent for path in paths]))
     files = np.array([os.fsencode(path.relative_to(root)) for path in paths])
-    data = common.ImageSet(found.name, args.image_size or common.IMAGENET.size, *common.IMAGENET[1:],
-                           torch.full((len(paths),), -1), found.classes, torch.arange(len(paths)), root=root,
-                           files=files, workers=args.workers, bad=common.BadImages(args.max_bad_images))
+    data = common.ImageSet(found.name, *spec, torch.full((len(paths),), -1), found.classes, torch.arange(len(paths)),
+                           root=root, files=files, workers=args.workers, bad=common.BadImages(args.max_bad_images))
     return data, presence(found)
 
 
 def open_task(args: argparse.Namespace, encoder: common.Encoder | None, device: torch.device) -> Task:
     """Labelled training and test images at the encoder's size and channel statistics."""
     if args.protocol.startswith("voc07"):
-        args.image_size = args.image_size or (encoder.data.get("size") if encoder else None)
-        train, targets = voc_images(args, "train", None)
-        test, test_targets = voc_images(args, "test", train.classes)
-        for data in (train, test):
-            if encoder and encoder.data:
-                data.mean, data.std = tuple(encoder.data["mean"]), tuple(encoder.data["std"])
+        known = common.IMAGENET._asdict() | (encoder.data if encoder else {})
+        spec = common.DataSet(args.image_size or known["size"], tuple(known["mean"]), tuple(known["std"]))
+        train, targets = voc_images(args, "train", None, spec)
+        test, test_targets = voc_images(args, "test", train.classes, spec)
         return Task(train, test, targets, test_targets)
     if encoder is not None:
         train, test = encoder.load_data(args, "train", device)
@@ -251,10 +250,10 @@ def open_task(args: argparse.Namespace, encoder: common.Encoder | None, device: 
         train = common.load(args, "train", device)
         args.image_size = train.size
         test = common.load(args, "test", device)
-    known = (train.labels >= 0).nonzero()[:, 0]
-    if not len(known) or (test.labels < 0).any():
+    labelled = (train.labels >= 0).nonzero()[:, 0]
+    if not len(labelled) or (test.labels < 0).any():
         raise common.Fault(f"{train.name} has no classes: classification needs a folder for each class")
-    train = train if len(known) == len(train) else train.select(known)
+    train = train if len(labelled) == len(train) else train.select(labelled)
     return Task(train, test, train.labels, test.labels)
 
 
@@ -718,11 +717,11 @@ class Probes:
 
 
 def probe_accuracy(probes: Probes, count: int, layer: Layer, rows: Tensor, labels: Tensor) -> list[float]:
-    """Percent right of each of G probes on the central crops of the images at `rows`."""
+    """Percent right of each of G probes on the central crops of the images at `rows`; nothing of a diverged one is."""
     hits = torch.zeros(count, device=layer.device)
     for part in torch.split(rows, 1024):
-        answers = probes.logits(layer.centers(part), count).argmax(2)
-        hits += (answers == labels[part].to(layer.device)[:, None]).sum(0)
+        best, answers = probes.logits(layer.centers(part), count).max(2)
+        hits += ((answers == labels[part].to(layer.device)[:, None]) & best.isfinite()).sum(0)
     return (100 * hits / len(rows)).tolist()
 
 
@@ -1084,25 +1083,30 @@ Batches = Callable[[Tensor, int, int], Iterator[tuple[int, Tensor, Tensor]]]  # 
 
 def train_networks(
     args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task: Task, model: Classifier,
-    found: list[tuple[dict[str, Any], Tensor]], batches: Batches, predict: Callable[[bool, Tensor], Tensor],
+    found: list[tuple[dict[str, Any], Tensor]], batches: Batches, crops: Callable[[bool, Tensor], Iterator[Tensor]],
     reset: Callable[[int], None], every_epoch: bool,
 ) -> list[dict[str, Any]]:
     """Train `model` for each draw of labelled images with each setting of the grid, then with the best one on all.
 
-    predict(test, rows): scores (n, C) of test or training images. reset(number): draw the new layers of a training.
-    every_epoch: the best epoch is chosen too, else only settings are, by the last epoch; with one setting nothing is
-    held out then.
+    crops(test, rows): what `model` sees of test or training images, in parts (b, V, ...). reset(number): draw the new
+    layers of a training. every_epoch: the best epoch is chosen too, else only settings are, by the last epoch; with one
+    setting nothing is held out then.
     """
     targets, multi = task.train_targets, task.train_targets.ndim == 2
     key = "map_area" if multi else "top1"
     every_test = torch.arange(len(task.test))
 
+    @torch.no_grad()
     def scores(test: bool, rows: Tensor) -> Tensor:
-        """What predict says, each rank of its share: all have the same scores in the end, and choose the same."""
-        share = -(-len(rows) // run.world)  # equal shares, the last padded with the first image
-        places = torch.arange(run.rank * share, (run.rank + 1) * share)
+        """Means over crops (n, C), each rank of its share: all have the same in the end, and choose the same."""
+        share, answers = -(-len(rows) // run.world), list[Tensor]()
+        places = torch.arange(run.rank * share, (run.rank + 1) * share)  # the last are padded with the first image
         places[places >= len(rows)] = 0
-        return run.gather(predict(test, rows[places]))[0][: len(rows)]
+        for views in crops(test, rows[places]):
+            with run.autocast():
+                logits = model(views.flatten(0, 1))
+            answers.append((logits if multi else logits.softmax(1)).view(*views.shape[:2], -1).mean(1))
+        return run.gather(torch.cat(answers))[0][: len(rows)]
 
     criterion: Any = masked_bce if multi else F.cross_entropy
     grid = list(itertools.product(args.lr, args.weight_decay, args.head_factor))
@@ -1207,14 +1211,8 @@ def mlp(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task
             run.seed_step(epoch, step)
             yield step, order[part], here.crop(order[part], views[part])
 
-    @torch.no_grad()
-    def predict(test: bool, rows: Tensor) -> Tensor:
-        found = []
-        for part in torch.split(rows, 256):
-            x = there.crops(part) if test else here.centers(part)[:, None]
-            with run.autocast():
-                found.append(model(x.flatten(0, 1)).softmax(1).view(*x.shape[:2], -1).mean(1))
-        return torch.cat(found)
+    def crops(test: bool, rows: Tensor) -> Iterator[Tensor]:
+        return (there.crops(part) if test else here.centers(part)[:, None] for part in torch.split(rows, 256))
 
     def reset(number: int) -> None:
         torch.manual_seed(common.generator(args.seed, "mlp").initial_seed())
@@ -1223,7 +1221,7 @@ def mlp(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task
                 layer.reset_parameters()
 
     (row,) = train_networks(args, run, encoder, task, model, [({}, torch.arange(len(task.train_targets)))], batches,
-                            predict, reset, every_epoch=True)
+                            crops, reset, every_epoch=True)
     return dict(mlp_top1=row["top1"], mlp_top5=row["top5"], hidden=hidden, layer=args.layers[0], runs=[row])
 
 
@@ -1251,15 +1249,9 @@ def finetune(args: argparse.Namespace, run: common.Run, encoder: common.Encoder,
         for step, index, (images,) in task.train.batches(run, order, crop, epoch, start):
             yield step, index, task.train.normalize(common.random_flip(images, run.draw(epoch, step)))
 
-    @torch.no_grad()
-    def predict(test: bool, rows: Tensor) -> Tensor:
-        (data, crops), found = (task.test, args.test_crops) if test else (task.train, 1), list[Tensor]()
-        for views in crops_of(data, rows, crops, args.image_batch, run.device):
-            with run.autocast():
-                answers = model(views.flatten(0, 1).to(memory_format=torch.channels_last))
-            answers = answers.float() if multi else answers.float().softmax(1)
-            found.append(answers.view(*views.shape[:2], -1).mean(1))
-        return torch.cat(found)
+    def crops(test: bool, rows: Tensor) -> Iterator[Tensor]:
+        data, count = (task.test, args.test_crops) if test else (task.train, 1)
+        return crops_of(data, rows, count, args.image_batch, run.device)
 
     def reset(number: int) -> None:
         torch.manual_seed(common.generator(args.seed, "last layer", number).initial_seed())
@@ -1267,7 +1259,7 @@ def finetune(args: argparse.Namespace, run: common.Run, encoder: common.Encoder,
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.constant_(layer.bias, 0.1 if multi else 0.0)
 
-    rows = train_networks(args, run, encoder, task, model, draws(args, task), batches, predict, reset,
+    rows = train_networks(args, run, encoder, task, model, draws(args, task), batches, crops, reset,
                           every_epoch=False)
     if multi:
         return dict(map_voc07_classification=rows[-1]["map_11_points"], trainable=args.trainable, runs=rows)

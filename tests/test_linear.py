@@ -356,6 +356,15 @@ def test_choice_is_by_held_out_images() -> None:
     assert found["best"] == [0.2, 0.0, 1, 60.0] and found["last"] == [0.4, 0.0, 3, 55.0]
 
 
+def test_diverged_probes_have_nothing_right(tmp_path: Path) -> None:
+    """A probe whose weights are no numbers any more does not pass for one that always says the first class."""
+    x, y = torch.randn(40, 1, 5), torch.zeros(40, dtype=torch.long)
+    probes, layer = eval_linear.Probes(), eval_linear.Layer(x, options(tmp_path), CPU)
+    probes.reset(3, 2, 5, CPU)
+    probes.bias[0], probes.weight[2:4], probes.weight[4:] = 1, float("nan"), float("inf")
+    assert eval_linear.probe_accuracy(probes, 3, layer, torch.arange(40), y) == [100, 0, 0]
+
+
 def test_test_images_decide_nothing(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With other labels of the test images the same rates, decays and epochs are chosen."""
     first = evaluate(checkpoint)
