@@ -1287,9 +1287,9 @@ def folder_of(args: argparse.Namespace, encoder: common.Encoder | None) -> Path:
                if key not in common.FREE_OPTIONS | MACHINE or key in ("epochs", "test_subset")}
     options |= dict(data=args.data if "data" in args.typed or args.protocol.startswith("voc07") or not source
                     else source["data"], weights=encoder.sha256 if encoder else "random")
-    if args.val_dir:
+    if args.val_dir:  # other test images, other figures
         options["val_dir"] = str(args.val_dir)
-    if args.label_list:
+    if args.label_list:  # whatever its name
         options["listed"] = hashlib.blake2b(args.label_list.read_bytes(), digest_size=8).hexdigest()
     digest = hashlib.blake2b(json.dumps(options, sort_keys=True).encode(), digest_size=4).hexdigest()
     return Path(args.output) / f"{args.preset}-{digest}"
