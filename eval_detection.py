@@ -45,9 +45,10 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -348,10 +349,8 @@ def split(network: nn.Module, args: argparse.Namespace) -> tuple[list[nn.Module]
     for end in network.stage_ends:  # a max-pooling opens the stage after it
         stages.append(nn.Sequential(*[network.front] * (not start), *layers[start : end + 1]))
         start = end + 1
-    stride = 1
-    for layer in layers[:start]:
-        if isinstance(layer, nn.Conv2d | nn.MaxPool2d):
-            stride *= layer.stride if isinstance(layer.stride, int) else layer.stride[0]
+    strides = [layer.stride for layer in layers[:start] if isinstance(layer, nn.Conv2d | nn.MaxPool2d)]
+    stride = math.prod(one if isinstance(one, int) else one[0] for one in strides)
     linear = [layer for layer in network.classifier if isinstance(layer, nn.Linear)]  # fc6 and, mostly, fc7
     drop = nn.Dropout(args.dropout)
     hidden = [part for layer in linear for part in (layer, nn.ReLU(inplace=True), drop)]
@@ -498,14 +497,18 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 @torch.no_grad()
-def precise_statistics(model: nn.Module, batches: Iterator[Batch], run: common.Run) -> None:
-    """Batch statistics as the mean of those of `batches` and of the ranks, in place of the running ones."""
+def precise_statistics(
+    model: nn.Module, batches: Iterator[Batch], run: common.Run, pause: Callable[[], None] = lambda: None
+) -> None:
+    """Batch statistics as the mean of those of `batches` and of the ranks, in place of the running ones; with a `pause`
+    before each batch."""
     norms = [module for module in model.modules()
              if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and module.training]
     for module in norms:
         module.reset_running_stats()
         module.momentum = None  # the plain mean
     for batch in batches if norms else ():
+        pause()
         with run.autocast():
             model(batch)
     for module in norms:
@@ -637,8 +640,10 @@ def figures(found: Detections, data: common.VocSet) -> dict[str, Any]:
 
 @torch.no_grad()
 def detect(model: Detector, data: common.VocSet, proposals: list[Tensor] | None, args: argparse.Namespace,
-           mean: Sequence[float], std: Sequence[float], run: common.Run) -> Detections:
-    """At most 100 boxes in each image, one image at a time; shared out over the ranks, the same on all."""
+           mean: Sequence[float], std: Sequence[float], run: common.Run,
+           pause: Callable[[], None] = lambda: None) -> Detections:
+    """At most 100 boxes in each image, one image at a time; shared out over the ranks, the same on all. With a `pause`
+    before each tenth image: ranks wait there for each other."""
     model.eval()
     share = -(-len(data) // run.world)  # equal shares, the last padded with the last image
     rows = [min(row, len(data) - 1) for row in range(run.rank * share, (run.rank + 1) * share)]
@@ -648,7 +653,9 @@ def detect(model: Detector, data: common.VocSet, proposals: list[Tensor] | None,
         from tqdm import tqdm
 
         batches = tqdm(batches, total=share, desc="test", unit="image", dynamic_ncols=True, leave=False)
-    for place, part in zip(packed, batches, strict=True):
+    for number, (place, part) in enumerate(zip(packed, batches, strict=True)):
+        if number % 10 == 0:
+            pause()
         batch = collate(part, data, proposals, args, mean, std, run.device)
         with run.autocast():
             ((answer,), _) = model(batch)
@@ -673,6 +680,18 @@ def learning_rate(args: argparse.Namespace, step: int) -> float:
     if step < args.warmup:
         factor *= 0.001 + 0.999 * step / args.warmup
     return float(args.lr * factor)
+
+
+def load(args: argparse.Namespace) -> tuple[common.VocSet, common.VocSet]:
+    """Training and test images, with the same classes."""
+    data = common.load_voc(args, "train")
+    test = common.load_voc(args, "test", classes=data.classes)
+    data.size = test.size = args.test_size
+    if not any((args.train_difficult | ~image.difficult).any() for image in data.images):
+        raise common.Fault(f"the {len(data)} training images of {data.name} have no boxes")
+    if not any((~image.difficult).any() for image in test.images):
+        raise common.Fault(f"the {len(test)} test images of {test.name} have no boxes that count")
+    return data, test
 
 
 def main(args: argparse.Namespace) -> None:
@@ -708,6 +727,11 @@ def main(args: argparse.Namespace) -> None:
     def batch_of(part: list[tuple[Sample, Tensor]]) -> Batch:
         return collate(part, data, train_regions, args, mean, std, run.device)
 
+    def pause() -> None:
+        """A signal does not wait for the end of the test: the run stops as after its last step."""
+        if run.agree(run.signal):
+            run.after_step(state, 0, args.iterations - 1, torch.zeros(()))
+
     began, since = time.perf_counter(), first
     for step, images in training_batches(run, data, args, range(first, 0 if finished else args.iterations)):
         model.train()
@@ -725,10 +749,12 @@ def main(args: argparse.Namespace) -> None:
             totals.add(**losses)
         optimizer.step()
         totals.add(loss=loss)
-        if (step + 1) % args.log_every == 0 or step + 1 == args.iterations:
+        end = step + 1 == args.iterations
+        watch = args.eval_every and ((step + 1) % args.eval_every == 0 or end)
+        if (step + 1) % args.log_every == 0 or watch or end:
             row: dict[str, float] = {name: round(value, 5) for name, value in totals.means(run).items()}
             seconds, count = time.perf_counter() - began, step + 1 - since
-            if args.eval_every and ((step + 1) % args.eval_every == 0 or step + 1 == args.iterations):
+            if watch:
                 run.broadcast(model)
                 found = detect(model, test, test_regions, args, mean, std, run)
                 row["ap50_voc07"] = round(voc_precision(found, test, [0.5], True).nanmean().item(), 2)
@@ -741,11 +767,11 @@ def main(args: argparse.Namespace) -> None:
         if args.precise_bn:
             more = training_batches(run, data, args, range(args.iterations, args.iterations + args.precise_bn))
             model.train()
-            precise_statistics(model, (batch_of(images) for _, images in more), run)
+            precise_statistics(model, (batch_of(images) for _, images in more), run, pause)
         run.broadcast(model)
         run.save(state, 1, 0)
 
-    found = detect(model, test, test_regions, args, mean, std, run)
+    found = detect(model, test, test_regions, args, mean, std, run, pause)
     result = dict(protocol="detection", checkpoint=args.checkpoint, checkpoint_sha256=encoder.sha256,
                   preset=args.preset, data=test.name, arch=args.arch or encoder.options.get("arch"),
                   width=args.width or encoder.options.get("width", 64), train_images=len(data), test_images=len(test),
@@ -766,18 +792,6 @@ def main(args: argparse.Namespace) -> None:
     run.finish(encoder.backbone)
     if run.rank == 0:
         print(line, flush=True)
-
-
-def load(args: argparse.Namespace) -> tuple[common.VocSet, common.VocSet]:
-    """Training and test images, with the same classes."""
-    data = common.load_voc(args, "train")
-    test = common.load_voc(args, "test", classes=data.classes)
-    data.size = test.size = args.test_size
-    if not any((args.train_difficult | ~image.difficult).any() for image in data.images):
-        raise common.Fault(f"the {len(data)} training images of {data.name} have no boxes")
-    if not any((~image.difficult).any() for image in test.images):
-        raise common.Fault(f"the {len(test)} test images of {test.name} have no boxes that count")
-    return data, test
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.typed = common.typed(parser, argv)
     if args.checkpoint in ("random", "pixels") and args.train_features == "bank":
         parser.error(f"{args.checkpoint} has no memory bank: use --train-features clean")
+    if args.layer == "backbone" and args.train_features == "bank":
+        parser.error("the memory bank has the head's output, not the backbone's: use --train-features clean")
     return args
 
 
@@ -68,6 +70,7 @@ def main(args: argparse.Namespace) -> None:
         test = common.load(args, "test", device)
         torch.manual_seed(args.seed)
         encoder = common.untrained_encoder(args.arch or "resnet18", args.width or 64, train.small, device)
+        encoder.head = None if args.layer == "backbone" else encoder.head
     else:
         encoder = common.load_encoder(path, args.arch, args.width, None, device, args.layer)
         print(f"{path}: {encoder.describe()}", flush=True)
@@ -83,8 +86,10 @@ def main(args: argparse.Namespace) -> None:
 
     bank = encoder.bank if args.train_features == "bank" else None
     if bank is not None and train.identity() != encoder.data:
+        what = ", ".join(key for key, value in train.identity().items() if encoder.data.get(key) != value)
         raise common.Fault(f"the bank of {path} belongs to other images ({encoder.data['name']}, "
-                           f"{encoder.data['images']:,}, not {train.name}, {len(train):,}): use --train-features clean")
+                           f"{encoder.data['images']:,}, not {train.name}, {len(train):,}; {what} differ): use "
+                           "--train-features clean")
     known = train.labels >= 0
     if not known.any() or (test.labels < 0).any():
         raise common.Fault(f"{train.name} has no classes: kNN needs a folder for each class")

@@ -223,27 +223,26 @@ def presence(data: common.VocSet) -> Tensor:
     return found
 
 
-def voc_images(args: argparse.Namespace, split: str, classes: list[str] | None) -> tuple[common.ImageSet, Tensor]:
+def voc_images(
+    args: argparse.Namespace, split: str, classes: list[str] | None, spec: common.DataSet
+) -> tuple[common.ImageSet, Tensor]:
     """A set in VOC's layout as images without a class each, and its targets (N, C)."""
     found = common.load_voc(args, split, classes=classes)
     paths = [image.path for image in found.images]
     root = Path(os.path.commonpath([path.parent for path in paths]))
     files = np.array([os.fsencode(path.relative_to(root)) for path in paths])
-    data = common.ImageSet(found.name, args.image_size or common.IMAGENET.size, *common.IMAGENET[1:],
-                           torch.full((len(paths),), -1), found.classes, torch.arange(len(paths)), root=root,
-                           files=files, workers=args.workers, bad=common.BadImages(args.max_bad_images))
+    data = common.ImageSet(found.name, *spec, torch.full((len(paths),), -1), found.classes, torch.arange(len(paths)),
+                           root=root, files=files, workers=args.workers, bad=common.BadImages(args.max_bad_images))
     return data, presence(found)
 
 
 def open_task(args: argparse.Namespace, encoder: common.Encoder | None, device: torch.device) -> Task:
     """Labelled training and test images at the encoder's size and channel statistics."""
     if args.protocol.startswith("voc07"):
-        args.image_size = args.image_size or (encoder.data.get("size") if encoder else None)
-        train, targets = voc_images(args, "train", None)
-        test, test_targets = voc_images(args, "test", train.classes)
-        for data in (train, test):
-            if encoder and encoder.data:
-                data.mean, data.std = tuple(encoder.data["mean"]), tuple(encoder.data["std"])
+        known = common.IMAGENET._asdict() | (encoder.data if encoder else {})
+        spec = common.DataSet(args.image_size or known["size"], tuple(known["mean"]), tuple(known["std"]))
+        train, targets = voc_images(args, "train", None, spec)
+        test, test_targets = voc_images(args, "test", train.classes, spec)
         return Task(train, test, targets, test_targets)
     if encoder is not None:
         train, test = encoder.load_data(args, "train", device)
@@ -251,10 +250,10 @@ def open_task(args: argparse.Namespace, encoder: common.Encoder | None, device: 
         train = common.load(args, "train", device)
         args.image_size = train.size
         test = common.load(args, "test", device)
-    known = (train.labels >= 0).nonzero()[:, 0]
-    if not len(known) or (test.labels < 0).any():
+    labelled = (train.labels >= 0).nonzero()[:, 0]
+    if not len(labelled) or (test.labels < 0).any():
         raise common.Fault(f"{train.name} has no classes: classification needs a folder for each class")
-    train = train if len(known) == len(train) else train.select(known)
+    train = train if len(labelled) == len(train) else train.select(labelled)
     return Task(train, test, train.labels, test.labels)
 
 
@@ -281,20 +280,21 @@ def say_draw(name: str, targets: Tensor, rows: Tensor, seed: int, draw: int) -> 
 
 def draws(args: argparse.Namespace, task: Task) -> list[tuple[dict[str, Any], Tensor]]:
     """(facts, rows) of each set of labelled images that --labels, --per-class or --label-list ask for; else all."""
-    targets, found = task.train_targets, list[tuple[dict[str, Any], Tensor]]()
-    every = torch.arange(len(targets))
+    targets, classes, wanted = task.train_targets, len(task.train.classes), list[tuple[str, int, bool]]()
     if args.label_list:
-        return [(say_draw(args.label_list.name, targets, rows := listed(args.label_list, task.train), args.seed, 0),
-                 rows)]
-    wanted = [(f"{n} a class", n * len(task.train.classes), True) for n in args.per_class or ()]
-    for part in args.labels or ():
-        count = round(part * len(targets)) if part < 1 else int(part)
-        wanted.append((f"{part:g}", count, args.balanced))
-    if not wanted:
-        return [(dict(labels=len(every), draw=0), every)]
-    for name, count, balanced in wanted:
-        if name.endswith("class") and count > (fewest := int(torch.bincount(targets).min())) * len(task.train.classes):
+        rows = listed(args.label_list, task.train)
+        return [(say_draw(args.label_list.name, targets, rows, args.seed, 0), rows)]
+    for count in args.per_class or ():
+        fewest = int(torch.bincount(targets, minlength=classes).min())
+        if count > fewest:
             raise common.Fault(f"--per-class: a class of {task.train.name} has {fewest} images")
+        wanted.append((f"{count} a class", count * classes, True))
+    for part in args.labels or ():
+        wanted.append((f"{part:g}", round(part * len(targets)) if part < 1 else int(part), args.balanced))
+    if not wanted:
+        return [(dict(labels=len(targets), draw=0), torch.arange(len(targets)))]
+    found = []
+    for name, count, balanced in wanted:
         if not 1 <= count <= len(targets):
             raise common.Fault(f"--labels {name}: {task.train.name} has {len(targets)} labelled images here")
         for draw in range(args.draws):
@@ -394,6 +394,28 @@ class FeatureFile(NamedTuple):
     def bytes(self) -> int:
         return math.prod(self.shape) * self.kind.itemsize
 
+    def rows_done(self, values: Tensor) -> int:
+        """How many rows are there; none if they are not of this key, or have changed since."""
+        try:
+            found = json.loads(self.path.with_suffix(".json").read_text())
+            rows = int(found["rows"]) if found["key"] == self.key else 0
+            untouched = rows == len(values) and found.get("mtime_ns") == self.path.stat().st_mtime_ns
+            if not rows or untouched or found["crc"] == checksum(values[:rows]):
+                return rows
+            print(f"note: {self.path} is damaged and made anew", file=sys.stderr, flush=True)
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return 0
+
+    def mark(self, rows: int, crc: int) -> None:
+        """Note that so many rows are done, once the disk has them."""
+        with self.path.open("rb+") as file:
+            os.fsync(file.fileno())
+        written = self.path.stat().st_mtime_ns  # with the size, which the key gives, the mark of a file as it was left
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(dict(rows=rows, crc=crc, mtime_ns=written, key=self.key)))
+        temporary.replace(self.path.with_suffix(".json"))
+
 
 @torch.no_grad()
 def cached_features(
@@ -438,7 +460,7 @@ def cached_features(
             # torch.from_file takes no names of other bytes than UTF-8
             mapped = [torch.from_numpy(np.memmap(file.path, np.uint8, "r+")).view(file.kind).view(file.shape)
                       for file in files]
-            done = [rows_done(file.path, file.key, values) for file, values in zip(files, mapped, strict=True)]
+            done = [file.rows_done(values) for file, values in zip(files, mapped, strict=True)]
             todo = [number for number, rows in enumerate(done) if rows < len(data)]
             if todo:
                 layers, first = [args.layers[number] for number in todo], min(done[number] for number in todo)
@@ -447,7 +469,7 @@ def cached_features(
                       f"{gigabytes:.2f} GB in {args.features}" + f", going on at image {first:,}" * (first > 0),
                       flush=True)
                 batches = crops_of(data, torch.arange(first, len(data)), crops, args.image_batch, device)
-                fill([(mapped[number], files[number].path, files[number].key) for number in todo], first,
+                fill([(files[number], mapped[number]) for number in todo], first,
                      functools.partial(encode, layers=layers), batches)
             found.append(dict(zip(args.layers, mapped, strict=True)))
     return found
@@ -460,20 +482,6 @@ def both_features(
     train, test = cached_features(args, encoder, [(task.train, "train", args.train_crops),
                                                   (task.test, "test", args.test_crops)], device)
     return train, test
-
-
-def rows_done(path: Path, key: dict[str, Any], values: Tensor) -> int:
-    """How many rows of a feature file are there; none if it is not of this key, or has changed since."""
-    try:
-        found = json.loads(path.with_suffix(".json").read_text())
-        rows = int(found["rows"]) if found["key"] == key else 0
-        untouched = rows == len(values) and found.get("mtime_ns") == path.stat().st_mtime_ns
-        if not rows or untouched or found["crc"] == checksum(values[:rows]):
-            return rows
-        print(f"note: {path} is damaged and made anew", file=sys.stderr, flush=True)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return 0
 
 
 def checksum(rows: Tensor, crc: int = 0) -> int:
@@ -508,37 +516,32 @@ def make_room(files: Sequence[FeatureFile], folder: Path) -> None:
 
 
 def fill(
-    parts: list[tuple[Tensor, Path, dict[str, Any]]], first: int, encode: Callable[[Tensor], list[Tensor]],
+    parts: list[tuple[FeatureFile, Tensor]], first: int, encode: Callable[[Tensor], list[Tensor]],
     batches: Iterator[Tensor],
 ) -> None:
     """Write the features of all crops from row `first` on into the tensors (N, V, d) that map the files."""
     from tqdm import tqdm
 
-    def mark(rows: int) -> None:
-        for (_, path, key), crc in zip(parts, sums, strict=True):
-            with path.open("rb+") as file:  # rows that the disk does not have must not be taken for done
-                os.fsync(file.fileno())
-            written = path.stat().st_mtime_ns  # with the size, which the key gives, the mark of a file as it was left
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(dict(rows=rows, crc=crc, mtime_ns=written, key=key)))
-            temporary.replace(path.with_suffix(".json"))
+    def mark() -> None:
+        for (file, _), crc in zip(parts, sums, strict=True):
+            file.mark(row, crc)
 
-    row, marked, sums = first, time.monotonic(), [checksum(values[:first]) for values, _, _ in parts]
-    bar = tqdm(total=len(parts[0][0]), initial=first, unit="image", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    row, marked, sums = first, time.monotonic(), [checksum(values[:first]) for _, values in parts]
+    bar = tqdm(total=len(parts[0][1]), initial=first, unit="image", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     try:
         for views in batches:
-            count = len(views)
-            for i, ((values, _, _), found) in enumerate(zip(parts, encode(views.flatten(0, 1)), strict=True)):
-                values[row : row + count] = found.view(count, -1, values.shape[2]).to(values.device, values.dtype)
-                sums[i] = checksum(values[row : row + count], sums[i])
-            row += count
+            count, after = len(views), list[int]()
+            for (_, values), found, crc in zip(parts, encode(views.flatten(0, 1)), sums, strict=True):
+                values[row : row + count] = found.view(count, *values.shape[1:])
+                after.append(checksum(values[row : row + count], crc))
+            row, sums = row + count, after  # together: an interrupt must not come between rows and their checksum
             bar.update(count)
             if time.monotonic() - marked > 30:
-                mark(row)
+                mark()
                 marked = time.monotonic()
     finally:
         bar.close()
-        mark(row)
+        mark()
 
 
 class Layer:
@@ -568,6 +571,11 @@ class Layer:
         """Numbers of a feature."""
         return self.values.shape[2]
 
+    @property
+    def center(self) -> int:
+        """Which crop is the central one."""
+        return 4 if self.values.shape[1] == 10 else 0
+
     def normal(self, x: Tensor) -> Tensor:
         """(..., d) as stored -> float32, normalised."""
         x = x.to(self.device, non_blocking=True).float()
@@ -585,8 +593,7 @@ class Layer:
 
     def centers(self, rows: Tensor) -> Tensor:
         """(b, d): of the central crop."""
-        views = self.values.shape[1]
-        return self.crop(rows, torch.full_like(rows, 4 if views == 10 else 0))
+        return self.crop(rows, torch.full_like(rows, self.center))
 
 
 def free_memory(device: torch.device) -> float:
@@ -610,6 +617,13 @@ def top_k(scores: Tensor, labels: Tensor) -> dict[str, float]:
                 top5=round(100 * best.any(1).double().mean().item(), 2))
 
 
+def precisions(scores: Tensor, targets: Tensor, eleven_points: bool) -> list[float]:
+    """Average precision of each class in percent, nan where no image has it; images with target 0 are left out."""
+    columns = zip(scores.cpu().T, targets.cpu().T, strict=True)
+    return [common.average_precision(score[target != 0], target[target != 0] > 0, int((target > 0).sum()),
+                                     eleven_points) for score, target in columns]
+
+
 def mean_ap(scores: Tensor, targets: Tensor) -> dict[str, Any]:
     """Mean average precision in percent, scores and targets (N, C), images with target 0 left out for that class.
 
@@ -618,16 +632,13 @@ def mean_ap(scores: Tensor, targets: Tensor) -> dict[str, Any]:
     """
     from sklearn.metrics import average_precision_score
 
-    rows = list[tuple[float, float, float]]()
-    for score, target in zip(scores.cpu().double().T, targets.T, strict=True):
-        known, total = target != 0, int((target > 0).sum())
-        right, score = target[known] > 0, score[known]
-        rows.append((common.average_precision(score, right, total, True),
-                     common.average_precision(score, right, total, False),
-                     100 * float(average_precision_score(right.numpy(), score.numpy())) if total else math.nan))
+    eleven, area = precisions(scores, targets, True), precisions(scores, targets, False)
+    theirs = [100 * float(average_precision_score((target[target != 0] > 0).numpy(), score[target != 0].numpy()))
+              if (target > 0).any() else math.nan for score, target in zip(scores.cpu().T, targets.T, strict=True)]
+    rows = [*zip(eleven, area, theirs, strict=True)]
     means = torch.tensor(rows).nanmean(0).tolist()  # a class that no image has counts for nothing
     return dict(zip(("map_11_points", "map_area", "map_sklearn"), (round(mean, 2) for mean in means), strict=True),
-                ap_11_points=[round(row[0], 2) if row[0] == row[0] else None for row in rows])
+                ap_11_points=[None if math.isnan(value) else round(value, 2) for value in eleven])
 
 
 def merit(scores: Tensor, targets: Tensor) -> dict[str, Any]:
@@ -637,7 +648,8 @@ def merit(scores: Tensor, targets: Tensor) -> dict[str, Any]:
 class Ledger:
     """What trainings have found so far; part of the checkpoint, so that a resumed run repeats none of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, test: common.ImageSet) -> None:
+        self.test = test.identity()
         self.history = list[Any]()  # held-out accuracies of the search at work
         self.chosen = dict[str, Any]()
         self.best = dict[str, Any]()  # test figures at the chosen epoch
@@ -647,6 +659,9 @@ class Ledger:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.get("test", self.test) != self.test:
+            raise common.Fault("the test images are not those that this run began with: use --overwrite, or another "
+                               "--output")
         vars(self).update(state)
 
 
@@ -700,30 +715,25 @@ class Probes:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         vars(self).update(state)
 
-    def to(self, device: torch.device) -> None:
-        """Move what a checkpoint held."""
-        self.load_state_dict({name: value.to(device) for name, value in self.state_dict().items()})
-
 
 def probe_accuracy(probes: Probes, count: int, layer: Layer, rows: Tensor, labels: Tensor) -> list[float]:
-    """Percent right of each of G probes on the central crops of the images at `rows`."""
+    """Percent right of each of G probes on the central crops of the images at `rows`; nothing of a diverged one is."""
     hits = torch.zeros(count, device=layer.device)
     for part in torch.split(rows, 1024):
-        answers = probes.logits(layer.centers(part), count).argmax(2)
-        hits += (answers == labels[part].to(layer.device)[:, None]).sum(0)
+        best, answers = probes.logits(layer.centers(part), count).max(2)
+        hits += ((answers == labels[part].to(layer.device)[:, None]) & best.isfinite()).sum(0)
     return (100 * hits / len(rows)).tolist()
 
 
-def probe_scores(probes: Probes, count: int, layer: Layer) -> tuple[Tensor, Tensor]:
-    """Mean probability over all crops, and that of the central one, each (N, G, C)."""
+def probe_figures(probes: Probes, which: int, layer: Layer, labels: Tensor) -> dict[str, float]:
+    """Accuracies of one of two probes, by the mean probability over all crops, and by that of the central one."""
     mean, center = list[Tensor](), list[Tensor]()
     for rows in torch.split(torch.arange(len(layer)), 256):
         x = layer.crops(rows)
-        views = x.shape[1]
-        answers = probes.logits(x.flatten(0, 1), count).softmax(2).view(len(rows), views, count, -1)
+        answers = probes.logits(x.flatten(0, 1), 2)[:, which].softmax(1).view(*x.shape[:2], -1)
         mean.append(answers.mean(1))
-        center.append(answers[:, 4 if views == 10 else 0])
-    return torch.cat(mean), torch.cat(center)
+        center.append(answers[:, layer.center])
+    return top_k(torch.cat(mean), labels) | dict(center_top1=top_k(torch.cat(center), labels)["top1"])
 
 
 def linear(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task: Task) -> dict[str, Any]:
@@ -732,16 +742,19 @@ def linear(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, t
     every = torch.arange(len(labels))
     held = draw_labels(labels, max(1, round(args.holdout * len(labels))), True, args.seed, "holdout")
     fitted = every[~torch.isin(every, held)]
+    if not len(fitted):
+        raise common.Fault("one labelled image is too few to choose by: take more")
     grid = list(itertools.product(args.lr, args.weight_decay))
     jobs = [(layer, search) for layer in args.layers for search in (True, False)]
     run.args.epochs = len(jobs) * args.epochs
     run.args.batch_size = min(args.batch_size, len(fitted))
     run.describe(task.train, **describe(args, encoder), grid=len(grid), held_out=len(held))
     train, test = both_features(args, encoder, task, run.device)
-    probes, ledger = Probes(), Ledger()
+    probes, ledger = Probes(), Ledger(task.test)
     state: dict[str, Any] = dict(probes=probes, ledger=ledger)
     first_epoch, first_step = run.resume(state, run.steps_per_epoch(len(every)))
-    probes.to(run.device)
+    probes.load_state_dict({name: value.to(run.device) for name, value in probes.state_dict().items()})
+    truths = labels.to(run.device)
     name, here, there, began = "", None, None, time.perf_counter()
 
     for epoch in range(first_epoch, run.args.epochs):
@@ -757,16 +770,16 @@ def linear(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, t
         if local == start == 0:
             probes.reset(len(settings), classes, here.size, run.device)
             began = time.perf_counter() if search else began
+        # All that the steps need is copied at once: a copy in each would wait for the device.
         decays = torch.tensor([decay for _, decay in settings], device=run.device)
-        order = rows[run.permutation(epoch, len(rows))]
-        views = torch.randint(args.train_crops, (len(rows),), generator=run.generator("views", epoch))
+        rates = torch.tensor([[rate(args, lr, decay, local + step / steps, local * steps + step)
+                               for lr, decay in settings] for step in range(steps)], device=run.device)
+        order = rows[run.permutation(epoch, len(rows))].to(here.values.device)
+        views = torch.randint(args.train_crops, (len(rows),), generator=run.generator("views", epoch)).to(order.device)
         for step in range(start, steps):
             part = slice(step * run.args.batch_size, (step + 1) * run.args.batch_size)
-            done = local * steps + step
-            rates = torch.tensor([rate(args, lr, decay, local + step / steps, done) for lr, decay in settings])
             index = order[part]
-            probes.step(here.crop(index, views[part]), labels[index].to(run.device), rates.to(run.device), decays,
-                        args.momentum)
+            probes.step(here.crop(index, views[part]), truths[index.to(run.device)], rates[step], decays, args.momentum)
             run.after_step(state, epoch, step, torch.zeros(()))
         last = local + 1 == args.epochs
         if search:
@@ -775,9 +788,9 @@ def linear(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, t
                 ledger.chosen = choose(torch.tensor(ledger.history), grid, args.lr, classes, name)
         else:
             if local + 1 == ledger.chosen["best"][2]:
-                ledger.best = figures_of(probe_scores(probes, 2, there), 0, task.test_targets)
+                ledger.best = probe_figures(probes, 0, there, task.test_targets)
             if last:
-                ended = figures_of(probe_scores(probes, 2, there), 1, task.test_targets)
+                ended = probe_figures(probes, 1, there, task.test_targets)
                 row = dict(layer=name, size=here.size, **dict(zip(("lr", "weight_decay", "epoch", "holdout_top1"),
                                                                   ledger.chosen["best"], strict=True)),
                            **ledger.best, last_lr=ledger.chosen["last"][0], last_weight_decay=ledger.chosen["last"][1],
@@ -810,11 +823,6 @@ def choose(
     elif len(rates) > 2 and top[0] in (min(rates), max(rates)):
         print(f"note: the best rate for {name}, {top[0]:g}, is at the end of the grid: widen --lr", file=sys.stderr)
     return found
-
-
-def figures_of(scores: tuple[Tensor, Tensor], probe: int, labels: Tensor) -> dict[str, float]:
-    """Accuracies of one probe, over all crops and of the central one."""
-    return top_k(scores[0][:, probe], labels) | dict(center_top1=top_k(scores[1][:, probe], labels)["top1"])
 
 
 # ---- linear SVM ------------------------------------------------------------------------------------------------------
@@ -884,12 +892,18 @@ def line_search(w: Tensor, step: Tensor, y: Tensor, outputs: Tensor, change: Ten
     return length
 
 
-def fit_svms(x: Tensor, targets: Tensor, costs: Tensor, positive_weight: float) -> Tensor:
-    """Weights (A, C, d) for costs (A, C) of C classes, in blocks that bound the memory. x: (N, d); targets: (N, C)."""
+def fit_svms(
+    x: Tensor, targets: Tensor, costs: Tensor, positive_weight: float, pause: Callable[[], None] = lambda: None
+) -> Tensor:
+    """Weights (A, C, d) for costs (A, C) of C classes, in blocks that bound the memory, with a `pause` before each.
+
+    x: (N, d); targets: (N, C).
+    """
     flat, found = costs.flatten(), list[Tensor]()
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # in TF32 the gradient would never get small
     for block in torch.split(torch.arange(len(flat)), max(1, int(2e8 / len(x)))):
+        pause()
         y = targets[:, block % targets.shape[1]].to(x)
         weight = torch.where(y > 0, positive_weight, 1.0) * (y != 0)
         found.append(fit_svm(x, torch.where(y == 0, 1.0, y), weight.to(x) * flat[block].to(x)))
@@ -898,7 +912,8 @@ def fit_svms(x: Tensor, targets: Tensor, costs: Tensor, positive_weight: float) 
 
 
 def cross_validate(
-    x: Tensor, targets: Tensor, args: argparse.Namespace, several: bool, key: Sequence[int | str], views: int = 1
+    x: Tensor, targets: Tensor, args: argparse.Namespace, several: bool, key: Sequence[int | str], views: int = 1,
+    pause: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """The cost (C,) of each class: one for all that classifies most left-out images right, or, where an image may have
     `several` classes, the one of the best average precision for each. The middle one if a fold would lack a class.
@@ -907,7 +922,7 @@ def cross_validate(
     targets of 0: a copy of the other rows may be too large.
     """
     count, images = targets.shape[1], targets[::views]
-    costs = torch.tensor(args.cost, dtype=torch.float64)
+    costs = torch.tensor(sorted(args.cost), dtype=torch.float64)
     # In parts, since what is summed becomes int64 first.
     with_class = torch.stack([(part > 0).sum(0) for part in torch.split(images, 8192)]).sum(0)
     if len(costs) == 1 or (with_class < args.folds).any():
@@ -921,18 +936,17 @@ def cross_validate(
     merits = torch.zeros(len(costs), count)
     for left_out in range(args.folds):
         rows = (fold == left_out).nonzero()[:, 0]
-        weights = fit_svms(x, targets.index_fill(0, rows, 0), costs[:, None].expand(-1, count), args.positive_weight)
+        weights = fit_svms(x, targets.index_fill(0, rows, 0), costs[:, None].expand(-1, count), args.positive_weight,
+                           pause)
+        truth = targets[rows]
         for number, weight in enumerate(weights):
             scores = torch.cat([x[part] @ weight.T for part in torch.split(rows, 8192)])
             if several:
-                known = [targets[rows, c] != 0 for c in range(count)]
-                merits[number] += torch.tensor([common.average_precision(
-                    scores[k, c], targets[rows, c][k] > 0, int((targets[rows, c] > 0).sum()), False)
-                    for c, k in enumerate(known)]).nan_to_num(0)
+                merits[number] += torch.tensor(precisions(scores, truth, False)).nan_to_num(0)
             else:
-                merits[number] += (scores.argmax(1) == targets[rows].argmax(1)).double().mean().item()
+                merits[number] += (scores.argmax(1) == truth.argmax(1)).sum().item() / len(rows)
     best: Tensor = costs[merits.argmax(0)]
-    if len(costs) > 2 and best.mode().values.item() in (args.cost[0], args.cost[-1]):
+    if len(costs) > 2 and best.mode().values in costs[[0, -1]]:
         print(f"note: the best cost, {best.mode().values.item():g}, is at the end of the grid: widen --C, or "
               "--normalize", file=sys.stderr)
     return best
@@ -955,20 +969,19 @@ def with_intercept(layer: Layer, rows: Tensor) -> Tensor:
 
 def svm_draws(args: argparse.Namespace, task: Task) -> list[tuple[dict[str, Any], Tensor, Tensor]]:
     """(facts, rows, targets (n, C)) of each draw of labelled images."""
-    if task.train_targets.ndim == 1:
-        return [(facts, rows, one_vs_rest(task.train_targets[rows], len(task.train.classes)))
-                for facts, rows in draws(args, task)]
+    every, classes, found = task.train_targets, task.train.classes, []
+    if every.ndim == 1:
+        return [(facts, rows, one_vs_rest(every[rows], len(classes))) for facts, rows in draws(args, task)]
     if not args.per_class:
-        return [(facts, rows, task.train_targets[rows]) for facts, rows in draws(args, task)]
-    found = []
+        return [(facts, rows, every[rows]) for facts, rows in draws(args, task)]
     for wanted, draw in itertools.product(args.per_class, range(args.draws)):
-        shown = torch.zeros_like(task.train_targets)
-        for number, target in enumerate(task.train_targets.T):
+        shown = torch.zeros_like(every)
+        for number, target in enumerate(every.T):
             for sign, count in ((1, wanted), (-1, 19 * wanted)):
                 rows = (target == sign).nonzero()[:, 0]
                 if sign > 0 and len(rows) < wanted:
                     raise common.Fault(f"--per-class {wanted}: {task.train.name} has {len(rows)} images of "
-                                       f"{task.train.classes[number]}")
+                                       f"{classes[number]}")
                 source = common.generator(args.seed, "shots", wanted, draw, number, sign)
                 shown[rows[torch.randperm(len(rows), generator=source)[:count]], number] = sign
         rows = shown.abs().sum(1).nonzero()[:, 0]
@@ -979,15 +992,21 @@ def svm_draws(args: argparse.Namespace, task: Task) -> list[tuple[dict[str, Any]
 
 def svm(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task: Task) -> dict[str, Any]:
     """One-vs-rest linear SVM on every layer (NPID, Tables 1 to 3; VOC07 and its low-shot variant)."""
-    found = svm_draws(args, task)
+    found, several = svm_draws(args, task), task.train_targets.ndim == 2
     jobs = [(layer, number) for layer in args.layers for number in range(len(found))]
     run.args.epochs = len(jobs)
     run.describe(task.train, **describe(args, encoder))
     train, test = both_features(args, encoder, task, run.device)
-    ledger = Ledger()
+    ledger = Ledger(task.test)
     state: dict[str, Any] = dict(ledger=ledger)
     first, _ = run.resume(state, 1)
     name, here, there = "", None, None
+
+    def pause() -> None:
+        """A signal does not wait for the end of a layer, on ImageNet an hour: the layer is begun anew."""
+        if run.signal:
+            run.after_step(state, epoch, -1, torch.zeros(()))
+
     for epoch in range(first, len(jobs)):
         run.after_step(state, epoch, -1, torch.zeros(()))
         began = time.perf_counter()
@@ -999,8 +1018,8 @@ def svm(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task
         facts, rows, targets = found[number]
         x = with_intercept(here, rows)
         targets = targets.to(run.device).repeat_interleave(args.train_crops, 0)
-        cost = cross_validate(x, targets, args, task.train_targets.ndim == 2, (args.seed, number), args.train_crops)
-        weight = fit_svms(x, targets, cost[None], args.positive_weight)[0]
+        cost = cross_validate(x, targets, args, several, (args.seed, number), args.train_crops, pause)
+        weight = fit_svms(x, targets, cost[None], args.positive_weight, pause)[0]
         del x  # the next turn makes its own
         scores = torch.cat([(F.pad(there.crops(part), (0, 1), value=1.0) @ weight.T).mean(1)
                             for part in torch.split(torch.arange(len(there)), 256)])
@@ -1009,12 +1028,12 @@ def svm(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task
         ledger.rows.append(row)
         run.log(**row, seconds=round(time.perf_counter() - began, 1))
         run.save(state, epoch + 1, 0)
-    rows_, key = ledger.rows, "top1" if task.train_targets.ndim == 1 else "map_11_points"
-    result: dict[str, Any] = dict(layers=rows_)
+    end = ledger.rows[-1]
+    result = dict[str, Any](map_voc07_svm=end["map_11_points"]) if several else dict[str, Any](svm_top1=end["top1"])
+    result |= dict(layer=end["layer"], layers=ledger.rows)
     if args.per_class or args.labels:
-        result |= dict(draws=spread(rows_, ("layer", "per_class" if "per_class" in rows_[0] else "labels")))
-    name = "svm_top1" if key == "top1" else "map_voc07_svm"
-    return {name: rows_[-1][key], "layer": rows_[-1]["layer"]} | result
+        result["draws"] = spread(ledger.rows, ("layer", "per_class" if "per_class" in end else "labels"))
+    return result
 
 
 def spread(rows: list[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
@@ -1038,14 +1057,6 @@ def spread(rows: list[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, An
 # ---- networks that train by backpropagation: an MLP on frozen features, fine-tuning, VOC07 ---------------------------
 
 
-class Job(NamedTuple):
-    """One training: which draw of labelled images; a setting of the grid that the others of the draw compete with, or
-    None for the training with what was chosen."""
-
-    draw: int
-    setting: tuple[float, float, float] | None  # lr, weight decay, factor of the last layer
-
-
 class Classifier(nn.Module):
     """A body (B, ...) -> (B, d) and a last layer of its own: logits (B, C), float32 under autocast too: rounded to
     bfloat16's 8 bits many would be equal."""
@@ -1061,25 +1072,6 @@ class Classifier(nn.Module):
         return logits
 
 
-def hidden_layers(size: int, hidden: int, dropout: float) -> nn.Sequential:
-    """fc6 and fc7."""
-    return nn.Sequential(nn.Dropout(dropout), nn.Linear(size, hidden), nn.ReLU(inplace=True), nn.Dropout(dropout),
-                         nn.Linear(hidden, hidden), nn.ReLU(inplace=True))
-
-
-def restart(model: Classifier, start: dict[str, Tensor], fresh: Sequence[nn.Linear], std: float | None, bias: float,
-            *key: int | str) -> None:
-    """The weights of the start, but the `fresh` layers drawn anew by `key`: N(0, std), or PyTorch's own if None."""
-    model.load_state_dict(start)
-    torch.manual_seed(common.generator(*key).initial_seed())
-    for layer in fresh:
-        if std is None:
-            layer.reset_parameters()
-        else:
-            nn.init.normal_(layer.weight, std=std)
-            nn.init.constant_(layer.bias, bias)
-
-
 def masked_bce(logits: Tensor, targets: Tensor) -> Tensor:
     """Binary cross-entropy summed over classes, mean over images; targets 1, -1, and 0 for what does not count."""
     losses = F.binary_cross_entropy_with_logits(logits, (targets > 0).float(), reduction="none")
@@ -1091,55 +1083,63 @@ Batches = Callable[[Tensor, int, int], Iterator[tuple[int, Tensor, Tensor]]]  # 
 
 def train_networks(
     args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task: Task, model: Classifier,
-    found: list[tuple[dict[str, Any], Tensor]], batches: Batches, predict: Callable[[bool, Tensor], Tensor],
-    reset: Callable[[dict[str, Tensor], int], None], every_epoch: bool,
+    found: list[tuple[dict[str, Any], Tensor]], batches: Batches, crops: Callable[[bool, Tensor], Iterator[Tensor]],
+    reset: Callable[[int], None], every_epoch: bool,
 ) -> list[dict[str, Any]]:
     """Train `model` for each draw of labelled images with each setting of the grid, then with the best one on all.
 
-    predict(test, rows): scores (n, C) of test or training images. every_epoch: the best epoch is chosen too, else only
-    settings are, by the last epoch; with one setting nothing is held out then.
+    crops(test, rows): what `model` sees of test or training images, in parts (b, V, ...). reset(number): draw the new
+    layers of a training. every_epoch: the best epoch is chosen too, else only settings are, by the last epoch; with one
+    setting nothing is held out then.
     """
     targets, multi = task.train_targets, task.train_targets.ndim == 2
     key = "map_area" if multi else "top1"
     every_test = torch.arange(len(task.test))
 
+    @torch.no_grad()
     def scores(test: bool, rows: Tensor) -> Tensor:
-        """What predict says, each rank of its share: all have the same scores in the end, and choose the same."""
-        share = -(-len(rows) // run.world)  # equal shares, the last padded with the first image
-        places = torch.arange(run.rank * share, (run.rank + 1) * share)
+        """Means over crops (n, C), each rank of its share: all have the same in the end, and choose the same."""
+        share, answers = -(-len(rows) // run.world), list[Tensor]()
+        places = torch.arange(run.rank * share, (run.rank + 1) * share)  # the last are padded with the first image
         places[places >= len(rows)] = 0
-        return run.gather(predict(test, rows[places]))[0][: len(rows)]
+        for views in crops(test, rows[places]):
+            with run.autocast():
+                logits = model(views.flatten(0, 1))
+            answers.append((logits if multi else logits.softmax(1)).view(*views.shape[:2], -1).mean(1))
+        return run.gather(torch.cat(answers))[0][: len(rows)]
 
     criterion: Any = masked_bce if multi else F.cross_entropy
     grid = list(itertools.product(args.lr, args.weight_decay, args.head_factor))
     search = every_epoch or len(grid) > 1
-    fewest = min(len(rows) for _, rows in found) - search
-    if fewest < run.world:
-        raise common.Fault(f"{fewest + search} labelled images are too few{' to choose by' * search}: take more")
-    jobs = [Job(draw, setting) for draw in range(len(found)) for setting in [*(grid if search else ()), None]]
+    fewest = min(len(rows) for _, rows in found)
+    if fewest - search * max(1, round(args.holdout * fewest)) < run.world:
+        raise common.Fault(f"{fewest} labelled images are too few{' to choose by' * search}: take more")
+    # Trainings: each draw with each setting of the grid (rate, decay, factor), then, None, with what was best.
+    jobs = list(itertools.product(found, [*(grid if search else ()), None]))
     run.args.epochs = len(jobs) * args.epochs
     run.describe(task.train, **describe(args, encoder), trainings=len(jobs))
     start = {name: value.clone() for name, value in model.state_dict().items()}
-    parts = dict(body=list(model.body.parameters()), last=list(model.last.parameters()))
-    groups = [dict(params=[w for w in part if w.requires_grad]) for part in parts.values()]
-    optimizer = torch.optim.SGD([group for group in groups if group["params"]], args.lr[0], momentum=args.momentum)
-    network, ledger, totals = run.parallel(model), Ledger(), common.Totals(run.device)
+    body = [w for w in model.body.parameters() if w.requires_grad]  # none where only the last layer trains
+    groups = [dict(params=part) for part in (body, list(model.last.parameters())) if part]
+    optimizer = torch.optim.SGD(groups, args.lr[0], momentum=args.momentum)
+    network, ledger, totals = run.parallel(model), Ledger(task.test), common.Totals(run.device)
     state: dict[str, Any] = dict(model=model, optimizer=optimizer, ledger=ledger, totals=totals)
     truths = targets.to(run.device)  # once: in each step it would wait for the device
     first_epoch, first_step = run.resume(state, max(1, max(len(rows) for _, rows in found) // args.batch_size))
 
     for epoch in range(first_epoch, run.args.epochs):
         number, local = divmod(epoch, args.epochs)
-        job, (facts, rows) = jobs[number], found[jobs[number].draw]
+        (facts, rows), setting = jobs[number]
         held = rows[draw_labels(targets[rows], max(1, round(args.holdout * len(rows))), True, args.seed, "holdout")]
-        if job.setting is not None:
+        if setting is not None:
             rows = rows[~torch.isin(rows, held)]
-        lr, decay, factor = job.setting or (ledger.chosen["setting"] if search else grid[0])
+        lr, decay, factor = setting or (ledger.chosen["setting"] if search else grid[0])
         run.args.batch_size = min(args.batch_size, len(rows) // run.world * run.world)
         steps, first = run.steps_per_epoch(len(rows)), first_step if epoch == first_epoch else 0
         accumulate = args.accumulate if run.args.batch_size == args.batch_size else 1
         if local == first == 0:
-            reset(start, number)
+            model.load_state_dict(start)
+            reset(number)
             optimizer.state.clear()
         began = time.perf_counter()
         model.train()
@@ -1150,8 +1150,8 @@ def train_networks(
         for step, index, x in batches(order, epoch, first):
             now = rate(args, lr, decay, local + step / steps, local * steps + step)
             for group in optimizer.param_groups:
-                group["lr"] = now * (factor if group["params"][0] is parts["last"][0] else 1)
-                group["weight_decay"] = decay
+                group["lr"], group["weight_decay"] = now, decay
+            optimizer.param_groups[-1]["lr"] *= factor
             optimizer.zero_grad()
             loss = torch.zeros((), device=run.device)
             y = truths[index.to(run.device)]
@@ -1169,18 +1169,19 @@ def train_networks(
         last, row = local + 1 == args.epochs, dict[str, Any](totals.means(run))
         model.eval()
         run.broadcast(model)
-        if job.setting is not None and (last or every_epoch):
+        if setting is not None and (last or every_epoch):
             row["holdout"] = merit(scores(False, held), targets[held])[key]
             ledger.history.append([[lr, decay, factor], local + 1, row["holdout"]])
-            if last and (number + 1 == len(jobs) or jobs[number + 1].setting is None):
+            if last and jobs[number + 1][1] is None:
                 best = max(ledger.history, key=lambda entry: entry[2])  # of equal ones the first
                 ledger.chosen = dict(setting=best[0], epoch=best[1], holdout=best[2])
-        if job.setting is None:
+        if setting is None:
             chosen = ledger.chosen.get("epoch", args.epochs)
+            if last or local + 1 == chosen:
+                ended = merit(scores(True, every_test), task.test_targets)
             if local + 1 == chosen:
-                ledger.best = merit(scores(True, every_test), task.test_targets)
+                ledger.best = ended
             if last:
-                ended = ledger.best if chosen == args.epochs else merit(scores(True, every_test), task.test_targets)
                 row |= dict(facts, best_lr=lr, weight_decay=decay, head_factor=factor, best_epoch=chosen,
                             **({"holdout": ledger.chosen["holdout"]} if search else {}), **ledger.best,
                             **{f"last_{name}": value for name, value in ended.items() if name in ("top1", "top5", key)})
@@ -1198,30 +1199,29 @@ def mlp(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task
     here = Layer(train[args.layers[0]], args, run.device)
     there = Layer(test[args.layers[0]], args, run.device, here)
     hidden = args.hidden or max(16, 64 * (args.width or encoder.options.get("width", 64)))
-    model = run.place(Classifier(hidden_layers(here.size, hidden, args.dropout), hidden, len(task.train.classes)))
+    layers = [nn.Dropout(args.dropout), nn.Linear(here.size, hidden), nn.ReLU(inplace=True),  # fc6
+              nn.Dropout(args.dropout), nn.Linear(hidden, hidden), nn.ReLU(inplace=True)]  # fc7
+    model = run.place(Classifier(nn.Sequential(*layers), hidden, len(task.train.classes)))
 
     def batches(order: Tensor, epoch: int, start: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         views = torch.randint(args.train_crops, (len(order),), generator=run.generator("views", epoch))
+        order, views = order.to(here.values.device), views.to(here.values.device)
         for step in range(start, len(order) // run.args.batch_size):
             part = slice(step * run.args.batch_size, (step + 1) * run.args.batch_size)
             run.seed_step(epoch, step)
             yield step, order[part], here.crop(order[part], views[part])
 
-    @torch.no_grad()
-    def predict(test: bool, rows: Tensor) -> Tensor:
-        found = []
-        for part in torch.split(rows, 256):
-            x = there.crops(part) if test else here.centers(part)[:, None]
-            with run.autocast():
-                found.append(model(x.flatten(0, 1)).softmax(1).view(*x.shape[:2], -1).mean(1))
-        return torch.cat(found)
+    def crops(test: bool, rows: Tensor) -> Iterator[Tensor]:
+        return (there.crops(part) if test else here.centers(part)[:, None] for part in torch.split(rows, 256))
 
-    def reset(start: dict[str, Tensor], number: int) -> None:
-        fresh = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
-        restart(model, start, fresh, None, 0.0, args.seed, "mlp")
+    def reset(number: int) -> None:
+        torch.manual_seed(common.generator(args.seed, "mlp").initial_seed())
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
 
     (row,) = train_networks(args, run, encoder, task, model, [({}, torch.arange(len(task.train_targets)))], batches,
-                            predict, reset, every_epoch=True)
+                            crops, reset, every_epoch=True)
     return dict(mlp_top1=row["top1"], mlp_top5=row["top5"], hidden=hidden, layer=args.layers[0], runs=[row])
 
 
@@ -1249,21 +1249,17 @@ def finetune(args: argparse.Namespace, run: common.Run, encoder: common.Encoder,
         for step, index, (images,) in task.train.batches(run, order, crop, epoch, start):
             yield step, index, task.train.normalize(common.random_flip(images, run.draw(epoch, step)))
 
-    @torch.no_grad()
-    def predict(test: bool, rows: Tensor) -> Tensor:
-        (data, crops), found = (task.test, args.test_crops) if test else (task.train, 1), list[Tensor]()
-        for views in crops_of(data, rows, crops, args.image_batch, run.device):
-            with run.autocast():
-                answers = model(views.flatten(0, 1).to(memory_format=torch.channels_last))
-            answers = answers.float() if multi else answers.float().softmax(1)
-            found.append(answers.view(*views.shape[:2], -1).mean(1))
-        return torch.cat(found)
+    def crops(test: bool, rows: Tensor) -> Iterator[Tensor]:
+        data, count = (task.test, args.test_crops) if test else (task.train, 1)
+        return crops_of(data, rows, count, args.image_batch, run.device)
 
-    def reset(start: dict[str, Tensor], number: int) -> None:
-        std, bias, fresh = (0.01, 0.1, [*above, model.last]) if multi else (0.01, 0.0, [model.last])
-        restart(model, start, fresh, std, bias, args.seed, "last layer", number)
+    def reset(number: int) -> None:
+        torch.manual_seed(common.generator(args.seed, "last layer", number).initial_seed())
+        for layer in [*above, model.last] if multi else [model.last]:
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.constant_(layer.bias, 0.1 if multi else 0.0)
 
-    rows = train_networks(args, run, encoder, task, model, draws(args, task), batches, predict, reset,
+    rows = train_networks(args, run, encoder, task, model, draws(args, task), batches, crops, reset,
                           every_epoch=False)
     if multi:
         return dict(map_voc07_classification=rows[-1]["map_11_points"], trainable=args.trainable, runs=rows)
@@ -1291,6 +1287,10 @@ def folder_of(args: argparse.Namespace, encoder: common.Encoder | None) -> Path:
                if key not in common.FREE_OPTIONS | MACHINE or key in ("epochs", "test_subset")}
     options |= dict(data=args.data if "data" in args.typed or args.protocol.startswith("voc07") or not source
                     else source["data"], weights=encoder.sha256 if encoder else "random")
+    if args.val_dir:  # other test images, other figures
+        options["val_dir"] = str(args.val_dir)
+    if args.label_list:  # whatever its name
+        options["listed"] = hashlib.blake2b(args.label_list.read_bytes(), digest_size=8).hexdigest()
     digest = hashlib.blake2b(json.dumps(options, sort_keys=True).encode(), digest_size=4).hexdigest()
     return Path(args.output) / f"{args.preset}-{digest}"
 

@@ -26,7 +26,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -294,12 +294,11 @@ def convolution(layer: nn.Linear, channels: int) -> nn.Conv2d:
 # ---- loss and figures ------------------------------------------------------------------------------------------------
 
 
-def pixel_loss(scores: Tensor, classes: Tensor) -> Tensor:
-    """Cross-entropy, mean over the pixels that count, (); 0 if none does. scores (B, 1 + C, h, w) are interpolated to
-    classes (B, H, W)."""
+def pixel_loss(scores: Tensor, classes: Tensor, count: Tensor) -> Tensor:
+    """Cross-entropy, sum over the pixels that are not void, divided by `count`, (). scores (B, 1 + C, h, w) are
+    interpolated to classes (B, H, W)."""
     scores = F.interpolate(scores, classes.shape[1:], mode="bilinear", align_corners=False)
-    total = F.cross_entropy(scores, classes, ignore_index=common.VOID, reduction="sum")
-    return total / (classes != common.VOID).sum().clamp(min=1)
+    return F.cross_entropy(scores, classes, ignore_index=common.VOID, reduction="sum") / count
 
 
 def confusion(found: Tensor, classes: Tensor, count: int) -> Tensor:
@@ -321,8 +320,9 @@ def figures(table: Tensor, names: Sequence[str]) -> dict[str, Any]:
 
 @torch.no_grad()
 def confusion_table(model: Segmenter, data: common.VocSet, args: argparse.Namespace, mean: Sequence[float],
-               std: Sequence[float], run: common.Run) -> Tensor:
-    """The confusion table of all test images, one at a time at their own size; shared out over the ranks."""
+               std: Sequence[float], run: common.Run, pause: Callable[[], None] = lambda: None) -> Tensor:
+    """The confusion table of all test images, one at a time at their own size; shared out over the ranks. With a
+    `pause` before each tenth image of those that every rank has: ranks wait there for each other."""
     model.eval()
     rows = list(range(len(data)))[run.rank :: run.world]
     count = 1 + len(data.classes)
@@ -332,7 +332,9 @@ def confusion_table(model: Segmenter, data: common.VocSet, args: argparse.Namesp
         from tqdm import tqdm
 
         batches = tqdm(batches, total=len(rows), desc="test", unit="image", dynamic_ncols=True, leave=False)
-    for ((_, pixels, mask),) in batches:
+    for number, ((_, pixels, mask),) in enumerate(batches):
+        if number % 10 == 0 and number < len(data) // run.world:
+            pause()
         height, width = pixels.shape[1:]
         image = common.normalize(pixels[None].to(run.device).float() / 255, mean, std)
         # Zeros at the right and below, so that the map has whole cells.
@@ -388,6 +390,11 @@ def main(args: argparse.Namespace) -> None:
     state = dict(model=model, optimizer=optimizer, totals=totals)
     finished, first = run.resume(state, args.iterations)
 
+    def pause() -> None:
+        """A signal does not wait for the end of the test: the run stops as after its last step."""
+        if run.agree(run.signal):
+            run.after_step(state, 0, args.iterations - 1, torch.zeros(()))
+
     began, since = time.perf_counter(), first
     steps = range(first, 0 if finished else args.iterations)
     for step, images, classes in training_batches(run, data, args, mean, steps):
@@ -396,11 +403,12 @@ def main(args: argparse.Namespace) -> None:
             group["lr"] = args.lr * (1 - step / args.iterations) ** 0.9
         images = common.normalize(images, mean, std).contiguous(memory_format=torch.channels_last)
         optimizer.zero_grad()
+        known = run.mean((classes != common.VOID).sum().float()).clamp(min=1)  # so that each pixel weighs the same
         loss = torch.zeros((), device=run.device)
         for some, truth in zip(images.chunk(args.accumulate), classes.chunk(args.accumulate), strict=True):
             with run.autocast():
                 scores = parallel(some)
-            part_loss = pixel_loss(scores, truth) / args.accumulate
+            part_loss: Any = pixel_loss(scores, truth, known)
             part_loss.backward()
             loss += part_loss.detach()
         optimizer.step()
@@ -416,7 +424,7 @@ def main(args: argparse.Namespace) -> None:
         run.broadcast(model)
         run.save(state, 1, 0)
 
-    table = confusion_table(model, test, args, mean, std, run)
+    table = confusion_table(model, test, args, mean, std, run, pause)
     result = dict(protocol="segmentation", checkpoint=args.checkpoint, checkpoint_sha256=encoder.sha256,
                   preset=args.preset, data=test.name, arch=args.arch or encoder.options.get("arch"),
                   width=args.width or encoder.options.get("width", 64), train_images=len(data), test_images=len(test),

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import importlib
 import json
 import os
 import shutil
@@ -542,6 +543,41 @@ def test_resume_is_exact(folder: Path, tmp_path: Path) -> None:
     results = [json.loads((tmp_path / name / "eval.jsonl").read_text()) for name in ("whole", "parts")]
     assert results[0] == results[1]
     one_line(run("eval_detection", [*words, "--rois", "9"]), "--rois 8 -> 9")
+
+
+def signalled(script: str, name: str) -> None:
+    """SIGTERM as soon as the function `name` of a script is called."""
+    module = importlib.import_module(script)
+    original = getattr(module, name)
+
+    def patched(*args: Any, **more: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **more)
+
+    setattr(module, name, patched)
+
+
+@pytest.mark.parametrize("where", ["precise_statistics", "detect"])
+def test_signal_after_the_last_step(where: str, folder: Path, tmp_path: Path) -> None:
+    """SIGTERM while batch statistics are taken anew, or in the final test, ends the run there, its checkpoint kept; the
+    same command goes on to the result of an undisturbed run."""
+    assert run("eval_detection", tiny(folder, tmp_path / "whole")).code == 0
+    words = tiny(folder, tmp_path / "parts")
+    stopped = run("eval_detection", words, functools.partial(signalled, "eval_detection", where))
+    assert stopped.code == 128 + signal.SIGTERM and '"ap50' not in stopped.out
+    assert stopped.err.splitlines()[-1] == "stopped at epoch 0, step 4; the same command continues"
+    again = run("eval_detection", words)
+    assert again.code == 0 and "resumed" in again.out
+    same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
+    assert (tmp_path / "whole/eval.jsonl").read_text() == (tmp_path / "parts/eval.jsonl").read_text()
+
+
+def test_eval_every_has_steps_of_its_own(folder: Path, tmp_path: Path) -> None:
+    """--eval-every N looks at the test images each N iterations, also between the lines of --log-every."""
+    words = tiny(folder, tmp_path / "out", "--eval-every", 3, "--log-every", 2)
+    assert run("eval_detection", words).code == 0
+    assert [(row["iteration"], "ap50_voc07" in row) for row in log(tmp_path / "out")[1:]] == [
+        (2, False), (3, True), (4, True)]
 
 
 def rank_of(world: int, rank: int, port: int) -> None:

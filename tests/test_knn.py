@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import TINY, one_line, run
 from torch import Tensor
 
 import common
@@ -239,3 +242,17 @@ def test_ratio_edge_is_that_of_deepcluster(device: str) -> None:
     found = eval_knn.ratio_edge(features, labels)["ratio_edge"]
     expected = deepcluster.label_figures(features, labels.cpu(), labels.cpu())["ratio_edge"]
     assert found == pytest.approx(expected, abs=0.011) and 20 < found < 50
+
+
+def test_features_are_those_that_are_asked_for(tmp_path: Path) -> None:
+    """--layer backbone takes the backbone's output of an untrained network too, and no bank, which has the head's; a
+    bank of images of another size is refused with what differs."""
+    few = ["--subset", "20", "--test-subset", "10", "--k", "3", "--device", "cpu"]
+    for layer, dim in (("auto", 128), ("head", 128), ("backbone", 32)):
+        found = run("eval_knn", ["random", "--width", "4", "--layer", layer, *few])
+        assert json.loads(found.out.splitlines()[-1])["feature_dim"] == dim, found.err
+    assert run("npid", [*TINY, "--epochs", "1", "--output", tmp_path]).code == 0
+    bank = [tmp_path / "checkpoint.pth", "--train-features", "bank", "--k", "3", "--device", "cpu"]
+    assert run("eval_knn", bank).code == 0
+    one_line(run("eval_knn", [*bank, "--layer", "backbone"]), "the memory bank has the head's output")
+    one_line(run("eval_knn", [*bank, "--image-size", "32"]), "belongs to other images", "; size differ")

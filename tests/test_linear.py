@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 import socket
 import sys
 import tarfile
@@ -199,6 +200,31 @@ def test_killed_pass_goes_on(tmp_path: Path) -> None:
         assert torch.equal(features(args, encoder, data)[0], whole) and len(seen) == 14
 
 
+def test_interrupted_between_two_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C when one of two layers has the features of a batch and the other has not yet damages neither."""
+    args, (encoder, data) = options(tmp_path, "--image-batch", "5"), encoder_and_data()
+    whole = [values.clone() for values in features(args, encoder, data)]
+    shutil.rmtree(tmp_path / "features")
+    original, calls = eval_linear.checksum, list[int]()
+
+    def interrupted(rows: Tensor, crc: int = 0) -> int:
+        calls.append(len(rows))
+        if len(calls) == 2 + 2 * 2 + 2:  # of nothing yet, of two batches, of the second layer's third
+            raise KeyboardInterrupt
+        return original(rows, crc)
+
+    monkeypatch.setattr(eval_linear, "checksum", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        features(args, encoder, data)
+    capsys.readouterr()
+    for ours, theirs in zip(features(args, encoder, data), whole, strict=True):
+        assert torch.equal(ours, theirs)
+    captured = capsys.readouterr()
+    assert "damaged" not in captured.err and "going on at image 10" in captured.out
+
+
 @pytest.mark.parametrize("how", ["a bit", "cut", "no file"])
 def test_damaged_features_are_made_anew(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A feature file of another length, or with a bit that has changed, is not taken for what it was."""
@@ -330,6 +356,15 @@ def test_choice_is_by_held_out_images() -> None:
     assert found["best"] == [0.2, 0.0, 1, 60.0] and found["last"] == [0.4, 0.0, 3, 55.0]
 
 
+def test_diverged_probes_have_nothing_right(tmp_path: Path) -> None:
+    """A probe whose weights are no numbers any more does not pass for one that always says the first class."""
+    x, y = torch.randn(40, 1, 5), torch.zeros(40, dtype=torch.long)
+    probes, layer = eval_linear.Probes(), eval_linear.Layer(x, options(tmp_path), CPU)
+    probes.reset(3, 2, 5, CPU)
+    probes.bias[0], probes.weight[2:4], probes.weight[4:] = 1, float("nan"), float("inf")
+    assert eval_linear.probe_accuracy(probes, 3, layer, torch.arange(40), y) == [100, 0, 0]
+
+
 def test_test_images_decide_nothing(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With other labels of the test images the same rates, decays and epochs are chosen."""
     first = evaluate(checkpoint)
@@ -408,6 +443,9 @@ def test_cost_by_cross_validation(tmp_path: Path) -> None:
     padded = F.pad(x, (0, 1), value=1.0)
     chosen = eval_linear.cross_validate(padded, targets, args, False, (0,))
     assert chosen[0] == chosen[1] and chosen[0] < 1
+    mixed = options(tmp_path, "--C", "100", "1e-5", "1e-4")  # in any order
+    assert torch.equal(eval_linear.cross_validate(padded, targets, mixed, False, (0,)), chosen)
+    assert eval_linear.cross_validate(padded[:4], targets[:4], mixed, False, (0,))[0] == pytest.approx(1e-4)
     assert eval_linear.cross_validate(padded[:4], targets[:4], args, False, (0,)).tolist() == pytest.approx([1e-4] * 2)
     several = torch.stack([targets[:, 0], torch.where(x[:, 0] > 0, 1, -1)], 1)
     chosen = eval_linear.cross_validate(padded, several, args, True, (0,))
@@ -452,6 +490,28 @@ def test_costs_are_those_of_folds_by_rows(tmp_path: Path) -> None:
                 right[at] += ((x @ weight.T).argmax(1) == labels)[fold == number].double().mean()
         chosen = eval_linear.cross_validate(x, eval_linear.one_vs_rest(labels, 3), args, False, (0,))
         assert chosen.tolist() == pytest.approx([args.cost[int(right.argmax())]] * 3)
+
+
+def sigterm_in_the_first_fit() -> None:
+    original, calls = eval_linear.fit_svm, list[int]()
+
+    def fit(x: Tensor, *rest: Any) -> Tensor:
+        calls.append(len(x))
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(x, *rest)
+
+    eval_linear.fit_svm = fit
+
+
+def test_signal_within_a_layer(checkpoint: Path, tmp_path: Path) -> None:
+    """SVMs do not make a signal wait for the end of a layer; the same command begins the layer anew."""
+    words = [checkpoint, *SMALL, tmp_path, "--protocol", "svm", "--C", "0.1", "1"]
+    stopped = run("eval_linear", words, sigterm_in_the_first_fit)
+    assert stopped.code == 128 + signal.SIGTERM and '{"layer"' not in stopped.out
+    assert stopped.err.splitlines()[-1] == "stopped at epoch 0, step 0; the same command continues"
+    again = run("eval_linear", words)
+    assert again.code == 0 and again.out.count('{"layer"') == 2 + 2  # and in the result
 
 
 def test_newton_steps_that_end_early() -> None:
@@ -579,6 +639,16 @@ def test_labels_outside_the_draw_are_never_touched(
             assert torch.equal(weight, weights["model"][name])
 
 
+def test_every_class_has_to_have_images(tmp_path: Path) -> None:
+    """--per-class is refused where a class has no labelled image at all, the last one too."""
+    args = options(tmp_path, "--protocol", "finetune", "--per-class", "1")
+    data = common.load(npid.parse_args(["--subset", "30"]), "train", CPU)
+    for missing in (4, 9):
+        few = data.select((data.labels != missing).nonzero()[:, 0])
+        with pytest.raises(common.Fault, match="a class of shapes has 0 images"):
+            eval_linear.draws(args, eval_linear.Task(few, few, few.labels, few.labels))
+
+
 def test_listed_labels(trained: Path, tmp_path: Path) -> None:
     """--label-list takes the images that a file names, by their file names."""
     folder = tmp_path / "photographs"
@@ -598,10 +668,13 @@ def test_listed_labels(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(common.Fault, match="names no image"):
         eval_linear.listed(tmp_path / "list.txt", data)
     (tmp_path / "list.txt").write_text("a_1.jpg\nb_0.jpg\n")
-    found = evaluate("random", "--protocol", "finetune", "--data", folder, "--label-list", tmp_path / "list.txt",
-                     "--workers", 0, "--image-size", 64, "--width", 4, "--lr", 0.01, "--weight-decay", 0, "--subset", 8,
-                     "--test-subset", 8, "--output", tmp_path / "out")
+    words = ["--protocol", "finetune", "--data", folder, "--label-list", tmp_path / "list.txt", "--workers", 0,
+             "--image-size", 64, "--width", 4, "--lr", 0.01, "--weight-decay", 0, "--subset", 8, "--test-subset", 8,
+             "--output", tmp_path / "out"]
+    found = evaluate("random", *words)
     assert found["runs"][0]["labels"] == 2 and found["method"] == "untrained"
+    (tmp_path / "list.txt").write_text("a_1.jpg\nb_0.jpg\nb_3.jpg\n")  # of the same name, and another list
+    assert evaluate("random", *words)["runs"][0]["labels"] == 3
 
 
 # protocols from end to end
@@ -829,6 +902,24 @@ def test_settings_have_folders_of_their_own(checkpoint: Path) -> None:
     assert len((checkpoint.parent / "eval.jsonl").read_text().splitlines()) == 4
 
 
+def test_other_test_images_are_another_evaluation(tmp_path: Path) -> None:
+    """With another --val-dir the result is that of its images, not the one that the same training images had before."""
+    for split in ("train", "first", "second"):
+        for name in "ab":
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(6):
+                level = 200 if (name == "a") == (split != "second") else 40  # in the second set the classes are swapped
+                noise = np.random.default_rng(number).integers(0, 50, (40, 40, 3), np.uint8)
+                Image.fromarray(noise + np.uint8(level)).save(tmp_path / split / name / f"{number}.png")
+    words = ["--data", tmp_path / "train", "--subset", 12, "--test-subset", 1 - 1e-9, "--protocol", "svm", "--layers",
+             "conv1", "--width", 4, "--workers", 0, "--output", tmp_path / "out"]
+    found = [evaluate("random", *words, "--val-dir", tmp_path / split)["svm_top1"] for split in ("first", "second")]
+    assert found == [100, 0]
+    (tmp_path / "second/a/5.png").unlink()
+    with pytest.raises(common.Fault, match="the test images are not those"):
+        evaluate("random", *words, "--val-dir", tmp_path / "second")
+
+
 def test_faults(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What cannot be done is said in one line."""
     small = [checkpoint, *SMALL, tmp_path]
@@ -843,8 +934,19 @@ def test_faults(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         with pytest.raises(SystemExit) as stop:
             eval_linear.parse_args(words)
         assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    one_line(run("eval_linear", [*small, "--subset", "1"]), "too few to choose by")
     done = run("eval_linear", [*small, "--layer-size", "99"], before=full_disk)
     one_line(done, "the features take", "GB free", "--features")
+
+
+def test_too_few_to_choose_by(tmp_path: Path) -> None:
+    """What is left when some images are held out has to be enough for all ranks: of three images one is not for two."""
+    args, data = options(tmp_path, "--holdout", "0.5", "--lr", "0.1", "1"), encoder_and_data(count=10)[1]
+    task, ranks = eval_linear.Task(data, data, data.labels, data.labels), argparse.Namespace(world=2)
+    nothing: Any = None
+    with pytest.raises(common.Fault, match="3 labelled images are too few to choose by"):
+        eval_linear.train_networks(args, ranks, nothing, task, nothing, [({}, torch.arange(3))],  # type: ignore[arg-type]
+                                   nothing, nothing, nothing, every_epoch=True)
 
 
 def full_disk() -> None:

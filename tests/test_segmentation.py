@@ -4,6 +4,7 @@ import argparse
 import functools
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from helpers import checkpoint, log, one_line, run, same, start
 from PIL import Image
-from test_detection import killed_after, rank_of
+from test_detection import killed_after, rank_of, signalled
 from test_distributed import free_port
 from torch import Tensor, nn
 from torchvision.models import resnet50
@@ -77,15 +78,16 @@ def test_table_equals_loops() -> None:
 
 
 def test_loss() -> None:
-    """Mean cross-entropy of the pixels that count, of scores interpolated to them; 0 where all are void."""
+    """Mean cross-entropy of the pixels that are not void, of scores interpolated to them; 0 where all are void."""
     scores = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     truth = torch.randint(3, (2, 8, 8))
     truth[0, :3] = common.VOID
     logs = F.interpolate(scores, (8, 8), mode="bilinear").log_softmax(1)
     terms = [-logs[b, truth[b, y, x], y, x] for b in range(2) for y in range(8) for x in range(8)
              if truth[b, y, x] != common.VOID]
-    torch.testing.assert_close(eval_segmentation.pixel_loss(scores, truth), torch.stack(terms).mean())
-    assert eval_segmentation.pixel_loss(scores, torch.full((2, 8, 8), common.VOID)) == 0
+    count = (truth != common.VOID).sum()
+    torch.testing.assert_close(eval_segmentation.pixel_loss(scores, truth, count), torch.stack(terms).mean())
+    assert eval_segmentation.pixel_loss(scores, torch.full((2, 8, 8), common.VOID), torch.ones(())) == 0
 
 
 # network and data
@@ -178,6 +180,34 @@ def test_run(folder: Path, tmp_path: Path) -> None:
     same({name: value for name, value in after.items() if name.startswith(("conv1", "bn1", "layer1"))},
          {name: value for name, value in before.items() if name.startswith(("conv1", "bn1", "layer1"))})
     assert not torch.equal(after["layer2.0.conv1.weight"], before["layer2.0.conv1.weight"])
+
+
+def test_parts_weigh_by_their_pixels(folder: Path, tmp_path: Path) -> None:
+    """The loss, and what is learnt, is the mean over the pixels of the batch however it is cut into parts, or shared
+    out over ranks, with more void in one than in the other."""
+    more = ["--arch", "alexnet", "--bn", "frozen", "--dropout", 0, "--scales", 0.5, 2, "--lr", 0.5, "--log-every", 1]
+    port = free_port()
+    runs = [start("eval_segmentation", tiny(folder, tmp_path / "whole", *more)),
+            start("eval_segmentation", tiny(folder, tmp_path / "parts", *more, "--accumulate", 4))]
+    runs += [start("eval_segmentation", tiny(folder, tmp_path / "ranks", *more),
+                   functools.partial(rank_of, 2, rank, port)) for rank in range(2)]
+    assert [process.wait().code for process in runs] == [0] * 4, [process.err for process in runs]
+    whole, parts, ranks = ([row["loss"] for row in log(tmp_path / name)[1:]] for name in ("whole", "parts", "ranks"))
+    assert len(whole) == 4 and whole[0] != whole[-1]
+    assert parts == pytest.approx(whole, abs=1e-3) and ranks == pytest.approx(whole, abs=1e-3)
+
+
+def test_signal_in_the_final_test(folder: Path, tmp_path: Path) -> None:
+    """SIGTERM after the last step ends the run before the test does, its checkpoint kept; the same command goes on to
+    the result of an undisturbed run."""
+    assert run("eval_segmentation", tiny(folder, tmp_path / "whole")).code == 0
+    words = tiny(folder, tmp_path / "parts")
+    stopped = run("eval_segmentation", words, functools.partial(signalled, "eval_segmentation", "confusion_table"))
+    assert stopped.code == 128 + signal.SIGTERM and '"miou"' not in stopped.out
+    assert stopped.err.splitlines()[-1] == "stopped at epoch 0, step 4; the same command continues"
+    assert run("eval_segmentation", words).code == 0
+    same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
+    assert (tmp_path / "whole/eval.jsonl").read_text() == (tmp_path / "parts/eval.jsonl").read_text()
 
 
 def test_frozen_normalisations_stay_on_several_gpus() -> None:
