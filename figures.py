@@ -1018,6 +1018,11 @@ def read_eval(name: str, baselines: bool = False) -> Rows:
     return rows if baselines else [row for row in rows if row.get("checkpoint") not in ("random", "pixels")]
 
 
+def of_set(rows: Rows, data: str | None) -> Rows:
+    """The results on a data set; if there are none, as of a network whose own images have no classes, those on any."""
+    return [row for row in rows if row.get("data") == data] or rows
+
+
 def last(rows: Rows, key: str) -> float | None:
     """The figure that was measured last, if any."""
     return next((float(row[key]) for row in reversed(rows) if row.get(key) is not None), None)
@@ -1048,11 +1053,12 @@ def queue(args: argparse.Namespace) -> None:
     merits = {"NMI": "nmi", "retrieval: 1 nearest": "precision_at_1", "kNN accuracy": "knn_top1"}
     sources, points = list[Source](), {name: dict[int, list[float]]() for name in merits}
     for name in args.runs:
-        source, rows = read_log(name)[0], read_eval(name)
+        source = read_log(name)[0]
+        rows = of_set([row for row in read_eval(name) if row.get("protocol") == "knn"], source.data["name"])
         if not str(source.options.get("host")).startswith(("moco", "infomin")):
             raise common.Fault(f"{name} has no queue: it takes runs of cld.py --host moco")
         for merit, key in merits.items():
-            value = last([row for row in rows if row.get("protocol") == "knn"], key)
+            value = last(rows, key)
             if value is None:
                 raise common.Fault(f"{name} has no {key} in eval.jsonl: run eval_knn.py {name}/checkpoint.pth "
                                    "--retrieval --clustering")
@@ -1093,7 +1099,8 @@ def finetuned(
     """Accuracies of networks, untrained ones too if they were evaluated, after fine-tuning under `preset`."""
     sources, own, baseline = [read_log(name)[0] for name in args.runs], list[Points](), dict[str, Points]()
     for name, source in zip(args.runs, sources, strict=True):
-        lines = [row for row in read_eval(name, baselines=True) if row.get("preset") == preset and "draws" in row]
+        lines = of_set([row for row in read_eval(name, baselines=True)
+                        if row.get("preset") == preset and "draws" in row], source.data["name"])
         points = {row["checkpoint"] == "random": [(labels(row | entry, source), entry[key], entry[f"{key}_std"])
                                                   for entry in row["draws"]] for row in lines}
         if False not in points:
@@ -1125,14 +1132,20 @@ def semisup(args: argparse.Namespace) -> None:
 # ---- linear ----------------------------------------------------------------------------------------------------------
 
 
-def read_layers(names: Sequence[str], protocol: str) -> dict[str, dict[str, float]]:
-    """The last result of `protocol` for each network in the eval.jsonl of these folders: top-1 in % by layer."""
+def read_layers(names: Sequence[str], protocol: str, data: str | None) -> dict[str, dict[str, float]]:
+    """The last result of `protocol` for each network in the eval.jsonl of these folders: top-1 in % by layer.
+
+    data: the set; default: a run's own.
+    """
     found = dict[tuple[str, str], dict[str, Any]]()
     for name in names:
-        rows = [row for row in read_eval(name, baselines=True) if row.get("protocol") == protocol and "layers" in row]
+        rows = [row for row in read_eval(name, baselines=True) if row.get("protocol") == protocol and "layers" in row
+                and data in (None, row["data"])]
         if not rows:
-            raise common.Fault(f"{name} has no result of eval_linear.py, protocol {protocol}: run it first")
-        for row in rows:
+            raise common.Fault(f"{name} has no result of eval_linear.py, protocol {protocol}"
+                               f"{f', --data {data}' if data else ''}: run it first")
+        own = read_log(name)[0].data["name"] if (folder_of(name) / "log.jsonl").exists() else rows[-1]["data"]
+        for row in of_set(rows, data or own):
             found[row["method"], row["checkpoint_sha256"]] = row
     methods = Counter(method for method, _ in found)
     labels = [method if methods[method] == 1 else f"{method} {sha[:6]}" for method, sha in found]
@@ -1159,7 +1172,9 @@ def draw_layers(lines: dict[str, dict[str, float]], protocol: str) -> Figure:
 
 def linear(args: argparse.Namespace) -> None:
     """Accuracy of linear classifiers by layer, several networks side by side (NPID, Tables 2 and 3; LA, Table 1)."""
-    save(draw_layers(read_layers(args.runs, args.protocol), args.protocol), "Classification by layer", "", {}, args.out)
+    lines = read_layers(args.runs, args.protocol, args.data)
+    save(draw_layers(lines, args.protocol), f"Classification by layer{f', {args.data}' if args.data else ''}", "", {},
+         args.out)
 
 
 # ---- ablation --------------------------------------------------------------------------------------------------------
@@ -1300,6 +1315,7 @@ def draw_ablation(table: Table, ours: dict[str, dict[str, list[float]]]) -> Figu
 def ablation(args: argparse.Namespace) -> None:
     """A table of a paper as bars, the paper's figures beside ours (--table)."""
     found = {name: (*read_log(name)[:2], read_eval(name)) for name in args.runs}
+    found = {name: (source, log, of_set(rows, source.data["name"])) for name, (source, log, rows) in found.items()}
 
     def row_of(options: dict[str, Any], table: Table) -> str | None:
         preset = options["preset"].removeprefix("thin-").removesuffix("-thin")
@@ -1519,6 +1535,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         add(from_logs, network=False)
     options = add(linear, network=False)
     options.add_argument("--protocol", choices=["linear", "svm"], default="linear", help="of eval_linear.py")
+    options.add_argument("--data", metavar="NAME", help="results on this set; default: those on a run's own")
     options = add(ablation, network=False)
     options.add_argument("--table", choices=list(TABLES), help="default: the one that has most of the runs")
     options = add(detections, network=False, images=(8, "test images to show"))

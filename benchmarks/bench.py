@@ -288,7 +288,7 @@ def thin_features(args: argparse.Namespace) -> tuple[dict[str, eval_linear.Layer
         data = common.load(options, "train", device)
         torch.manual_seed(0)
         encoder = common.untrained_encoder("resnet18", 16, True, device)
-        found = eval_linear.cached_features(options, encoder, data, "train", 1, device)
+        (found,) = eval_linear.cached_features(options, encoder, [(data, "train", 1)], device)
         layers = {name: eval_linear.Layer(values, options, device) for name, values in found.items()}
     return layers, data.labels, data.name
 

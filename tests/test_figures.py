@@ -580,7 +580,8 @@ def test_ablation(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(figures, "draw_ablation", spy)
     entries = [dict(num_neighbors=k, temperature=0.07, top1=top) for k, top in ((200, 60.0), (1, 50.0))]
-    lines = [dict(protocol="knn", knn=entries), dict(protocol="svm", svm_top1=55.0)]
+    lines = [dict(protocol="knn", knn=entries, data="shapes"), dict(protocol="svm", svm_top1=55.0, data="shapes")]
+    lines += [dict(protocol="knn", knn=[row | dict(top1=9.0) for row in entries], data="places205")]  # elsewhere
     runs = [evaluated(run, tmp_path / f"nce{seed}", lines, preset="cifar10-nce10", seed=seed) for seed in (0, 1)]
     runs.append(other(run, tmp_path / "exact", preset="cifar10"))
     draw("ablation", *runs, "--out", tmp_path / "npid.png")

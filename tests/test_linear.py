@@ -968,8 +968,9 @@ def test_presets_parse(preset: str) -> None:
         assert getattr(args, key) == value
 
 
-def test_picture(checkpoint: Path, tmp_path: Path) -> None:
-    """figures.py linear draws the accuracy of each layer, several checkpoints side by side, from their eval.jsonl."""
+def test_picture(trained: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """figures.py linear draws the accuracy of each layer, several checkpoints side by side, from their eval.jsonl: on
+    the run's own data unless others are asked for."""
     found = evaluate(checkpoint)
     other = tmp_path / "other"
     other.mkdir()
@@ -977,13 +978,21 @@ def test_picture(checkpoint: Path, tmp_path: Path) -> None:
     (other / "eval.jsonl").write_text(json.dumps(changed) + "\n")
     figures.main(figures.parse_args(["linear", str(checkpoint.parent), str(other), "--out", str(tmp_path / "a.png")]))
     assert np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).std() > 2
-    lines = figures.read_layers([str(checkpoint.parent), str(other)], "linear")
+    lines = figures.read_layers([str(checkpoint.parent), str(other)], "linear", None)
     assert lines == {"npid smoke": {row["layer"]: row["top1"] for row in found["layers"]},
                      "untrained": {"conv1": 5.0, "conv5": 5.0}}
+    shutil.copy(trained.parent / "log.jsonl", checkpoint.parent)
+    moved = found | dict(data="places205", layers=[row | dict(top1=7.0) for row in found["layers"]])
+    common.append_line(checkpoint.parent / "eval.jsonl", json.dumps(moved))
+    assert figures.read_layers([str(checkpoint.parent), str(other)], "linear", None) == lines
+    assert figures.read_layers([str(checkpoint.parent)], "linear", "places205") == {
+        "npid smoke": {"conv1": 7.0, "conv5": 7.0}}
+    with pytest.raises(common.Fault, match="--data places205"):
+        figures.read_layers([str(other)], "linear", "places205")
     for text, reason in (("nonsense\n", "each line has to be JSON"), ("[1]\n{}\n", "no result of eval_linear")):
         (other / "eval.jsonl").write_text(text)
         with pytest.raises(common.Fault, match=reason):
-            figures.read_layers([str(other)], "linear")
+            figures.read_layers([str(other)], "linear", None)
 
 
 @pytest.mark.gpu
