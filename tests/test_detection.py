@@ -565,7 +565,7 @@ def test_signal_after_the_last_step(where: str, folder: Path, tmp_path: Path) ->
     words = tiny(folder, tmp_path / "parts")
     stopped = run("eval_detection", words, functools.partial(signalled, "eval_detection", where))
     assert stopped.code == 128 + signal.SIGTERM and '"ap50' not in stopped.out
-    assert stopped.err.splitlines()[-1] == "stopped at epoch 0, step 4; the same command continues"
+    assert stopped.err.splitlines()[-1] == "stopped after 0 epochs and 4 steps; the same command continues"
     again = run("eval_detection", words)
     assert again.code == 0 and "resumed" in again.out
     same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))

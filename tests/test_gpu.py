@@ -1,15 +1,19 @@
 """On a CUDA device: every method trains and resumes, bfloat16 and compilation change little, no step waits for it.
 
-What can be claimed of a GPU without one is tested on the CPU: that the data path asks for no value and copies nothing.
+What can be claimed of a GPU without one is tested on the CPU: no tensor is on the wrong device, no step waits.
 """
 
-import dataclasses
+import functools
 import importlib
 import json
+import sys
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pretend_cuda
 import pytest
 import torch
 import torch.nn.functional as F
@@ -93,31 +97,103 @@ def test_no_step_asks_for_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert waits.found == []
 
 
-def test_a_step_on_a_pretended_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CUDA device of which only shapes exist no operator around the network mixes devices; from the second step on
-    none waits, and what is copied there comes from pinned memory."""
-    device, pinned, rand = torch.device("cuda", 0), list[bool](), torch.rand
-    args = npid.parse_args([*TINY, "--output", str(tmp_path / "cpu")])
-    data = common.load(args, "pretrain", torch.device("cpu"))
-    assert data.pixels is not None
-    shape = data.pixels.shape
+LOOPS = [
+    ["npid"], ["npid", "--loss", "nce", "--m", "20", "--accumulate", "2"], ["npid", "--loss", "sampled", "--m", "20"],
+    ["npid", "--loss", "parametric"], ["cld"], ["cld", "--host", "moco"], ["cld", "--host", "byol"],
+    ["cld", "--clustering", "spectral"], ["deepcluster"], ["deepcluster", "--clustering", "pic"],
+    *(["local_aggregation", "--H", "2", "--m", "8", "--k", "16", "--warmup-epochs", "1", *words]
+      for words in ([], ["--background", "clusters", "--background-clusters", "2", "4"], ["--warmup-loss", "nce"])),
+]
+# Of clustering, how often follows from the data.
+CLUSTERING = {"assign", "_kmeans_torch", "cluster_sums", "split_empty", "pca_whiten", "fill_empty", "kmeans_half"}
 
-    def pretended(*_: Any) -> common.ImageSet:
-        return dataclasses.replace(data, pixels=torch.empty(shape, dtype=torch.uint8, device=device))
 
-    def draw(*shape: int, pin_memory: bool = False, **options: Any) -> torch.Tensor:
-        pinned.append(pin_memory)
-        return rand(*shape, **options)
+@pytest.mark.parametrize("words", LOOPS, ids=" ".join)
+def test_training_on_a_pretended_gpu(words: list[str], tmp_path: Path) -> None:
+    """With all tensors on a CUDA device that is not there a run goes to its end, so that none is on the wrong one; and
+    twice the steps make the host wait for it no more often."""
+    script, *options = words
+    found = []
+    for count in ("64", "128"):
+        done = run(script, [*TINY, *ON_GPU, "--amp", "--subset", count, "--epochs", "2", *options, "--output",
+                            tmp_path / count], functools.partial(pretend_cuda.install, tmp_path / "waits"))
+        assert done.code == 0, done.err
+        lines = [line.split() for line in (tmp_path / "waits").read_text().splitlines()]
+        found.append(Counter(tuple(line) for line in lines if line[2] not in CLUSTERING))
+        assert log(tmp_path / count)[-1]["epoch"] == 2
+    assert found[1] == found[0] and any(line[2] == "check_finite" for line in found[0])
 
-    for place, name, value in ((common, "pick_device", lambda name: device), (common, "load", pretended),
-                               (common, "amp_default", lambda device: False), (torch, "rand", draw),
-                               (torch.Tensor, "backward", lambda self: None)):  # its threads want a device
-        monkeypatch.setattr(place, name, value)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for step in steps("cuda", tmp_path / "gpu", 2):
-            with Waits() as waits:
-                step()
-    assert waits.found == [] and len(pinned) > 10 and all(pinned)
+
+def evaluations(folder: Path) -> dict[str, list[str]]:
+    """Command lines of what takes a checkpoint."""
+    voc = ["--preset", "shapes", "--data", folder / "voc", "--batch-size", 4, "--iterations", 2, "--workers", 0]
+    made = dict(
+        eval_knn=["--k", 20, "--test-subset", 100, "--retrieval", "--clustering"],
+        linear=["--preset", "smoke"], svm=["--preset", "smoke", "--protocol", "svm"],
+        mlp=["--preset", "smoke", "--protocol", "mlp", "--layers", "conv5", "--lr", 0.01],
+        finetune=["--preset", "smoke", "--protocol", "finetune"],
+        voc07=["--protocol", "voc07", "--data", folder / "voc", "--epochs", 2, "--batch-size", 8, "--workers", 0],
+        eval_detection=[*voc, "--test-size", 32, "--precise-bn", 2], eval_segmentation=[*voc, "--test-size", 32],
+    )
+    return {name: [str(word) for word in words] for name, words in made.items()}
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint and a VOC-style set."""
+    folder = tmp_path_factory.mktemp("rendered")
+    assert run("npid", ["--preset", "smoke", "--device", "cpu", "--knn-every", "0", "--output", folder]).code == 0
+    common.render_voc(folder / "voc", 16, 8)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", evaluations(Path()))
+def test_evaluation_on_a_pretended_gpu(name: str, rendered: Path, tmp_path: Path) -> None:
+    """Every evaluation goes to its end with all tensors on a CUDA device that is not there."""
+    script = name if name.startswith("eval_") else "eval_linear"
+    words = [rendered / "checkpoint.pth", *evaluations(rendered)[name], *ON_GPU]
+    words += ["--output", tmp_path / "out"] if script != "eval_knn" else []
+    done = start(script, words, functools.partial(pretend_cuda.install, tmp_path / "waits")).wait(300)
+    assert done.code == 0, done.err
+    assert isinstance(json.loads(done.out.splitlines()[-1]), dict)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("picture", ["gallery", "density", "mds", "edges", "pca", "filters"])
+def test_picture_on_a_pretended_gpu(picture: str, rendered: Path, tmp_path: Path) -> None:
+    """Pictures that take a network are drawn with all tensors on a CUDA device that is not there."""
+    words = [picture, rendered, *ON_GPU, "--subset", "128", "--test-subset", "50", "--out", tmp_path / "a.png"]
+    done = start("figures", words, functools.partial(pretend_cuda.install, tmp_path / "waits")).wait(300)
+    assert done.code == 0 and (tmp_path / "a.png").exists(), done.err
+
+
+def pretended_faults() -> None:
+    """What the tests above would notice."""
+    log = Path(tempfile.mkdtemp()) / "waits"
+    pretend_cuda.install(log)
+    here, there = torch.zeros(4, device=pretend_cuda.DEVICE), torch.zeros(4)
+    with pytest.raises(RuntimeError, match="expected all tensors to be on the same device: add"):
+        here + there
+    with pytest.raises(TypeError, match="numpy"):
+        here.numpy()
+    assert log.read_text() == ""
+    torch.zeros(4, pin_memory=True)[1:].to(pretend_cuda.DEVICE, non_blocking=True)
+    assert log.read_text() == "" and here.device.type == "cuda" and (here + 1).is_cuda
+    for wait in (here.sum().item, here.tolist, here.cpu, here.nonzero, lambda: there.to(pretend_cuda.DEVICE),
+                 lambda: there.to(pretend_cuda.DEVICE, non_blocking=True),
+                 lambda: here.copy_(there), lambda: here[torch.arange(2)]):
+        before = log.read_text()
+        wait()
+        assert log.read_text() > before, wait
+    print("all noticed")
+    sys.exit(0)
+
+
+def test_pretended_faults_are_seen(tmp_path: Path) -> None:
+    """Mixed devices and NumPy on the device are errors there, reading values and copying from ordinary memory noted."""
+    done = run("npid", [*TINY, "--output", tmp_path], pretended_faults)
+    assert done.code == 0 and "all noticed" in done.out, done.err
 
 
 def test_waits_are_seen() -> None:

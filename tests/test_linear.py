@@ -509,7 +509,7 @@ def test_signal_within_a_layer(checkpoint: Path, tmp_path: Path) -> None:
     words = [checkpoint, *SMALL, tmp_path, "--protocol", "svm", "--C", "0.1", "1"]
     stopped = run("eval_linear", words, sigterm_in_the_first_fit)
     assert stopped.code == 128 + signal.SIGTERM and '{"layer"' not in stopped.out
-    assert stopped.err.splitlines()[-1] == "stopped at epoch 0, step 0; the same command continues"
+    assert stopped.err.splitlines()[-1] == "stopped after 0 epochs and 0 steps; the same command continues"
     again = run("eval_linear", words)
     assert again.code == 0 and again.out.count('{"layer"') == 2 + 2  # and in the result
 
