@@ -803,6 +803,8 @@ def main(args: argparse.Namespace) -> None:
         anew = start == 0 and epoch == assigned
         judged = start == 0 and ((epoch == 0 and test is not None) or monitored(epoch + 1))  # by true labels
         if args.clustering != "labels" and (anew or judged):  # Fig. 4.5: between clusterings too
+            if run.rank == 0 and epoch == first_epoch:
+                print(f"descriptors of {pool_size:,} images, before the first step of the epoch", flush=True)
             encoder.eval()
             run.broadcast(encoder)
             chosen = data if pool_size == len(data) else data.select(pool)

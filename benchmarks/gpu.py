@@ -861,7 +861,7 @@ def main(args: argparse.Namespace) -> None:
         BENCHMARKS[name][0](Bench(args, name))
         return
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * args.minutes
+    end, unfinished = time.monotonic() + 60 * args.minutes, list[str]()
     for name in args.names or BENCHMARKS:
         began, since = time.monotonic(), len(lines_of(args.output))
         last = min(end, began + BENCHMARKS[name][1])
@@ -879,8 +879,11 @@ def main(args: argparse.Namespace) -> None:
                 break
         print(f"-- {name}: {problem or 'done'}, {time.monotonic() - began:.0f} s", flush=True)
         if problem:
+            unfinished.append(name)
             with args.output.open("a") as file:
                 file.write(json.dumps(dict(benchmark=name, case="", error=problem, device=args.device)) + "\n")
+    if unfinished:
+        raise common.Fault(f"not finished: {', '.join(unfinished)}; name them to try again")
 
 
 if __name__ == "__main__":

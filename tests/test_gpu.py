@@ -299,7 +299,7 @@ def test_candidates_that_fail(gpu: Any, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_benchmark_goes_on_after_a_lost_device(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As long as it comes further it is started again, without what is recorded; a time limit ends it."""
+    """As long as it comes further it is started again, without what is recorded; one that does not finish is named."""
     output, starts = tmp_path / "gpu.jsonl", list[list[str]]()
     words = ["softmax", "--device", "cpu", "--tiny", "--output", str(output)]
     output.write_text('{"benchmark": "softmax", "case": "N=600", "way": "old", "device": "cpu"}\n{"half')
@@ -319,7 +319,8 @@ def test_a_benchmark_goes_on_after_a_lost_device(gpu: Any, tmp_path: Path, monke
     gpu.main(gpu.parse_args(words))
     assert len(starts) == 3 and all(command[-2:] == ["--since", "2"] for command in starts)
     assert "error" not in json.loads(gpu.lines_of(output)[-1])
-    gpu.main(gpu.parse_args(words))
+    with pytest.raises(common.Fault, match="not finished: softmax"):
+        gpu.main(gpu.parse_args(words))
     assert len(starts) == 6 and json.loads(gpu.lines_of(output)[-1])["error"] == "exit code 1"
 
 
