@@ -1278,10 +1278,16 @@ class _PlainUnpickler(pickle.Unpickler):
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
+@functools.cache
+def _note_unofficial(folder: Path) -> None:
+    """Said once of a folder."""
+    print(f"note: {folder} does not hold the official files (md5 differs)", file=sys.stderr)
+
+
 def _read_pickle(path: Path, md5: str | None = None) -> dict[str, Any]:
     content = path.read_bytes()
     if md5 and hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-        print(f"note: {path} is not the official file (md5 differs)", file=sys.stderr)
+        _note_unofficial(path.parent)
     batch = _PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
     return {os.fsdecode(key): value for key, value in batch.items()}
 

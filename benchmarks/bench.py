@@ -35,16 +35,19 @@ import npid
 Record = dict[str, Any]
 
 
-def race(case: str, theirs: Callable[[], Any], ours: Callable[[], Any], args: argparse.Namespace) -> Record:
-    """Time of theirs over time of ours, round by round in alternating order, after one untimed round."""
+def race(
+    case: str, theirs: Callable[[], Any], ours: Callable[[], Any], args: argparse.Namespace,
+    after: Callable[[], Any] = lambda: None,
+) -> Record:
+    """Time of theirs over time of ours, round by round in alternating order, after one untimed round; after: what is
+    left to do after each, untimed."""
     device, pairs = torch.device(args.device), []
     for turn in range(args.repeats + 1):
-        if turn % 2:
-            first = seconds(theirs, device)
-            pairs.append((first, seconds(ours, device)))
-        else:
-            second = seconds(ours, device)
-            pairs.append((seconds(theirs, device), second))
+        took = dict[Callable[[], Any], float]()
+        for way in (theirs, ours) if turn % 2 else (ours, theirs):
+            took[way] = seconds(way, device)
+            after()
+        pairs.append((took[theirs], took[ours]))
     pairs = pairs[1:]
     ratios = [a / b for a, b in pairs]
     return {
@@ -266,6 +269,33 @@ def bench_la_step(args: argparse.Namespace) -> list[Record]:
     return training_step(local_aggregation, ["--k", "4096", "--H", "10", "--m", "1000"], args)
 
 
+def bench_checkpoint(args: argparse.Namespace) -> list[Record]:
+    """What training waits for when a checkpoint of ResNet-18, its momentum and a bank of 50,000 is due: all of the
+    writing, or the copy that goes to the disk in the background."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_args = npid.parse_args(["--preset", "shapes", "--output", folder, "--device", args.device])
+        run = common.Run(run_args)
+        data = common.load(run_args, "pretrain", run.device)
+        run.describe(data)
+        encoder = run.place(npid.Encoder("resnet18", 64, True, 128))
+        optimizer = torch.optim.SGD(encoder.parameters(), 0.01, momentum=0.9)
+        for parameter in encoder.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        bank = common.MemoryBank(len(data), 128, run.generator("bank")).to(run.device)
+        state = dict(encoder=encoder, optimizer=optimizer, bank=bank)
+        run.resume(state, 1)
+
+        def save(background: bool) -> None:
+            run.in_background = background
+            run.save(state, 0, 1)
+
+        record = race("ResNet-18: on the disk / in the background", partial(save, False), partial(save, True), args,
+                      run.written)
+        run.close()
+    return [record | {"target": None}]
+
+
 def bench_la_clustering(args: argparse.Namespace) -> list[Record]:
     """One clustering of Local Aggregation's H = 10, N = 50,000, m = 1,000, 20 iterations, Faiss over torch."""
     x = unit_rows(50_000, 128, args.device, 0)
@@ -378,6 +408,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Record]]] = {
     "knn": bench_knn,
     "step": bench_step,
     "la-step": bench_la_step,
+    "checkpoint": bench_checkpoint,
     "la-clustering": bench_la_clustering,
     "linear": bench_linear,
     "svm": bench_svm,
