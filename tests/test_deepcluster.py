@@ -860,6 +860,7 @@ def killed_after(epoch: int, step: int) -> Callable[[], None]:
             original(self, state, *at)
             if at[:2] == (epoch, step):
                 self.save(state, epoch, step + 1)
+                self.written()
                 os._exit(9)
 
         common.Run.after_step = deadly  # type: ignore[method-assign,assignment]
