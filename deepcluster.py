@@ -102,10 +102,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     **{f"imagenet-{arch}-b": dict(IMAGENET, arch=arch, head="full", lr=0.05) for arch in ("resnet18", "resnet50")},
     "imagenet-vgg16": dict(IMAGENET, arch="vgg16", lr=0.05),
     # Small images
-    "cifar10": dict(CIFAR, data="cifar10", num_clusters=1000),
+    "cifar10": dict(CIFAR, data="cifar10", num_clusters=100),
     "cifar100": dict(CIFAR, data="cifar100", num_clusters=1000),
-    "stl10": dict(CIFAR, data="stl10", num_clusters=1000),
-    "shapes": dict(CIFAR, data="shapes", num_clusters=1000),
+    "stl10": dict(CIFAR, data="stl10", num_clusters=100),
+    "shapes": dict(CIFAR, data="shapes", num_clusters=100),
     "cifar10-thin": dict(THIN, data="cifar10"),
     "demo": dict(THIN, data="shapes"),
     "smoke": dict(CIFAR, data="shapes", num_clusters=20, subset=256, test_subset=100, width=4, epochs=2, batch_size=32,
