@@ -9,7 +9,7 @@ clusterings) builds on that: cluster the descriptors of all images, then learn t
 
     python deepcluster.py                                  # rendered shapes, for a first try
     python deepcluster.py --preset demo                    # the same in small, on a CPU
-    python deepcluster.py --data cifar10                   # ResNet-18, RGB, many more clusters than classes
+    python deepcluster.py --data cifar10                   # ResNet-18, RGB, ten clusters a class
     python deepcluster.py --data cifar10 --clustering pic --sigma median
     python deepcluster.py --data imagenet                  # AlexNet, Sobel, 10,000 clusters: 44.0 in Table 5.2
     torchrun --nproc-per-node 8 deepcluster.py --preset pic-imagenet-sobel      # 45.9 in Table 5.2
@@ -101,7 +101,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     **{f"imagenet-{arch}-a": dict(IMAGENET, arch=arch, head="map", lr=0.05) for arch in ("resnet18", "resnet50")},
     **{f"imagenet-{arch}-b": dict(IMAGENET, arch=arch, head="full", lr=0.05) for arch in ("resnet18", "resnet50")},
     "imagenet-vgg16": dict(IMAGENET, arch="vgg16", lr=0.05),
-    # Small images
+    # Small images: ten clusters a class, as the thesis has for ImageNet
     "cifar10": dict(CIFAR, data="cifar10", num_clusters=100),
     "cifar100": dict(CIFAR, data="cifar100", num_clusters=1000),
     "stl10": dict(CIFAR, data="stl10", num_clusters=100),

@@ -92,7 +92,7 @@ ROWS = {
     "tiny32-npid": Row("NPID, exact softmax", TINY, f"npid.py {TINY32}"),
     "tiny32-npid-cld": Row("NPID+CLD, half the epochs", TINY, f"cld.py {TINY32} --epochs 100"),
     "tiny32-la": Row("Local Aggregation", TINY, f"local_aggregation.py {TINY32}"),
-    "tiny32-deepcluster": Row("DeepCluster, 3/4 of the epochs", TINY, f"deepcluster.py {TINY32} --epochs 150",
+    "tiny32-deepcluster": Row("DeepCluster, 3/4 of the epochs", TINY, f"deepcluster.py {TINY32} --k 2000 --epochs 150",
                               steps=(KNN, LINEAR, SVM_BACKBONE)),
     "cifar100-npid": Row("CLD, Table A.2: NPID alone", "CIFAR-100, ResNet-18", "cld.py --preset cifar100-no-cld",
                          "51.6"),
