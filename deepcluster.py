@@ -101,8 +101,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     **{f"imagenet-{arch}-a": dict(IMAGENET, arch=arch, head="map", lr=0.05) for arch in ("resnet18", "resnet50")},
     **{f"imagenet-{arch}-b": dict(IMAGENET, arch=arch, head="full", lr=0.05) for arch in ("resnet18", "resnet50")},
     "imagenet-vgg16": dict(IMAGENET, arch="vgg16", lr=0.05),
-    # Small images: ten clusters a class, as the thesis has for ImageNet. On CIFAR-10 30 of them are about as good, 1,000
-    # are 6 points of kNN worse (held-out training images; results/dc-choice, PAPERS.md).
+    # Small images: ten clusters a class, as the thesis has for ImageNet. On CIFAR-10 30 are nearly as good, and
+    # 1,000 six points of kNN worse (held-out training images: results/dc-choice, PAPERS.md).
     "cifar10": dict(CIFAR, data="cifar10", num_clusters=100),
     "cifar100": dict(CIFAR, data="cifar100", num_clusters=1000),
     "stl10": dict(CIFAR, data="stl10", num_clusters=100),
