@@ -312,7 +312,7 @@ def softmax_of(bench: Bench, count: int, aim: float) -> None:
     bench.case(case, "plain", lambda: plain(z, bank), kind="float32", read=4.0 * bank.numel(), **work)
     bench.case(case, "plain, bfloat16 logits", lambda: plain(z.bfloat16(), half), **work)
     bench.case(case, "bank_softmax, forward and backward", ours, kind="float32", read=4.0 * bank.numel(), **work)
-    attend: Attention = lambda z, v: common.bank_attention(z, v, TAU)  # noqa: E731
+    attend: Attention = functools.partial(common.bank_attention, temperature=TAU)
     ways: dict[str, tuple[Attention, Tensor]] = {
         "chunked float32": (attend, bank),
         "chunked tf32": (in_tf32(attend), bank),

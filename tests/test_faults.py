@@ -400,6 +400,7 @@ def disk_full() -> None:
 def test_full_disk(train: list[str], tmp_path: Path) -> None:
     """A full disk ends the run with one line; the checkpoint before is whole, and with room the run goes on."""
     one_line(run("npid", train, before=disk_full), "checkpoint.pth", "No space left on device")
+    assert not (tmp_path / "out" / "backbone.pth").exists()
     assert checkpoint(tmp_path / "out")["epoch"] == 1 and not list((tmp_path / "out").glob("*.tmp"))
     assert run("npid", train).code == 0
 
