@@ -56,7 +56,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms.v2 import RandAugment
+from torchvision.transforms.v2 import functional as ops
 
 import common
 
@@ -323,18 +323,42 @@ def random_erase(images: Tensor, draw: common.Draw, probability: float) -> Tenso
     return images.masked_fill(box, 0)
 
 
+def strong_operations(side: int) -> list[Callable[[Tensor], Tensor]]:
+    """RandAugment's 14 operations on images (b, 3, side, side), at full strength and once of each sign: 28."""
+    lean, slide = math.degrees(math.atan(0.3)), int(150 / 331 * side)
+    still: dict[str, Any] = dict(angle=0.0, translate=[0, 0], scale=1.0, shear=[0.0, 0.0], fill=[0.5])
+
+    def of(sign: int) -> list[Callable[[Tensor], Tensor]]:
+        return [
+            lambda images: ops.affine(images, **still | dict(shear=[sign * lean, 0.0], center=[0, 0])),
+            lambda images: ops.affine(images, **still | dict(shear=[0.0, sign * lean], center=[0, 0])),
+            lambda images: ops.affine(images, **still | dict(translate=[sign * slide, 0])),
+            lambda images: ops.affine(images, **still | dict(translate=[0, sign * slide])),
+            lambda images: ops.rotate(images, sign * 30.0, fill=[0.5]),
+            lambda images: ops.adjust_brightness(images, 1 + 0.9 * sign),
+            lambda images: ops.adjust_saturation(images, 1 + 0.9 * sign),
+            lambda images: ops.adjust_contrast(images, 1 + 0.9 * sign),
+            lambda images: ops.adjust_sharpness(images, 1 + 0.9 * sign),
+            lambda images: ops.posterize(images, 4), lambda images: ops.solarize(images, 0.0),
+            ops.autocontrast, ops.equalize, lambda images: images,
+        ]
+
+    return of(1) + of(-1)
+
+
 @torch.no_grad()
 def rand_augment(images: Tensor, draw: common.Draw) -> Tensor:
-    """RandAugment of InfoMin by torchvision's operations: two at full strength, each with probability 1/2."""
-    operation = RandAugment(num_ops=1, magnitude=30, fill=0.5)
-    images = images.clone()
+    """RandAugment of InfoMin: two operations at full strength, each with probability 1/2, drawn for each image."""
+    operations = strong_operations(images.shape[3])
     numbers = common.Draw(draw.source, draw.batch_size, draw.rows, common.CPU)(2, 2)  # read without a wait for the GPU
-    with torch.random.fork_rng([]):  # torchvision draws from the global stream, here from a seed for each image
-        for image, chances in zip(images, numbers.tolist(), strict=True):
-            for seed, done in chances:
-                if done < 0.5:
-                    torch.default_generator.manual_seed(int(seed * 2**24))
-                    image.copy_(operation(image))
+    images = images.clone()
+    for number in numbers.unbind(1):
+        which = torch.where(number[:, 1] < 0.5, (number[:, 0] * len(operations)).long(), len(operations))
+        counts = which.bincount(minlength=len(operations) + 1).tolist()
+        together = torch.split(which.argsort(stable=True).to(images.device), counts)  # the last ones stay as they are
+        for operation, rows in zip(operations, together, strict=False):
+            if len(rows):
+                images[rows] = operation(images[rows])
     return images
 
 

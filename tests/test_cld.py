@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from helpers import TINY, one_line, run
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.v2 import RandAugment
 
 import cld
 import common
@@ -788,6 +790,34 @@ def test_augmentation_depends_on_its_draws_alone(name: str) -> None:
     assert torch.equal(one, same) and float(one.min()) >= 0 and float(one.max()) <= 1
     assert len(one.unique(dim=0)) >= 7
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_rand_augment_is_torchvisions() -> None:
+    """Its operations are those that torchvision's RandAugment has at full strength, and each is drawn."""
+    image, theirs = torch.rand(3, 33, 33), list[Tensor]()
+    operation = RandAugment(num_ops=1, magnitude=30, fill=0.5)
+    for seed in range(400):
+        torch.manual_seed(seed)
+        theirs.append(operation(image))
+    ours = [operation(image[None].expand(2, -1, -1, -1))[1] for operation in cld.strong_operations(33)]
+    drawn = cld.rand_augment(image.expand(2000, -1, -1, -1), draws(2000)).unique(dim=0)
+
+    def within(some: Sequence[Tensor] | Tensor, others: Sequence[Tensor] | Tensor) -> bool:
+        """Whether each of `some` is one of the others, but for rounding."""
+        return all(any(torch.allclose(one, other, atol=1e-6) for other in others) for one in some)
+
+    assert within(ours, theirs) and within(theirs, ours) and within(ours, drawn)
+
+
+def test_rand_augment_gives_an_image_what_it_gives_it_alone() -> None:
+    """Whatever else is in the batch, each image takes two operations with probability 1/2 each, of its own draws."""
+    images = torch.rand(600, 3, 16, 16)
+    changed = cld.rand_augment(images, draws(600))
+    alone = images.clone()
+    alone[1:] = 0.5
+    assert torch.equal(cld.rand_augment(alone, draws(600))[0], changed[0])
+    same = float((changed == images).flatten(1).all(1).float().mean())
+    assert same == pytest.approx((1 / 2 + 1 / 28) ** 2, abs=0.06)  # the 14th operation changes nothing
 
 
 def test_rand_augment_reads_nothing_from_the_device() -> None:
