@@ -1,4 +1,4 @@
-"""The README says what is so: its commands parse, its links exist, its numbers are those of the committed logs."""
+"""The README and the page of small runs say what is so: commands parse, links exist, numbers are the committed logs'."""
 
 import importlib
 import json
@@ -14,16 +14,18 @@ import pytest
 import common
 
 README = (common.ROOT / "README.md").read_text()
+SMALL_RUNS = (common.ROOT / "results" / "README.md").read_text()
+PAGES = README + re.sub(r"\]\((?!\.\./)", "](results/", SMALL_RUNS).replace("](../", "](")  # links as the README has them
 COMMANDS = sorted({
     line.split("  #")[0].strip()
-    for line in re.findall(r"^    ((?:python|torchrun) .*)$", README, re.M)
-    + re.findall(r"`((?:python|torchrun) [^`]*)`", README)
+    for line in re.findall(r"^    ((?:python|torchrun) .*)$", PAGES, re.M)
+    + re.findall(r"`((?:python|torchrun) [^`]*)`", PAGES)
 })
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every command of the README is accepted by the script it names."""
+    """Every command of the pages is accepted by the script it names."""
     words = shlex.split(command)
     start = next(i for i, word in enumerate(words) if word.endswith(".py"))
     script, options = words[start], words[start + 1 :]
@@ -49,20 +51,20 @@ def test_there_are_commands() -> None:
 
 
 def test_make_targets_exist() -> None:
-    """Every `make X` of the README is a target of the Makefile."""
+    """Every `make X` of the pages is a target of the Makefile."""
     makefile = (common.ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"(?:^    |`)make ([a-z][a-z-]*)", README, re.M))
+    targets = set(re.findall(r"(?:^    |`)make ([a-z][a-z-]*)", PAGES, re.M))
     assert targets and all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
 
 
 def test_links_exist() -> None:
-    """Every file that the README links or shows is in the repository."""
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
+    """Every file that the pages link or show is in the repository."""
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", PAGES) if not link.startswith("http")]
     assert [link for link in links if not (common.ROOT / link).exists()] == []
 
 
 def rows() -> list[list[str]]:
-    table = [line for line in README.splitlines() if line.startswith("| ")]
+    table = [line for line in PAGES.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
 
 
@@ -75,9 +77,9 @@ def test_every_published_row_has_a_preset_that_exists() -> None:
         assert (ours == "not run") == (log == "")
 
 
-@pytest.mark.parametrize("name", sorted({name for name in re.findall(r"results/([\w.-]+)/", README)}))
+@pytest.mark.parametrize("name", sorted({name for name in re.findall(r"results/([\w.-]+)/", PAGES)}))
 def test_figures_equal_the_logs(name: str) -> None:
-    """Wherever the README gives a row of results/<name>/, its figures are those in that folder's eval.jsonl, a ratio
+    """Wherever the pages give a row of results/<name>/, its figures are those in that folder's eval.jsonl, a ratio
     edge that of its eval.jsonl or log.jsonl.
 
     A ± B is mean and standard deviation over the seeds of a run.
