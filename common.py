@@ -1741,13 +1741,15 @@ def blur_matrices(sigma: Tensor, kernel_size: int, side: int) -> Tensor:
     offsets = torch.arange(kernel_size, device=sigma.device) - kernel_size // 2
     weights = torch.softmax(-0.5 * (offsets / sigma[:, None]).square(), 1)
     pixel = torch.arange(side, device=sigma.device)
-    reflected = side - 1 - (side - 1 - (pixel + offsets[:, None]).abs()).abs()
+    there_and_back = max(1, 2 * (side - 1))
+    place = (pixel + offsets[:, None]).remainder(there_and_back)
+    reflected = torch.minimum(place, there_and_back - place)
     taps = (reflected[:, :, None] == pixel).to(weights.dtype)
     return product(weights, taps.view(kernel_size, -1)).view(-1, side, side)
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
-    """Gaussian blur with reflected borders. sigma: (B,) pixels; kernel_size: odd, under twice each side."""
+    """Gaussian blur with reflected borders. sigma: (B,) pixels; kernel_size: odd."""
     rows, columns = (blur_matrices(sigma, kernel_size, side) for side in images.shape[2:])
     return separable(images, rows, columns)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -197,6 +198,21 @@ def test_blur_equals_torchvision(height: int, width: int, kernel_size: int) -> N
     images, sigma = random_images(12, height, width), torch.linspace(0.1, 3.0, 12)
     expected = one_by_one(lambda image, s: reference.gaussian_blur(image, kernel_size, [s]), images, sigma)
     assert largest_error(common.gaussian_blur(images, sigma, kernel_size), expected) < 1e-5
+
+
+@pytest.mark.parametrize("side", [1, 2, 5, 11, 12])
+def test_blur_wider_than_the_image(side: int) -> None:
+    """A kernel that reaches past the far border meets the image's reflection there, as NumPy pads it, again and again.
+
+    torchvision refuses such images; CLD's kernel of 23 px is this wide below 12 px.
+    """
+    images, sigma = random_images(2, side, side), torch.tensor([0.5, 20.0])
+    weights = torch.softmax(-0.5 * (torch.arange(-11, 12) / sigma[:, None]).square(), 1)
+    mode: Any = "reflect" if side > 1 else "edge"
+    padded = torch.from_numpy(np.pad(images.numpy(), [(0, 0)] * 2 + [(11, 11)] * 2, mode=mode))
+    windows = padded.unfold(2, 23, 1).unfold(3, 23, 1)
+    expected = torch.einsum("bchwij,bi,bj->bchw", windows, weights, weights)
+    assert largest_error(common.gaussian_blur(images, sigma, 23), expected) < 1e-5
 
 
 def test_normalize_equals_torchvision() -> None:

@@ -1,4 +1,4 @@
-"""The README and the page of small runs say what is so: commands parse, links exist, numbers are the committed logs'."""
+"""The README and the page of small runs say what is so: commands parse, links exist, numbers are those of the logs."""
 
 import importlib
 import json
@@ -15,7 +15,8 @@ import common
 
 README = (common.ROOT / "README.md").read_text()
 SMALL_RUNS = (common.ROOT / "results" / "README.md").read_text()
-PAGES = README + re.sub(r"\]\((?!\.\./)", "](results/", SMALL_RUNS).replace("](../", "](")  # links as the README has them
+# Both, with the links as they are in the README.
+PAGES = README + re.sub(r"\]\((?!\.\./)", "](results/", SMALL_RUNS).replace("](../", "](")
 COMMANDS = sorted({
     line.split("  #")[0].strip()
     for line in re.findall(r"^    ((?:python|torchrun) .*)$", PAGES, re.M)
