@@ -199,6 +199,11 @@ def test_last_duplicate_wins(device: str) -> None:
     bad[4:] = math.nan
     bank.update(bad, torch.tensor([3, 5, 3, 9, 3, 5], device=device), 0.0)
     torch.testing.assert_close(bank.features[[3, 5, 9]], bad[[2, 1, 3]])
+    many = F.normalize(torch.randn(5000, 16, device=device), dim=1)  # so many that only a stable sort keeps their order
+    index = torch.randint(10, (5000,), generator=torch.Generator().manual_seed(0))
+    bank.update(many, index.to(device), 0.0)
+    last = [int((index == slot).nonzero()[-1]) for slot in range(10)]
+    torch.testing.assert_close(bank.features, many[last])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
@@ -217,4 +222,4 @@ def test_index_outside_is_a_fault() -> None:
     """An index that is no slot is reported in one line."""
     for index in (10, -1):
         with pytest.raises(common.Fault, match="index"):
-            common.MemoryBank(10, 4).update(torch.ones(1, 4), torch.tensor([index]), 0.5)
+            common.MemoryBank(10, 4).update(torch.ones(2, 4), torch.tensor([3, index]), 0.5)

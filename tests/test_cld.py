@@ -682,6 +682,12 @@ def test_presets() -> None:
     assert cld.parse_args(["--preset", "imagenet-mocov2-cld"]).head == "norm-mlp"
 
 
+def test_the_rate_rises_from_a_hundredth() -> None:
+    """In the first epochs the rate rises in proportion to the progress, from lr / 100 to lr, and stays there."""
+    assert [cld.warm_up(progress, 5) for progress in (0.0, 2.5, 5.0, 80.0)] == pytest.approx([0.01, 0.505, 1.0, 1.0])
+    assert cld.warm_up(0.0, 0) == 1
+
+
 def test_rates_drop_before_the_end() -> None:
     """No preset has a step schedule whose drops lie beyond its epochs: "initial" rates of the supplement fall."""
     for name in cld.PRESETS:

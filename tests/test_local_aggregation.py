@@ -364,6 +364,13 @@ def test_clusterings_are_shared_out_over_the_ranks(monkeypatch: pytest.MonkeyPat
 
     alone, shares = seeds(0, 1), [seeds(rank, 3) for rank in range(3)]
     assert shares == [[alone[0], alone[3]], [alone[1]], [alone[2]]]
+    x = torch.cat([unit(20, D), unit(20, D)])  # twins: of k-means with as many clusters some stay empty
+    labels, figures = la.cluster(Rank(0, 1), x, 4, 30, (), method="kmeans", iterations=1)  # type: ignore[arg-type]
+    found = [kmeans(x, 30, seed=seed, iterations=1) for seed in made[-4:]]
+    assert torch.equal(labels, torch.stack([one.labels for one in found])) and sum(one.splits for one in found) > 0
+    expected = [sum(one.objective[-1] for one in found) / 40 / 4, sum(one.empty for one in found) / 4,
+                sum(one.splits for one in found) / 4]
+    assert [figures[key] for key in ("objective", "empty", "splits")] == pytest.approx(expected, abs=1e-5)
 
 
 def test_clusters_of_center_crops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
