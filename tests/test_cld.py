@@ -736,7 +736,8 @@ def test_file_list_chooses_files_and_folders(tmp_path: Path) -> None:
     flat_set = images_of([0] * 2, files=np.array([b"a b.jpg", b"c.jpg"]), root=Path("/set"))
     flat_set.classes, flat_set.labels = [], torch.tensor([-1, -1])
     path.write_text("a b.jpg 4\n")
-    assert cld.listed(flat_set, path).labels.tolist() == [4]
+    flat_part = cld.listed(flat_set, path)
+    assert flat_part.labels.tolist() == [4] and flat_part.classes == ["0", "1", "2", "3", "4"]
     path.write_text("n9\n")
     with pytest.raises(common.Fault, match="n9"):
         cld.listed(data, path)
