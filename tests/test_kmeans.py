@@ -223,6 +223,24 @@ def test_half_precision_ends_at_a_fixed_point_of_float32(monkeypatch: pytest.Mon
     torch.testing.assert_close(found.centroids, sums / counts[:, None], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("exact", ["neither", "rows", "keys"])
+def test_products_in_8_bits_are_as_near_as_it_is_allowed_for(exact: str, size: float) -> None:
+    """Two products of a row in 8 bits are off by no more than `_reach` between them, whichever side is rounded.
+
+    It is no looser than four times the largest error that random rows have.
+    """
+    x, y = size * cloud(200, 64), cloud(300, 64, seed=1) / size
+    whole = (127 * x / x.abs().max()).round() if exact == "rows" else (127 * y / y.abs().max()).round()
+    rows, keys = common._int8(whole if exact == "rows" else x), common._int8(whole if exact == "keys" else y)
+    x, y = (whole if exact == "rows" else x), (whole if exact == "keys" else y)
+    products = rows.values.double() @ keys.values.double().T
+    error = (products - x.double() @ y.double().T / (rows.scale * keys.scale)).abs().amax(1)
+    reach = common._reach(rows, *common._worst(keys))
+    assert (2 * error <= reach).all()
+    assert float(reach.float().mean()) < 4 * 2 * float(error.max()) + 6
+
+
 def test_empty_clusters_are_split(device: str) -> None:
     """Starts that no row is nearest to take halves of full clusters, and all clusters end up used."""
     x = cloud(1000, 8, device=device)
