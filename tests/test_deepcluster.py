@@ -723,8 +723,27 @@ def test_released_sampling_is_not_uniform() -> None:
     order = dc.training_order(labels, 1000, "released", seeded())
     assert 0.9 < float((labels[order] == 3).double().mean()) < 0.97
     assert (labels[order] >= 0).all()
-    images = dc.training_order(labels, 980, "images", seeded())
-    assert torch.equal(images.sort().values, (labels >= 0).nonzero()[:980, 0]) or len(torch.unique(images)) == 980
+
+
+def test_sampling_over_images() -> None:
+    """`images` draws each image that has a cluster once, cluster 0 included, before any comes again; others never."""
+    labels = skewed()
+    known = (labels >= 0).nonzero()[:, 0]
+    once, more = (dc.training_order(labels, count, "images", seeded()) for count in (len(known), len(known) + 7))
+    assert torch.equal(once.sort().values, known) and not torch.equal(once, known)
+    assert sorted(torch.bincount(more)[known].tolist()) == [1] * (len(known) - 7) + [2] * 7
+    assert (labels == 0).any() and (labels == -1).any()
+
+
+def test_figures_of_a_partition() -> None:
+    """Clusters in use, the share of the largest and ln of their number; NMI over images that both clusterings have."""
+    now, before = torch.tensor([0, 0, 2, 2, 2, -1, 0, 2]), torch.tensor([1, 1, 0, 0, 1, 0, -1, 0])
+    figures = dc.partition_figures(now, before)
+    rows = torch.tensor([0, 1, 2, 3, 4, 7])
+    assert figures == dict(clusters=2, largest_share=round(4 / 7, 4), chance_loss=round(math.log(2), 4),
+                           nmi_previous=dc.nmi(now[rows], before[rows]))
+    assert 0 < figures["nmi_previous"] < 1
+    assert "nmi_previous" not in dc.partition_figures(now, torch.full_like(now, -1))
 
 
 def test_gradient_over_some_targets() -> None:
