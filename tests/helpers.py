@@ -9,9 +9,10 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -138,6 +139,39 @@ def same_runs(a: Path, b: Path) -> None:
     same(checkpoint(a), checkpoint(b))
     same(torch.load(a / "backbone.pth"), torch.load(b / "backbone.pth"))
     assert log(a) == log(b)
+
+
+def record_steps(script: ModuleType, patch: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """From now on the (index, augmented images) of each step that `script` takes in this process.
+
+    Its network computes in float64: in float32 other roundings turn a unit on or off now and then, and what comes after
+    cannot be compared any more.
+    """
+    steps, indices = list[tuple[torch.Tensor, torch.Tensor]](), list[torch.Tensor]()
+    batches, augment, encoder = common.ImageSet.batches, script.augment, script.Encoder
+    normalize = common.ImageSet.normalize
+
+    def watched(*args: Any) -> Iterator[Any]:
+        for step, index, images in batches(*args):
+            indices.append(index)
+            yield step, index, images
+
+    def kept(*args: Any) -> torch.Tensor:
+        images: torch.Tensor = augment(*args)
+        steps.append((indices[-1].clone(), images.clone()))
+        return images
+
+    def exact(*args: Any) -> torch.nn.Module:
+        made: torch.nn.Module = encoder(*args)
+        made.backbone.double()
+        made.head.double()
+        return made
+
+    patch.setattr(common.ImageSet, "batches", watched)
+    patch.setattr(common.ImageSet, "normalize", lambda *args: normalize(*args).double())
+    patch.setattr(script, "augment", kept)
+    patch.setattr(script, "Encoder", exact)
+    return steps
 
 
 def one_line(process: Process, *words: str) -> None:

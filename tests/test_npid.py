@@ -1,10 +1,14 @@
-"""NPID's equations against slow float64 references."""
+"""NPID's equations against slow float64 references, and its training against plain PyTorch."""
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import TINY, record_steps
 from torch import Tensor
 
 import common
@@ -162,12 +166,79 @@ def test_every_preset_parses(preset: str) -> None:
 ])
 def test_every_variant_trains(options: list[str], tmp_path: pytest.TempPathFactory) -> None:
     """Every loss and option of the paper runs through an epoch, writes finite figures and its three files."""
-    import json
-    from pathlib import Path
-
     output = Path(str(tmp_path)) / "run"
     smoke = ["--preset", "smoke", "--epochs", "1", "--subset", "64", "--output", str(output)]
     npid.main(npid.parse_args([*smoke, *options]))
     row = json.loads((output / "log.jsonl").read_text().splitlines()[-1])
     assert math.isfinite(row["loss"]) and row["epoch"] == 1 and "knn_top1" in row
     assert (output / "checkpoint.pth").exists() and (output / "backbone.pth").exists()
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def by_plain_pytorch(args: Any, steps: list[tuple[Tensor, Tensor]], images: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Weights and bank after NPID's training on the recorded (index, images) of each step, as the paper writes it."""
+    torch.manual_seed(args.seed)
+    backbone = common.backbone(args.arch, args.width, True)
+    network = torch.nn.ModuleDict(dict(backbone=backbone, head=torch.nn.Linear(backbone.dim, args.feature_dim)))
+    network.double()
+    if args.loss == "parametric":
+        network.classes = torch.nn.Parameter(torch.randn(images, args.feature_dim) / args.feature_dim**0.5)
+    optimizer = torch.optim.SGD(network.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    bank = F.normalize(torch.randn(images, args.feature_dim, generator=common.generator(args.seed, "bank")), dim=1)
+    m, z = args.num_negatives, torch.tensor(0.0)
+    for number, (index, pixels) in enumerate(steps):
+        epoch, step = divmod(number, len(steps) // args.epochs)
+        optimizer.param_groups[0]["lr"] = args.lr * 0.1**epoch  # --lr-drops 1
+        source = common.generator(args.seed, "noise", epoch, step)
+        noise = torch.randint(images, (len(index), m), generator=source)
+        optimizer.zero_grad()
+        features = []
+        for part in torch.arange(len(index)).chunk(args.accumulate):
+            output = network["head"](network["backbone"]((pixels[part].double() - 0.5) / 0.25)).float()
+            f, i = F.normalize(output), index[part]
+            every = (f @ bank.T / args.temperature).exp()
+            own, other = every.gather(1, i[:, None])[:, 0], every.gather(1, noise[part])
+            if args.loss == "parametric":
+                loss = F.cross_entropy(output @ network.classes.T, i, reduction="none")
+            elif args.loss == "sampled":
+                loss = -(own / (own + other.sum(1))).log()
+            elif args.loss == "nce":
+                estimate = images * other.detach().mean()
+                if args.z == "exact":
+                    z = every.detach().sum(1, keepdim=True)
+                elif number == 0:
+                    z = estimate
+                elif args.z == "ema":
+                    z = 0.99 * z + 0.01 * estimate
+                p, q = (own[:, None] / z)[:, 0], other / z
+                loss = -(p / (p + m / images)).log() - (1 - q / (q + m / images)).log().sum(1)
+            else:
+                loss = -(own / every.sum(1)).log()
+            loss = loss + args.proximal_weight * (f - bank[i]).square().sum(1)
+            (loss.mean() / args.accumulate).backward()
+            features.append(f.detach())
+        optimizer.step()
+        for slot, f in zip(index.tolist(), torch.cat(features), strict=True):
+            bank[slot] = F.normalize(args.bank_momentum * bank[slot] + (1 - args.bank_momentum) * f, dim=0)
+    return network.state_dict(), bank
+
+
+@pytest.mark.parametrize("options", [
+    "", "--bank-momentum 0 --lambda 3", "--accumulate 2", "--loss parametric", "--loss sampled --m 9",
+    "--loss nce --m 9", "--loss nce --m 9 --z ema", "--loss nce --m 9 --z exact", "--tau 0.2 --weight-decay 0.02",
+])
+def test_training_is_that_of_plain_pytorch(options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two epochs on the recorded images end with the weights and the bank of a loop that is written as the paper reads:
+    loss, step, then the bank with the features of before the step, each slot once; the rate drops in between."""
+    steps = record_steps(npid, monkeypatch)
+    words = [*TINY, "--subset", "32", "--no-amp", "--tau", "0.5", "--epochs", "2", "--schedule", "step",
+             "--lr-drops", "1", "--output", f"{tmp_path}/run"]
+    args = npid.parse_args([*words, *options.split()])
+    npid.main(args)
+    assert len(steps) == 4
+    found = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)["state"]
+    weights, bank = by_plain_pytorch(args, steps, 32)
+    torch.testing.assert_close(dict(found["encoder"]), dict(weights), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found["bank"]["features"], bank, atol=1e-5, rtol=1e-4)
