@@ -93,6 +93,20 @@ def test_screen_holds_on_structured_rows(case: str) -> None:
     assert float(((scores.amax(1) - chosen) / size).max()) < 1e-6
 
 
+@pytest.mark.skipif(not common.HAS_INT8, reason="no products in 8 bits here")
+@pytest.mark.parametrize("k", [2, 15, 16, 17, 255, 256, 257, 1000])
+def test_screen_rules_most_out(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows like features the screen leaves few candidates, however many centroids or keys there are: neither k-means
+    nor the search for neighbours has to go back to all products."""
+    x, centroids = cloud(2000, 64), cloud(k, 64, seed=1)
+    labels = common._nearest_screened(x, centroids, -0.5 * centroids.square().sum(1), common.low_chunks(x, k))
+    assert labels is not None and float((labels == squared_distances(x, centroids).argmin(1)).float().mean()) > 0.999
+    keys = F.normalize(cloud(2048 + k, 64, seed=2), dim=1)
+    expected = (x[:50] @ keys.T).topk(5).indices
+    monkeypatch.setattr(common, "_neighbors", None)
+    assert torch.equal(common._neighbors_screened(x[:50], keys, 5, None)[1], expected)
+
+
 def test_assignment_commutes_with_permutation(device: str) -> None:
     """Given the centroids, permuting the rows permutes the labels."""
     x = cloud(2000, 64, device=device)
