@@ -1,5 +1,6 @@
 """Scripts run in processes of their own, forked from a server that has imported everything."""
 
+import copy
 import dataclasses
 import gc
 import importlib
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -141,25 +142,40 @@ def same_runs(a: Path, b: Path) -> None:
     assert log(a) == log(b)
 
 
-def record_steps(script: ModuleType, patch: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """From now on the (index, augmented images) of each step that `script` takes in this process.
+class Step(NamedTuple):
+    """What a step is given, and weights, optimiser and bank after it."""
+
+    index: torch.Tensor
+    images: torch.Tensor  # augmented, in [0, 1]
+    weights: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    bank: torch.Tensor
+
+
+def record_steps(script: ModuleType, patch: Any) -> list[Step]:
+    """From now on the steps that `script` takes in this process.
 
     Its network computes in float64: in float32 other roundings turn a unit on or off now and then, and what comes after
     cannot be compared any more.
     """
-    steps, indices = list[tuple[torch.Tensor, torch.Tensor]](), list[torch.Tensor]()
+    steps, given = list[Step](), list[torch.Tensor]()
     batches, augment, encoder = common.ImageSet.batches, script.augment, script.Encoder
-    normalize = common.ImageSet.normalize
+    normalize, after_step = common.ImageSet.normalize, common.Run.after_step
 
     def watched(*args: Any) -> Iterator[Any]:
         for step, index, images in batches(*args):
-            indices.append(index)
+            given[:] = [index]
             yield step, index, images
 
     def kept(*args: Any) -> torch.Tensor:
-        images: torch.Tensor = augment(*args)
-        steps.append((indices[-1].clone(), images.clone()))
-        return images
+        given.append(augment(*args))
+        return given[1].clone()
+
+    def done(run: common.Run, state: dict[str, Any], *rest: Any) -> None:
+        parts = [state[name].state_dict() for name in ("encoder", "optimizer", "bank")]
+        weights, optimizer, bank = copy.deepcopy(parts)
+        steps.append(Step(*given, weights, optimizer, bank["features"]))
+        after_step(run, state, *rest)
 
     def exact(*args: Any) -> torch.nn.Module:
         made: torch.nn.Module = encoder(*args)
@@ -169,6 +185,7 @@ def record_steps(script: ModuleType, patch: Any) -> list[tuple[torch.Tensor, tor
 
     patch.setattr(common.ImageSet, "batches", watched)
     patch.setattr(common.ImageSet, "normalize", lambda *args: normalize(*args).double())
+    patch.setattr(common.Run, "after_step", done)
     patch.setattr(script, "augment", kept)
     patch.setattr(script, "Encoder", exact)
     return steps

@@ -2,12 +2,14 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import TINY, Step, record_steps
 from torch import Tensor
 
 import common
@@ -474,3 +476,92 @@ def test_a_row_of_an_ablation_changes_one_thing(preset: str, changed: dict[str, 
 def test_every_preset_parses(preset: str) -> None:
     """Each preset sets only options that exist, to values they may have."""
     assert la.parse_args(["--preset", preset]).preset == preset
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def by_plain_pytorch(args: Any, steps: list[Step], images: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Weights and bank after each step of Local Aggregation, begun where the one before it ended, with sets as the
+    paper has them: boolean tables of all images."""
+    torch.manual_seed(args.seed)
+    backbone = common.backbone(args.arch, args.width, True)
+    network = torch.nn.ModuleDict(dict(backbone=backbone, head=torch.nn.Linear(backbone.dim, args.feature_dim)))
+    network.double()
+    optimizer = torch.optim.SGD(network.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    bank = F.normalize(torch.randn(images, args.feature_dim, generator=common.generator(args.seed, "bank")), dim=1)
+    z, close = torch.tensor(0.0), torch.eye(images, dtype=torch.bool)
+    background = torch.ones_like(close)
+
+    def share_a_cluster(name: str, count: int, clusters: int, *key: int) -> Tensor:
+        """Whether images i and j share one of `count` clusterings of the bank as it is now, (N, N)."""
+        found = torch.zeros_like(close)
+        for number in range(count):
+            source = common.generator(args.seed, "cluster", name, *key, number)
+            labels = common.kmeans(bank, clusters, seed=int(torch.randint(2**31, (), generator=source))).labels
+            found |= labels[:, None] == labels
+        return found
+
+    for number, (index, pixels, *_) in enumerate(steps):
+        epoch, step = divmod(number, len(steps) // args.epochs)
+        if number:  # who is among the nearest can hang on the last digit: none of ours is carried on
+            network.load_state_dict(steps[number - 1].weights)
+            optimizer.load_state_dict(steps[number - 1].optimizer)
+            bank = steps[number - 1].bank.clone()
+        key = (epoch, step) if args.cluster_seeds == "redrawn" else ()
+        if epoch >= args.warmup_epochs and (step == 0 or (args.recluster_every and step % args.recluster_every == 0)):
+            if args.background == "clusters":
+                background = share_a_cluster("background", *args.background_clusters, *key)
+            if args.close == "clusters":
+                close = share_a_cluster("close", args.H, args.m, *key)
+        noise = torch.randint(images, (len(index), 4096), generator=common.generator(args.seed, "noise", epoch, step))
+        optimizer.zero_grad()
+        features = []
+        for part in torch.arange(len(index)).chunk(args.accumulate):
+            output = network["head"](network["backbone"]((pixels[part].double() - 0.5) / 0.25)).float()
+            f, i = F.normalize(output), index[part]
+            every = (f @ bank.T / args.temperature).exp()
+            inside, near = background[i], close[i]
+            if epoch < args.warmup_epochs and args.warmup_loss == "nce":
+                own, other = every.gather(1, i[:, None]), every.gather(1, noise[part])
+                z = images * other.detach().mean() if number == 0 else z
+                p, q = own / z, other / z
+                losses = -((p / (p + 4096 / images)).log() + (1 - q / (q + 4096 / images)).log().sum(1, keepdim=True))
+            elif epoch < args.warmup_epochs:
+                losses = -(every.gather(1, i[:, None])[:, 0] / every.sum(1)).log()
+            else:
+                if args.background == "nearest":
+                    nearest = every.topk(args.k).indices
+                    farthest, itself = nearest[:, -1:], i[:, None]
+                    inside = torch.zeros_like(inside).scatter(1, nearest, True)
+                    there = inside.gather(1, itself)
+                    inside = inside.scatter(1, farthest, inside.gather(1, farthest) & there).scatter(1, itself, True)
+                if args.close == "nearest":
+                    near = near | torch.zeros_like(near).scatter(
+                        1, every.masked_fill(~inside, -1).topk(args.close_neighbors).indices, True)
+                losses = -((every * (inside & near)).sum(1) / (every * inside).sum(1)).log()
+            (losses.mean() / args.accumulate).backward()
+            features.append(f.detach())
+        optimizer.step()
+        for slot, f in zip(index.tolist(), torch.cat(features), strict=True):
+            bank[slot] = F.normalize(args.bank_momentum * bank[slot] + (1 - args.bank_momentum) * f, dim=0)
+        yield network.state_dict(), bank
+
+
+@pytest.mark.parametrize("options", [
+    "", "--close self", "--close nearest --close-neighbors 3", "--background all", "--recluster-every 1",
+    "--background clusters --background-clusters 2 4", "--cluster-seeds redrawn", "--warmup-loss nce", "--k 2",
+    "--accumulate 2", "--warmup-epochs 0", "--bank-momentum 0.2 --H 1",
+])
+def test_training_is_that_of_plain_pytorch(options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step of three epochs, the first of them NPID's, leaves the weights and the bank of a loop over tables of who
+    is close to whom, with gradients by autograd."""
+    steps = record_steps(la, monkeypatch)
+    words = [*TINY, "--subset", "32", "--no-amp", "--tau", "0.5", "--epochs", "3", "--schedule", "constant", "--H", "2",
+             "--m", "6", "--k", "10", "--output", f"{tmp_path}/run"]
+    args = la.parse_args([*words, *options.split()])
+    la.main(args)
+    assert len(steps) == 6
+    for step, (weights, bank) in zip(steps, by_plain_pytorch(args, steps, 32), strict=True):
+        torch.testing.assert_close(dict(step.weights), dict(weights), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(step.bank, bank, atol=1e-5, rtol=1e-4)
