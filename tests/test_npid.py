@@ -177,8 +177,10 @@ def test_every_variant_trains(options: list[str], tmp_path: pytest.TempPathFacto
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def by_plain_pytorch(args: Any, steps: list[Step], images: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Weights and bank after NPID's training on the images of each step, as the paper writes it."""
+def by_plain_pytorch(
+    args: Any, steps: list[Step], images: int
+) -> tuple[dict[str, Tensor], Tensor, list[float], list[float]]:
+    """Weights and bank after NPID's training on the images of each step, as the paper writes it; losses, and Z/N."""
     torch.manual_seed(args.seed)
     backbone = common.backbone(args.arch, args.width, True)
     network = torch.nn.ModuleDict(dict(backbone=backbone, head=torch.nn.Linear(backbone.dim, args.feature_dim)))
@@ -188,13 +190,14 @@ def by_plain_pytorch(args: Any, steps: list[Step], images: int) -> tuple[dict[st
     optimizer = torch.optim.SGD(network.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     bank = F.normalize(torch.randn(images, args.feature_dim, generator=common.generator(args.seed, "bank")), dim=1)
     m, z = args.num_negatives, torch.tensor(0.0)
+    all_losses, all_z = list[float](), list[float]()
     for number, (index, pixels, *_) in enumerate(steps):
         epoch, step = divmod(number, len(steps) // args.epochs)
         optimizer.param_groups[0]["lr"] = args.lr * 0.1**epoch  # --lr-drops 1
         source = common.generator(args.seed, "noise", epoch, step)
         noise = torch.randint(images, (len(index), m), generator=source)
         optimizer.zero_grad()
-        features = []
+        features, total = [], 0.0
         for part in torch.arange(len(index)).chunk(args.accumulate):
             output = network["head"](network["backbone"]((pixels[part].double() - 0.5) / 0.25)).float()
             f, i = F.normalize(output), index[part]
@@ -218,11 +221,14 @@ def by_plain_pytorch(args: Any, steps: list[Step], images: int) -> tuple[dict[st
                 loss = -(own / every.sum(1)).log()
             loss = loss + args.proximal_weight * (f - bank[i]).square().sum(1)
             (loss.mean() / args.accumulate).backward()
+            total += loss.mean().item() / args.accumulate
             features.append(f.detach())
         optimizer.step()
+        all_losses.append(total)
+        all_z.append(z.mean().item() / images)
         for slot, f in zip(index.tolist(), torch.cat(features), strict=True):
             bank[slot] = F.normalize(args.bank_momentum * bank[slot] + (1 - args.bank_momentum) * f, dim=0)
-    return network.state_dict(), bank
+    return network.state_dict(), bank, all_losses, all_z
 
 
 @pytest.mark.parametrize("options", [
@@ -238,6 +244,14 @@ def test_training_is_that_of_plain_pytorch(options: str, tmp_path: Path, monkeyp
     args = npid.parse_args([*words, *options.split()])
     npid.main(args)
     assert len(steps) == 4
-    weights, bank = by_plain_pytorch(args, steps, 32)
+    weights, bank, losses, z = by_plain_pytorch(args, steps, 32)
     torch.testing.assert_close(dict(steps[-1].weights), dict(weights), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(steps[-1].bank, bank, atol=1e-5, rtol=1e-4)
+    header, *rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert header["chance_loss"] == round(math.log(32), 4)
+    for epoch, row in enumerate(rows):
+        own = slice(2 * epoch, 2 * epoch + 2)
+        assert (row["epoch"], row["step"]) == (epoch + 1, 2 * epoch + 2)
+        assert row["lr"] == pytest.approx(args.lr * 0.1**epoch) and row["loss"] == pytest.approx(sum(losses[own]) / 2)
+        assert ("z_over_n" in row) == (args.loss == "nce")
+        assert row.get("z_over_n", 0) == pytest.approx(sum(z[own]) / 2, rel=1e-5)
