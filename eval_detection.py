@@ -639,9 +639,10 @@ def figures(found: Detections, data: common.VocSet) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def detect(model: Detector, data: common.VocSet, proposals: list[Tensor] | None, args: argparse.Namespace,
-           mean: Sequence[float], std: Sequence[float], run: common.Run,
-           pause: Callable[[], None] = lambda: None) -> Detections:
+def detect(
+    model: Detector, data: common.VocSet, proposals: list[Tensor] | None, args: argparse.Namespace,
+    mean: Sequence[float], std: Sequence[float], run: common.Run, pause: Callable[[], None] = lambda: None,
+) -> Detections:
     """At most 100 boxes in each image, one image at a time; shared out over the ranks, the same on all. With a `pause`
     before each tenth image: ranks wait there for each other."""
     model.eval()

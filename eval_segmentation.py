@@ -319,8 +319,10 @@ def figures(table: Tensor, names: Sequence[str]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def confusion_table(model: Segmenter, data: common.VocSet, args: argparse.Namespace, mean: Sequence[float],
-               std: Sequence[float], run: common.Run, pause: Callable[[], None] = lambda: None) -> Tensor:
+def confusion_table(
+    model: Segmenter, data: common.VocSet, args: argparse.Namespace, mean: Sequence[float], std: Sequence[float],
+    run: common.Run, pause: Callable[[], None] = lambda: None,
+) -> Tensor:
     """The confusion table of all test images, one at a time at their own size; shared out over the ranks. With a
     `pause` before each tenth image of those that every rank has: ranks wait there for each other."""
     model.eval()
