@@ -143,13 +143,11 @@ def same_runs(a: Path, b: Path) -> None:
 
 
 class Step(NamedTuple):
-    """What a step is given, and weights, optimiser and bank after it."""
+    """What a step is given, and the parts of the checkpoint after it."""
 
     index: torch.Tensor
-    images: torch.Tensor  # augmented, in [0, 1]
-    weights: dict[str, torch.Tensor]
-    optimizer: dict[str, Any]
-    bank: torch.Tensor
+    views: torch.Tensor  # (V, B, 3, S, S), augmented, in [0, 1]
+    state: dict[str, Any]
 
 
 def record_steps(script: ModuleType, patch: Any) -> list[Step]:
@@ -169,19 +167,18 @@ def record_steps(script: ModuleType, patch: Any) -> list[Step]:
 
     def kept(*args: Any) -> torch.Tensor:
         given.append(augment(*args))
-        return given[1].clone()
-
-    def done(run: common.Run, state: dict[str, Any], *rest: Any) -> None:
-        parts = [state[name].state_dict() for name in ("encoder", "optimizer", "bank")]
-        weights, optimizer, bank = copy.deepcopy(parts)
-        steps.append(Step(*given, weights, optimizer, bank["features"]))
-        after_step(run, state, *rest)
+        return given[-1].clone()
 
     def exact(*args: Any) -> torch.nn.Module:
-        made: torch.nn.Module = encoder(*args)
-        made.backbone.double()
-        made.head.double()
+        made: torch.nn.Module = encoder(*args).double()
+        if getattr(made, "classes", None) is not None:
+            made.classes.data = made.classes.data.float()
         return made
+
+    def done(run: common.Run, state: dict[str, Any], *rest: Any) -> None:
+        parts = copy.deepcopy({name: part.state_dict() for name, part in state.items()})
+        steps.append(Step(given[0], torch.stack(given[1:]), parts))
+        after_step(run, state, *rest)
 
     patch.setattr(common.ImageSet, "batches", watched)
     patch.setattr(common.ImageSet, "normalize", lambda *args: normalize(*args).double())

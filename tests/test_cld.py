@@ -1,12 +1,13 @@
 """CLD: groups and the cross-level loss against slow float64 references, hosts, resume, and data sets made for it."""
 
+import copy
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, one_line, run
+from helpers import TINY, Step, one_line, record_steps, run
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import RandAugment
@@ -495,6 +496,91 @@ def test_lambda_zero_is_the_host(tmp_path: Path) -> None:
     rng = torch.get_rng_state()
     alone = host_alone(cld.parse_args([*SMALL, "--output", str(tmp_path / "host"), *options]))
     assert_same(dict(encoder=state["encoder"], bank=state["bank"], rng=rng), alone)
+
+
+def plain_groups(g: Tensor, k: int, iterations: int) -> tuple[list[int], list[Tensor | None]]:
+    """Labels of the rows g (B, D) by k-means as eq. (1) reads, and the groups' unit centroids, None if empty."""
+    labels, _ = slow_kmeans(g.detach().double(), k, iterations, spherical=True)
+    members = [[i for i, label in enumerate(labels) if label == group] for group in range(k)]
+    return labels, [F.normalize(g[rows].mean(0), dim=0) if rows else None for rows in members]
+
+
+def by_plain_pytorch(args: Any, steps: list[Step], images: int) -> Iterator[dict[str, Any]]:
+    """Weights, and bank, or queue and key encoder, after each step of NPID+CLD or MoCo+CLD, begun where the one before
+    it ended. Groups are lists of rows, and gradients are autograd's."""
+    torch.manual_seed(args.seed)
+    backbone = common.backbone(args.arch, args.width, True)
+    network = nn.ModuleDict(dict(backbone=backbone, head=nn.Linear(backbone.dim, args.feature_dim)))
+    with torch.random.fork_rng([]):
+        network["group_head"] = nn.Linear(backbone.dim, args.feature_dim)
+    keys = nn.ModuleDict(copy.deepcopy(dict(backbone=network["backbone"], head=network["head"]))).double()
+    optimizer = torch.optim.SGD(network.double().parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    name, rows = ("bank", images) if args.host == "npid" else ("queue", args.queue_size)
+    slots = F.normalize(torch.randn(rows, args.feature_dim, generator=common.generator(args.seed, name)), dim=1)
+    for number, (index, views, _) in enumerate(steps):
+        if number:  # which group is nearest can hang on the last digit: none of ours is carried on
+            before = steps[number - 1].state
+            network.load_state_dict(before["encoder"])
+            optimizer.load_state_dict(before["optimizer"])
+            slots = before[name]["features"].clone()
+            if name == "queue":
+                keys.load_state_dict(before["key_encoder"])
+        optimizer.zero_grad()
+        found = list[list[Tensor]]()
+        for view in views[:2]:
+            h = network["backbone"]((view.double() - 0.5) / 0.25)
+            found.append([F.normalize(network[part](h).float()) for part in ("head", "group_head")])
+        (z, g), (other_z, other_g) = found
+        if name == "bank":
+            instance = [F.cross_entropy(f @ slots.T / args.temperature, index) for f in (z, other_z)]
+        else:
+            with torch.no_grad():
+                key = F.normalize(keys["head"](keys["backbone"]((views[2].double() - 0.5) / 0.25)).float())
+            scores = [torch.cat([(f * key).sum(1, keepdim=True), f @ slots.T], 1) for f in (z, other_z)]
+            instance = [F.cross_entropy(one / args.temperature, torch.zeros_like(index)) for one in scores]
+        crossed = list[Tensor]()
+        for own, theirs in ((g, other_g), (other_g, g)):
+            labels, centroids = plain_groups(theirs, args.num_groups, args.kmeans_iterations)
+            alive = [group for group, centroid in enumerate(centroids) if centroid is not None]
+            table = torch.stack([centroid for centroid in centroids if centroid is not None])
+            truth = torch.tensor([alive.index(label) for label in labels])
+            crossed.append(F.cross_entropy(own @ table.T / args.group_temperature, truth))
+        loss = sum(instance) / 2 + args.group_weight * sum(crossed) / 2
+        loss.backward()
+        optimizer.step()
+        if name == "bank":
+            for slot, one, two in zip(index.tolist(), z.detach(), other_z.detach(), strict=True):
+                mixed = args.bank_momentum * slots[slot] + (1 - args.bank_momentum) * F.normalize(one + two, dim=0)
+                slots[slot] = F.normalize(mixed, dim=0)
+        else:
+            slots[torch.arange(number * len(key), (number + 1) * len(key)) % rows] = key
+            for old, new in zip(keys.parameters(), [*network["backbone"].parameters(), *network["head"].parameters()],
+                                strict=True):
+                old.data = args.key_momentum * old.data + (1 - args.key_momentum) * new.data
+        yield dict(encoder=network.state_dict(), key_encoder=keys.state_dict(), loss=loss.item()) | {name: slots}
+
+
+@pytest.mark.parametrize("options", [
+    "", "--lambda 0.25 --T-G 0.4", "--k 3 --kmeans-iterations 1", "--host moco --queue-size 24",
+    "--host moco --queue-size 32 --key-momentum 0.9 --lambda 2",
+])
+def test_training_is_that_of_plain_pytorch(options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step of two epochs leaves weights, bank, queue and keys as a loop does that is written as papers read."""
+    steps = record_steps(cld, monkeypatch)
+    words = [*TINY, "--subset", "32", "--no-amp", "--epochs", "2", "--schedule", "constant", "--warmup-epochs", "0",
+             "--lr", "0.05", "--T-I", "0.5", "--lambda", "1", "--k", "6", "--output", str(tmp_path / "run")]
+    args = cld.parse_args([*words, *options.split()])
+    cld.main(args)
+    assert len(steps) == 4
+    losses = []
+    for step, found in zip(steps, by_plain_pytorch(args, steps, 32), strict=True):
+        for part in ("encoder", "key_encoder") if args.host == "moco" else ("encoder",):
+            torch.testing.assert_close(dict(step.state[part]), dict(found[part]), atol=1e-6, rtol=1e-5)
+        name = "queue" if args.host == "moco" else "bank"
+        torch.testing.assert_close(step.state[name]["features"], found[name], atol=1e-5, rtol=1e-4)
+        losses.append(found["loss"])
+    for epoch, row in enumerate(rows_of_log(tmp_path / "run")):
+        assert row["loss"] == pytest.approx(sum(losses[2 * epoch : 2 * epoch + 2]) / 2, rel=1e-5)
 
 
 WAYS = [("shared", False, "euclidean"), ("separate", True, "spectral")]

@@ -502,12 +502,13 @@ def by_plain_pytorch(args: Any, steps: list[Step], images: int) -> Iterator[tupl
             found |= labels[:, None] == labels
         return found
 
-    for number, (index, pixels, *_) in enumerate(steps):
+    for number, (index, (pixels,), _) in enumerate(steps):
         epoch, step = divmod(number, len(steps) // args.epochs)
         if number:  # who is among the nearest can hang on the last digit: none of ours is carried on
-            network.load_state_dict(steps[number - 1].weights)
-            optimizer.load_state_dict(steps[number - 1].optimizer)
-            bank = steps[number - 1].bank.clone()
+            before = steps[number - 1].state
+            network.load_state_dict(before["encoder"])
+            optimizer.load_state_dict(before["optimizer"])
+            bank = before["bank"]["features"].clone()
         key = (epoch, step) if args.cluster_seeds == "redrawn" else ()
         if epoch >= args.warmup_epochs and (step == 0 or (args.recluster_every and step % args.recluster_every == 0)):
             if args.background == "clusters":
@@ -563,5 +564,5 @@ def test_training_is_that_of_plain_pytorch(options: str, tmp_path: Path, monkeyp
     la.main(args)
     assert len(steps) == 6
     for step, (weights, bank) in zip(steps, by_plain_pytorch(args, steps, 32), strict=True):
-        torch.testing.assert_close(dict(step.weights), dict(weights), atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(step.bank, bank, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(dict(step.state["encoder"]), dict(weights), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(step.state["bank"]["features"], bank, atol=1e-5, rtol=1e-4)

@@ -191,7 +191,7 @@ def by_plain_pytorch(
     bank = F.normalize(torch.randn(images, args.feature_dim, generator=common.generator(args.seed, "bank")), dim=1)
     m, z = args.num_negatives, torch.tensor(0.0)
     all_losses, all_z = list[float](), list[float]()
-    for number, (index, pixels, *_) in enumerate(steps):
+    for number, (index, (pixels,), _) in enumerate(steps):
         epoch, step = divmod(number, len(steps) // args.epochs)
         optimizer.param_groups[0]["lr"] = args.lr * 0.1**epoch  # --lr-drops 1
         source = common.generator(args.seed, "noise", epoch, step)
@@ -245,8 +245,8 @@ def test_training_is_that_of_plain_pytorch(options: str, tmp_path: Path, monkeyp
     npid.main(args)
     assert len(steps) == 4
     weights, bank, losses, z = by_plain_pytorch(args, steps, 32)
-    torch.testing.assert_close(dict(steps[-1].weights), dict(weights), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(steps[-1].bank, bank, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(dict(steps[-1].state["encoder"]), dict(weights), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(steps[-1].state["bank"]["features"], bank, atol=1e-5, rtol=1e-4)
     header, *rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert header["chance_loss"] == round(math.log(32), 4)
     for epoch, row in enumerate(rows):
