@@ -565,7 +565,7 @@ def by_plain_pytorch(args: Any, steps: list[Step], images: int) -> Iterator[dict
     "--host moco --queue-size 32 --key-momentum 0.9 --lambda 2",
 ])
 def test_training_is_that_of_plain_pytorch(options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each step of two epochs leaves weights, bank, queue and keys as a loop does that is written as papers read."""
+    """Each step of two epochs leaves weights, bank, queue and keys as a loop that is written from the papers does."""
     steps = record_steps(cld, monkeypatch)
     words = [*TINY, "--subset", "32", "--no-amp", "--epochs", "2", "--schedule", "constant", "--warmup-epochs", "0",
              "--lr", "0.05", "--T-I", "0.5", "--lambda", "1", "--k", "6", "--output", str(tmp_path / "run")]
