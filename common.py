@@ -88,11 +88,10 @@ def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], 
         problem = str(fault)
     except (OSError, MemoryError, RuntimeError) as error:
         reason = str(error)
-        if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in reason or "Socket" in reason):
+        if dist.is_initialized() and isinstance(error, RuntimeError) and (
+                isinstance(error, dist.DistError) or "gloo" in reason or "Socket" in reason):
             problem, wait = "another rank ended: see its message", 3.0
-        elif (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in reason
-              or "out of memory" in reason or "ALLOC_FAILED" in reason  # of CUDA itself and of its libraries
-              or "calculation overflowed" in reason):  # so much that its bytes cannot be counted
+        elif out_of_memory(error):
             problem = f"out of memory: {less_memory(args)}"
         elif "Output size is too small" in reason or "greater than actual input size" in reason:
             problem = f"the images are too small for --arch {getattr(args, 'arch', '')}: raise --image-size"
@@ -113,10 +112,16 @@ def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], 
     sys.exit(code)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Of the host, of the GPU or of a library; "overflowed": so much that its bytes cannot be counted."""
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "calculation overflowed")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
+
+
 def less_memory(args: argparse.Namespace) -> str:
     """Which of the script's options take less memory."""
     ways = dict(batch_size="lower --batch-size", image_batch="lower --image-batch",
-                accumulate="split each batch with --accumulate", cache="use --cache none")
+                accumulate="split each batch with --accumulate", cache="use --cache host")
     known = [way for key, way in ways.items() if hasattr(args, key)] or ["end other programs"]
     return ", ".join(known[:-1]) + ", or " * (len(known) > 1) + known[-1]
 
@@ -296,7 +301,7 @@ def add_training_options(options: argparse.ArgumentParser) -> None:
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the model")
     run.add_argument("--sync-bn", action="store_true", help="batch statistics over all GPUs")
     run.add_argument("--knn-every", type=COUNT_OR_ZERO, default=10, metavar="N", help="weighted kNN accuracy each N "
-                     "epochs and after the last (0: never); the only use of labels")
+                     "epochs and after the last (0: never), by the labels")
 
 
 def parse(
@@ -362,7 +367,7 @@ class Draw:
 # Options that do not change what is learnt: a resumed run may have others.
 FREE_OPTIONS = {
     "output", "overwrite", "preset", "typed", "data", "data_dir", "val_dir", "cache", "workers", "max_bad_images",
-    "device", "amp", "compile", "save_minutes", "knn_every", "knn_features", "test_subset", "epochs", "checkpoint",
+    "device", "compile", "save_minutes", "knn_every", "knn_features", "test_subset", "epochs", "checkpoint",
     "eval_every", "log_every", "test_list", "shard_bank",
 }
 NEVER = 2**62  # a step
@@ -417,8 +422,10 @@ class Run:
             raise Fault(f"cannot write to {self.output} ({error.strerror}): choose another --output") from None
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not inherited by workers
-        except OSError:
+        except (BlockingIOError, PermissionError):
             raise Fault(f"{self.output} is in use by another run: choose another --output") from None
+        except OSError as error:
+            print(f"note: {self.output} cannot be locked ({error.strerror}): start nothing else there", file=sys.stderr)
         for leftover in self.output.glob("*.tmp"):
             leftover.unlink()
 
@@ -515,6 +522,10 @@ class Run:
     def describe(self, data: ImageSet | VocSet, **facts: Any) -> None:
         """Say what runs, and keep it for the first line of the log and the checkpoint."""
         self.data = data.identity()
+        digest = hashlib.blake2b(repr(self.data).encode(), digest_size=7).digest()
+        key = int.from_bytes(digest, "big")
+        if self.agree(key) != key or self.agree(-key) != -key:
+            raise Fault(f"ranks see different images of {data.name}: its files have to be the same on every node")
         # Where workers decode there is nothing to gain, and they are better forked from a process without threads.
         self.in_background = isinstance(data, ImageSet) and data.pixels is not None
         self.header = dict(
@@ -794,8 +805,10 @@ def keep_freed_memory() -> None:
     A sixth of a training step on a CPU; a process that is not on glibc goes on as it is.
     """
     with contextlib.suppress(OSError, AttributeError):
-        for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
+        mallopt = ctypes.CDLL(None).mallopt
+        if not mallopt(-3, 1 << 30):  # M_MMAP_THRESHOLD, of which older ones take 32 MB at most
+            mallopt(-3, 1 << 25)
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def device_name(device: torch.device) -> str:
@@ -891,7 +904,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         return {key: saved[key] for key in ("options", "data", "git", "epoch", "step", "log_size", "state")}
     except OSError as error:
         raise Fault(f"cannot read {path} ({error.strerror})") from None
-    except Exception:  # garbage makes the unpickler raise almost anything
+    except Exception as error:  # garbage makes the unpickler raise almost anything
+        if out_of_memory(error):
+            raise
         raise Fault(f"{path} is damaged, truncated or no checkpoint of these scripts: remove it, or choose another "
                     "--output") from None
 
@@ -1129,11 +1144,16 @@ def shorter_side(size: int, source: int) -> int:
 
 
 def shortened(path: Path, side: int) -> Pixels:
-    """The whole image, its shorter side scaled to `side` px: (3, H, W)."""
+    """The whole image, its shorter side scaled to `side` px: (3, H, W). Of one 16 times as long as wide, the middle."""
     with Image.open(path) as image:
-        width, height = (side * length // min(image.size) for length in image.size)
+        least = min(image.size)
+        width, height = (side * min(length, 16 * least) // least for length in image.size)
         image.draft("RGB", (side, side))
         pixels = rgb(image)
+    most = 16 * min(pixels.size)
+    if max(pixels.size) > most:  # whole, it could take all memory
+        left, top = ((length - min(length, most)) // 2 for length in pixels.size)
+        pixels = pixels.crop((left, top, left + min(pixels.width, most), top + min(pixels.height, most)))
     return np.asarray(pixels.resize((width, height), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
 
 
@@ -1205,6 +1225,9 @@ def load(args: argparse.Namespace, split: str, device: torch.device) -> ImageSet
 def load_monitor(args: argparse.Namespace, data: ImageSet, device: torch.device) -> ImageSet | None:
     """The test images of the kNN monitor, at the size of `data`; None if it is off, or `data` has no classes."""
     if not args.knn_every:
+        return None
+    if args.data not in _NAMED and "knn_every" not in args.typed and validation_folder(args) is None:
+        print(f"{data.name} has no validation images, val/ or --val-dir: no kNN monitor", file=sys.stderr, flush=True)
         return None
     if not data.classes:
         print(f"{data.name} has no folders that could be classes: no kNN monitor", file=sys.stderr, flush=True)
@@ -1334,21 +1357,33 @@ _NAMED: dict[str, Callable[[argparse.Namespace, str], tuple[Tensor, Tensor, list
 }
 
 
+def image_root(args: argparse.Namespace) -> Path:
+    """The folder that --data names."""
+    return args.data_dir / args.data if args.data in FOLDERS else Path(args.data)
+
+
+def validation_folder(args: argparse.Namespace) -> Path | None:
+    """--val-dir, else val/ or test/ below --data, if there is one."""
+    root = image_root(args)
+    return args.val_dir or next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+
+
 def _folder(args: argparse.Namespace, split: str) -> ImageSet:
     """Any directory of images: its files sorted, none decoded yet."""
-    named = args.data in FOLDERS
-    root = args.data_dir / args.data if named else Path(args.data)
+    named, root, val = args.data in FOLDERS, image_root(args), validation_folder(args)
     if not root.is_dir():
         way = "put it there, or name another place with --data-dir" if named else "--data takes a name or a folder"
         raise Fault(f"no directory {root}: {way} ({', '.join(DATASETS)})")
     train = root / "train" if (root / "train").is_dir() else root
-    val = args.val_dir or next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
     if split == "test" and (val is None or not val.is_dir()):
         raise Fault(f"no directory {val or root / 'val'} with validation images for kNN: name it with --val-dir "
                     "(in training --knn-every 0 does without)")
     place = val if split == "test" and val else train
-    classes = sorted(f.name for f in train.iterdir() if f.is_dir() and f != val and not f.name.startswith("."))
-    files = _image_files(place, val if place == train else None)
+    # Where train/ is missing, no other split is trained on, whatever it is called there.
+    others = {f.resolve() for f in (args.val_dir, root / "val", root / "test") if f is not None and train == root}
+    classes = sorted(f.name for f in train.iterdir()
+                     if f.is_dir() and f.resolve() not in others and not f.name.startswith("."))
+    files = _image_files(place, others if place == train else set())
     first = [file.split("/", 1)[0] if "/" in file else None for file in files]
     if strange := sorted({name for name in first if name is not None and name not in classes}):
         raise Fault(f"{place} has folders that {train} has not: {', '.join(strange[:3])}")
@@ -1362,8 +1397,8 @@ def _folder(args: argparse.Namespace, split: str) -> ImageSet:
     return data
 
 
-def _image_files(place: Path, without: Path | None) -> list[str]:
-    """Sorted names of the image files below `place`, hidden ones and those in `without` left out."""
+def _image_files(place: Path, without: set[Path]) -> list[str]:
+    """Sorted names of the image files below `place`, hidden ones and those in the folders `without` left out."""
     files = []
 
     def fail(error: OSError) -> None:
@@ -1373,8 +1408,8 @@ def _image_files(place: Path, without: Path | None) -> list[str]:
         return path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
 
     for folder, folders, names in os.walk(place, followlinks=True, onerror=fail):
-        folders[:] = [name for name in folders if name[0] != "." and Path(folder, name) != without
-                      and not leads_back(Path(folder, name))]
+        folders[:] = [name for name in folders if name[0] != "." and not leads_back(Path(folder, name))
+                      and not (without and Path(folder, name).resolve() in without)]
         inner = f"{folder}/"[len(f"{place}/") :]
         files += [inner + name for name in names if name[0] != "." and Path(name).suffix.lower() in SUFFIXES]
     if not files:
@@ -2207,12 +2242,12 @@ def _worst(keys: _Int8) -> tuple[float, float, float]:
 def _reach(rows: _Int8, scale: float, error: float, norm: float) -> Tensor:
     """How far below a score, in units of the product of both scales, an equal one can lie in 8 bits, (N,) int32.
 
-    A product is off by a = |x| |c - c~| and b = |x - x~| |c~| at most; by sqrt((a^2 + b^2) / D) as a standard deviation
-    when the errors of rounding point anywhere, and six of them are allowed for of the difference of two such errors.
+    A product is off by |x| |c - c~| + |x - x~| |c~| at most. Rounding moves each number by scale / sqrt(12) as a
+    standard deviation; six of them are allowed for, of the difference of two such errors.
     """
-    a, b = rows.norm * error, rows.error * norm
-    likely = torch.hypot(a, b).mul_(6 / math.sqrt(2 * rows.values.shape[1]))
-    return torch.minimum(a.add_(b), likely).mul_(2 / (rows.scale * scale)).add_(3).ceil_().int()
+    most = (rows.norm * error).add_(rows.error, alpha=norm).mul_(2)
+    likely = torch.hypot(rows.norm * scale, torch.tensor(rows.scale * norm)).mul_(6 / math.sqrt(6))
+    return torch.minimum(most, likely).mul_(1 / (rows.scale * scale)).add_(3).ceil_().int()
 
 
 def _where(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -2469,9 +2504,10 @@ def _neighbors_faiss(queries: Tensor, keys: Tensor, k: int, exclude: Tensor | No
 def knn_scores(similarity: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:
     """Score (Q, C) of each class, the sum of exp(s/tau) over its neighbours, (Q, K) and best first.
 
-    Relative to the best neighbour, in units of 2^-48: integers have the same sum in any order, ties stay.
+    Relative to the best neighbour, in units of 2^-48, of more than 16,384 neighbours larger ones that cannot overflow:
+    integers have the same sum in any order, ties stay.
     """
-    weights = ((similarity - similarity[:, :1]) / temperature).exp() * 2.0**48
+    weights = ((similarity - similarity[:, :1]) / temperature).exp() * 2.0 ** min(48, 62 - labels.shape[1].bit_length())
     scores = torch.zeros(len(labels), num_classes, dtype=torch.int64, device=labels.device)
     return scores.scatter_add_(1, labels, weights.long())
 
@@ -2507,7 +2543,7 @@ def knn_monitor(
     if not known.any() or (test.labels < 0).any():
         return {}
     device = queries.device
-    train, k = features[known.to(device)].float(), min(200, int(known.sum()))
+    train, k = features if known.all() else features[known.to(device)], min(200, int(known.sum()))
     accuracy = knn_accuracy(queries, test.labels.to(device), train, data.labels[known].to(device), len(data.classes),
                             num_neighbors=[k], temperatures=[temperature])
     return dict(knn_top1=round(accuracy[k, temperature][0], 2))
@@ -2584,10 +2620,12 @@ class Encoder:
                 args.data_dir = Path(self.options["data_dir"])
             if args.val_dir is None and self.options["val_dir"]:
                 args.val_dir = Path(self.options["val_dir"])
-        if split == "pretrain":
-            args.subset, args.seed = self.options.get("subset"), self.options.get("seed", 0)
         args.image_size = args.image_size or self.data.get("size")
-        train = load(args, split, device)
+        chosen = argparse.Namespace(**vars(args))
+        if split == "pretrain":  # just the images of the run
+            chosen.subset, chosen.seed = self.options.get("subset"), self.options.get("seed", 0)
+            chosen.cache = args.cache or self.options.get("cache")
+        train = load(chosen, split, device)
         args.image_size = train.size
         test = load(args, "test", device)
         if self.data:
@@ -2641,9 +2679,9 @@ def load_encoder(
     share = min(1 - len(missing) / len(wanted),
                 1 - sum(target[n].numel() for n in missing) / sum(target[n].numel() for n in wanted))
     head: nn.Module | None = None
-    neck = _neck(weights)
+    neck = _neck(weights, network.dim) if layer != "backbone" else None
     inputs = network.dim if neck is None else len(weights["neck.0.weight"])
-    for name in ("head", "fc", "linear") if layer == "head" else ("head",) * (layer == "auto"):
+    for name in ("head", "fc", "linear") if layer == "head" else ("head",) * (layer == "auto" and ours):
         found = {key: weights[f"{name}.{key}"] for key in ("weight", "bias") if f"{name}.{key}" in weights}
         if f"{name}.direction" in weights:  # CLD's normalised head; its length does not survive that of the feature
             found = dict(weight=F.normalize(weights[f"{name}.direction"]))
@@ -2655,7 +2693,8 @@ def load_encoder(
             break
     unexpected = sorted(weights.keys() - matched.keys())
     other = [name for name in missing if name in weights] + [name for name in unexpected if name.startswith("layer")]
-    if share < 0.95 or other:  # of another shape, or of a deeper ResNet
+    other += [name for name in missing if target[name].ndim == 4]
+    if share < 0.95 or other:  # of another shape, of a deeper ResNet, or a whole convolution
         raise Fault(f"{path} has {100 * share:.0f} % of the weights of {arch}, width {width}: wrong --arch or --width? "
                     f"Missing {', '.join(missing[:3]) or 'none'} ...; left over "
                     f"{', '.join(list(dict.fromkeys(other + unexpected))[:3])} ...")
@@ -2670,13 +2709,15 @@ def load_encoder(
     return Encoder(network, head, options, data, bank, hashlib.sha256(content).hexdigest(), report)
 
 
-def _neck(weights: dict[str, Tensor]) -> nn.Sequential | None:
-    """The hidden layer of an MLP head of ours, "neck.0", with "neck.1" if it has batch normalisation."""
-    if "neck.0.weight" not in weights:
+def _neck(weights: dict[str, Tensor], dim: int) -> nn.Sequential | None:
+    """The hidden layer of an MLP head of ours on `dim` features: neck.0, and neck.1, its batch normalisation, if any."""
+    if "neck.0.weight" not in weights or weights["neck.0.weight"].shape[1:] != (dim,):
         return None
-    outputs, inputs = weights["neck.0.weight"].shape
-    norm = [nn.BatchNorm1d(outputs)] if "neck.1.weight" in weights else []
-    neck = nn.Sequential(nn.Linear(inputs, outputs), *norm, nn.ReLU())
+    outputs = len(weights["neck.0.weight"])
+    norm = [nn.BatchNorm1d(outputs)] if "neck.1.running_mean" in weights else []
+    neck = nn.Sequential(nn.Linear(dim, outputs), *norm, nn.ReLU())
+    if any(f"neck.{key}" not in weights for key in neck.state_dict()):
+        return None
     neck.load_state_dict({key: weights[f"neck.{key}"] for key in neck.state_dict()})
     return neck
 
@@ -2705,12 +2746,13 @@ def _strip(weights: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, T
     """The weights under `target`'s names, without the prefix that most of them share.
 
     DataParallel inserts "module.", torch.compile "_orig_mod."; MoCo has encoder_q, which wins over encoder_k; the
-    CIFAR networks of NPID's authors call the shortcut "shortcut", and timm's VGG calls fc6 and fc7 "pre_logits".
+    CIFAR networks of NPID's authors call the shortcut "shortcut", and timm's VGG has fc6 and fc7 as convolutions.
     """
     renames = {".shortcut.": ".downsample.", "pre_logits.fc1.": "classifier.0.", "pre_logits.fc2.": "classifier.3."}
     plain = {}
     for name, value in weights.items():
         name = f".{name}".replace(".module.", ".").replace("._orig_mod.", ".")[1:]
+        value = value.flatten(1) if "pre_logits." in name and value.ndim == 4 else value
         for old, new in renames.items():
             name = name.replace(old, new)
         plain[name] = value

@@ -39,6 +39,7 @@ Differences from the paper and from the existing codes:
   * Clusters are there before the first step that needs them, and are renewed at the first step of each epoch, whether
     or not N divides by B. The k-means seeds follow from --seed: the same each epoch, or `--cluster-seeds redrawn`.
   * DBSCAN collapses, as the paper says: kept for Table 5's discussion as `--clustering dbscan`.
+  * AlexNet and VGG16 have batch normalisation after convolutions, the paper's after fully connected layers too.
 
 log.jsonl has, beside NPID's keys: npid_loss and la_loss, each of its epochs; close_size, mean |C_i|; skewness, mean
 distance of v_i to the centre of C_i (section 5.2); intersection, mean |B_i and C_i|, and alone, the share of images
@@ -163,17 +164,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def fit_to(count: int, args: argparse.Namespace) -> list[str]:
     """Shrink defaults that do not fit `count` images or --epochs; a typed m or k above `count` is a fault.
 
-    m shrinks with N, so that clusters keep their size; k to a tenth of N, wider than C_i; the warm start to a third of
-    the epochs. Returns what to tell the user.
+    m shrinks where N is under half of what it is meant for, so that clusters keep their size; k to a tenth of N, wider
+    than C_i, where it is over a quarter; the warm start to a third of the epochs. Returns what to tell the user.
     """
     notes, preset = list[str](), PRESETS["imagenet"] | PRESETS[args.preset]
     whole = preset.get("subset", IMAGES[preset.get("data", "imagenet")])
-    fitting = dict(m=max(2, round(preset["m"] * count / whole)), k=max(2, count // 10))
-    for name, value in fitting.items():
+    fitting = dict(m=(max(2, round(preset["m"] * count / whole)), 2 * count < whole),
+                   k=(max(2, count // 10), args.k > count // 4))
+    for name, (value, small) in fitting.items():
         given = getattr(args, name)
         if given > count and name in args.typed:
             raise common.Fault(f"--{name} {given} is more than the {count} images; {value} would fit")
-        if given > count // 4 and name not in args.typed:
+        if small and name not in args.typed:
             notes.append(f"--{name} {value}, scaled from {given} to {count:,} images")
             setattr(args, name, value)
     if 1 < args.epochs <= args.warmup_epochs and "warmup_epochs" not in args.typed:
@@ -381,7 +383,7 @@ def dbscan(features: Tensor, radius: float) -> Tensor:
     from sklearn.cluster import DBSCAN
 
     labels = torch.from_numpy(DBSCAN(eps=radius, min_samples=5, n_jobs=-1).fit_predict(features.float().cpu().numpy()))
-    alone = labels.max() + 1 + torch.arange(len(labels))
+    alone = labels.max() + (labels < 0).cumsum(0)
     return torch.where(labels < 0, alone, labels).to(features.device, torch.int32)
 
 
@@ -428,7 +430,8 @@ def main(args: argparse.Namespace) -> None:
     test = common.load_monitor(args, data, run.device)
     notes = fit_to(len(data), args)
     trial = common.kmeans(torch.zeros(1, 1, device=run.device), 1, backend=args.kmeans)  # is Faiss there, and on what?
-    run.describe(data, chance_loss=round(math.log(len(data)), 4), kmeans_backend=trial.backend)
+    chance = math.log(len(data)) if args.warmup_loss == "softmax" else math.log1p(NOISE) + NOISE * math.log1p(1 / NOISE)
+    run.describe(data, chance_loss=round(chance, 4), kmeans_backend=trial.backend)
     if run.rank == 0:
         print(*notes, sep="\n", end="\n" * bool(notes), flush=True)
     steps = run.steps_per_epoch(len(data))
