@@ -2710,7 +2710,7 @@ def load_encoder(
 
 
 def _neck(weights: dict[str, Tensor], dim: int) -> nn.Sequential | None:
-    """The hidden layer of an MLP head of ours on `dim` features: neck.0, and neck.1, its batch normalisation, if any."""
+    """The hidden layer of an MLP head of ours on `dim` features: neck.0, and neck.1, its batch normalisation if any."""
     if "neck.0.weight" not in weights or weights["neck.0.weight"].shape[1:] != (dim,):
         return None
     outputs = len(weights["neck.0.weight"])
