@@ -26,7 +26,7 @@ warm start takes 20, where NPID alone ends at 53.6; and, in brackets, 5,000 imag
   * k: 50.8 with 4,096, 51.9 with 512 (H = 3, clusters of 40).
   * Warm start: 53.8 with 10 of 30 epochs, 53.9 with 20. Of few images clusters are pure to 13 % after 12 epochs, and LA
     from the 25th of 50 ends 1.1 below NPID.
-  * `--cluster-on center-crop` makes purer clusters (of 5,000 images: 25 %), but ends 2.6 below NPID.
+  * `--cluster-on center-crop` makes purer clusters (of 5,000 images: 23 %), but ends 2.6 below NPID.
 Hence H = 1, m = N/5, k = N/100 for whole sets of small images, with a third of the epochs as warm start, and three
 quarters for few images. Differences of half a point are no more than seeds make, and features of 200 epochs may bear
 larger clusters: look at `nmi` and the kNN monitor. Defaults that do not fit N or --epochs are scaled, and printed.
