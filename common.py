@@ -522,9 +522,9 @@ class Run:
     def describe(self, data: ImageSet | VocSet, **facts: Any) -> None:
         """Say what runs, and keep it for the first line of the log and the checkpoint."""
         self.data = data.identity()
-        digest = hashlib.blake2b(repr(self.data).encode(), digest_size=7).digest()
-        key = int.from_bytes(digest, "big")
-        if self.agree(key) != key or self.agree(-key) != -key:
+        key = int.from_bytes(hashlib.blake2b(repr(self.data).encode(), digest_size=7).digest(), "big")
+        highest, lowest = self.agree(key), -self.agree(-key)
+        if highest != lowest:
             raise Fault(f"ranks see different images of {data.name}: its files have to be the same on every node")
         # Where workers decode there is nothing to gain, and they are better forked from a process without threads.
         self.in_background = isinstance(data, ImageSet) and data.pixels is not None

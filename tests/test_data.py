@@ -214,6 +214,44 @@ def test_validation_is_no_training(tmp_path: Path) -> None:
         load("test", "--data", tmp_path / "a")
 
 
+def test_other_splits_are_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without train/ neither val/ nor test/ nor --val-dir trains, however the last is spelled and whichever is used."""
+    for name in ("a/1.png", "b/1.png", "val/a/1.png", "test/a/1.png", "held/b/2.png"):
+        save(Image.fromarray(noise(1)), tmp_path / "set" / name)
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    monkeypatch.chdir(tmp_path)
+    for place in ("set", tmp_path / "set", "link"):
+        for held in ("set/held", tmp_path / "set" / "held", "link/held"):
+            data = load("pretrain", "--data", place, "--val-dir", held)
+            assert data.classes == ["a", "b"] and len(data) == 2, (place, held)
+            assert len(load("test", "--data", place, "--val-dir", held)) == 1
+
+
+def test_a_folder_without_validation_images_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where there is no val/ there is no kNN monitor, and a line says so; one that was asked for is an error."""
+    for i in range(8):
+        save(Image.fromarray(noise(i)), tmp_path / "set" / f"c{i % 2}" / f"{i}.png")
+    args = options("--data", tmp_path / "set", "--subset", "8")
+    data = common.load(args, "pretrain", CPU)
+    assert len(data) == 8 and common.load_monitor(args, data, CPU) is None
+    assert "set has no validation images" in capsys.readouterr().err
+    with pytest.raises(common.Fault, match="--val-dir"):
+        common.load_monitor(options("--data", tmp_path / "set", "--knn-every", "1"), data, CPU)
+
+
+def test_thin_images_take_no_more_memory_than_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an image of 1 x 3000 px the middle is scaled up, not all of it; one of 1 x 16 px is whole."""
+    largest, resize = list[int](), Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *rest: (largest.append(max(size)),
+                                                                          resize(self, size, *rest))[1])
+    for width, height in ((1, 3000), (3000, 1), (1, 16)):
+        pixels = np.arange(width * height * 3, dtype=np.uint32).reshape(height, width, 3) // 3 * 255 // (width * height)
+        save(Image.fromarray(pixels.astype(np.uint8)), tmp_path / "thin.png")
+        square = common.central_square(tmp_path / "thin.png", 28, 32)
+        assert square.shape == (3, 28, 28) and abs(float(square.mean()) - 127) < 10
+    assert max(largest) == 16 * 32
+
+
 def test_modes_decode(tmp_path: Path) -> None:
     """RGBA, palette, grey, 16-bit and CMYK images become RGB of the same look."""
     grey = np.tile(np.arange(0, 256, 8, np.uint8), (32, 1))

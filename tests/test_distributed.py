@@ -185,6 +185,19 @@ def test_faults_at_the_start(tmp_path: Path) -> None:
     one_line(ranks[1].wait(), "another rank ended")
 
 
+def other_images_on_one(world: int, rank: int, port: int, folder: Path) -> None:
+    """Rank 1 sees its images in another order, as where a file has another name there."""
+    rank_of(world, rank, port, folder)
+    load = common.load
+    common.load = lambda *args: load(*args).select(torch.arange(64).flip(0) if rank == 1 else torch.arange(64))
+
+
+def test_ranks_have_to_see_the_same_images(tmp_path: Path) -> None:
+    """Nodes whose copies of a data set differ end before training: an index would be another image on each."""
+    for process in launch(2, [*TINY, "--output", str(tmp_path / "a")], tmp_path / "images", other_images_on_one):
+        one_line(process.wait(), "ranks see different images of shapes")
+
+
 DRIVER = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]

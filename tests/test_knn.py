@@ -226,6 +226,13 @@ def test_sharp_weights_do_not_overflow() -> None:
     assert scores.argmax() == 2 and (scores >= 0).all()
 
 
+def test_scores_of_many_neighbours_do_not_overflow() -> None:
+    """Of 40,000 neighbours at the same similarity the class with most of them wins."""
+    labels = (torch.arange(40_000) < 5).long()[None]
+    scores = common.knn_scores(torch.ones(1, 40_000), labels, 2, 0.07)
+    assert scores.argmax() == 0 and float(scores[0, 0] / scores[0, 1]) == pytest.approx(39_995 / 5)
+
+
 def test_class_scores_are_sums_of_weights() -> None:
     """The score of a class over that of another is the ratio of the sums of exp(s/tau)."""
     similarity, labels = torch.tensor([[0.9, 0.8, 0.7, 0.1]]), torch.tensor([[0, 1, 1, 2]])

@@ -1,5 +1,6 @@
 """Weights are found under the names of many authors, half-loaded networks are refused, and kNN reports what it did."""
 
+import argparse
 import hashlib
 import json
 import math
@@ -84,6 +85,40 @@ def test_alexnet_of_data_parallel(tmp_path: Path) -> None:
         assert torch.equal(value, weights[name])
 
 
+def test_timms_vgg(tmp_path: Path) -> None:
+    """timm's VGG16 has fc6 and fc7 as convolutions, pre_logits.fc1 and .fc2."""
+    weights = common.backbone("vgg16", 4).state_dict()
+    names = {"classifier.0.": "pre_logits.fc1.", "classifier.3.": "pre_logits.fc2."}
+    theirs = {next((new + name.removeprefix(old) for old, new in names.items() if name.startswith(old)), name): value
+              for name, value in weights.items()}
+    theirs["pre_logits.fc1.weight"] = theirs["pre_logits.fc1.weight"].view(256, 32, 7, 7)
+    theirs["pre_logits.fc2.weight"] = theirs["pre_logits.fc2.weight"].view(256, 256, 1, 1)
+    torch.save(theirs, tmp_path / "file.pth")
+    found = common.load_encoder(tmp_path / "file.pth", "vgg16", 4, None, CPU, "auto")
+    assert found.report["missing"] == found.report["unexpected"] == []
+    assert all(torch.equal(value, weights[name]) for name, value in found.backbone.state_dict().items())
+
+
+def test_foreign_necks_and_heads_are_left_over(resnet: dict[str, Tensor], tmp_path: Path) -> None:
+    """A foreign file's head may be a classifier and its neck another thing than ours: the backbone is taken."""
+    first, bias = dict([("neck.0.weight", torch.rand(64, 512))]), dict([("neck.0.bias", torch.rand(64))])
+    for neck in (first, {"neck.0.weight": torch.rand(64, 512, 1, 1)},
+                 first | bias | {"neck.1.weight": torch.rand(9, 64)}):
+        more = neck | {"head.weight": torch.rand(10, 512), "head.bias": torch.rand(10)}
+        torch.save({f"backbone.{name}": value for name, value in resnet.items()} | more, tmp_path / "file.pth")
+        for layer in ("auto", "backbone"):
+            found = encoder(tmp_path / "file.pth", layer=layer)
+            assert found.head is None and found.report["missing"] == []
+
+
+def test_a_missing_convolution_is_no_trifle(resnet: dict[str, Tensor], tmp_path: Path) -> None:
+    """95 of 100 tensors are not enough where the stem is among the five."""
+    torch.save({name: value for name, value in resnet.items() if not name.startswith(("conv1", "bn1"))},
+               tmp_path / "file.pth")
+    with pytest.raises(common.Fault, match="Missing"):
+        encoder(tmp_path / "file.pth")
+
+
 @pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
 def test_legacy_file_with_objects(resnet: dict[str, Tensor], tmp_path: Path) -> None:
     """An old file that holds an object of its author's class: the tensors are read, the object is not made."""
@@ -164,6 +199,14 @@ def test_backbone_file(trained: Path, capsys: pytest.CaptureFixture[str]) -> Non
     alone = evaluate(capsys, trained / "backbone.pth", *options)
     inside = evaluate(capsys, trained / "checkpoint.pth", *options, "--layer", "backbone")
     assert alone["knn"] == inside["knn"] and alone["feature_dim"] == inside["feature_dim"] == 32
+
+
+def test_the_bank_leaves_the_test_images_alone(trained: Path) -> None:
+    """With the bank as training features the run's own seed chooses its images, --seed still the test images."""
+    args = eval_knn.parse_args([str(trained / "checkpoint.pth"), "--test-subset", "7", "--seed", "5"])
+    found = encoder(trained / "checkpoint.pth")
+    tests = [found.load_data(argparse.Namespace(**vars(args)), split, CPU)[1] for split in ("train", "pretrain")]
+    assert torch.equal(tests[0].ids, tests[1].ids) and args.seed == 5
 
 
 def test_bank_as_training_features(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -254,6 +254,7 @@ REFUSED = [
     (["--subset", "63"], "other data"),
     (["--image-size", "20"], "other data"),
     (["--loss", "nce"], "--loss softmax -> nce"),
+    (["--no-amp"], "--amp None -> False"),
     (["--batch-size", "32"], "--batch-size 16 -> 32"),
 ]
 
