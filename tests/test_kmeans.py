@@ -70,6 +70,11 @@ def test_screen_gives_up_on_ties() -> None:
     assert not common.assign(x, centroids)[0].any()
 
 
+def few_columns(rows: int, seed: int = 0) -> Tensor:
+    """Unit rows of 128 numbers, all but four of them zero, which rounding leaves as they are."""
+    return F.normalize(F.pad(cloud(rows, 4, seed), (0, 124)), dim=1)
+
+
 STRUCTURED = {
     "one-hot": lambda: (torch.eye(64).repeat(9, 1), torch.eye(64)),
     "whole numbers": lambda: (torch.randint(-9, 10, (700, 16)).float(), torch.randint(-9, 10, (90, 16)).float()),
@@ -78,6 +83,7 @@ STRUCTURED = {
     "large offset": lambda: (cloud(700, 32) + 100, cloud(90, 32, 1) + 100),
     "one sign": lambda: (cloud(700, 32).abs(), cloud(90, 32, 1).abs()),
     "nearly alike": lambda: (1 + 1e-3 * cloud(700, 32), 1 + 1e-3 * cloud(90, 32, 1)),
+    "few columns": lambda: (few_columns(3000), few_columns(300, 1)),
     "pairs": lambda: (cloud(700, 32), cloud(45, 32, 1).repeat_interleave(2, 0)),
 }
 
