@@ -273,7 +273,8 @@ def add_device_options(options: argparse.ArgumentParser) -> None:
     machine = options.add_argument_group("machine")
     machine.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the best available")
     machine.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast of the network; the "
-                         "similarities stay in float32; default: on for GPUs and CPUs that have its instructions")
+                         "similarities stay in float32; default: on for GPUs and CPUs that have its instructions; "
+                         "without it convolutions on GPUs run in TF32, PyTorch's default")
 
 
 def add_training_options(options: argparse.ArgumentParser) -> None:
