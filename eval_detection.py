@@ -264,6 +264,12 @@ def move_boxes(boxes: Tensor, sample: Sample, old: tuple[int, int], new: tuple[i
     return boxes
 
 
+def in_parts(images: list[tuple[Sample, Tensor]], count: int) -> Iterator[list[tuple[Sample, Tensor]]]:
+    """The images in `count` equal parts."""
+    length = len(images) // count
+    return (images[start : start + length] for start in range(0, len(images), length))
+
+
 class Batch(NamedTuple):
     """Images (B, 3, H, W) padded with zeros at the right and below, their own (height, width), and what is in them."""
 
@@ -740,10 +746,9 @@ def main(args: argparse.Namespace) -> None:
             group["lr"] = learning_rate(args, step)
         optimizer.zero_grad()
         loss = torch.zeros((), device=run.device)
-        length = len(images) // args.accumulate
-        for start in range(0, len(images), length):
+        for part in in_parts(images, args.accumulate):
             with run.autocast():
-                _, losses = parallel(batch_of(images[start : start + length]))
+                _, losses = parallel(batch_of(part))
             part_loss = torch.stack(list(losses.values())).sum() / args.accumulate
             part_loss.backward()
             loss += part_loss.detach()
@@ -768,7 +773,8 @@ def main(args: argparse.Namespace) -> None:
         if args.precise_bn:
             more = training_batches(run, data, args, range(args.iterations, args.iterations + args.precise_bn))
             model.train()
-            precise_statistics(model, (batch_of(images) for _, images in more), run, pause)
+            parts = (part for _, images in more for part in in_parts(images, args.accumulate))
+            precise_statistics(model, map(batch_of, parts), run, pause)
         run.broadcast(model)
         run.save(state, 1, 0)
 

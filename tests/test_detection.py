@@ -436,6 +436,23 @@ def test_precise_statistics() -> None:
     assert net.norm.momentum == 0.1
 
 
+def two_at_most() -> None:
+    """From now on a network in training that is given more than two images at once fails, as for want of memory."""
+    forward = eval_detection.Detector.forward
+
+    def patched(self: eval_detection.Detector, batch: eval_detection.Batch) -> Any:
+        assert not self.training or len(batch.images) <= 2
+        return forward(self, batch)
+
+    eval_detection.Detector.forward = patched  # type: ignore[method-assign]
+
+
+def test_parts_bound_the_memory(folder: Path, tmp_path: Path) -> None:
+    """With --accumulate 2 no more than half the batch is on the device at once, in training and for --precise-bn."""
+    process = run("eval_detection", tiny(folder, tmp_path / "out", "--accumulate", 2), two_at_most)
+    assert process.code == 0, process.err
+
+
 # proposals
 
 
