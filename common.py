@@ -36,11 +36,11 @@ import json
 import math
 import os
 import pickle
-import shutil
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
@@ -2995,8 +2995,19 @@ def render_voc(root: Path, train: int, test: int, size: int = 96) -> None:
     """
     if root.exists():
         raise Fault(f"{root} exists: choose another folder")
-    whole, root = root, root.with_name(root.name + ".tmp")  # seen only when it is complete
-    shutil.rmtree(root, ignore_errors=True)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    # Seen only when it is complete. Each process has a place of its own; only one that is killed leaves it behind.
+    with tempfile.TemporaryDirectory(prefix=f"{root.name}.", suffix=".tmp", dir=root.parent) as place:
+        whole = Path(place) / root.name
+        _render_voc(whole, train, test, size)
+        try:
+            whole.replace(root)
+        except OSError:
+            if not root.is_dir():  # else another process was faster, with the same images
+                raise
+
+
+def _render_voc(root: Path, train: int, test: int, size: int) -> None:
     for name in ("JPEGImages", "Annotations", "SegmentationClass", "ImageSets/Main", "ImageSets/Segmentation"):
         (root / name).mkdir(parents=True)
     classes = [f"class{i}" for i in range(NUM_CLASSES)]
@@ -3032,7 +3043,6 @@ def render_voc(root: Path, train: int, test: int, size: int = 96) -> None:
             (root / "ImageSets" / task / f"{split}.txt").write_text(listed)
         for name, lines in flags.items():
             (root / "ImageSets" / "Main" / f"{name}_{split}.txt").write_text(lines)
-    root.replace(whole)
 
 
 def precision_recall(scores: Tensor, right: Tensor, total: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import re
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,6 +112,22 @@ def test_rendered_by_need(tmp_path: Path) -> None:
         assert a.path != b.path and a.path.read_bytes() == b.path.read_bytes() and torch.equal(a.boxes, b.boxes)
     train = {image.path.read_bytes() for image in more.images}
     assert not train & {image.path.read_bytes() for image in common.load_voc(wanted, "test", classes=None).images}
+
+
+def test_two_processes_render_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where another process renders the same set meanwhile, both end well; it is whole, and nothing else is left."""
+    root, render = tmp_path / "new" / "set", common.render_scene
+
+    def other_first(*args: Any) -> Any:
+        monkeypatch.setattr(common, "render_scene", render)
+        common.render_voc(root, 2, 1)
+        return render(*args)
+
+    monkeypatch.setattr(common, "render_scene", other_first)
+    common.render_voc(root, 2, 1)
+    assert len(common.load_voc(options(root), "train")) == 2 and list(root.parent.iterdir()) == [root]
+    assert {path.name for path in (root / "JPEGImages").iterdir()} == {
+        "trainval_00000.jpg", "trainval_00001.jpg", "test_00000.jpg"}
 
 
 def test_handled_as_voc_does(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
