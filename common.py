@@ -2842,8 +2842,10 @@ def load_voc(args: argparse.Namespace, split: str, task: str = "Main", classes: 
         classes, places = VOC_CLASSES, []
         for year, name in VOC_LISTS[args.data][test]:
             root = args.data_dir / "VOCdevkit" / f"VOC{year}"
-            files = root / "ImageSets" / task / f"{wanted or name}.txt"
-            _download(args, "VOCDetection", files, year=year, image_set=name)
+            lists = [root / "ImageSets" / task / f"{one}.txt" for one in (wanted or name, name)]
+            # Where the set's own list is, a download brings no other.
+            there = next((path for path in lists if path.exists()), lists[1])
+            _download(args, "VOCDetection", there, year=year, image_set=name)
             places.append((root, wanted or name))
     else:
         root = _voc_root(args)

@@ -200,6 +200,22 @@ def test_download(rendered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         common.load_voc(options("voc12", data_dir=tmp_path / "other"), "train")
 
 
+def test_a_list_that_does_not_exist_is_not_downloaded(
+    rendered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a set that is there, a mistyped list is a Fault that names it; one that is there needs no other."""
+    monkeypatch.setattr("torchvision.datasets.VOCDetection", None)
+    for task in ("Main", "Segmentation"):
+        with pytest.raises(common.Fault, match=r"trianval.txt .No such file"):
+            wanted = options("voc07", data_dir=rendered.parent.parent, train_list="trianval")
+            common.load_voc(wanted, "train", task)
+    root = tmp_path / "VOCdevkit" / "VOC2007"
+    shutil.copytree(rendered, root)
+    (root / "ImageSets/Main/trainval.txt").unlink()
+    with pytest.raises(common.Fault, match="object of the class class"):
+        common.load_voc(options("voc07", data_dir=tmp_path, train_list="test"), "train")
+
+
 def slow_precision(scores: list[float], right: list[bool], total: int, eleven_points: bool) -> float:
     """VOC's development kit in loops and whole numbers; the order of equal scores is that of the list."""
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
