@@ -314,6 +314,20 @@ def test_boundary_anchors() -> None:
     assert torch.equal(network.assign_targets_to_anchors([anchors], [target])[0][0], plain[0][0])
 
 
+@pytest.mark.parametrize("preset, training, testing", [
+    ("voc07", (12_000, 2000), (6000, 1000)), ("voc07-la-alexnet", (12_000, 2000), (6000, 300)),
+    ("shapes", (1200, 200), (300, 50)),
+])
+def test_candidates(preset: str, training: tuple[int, int], testing: tuple[int, int]) -> None:
+    """How many anchors of an image are left for suppression, and how many regions after it."""
+    args = eval_detection.parse_args(["random", "--preset", preset])
+    network = eval_detection.Detector(common.backbone("resnet18", 4, True), 3, args).proposals
+    assert network is not None
+    assert (network.pre_nms_top_n(), network.post_nms_top_n()) == training
+    network.eval()
+    assert (network.pre_nms_top_n(), network.post_nms_top_n()) == testing
+
+
 def test_frozen_stays(folder: Path, tmp_path: Path) -> None:
     """After training, frozen stages, and with --bn frozen all normalisations, have their old bits; the rest moved.
     Without --precise-bn the running statistics of training stay."""
