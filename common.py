@@ -2822,10 +2822,11 @@ class VocSet:
         return len(self.images)
 
     def identity(self) -> dict[str, Any]:
-        """What must agree for a checkpoint to fit: plain values, with a checksum of names and boxes."""
+        """What must agree for a checkpoint to fit: plain values, with a checksum of names and objects."""
         content = hashlib.blake2b(digest_size=8)
         for image in self.images:
-            content.update(repr((image.path.name, image.boxes.tolist(), image.labels.tolist())).encode())
+            objects = [column.tolist() for column in (image.boxes, image.labels, image.difficult)]
+            content.update(repr((image.path.name, objects)).encode())
         return dict(name=self.name, images=len(self), classes=len(self.classes), checksum=content.hexdigest())
 
 

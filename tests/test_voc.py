@@ -145,6 +145,18 @@ def test_handled_as_voc_does(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert len(half) == 2
 
 
+def test_identity(folder: Path) -> None:
+    """Sets that differ in a box, a class or in what is difficult are told apart; the same set is the same."""
+    seen = []
+    for text in (box("cat", 1, 1, 9, 9), box("cat", 1, 1, 9, 8), box("dog", 1, 1, 9, 9),
+                 box("cat", 1, 1, 9, 9, more="<difficult>1</difficult>")):
+        annotate(folder, "a", text)
+        data = [common.load_voc(options(folder), "train", classes=["cat", "dog"]).identity() for _ in range(2)]
+        assert data[0] == data[1]
+        seen.append(data[0]["checksum"])
+    assert len(set(seen)) == 4
+
+
 def test_faults(folder: Path, tmp_path: Path) -> None:
     """What cannot be read is named: folder, list, image, annotation, class."""
 
