@@ -739,10 +739,10 @@ def main(args: argparse.Namespace) -> None:
     def batch_of(part: list[tuple[Sample, Tensor]]) -> Batch:
         return collate(part, data, train_regions, args, mean, std, run.device)
 
-    def pause() -> None:
-        """A signal does not wait for the end of the test: the run stops as after its last step."""
-        if run.agree(run.signal):
-            run.after_step(state, 0, args.iterations - 1, torch.zeros(()))
+    def pause(epoch: int = 1, step: int = 0) -> None:
+        """A signal does not wait for the end of what follows training: the checkpoint after so much is written."""
+        if number := run.agree(run.signal):
+            run._stop(number, epoch, step)
 
     began, since = time.perf_counter(), first
     for step, images in training_batches(run, data, args, range(first, 0 if finished else args.iterations)):
@@ -779,7 +779,7 @@ def main(args: argparse.Namespace) -> None:
             more = training_batches(run, data, args, range(args.iterations, args.iterations + args.precise_bn))
             model.train()
             parts = (part for _, images in more for part in in_parts(images, args.accumulate))
-            precise_statistics(model, map(batch_of, parts), run, pause)
+            precise_statistics(model, map(batch_of, parts), run, lambda: pause(0, args.iterations))
         run.broadcast(model)
         run.save(state, 1, 0)
 

@@ -401,10 +401,10 @@ def main(args: argparse.Namespace) -> None:
     state = dict(model=model, optimizer=optimizer, totals=totals)
     finished, first = run.resume(state, args.iterations)
 
-    def pause() -> None:
-        """A signal does not wait for the end of the test: the run stops as after its last step."""
-        if run.agree(run.signal):
-            run.after_step(state, 0, args.iterations - 1, torch.zeros(()))
+    def pause(epoch: int = 1, step: int = 0) -> None:
+        """A signal does not wait for the end of the test: the checkpoint after so much is written."""
+        if number := run.agree(run.signal):
+            run._stop(number, epoch, step)
 
     began, since = time.perf_counter(), first
     steps = range(first, 0 if finished else args.iterations)

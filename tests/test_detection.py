@@ -588,17 +588,20 @@ def signalled(script: str, name: str) -> None:
     setattr(module, name, patched)
 
 
-@pytest.mark.parametrize("where", ["precise_statistics", "detect"])
-def test_signal_after_the_last_step(where: str, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("where, done", [("precise_statistics", (0, 4)), ("detect", (1, 0))])
+def test_signal_after_the_last_step(where: str, done: tuple[int, int], folder: Path, tmp_path: Path) -> None:
     """SIGTERM while batch statistics are taken anew, or in the final test, ends the run there, its checkpoint kept; the
-    same command goes on to the result of an undisturbed run."""
+    same command goes on to the result of an undisturbed run, and statistics that it has are not taken again."""
     assert run("eval_detection", tiny(folder, tmp_path / "whole")).code == 0
     words = tiny(folder, tmp_path / "parts")
     stopped = run("eval_detection", words, functools.partial(signalled, "eval_detection", where))
     assert stopped.code == 128 + signal.SIGTERM and '"ap50' not in stopped.out
-    assert stopped.err.splitlines()[-1] == "stopped after 0 epochs and 4 steps; the same command continues"
+    words_of_stop = f"stopped after {done[0]} epochs and {done[1]} steps; the same command continues"
+    assert stopped.err.splitlines()[-1] == words_of_stop
+    saved = checkpoint(tmp_path / "parts")
+    assert (saved["epoch"], saved["step"]) == done
     again = run("eval_detection", words)
-    assert again.code == 0 and "resumed" in again.out
+    assert again.code == 0 and ("already finished" if done == (1, 0) else "resumed") in again.out
     same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
     assert (tmp_path / "whole/eval.jsonl").read_text() == (tmp_path / "parts/eval.jsonl").read_text()
 

@@ -204,7 +204,8 @@ def test_signal_in_the_final_test(folder: Path, tmp_path: Path) -> None:
     words = tiny(folder, tmp_path / "parts")
     stopped = run("eval_segmentation", words, functools.partial(signalled, "eval_segmentation", "confusion_table"))
     assert stopped.code == 128 + signal.SIGTERM and '"miou"' not in stopped.out
-    assert stopped.err.splitlines()[-1] == "stopped after 0 epochs and 4 steps; the same command continues"
+    assert stopped.err.splitlines()[-1] == "stopped after 1 epochs and 0 steps; the same command continues"
+    assert checkpoint(tmp_path / "parts")["epoch"] == 1
     assert run("eval_segmentation", words).code == 0
     same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
     assert (tmp_path / "whole/eval.jsonl").read_text() == (tmp_path / "parts/eval.jsonl").read_text()
