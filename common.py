@@ -36,11 +36,11 @@ import json
 import math
 import os
 import pickle
-import shutil
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
@@ -2823,10 +2823,11 @@ class VocSet:
         return len(self.images)
 
     def identity(self) -> dict[str, Any]:
-        """What must agree for a checkpoint to fit: plain values, with a checksum of names and boxes."""
+        """What must agree for a checkpoint to fit: plain values, with a checksum of names and objects."""
         content = hashlib.blake2b(digest_size=8)
         for image in self.images:
-            content.update(repr((image.path.name, image.boxes.tolist(), image.labels.tolist())).encode())
+            objects = [column.tolist() for column in (image.boxes, image.labels, image.difficult)]
+            content.update(repr((image.path.name, objects)).encode())
         return dict(name=self.name, images=len(self), classes=len(self.classes), checksum=content.hexdigest())
 
 
@@ -2843,8 +2844,10 @@ def load_voc(args: argparse.Namespace, split: str, task: str = "Main", classes: 
         classes, places = VOC_CLASSES, []
         for year, name in VOC_LISTS[args.data][test]:
             root = args.data_dir / "VOCdevkit" / f"VOC{year}"
-            files = root / "ImageSets" / task / f"{wanted or name}.txt"
-            _download(args, "VOCDetection", files, year=year, image_set=name)
+            lists = [root / "ImageSets" / task / f"{one}.txt" for one in (wanted or name, name)]
+            # Where the set's own list is, a download brings no other.
+            there = next((path for path in lists if path.exists()), lists[1])
+            _download(args, "VOCDetection", there, year=year, image_set=name)
             places.append((root, wanted or name))
     else:
         root = _voc_root(args)
@@ -2996,8 +2999,19 @@ def render_voc(root: Path, train: int, test: int, size: int = 96) -> None:
     """
     if root.exists():
         raise Fault(f"{root} exists: choose another folder")
-    whole, root = root, root.with_name(root.name + ".tmp")  # seen only when it is complete
-    shutil.rmtree(root, ignore_errors=True)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    # Seen only when it is complete. Each process has a place of its own; only one that is killed leaves it behind.
+    with tempfile.TemporaryDirectory(prefix=f"{root.name}.", suffix=".tmp", dir=root.parent) as place:
+        whole = Path(place) / root.name
+        _render_voc(whole, train, test, size)
+        try:
+            whole.replace(root)
+        except OSError:
+            if not root.is_dir():  # else another process was faster, with the same images
+                raise
+
+
+def _render_voc(root: Path, train: int, test: int, size: int) -> None:
     for name in ("JPEGImages", "Annotations", "SegmentationClass", "ImageSets/Main", "ImageSets/Segmentation"):
         (root / name).mkdir(parents=True)
     classes = [f"class{i}" for i in range(NUM_CLASSES)]
@@ -3033,7 +3047,6 @@ def render_voc(root: Path, train: int, test: int, size: int = 96) -> None:
             (root / "ImageSets" / task / f"{split}.txt").write_text(listed)
         for name, lines in flags.items():
             (root / "ImageSets" / "Main" / f"{name}_{split}.txt").write_text(lines)
-    root.replace(whole)
 
 
 def precision_recall(scores: Tensor, right: Tensor, total: int) -> tuple[Tensor, Tensor]:

@@ -31,11 +31,12 @@ by its own library, difficult objects ignored. The last line of the output is th
 eval.jsonl in --output and beside the checkpoint. detections.pth has the boxes, for figures.py; backbone.pth the network
 as fine-tuned.
 
-Differences: boxes are pulled by smooth L1 with beta 1/9 (torchvision), by plain L1 in MoCo's code; RoIAlign everywhere,
-where the older protocols pooled; regions that overlap an object by under 0.1 are ground too; biases have the rate and
-decay of weights; images of a batch are not grouped by shape. AlexNet and VGG16 are those of these scripts, with batch
-normalisation. What is drawn in a step follows from (seed, step) and the position in the batch; only which anchors and
-regions are trained on depends on the number of ranks, too.
+Differences: boxes are pulled by smooth L1 with beta 1/9 (torchvision), by plain L1 in MoCo's code, and in that of the
+older protocols with beta 1 where they are of regions; RoIAlign everywhere, where the older protocols pooled; of the
+proposals in files the first 2,000 of an image, where Fast R-CNN took all; regions that overlap an object by under 0.1
+are ground too; biases have the rate and decay of weights; images of a batch are not grouped by shape. AlexNet and VGG16
+are those of these scripts, with batch normalisation. What is drawn in a step follows from (seed, step) and the position
+in the batch; only which anchors and regions are trained on depends on the number of ranks, too.
 
 log.jsonl has, each --log-every iterations: the losses of anchors (objectness, rpn_box_reg) and regions (classifier,
 box_reg), their sum, the rate, time and memory; with --eval-every also ap50_voc07.
@@ -69,8 +70,8 @@ import common
 
 OLD = dict(train_sizes=[600], test_size=600, max_size=1000, batch_size=1, lr=0.001, warmup=0, iterations=70_000,
            lr_drops=[50_000], bn="frozen", sync_bn=False, extra_bn=False, precise_bn=0, rois=128,
-           anchor_sizes=[128, 256, 512], boundary_anchors="drop", test_proposals=300, nms=0.3, min_score=0.0,
-           train_difficult=False)
+           anchor_sizes=[128, 256, 512], boundary_anchors="drop", test_candidates=6000, test_proposals=300, nms=0.3,
+           min_score=0.0, train_difficult=False)
 # NPID prints rate and drop; the number of iterations and the decay are the pipelines' own.
 NPID = dict(OLD, weight_decay=5e-4)
 FAST = dict(NPID, batch_size=2, rois=64, freeze=1, test_proposals=2000)
@@ -105,7 +106,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     model.add_argument("--freeze", type=int, choices=range(6), default=0, help="stages of the network that stay as "
                        "they are: stem or conv1, layer1 or conv2, ...; layer4 of a ResNet never does")
     model.add_argument("--bn", choices=["frozen", "tuned"], default="tuned", help="frozen: statistics, scale and shift "
-                       "stay; tuned: batch statistics")
+                       "stay, and --extra-bn has no effect; tuned: batch statistics")
     model.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, default=True, help="batch statistics over "
                        "all GPUs")
     model.add_argument("--extra-bn", action=argparse.BooleanOptionalAction, default=True, help="a batch normalisation "
@@ -122,6 +123,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                          "cross the border of the image are trained on")
     regions.add_argument("--train-proposals", type=common.COUNT, metavar="N", help="best regions of an image, training")
     regions.add_argument("--test-proposals", type=common.COUNT, metavar="N", help="best regions of an image, test")
+    regions.add_argument("--test-candidates", type=common.COUNT, metavar="N", help="best anchors of an image, test, of "
+                         "which those regions are (default: 6 x --test-proposals)")
     regions.add_argument("--rois", type=common.COUNT, metavar="N", help="regions of an image that are trained on, a "
                          "quarter of them on objects")
     regions.add_argument("--roi-size", type=common.SIZE, metavar="CELLS", help="side of RoIAlign (ResNets; AlexNet and "
@@ -262,6 +265,12 @@ def move_boxes(boxes: Tensor, sample: Sample, old: tuple[int, int], new: tuple[i
     if sample.flip:
         boxes = torch.stack([new[0] - boxes[:, 2], boxes[:, 1], new[0] - boxes[:, 0], boxes[:, 3]], 1)
     return boxes
+
+
+def in_parts(images: list[tuple[Sample, Tensor]], count: int) -> Iterator[list[tuple[Sample, Tensor]]]:
+    """The images in `count` equal parts."""
+    length = len(images) // count
+    return (images[start : start + length] for start in range(0, len(images), length))
 
 
 class Batch(NamedTuple):
@@ -450,10 +459,12 @@ class Detector(nn.Module):
         if not args.proposals:
             anchors = Anchors(args.anchor_sizes, stride)
             best = dict(training=args.train_proposals, testing=args.test_proposals)
+            candidates = dict(training=6 * args.train_proposals,
+                              testing=args.test_candidates or 6 * args.test_proposals)
             self.proposals = Proposals(
                 anchors, ProposalHead(channels, anchors.num_anchors_per_location()[0]), fg_iou_thresh=0.7,
-                bg_iou_thresh=0.3, batch_size_per_image=256, positive_fraction=0.5,
-                pre_nms_top_n={mode: 6 * number for mode, number in best.items()}, post_nms_top_n=best, nms_thresh=0.7,
+                bg_iou_thresh=0.3, batch_size_per_image=256, positive_fraction=0.5, pre_nms_top_n=candidates,
+                post_nms_top_n=best, nms_thresh=0.7,
             )
             self.proposals.drop = args.boundary_anchors == "drop"
         self.regions = RoIHeads(
@@ -728,10 +739,10 @@ def main(args: argparse.Namespace) -> None:
     def batch_of(part: list[tuple[Sample, Tensor]]) -> Batch:
         return collate(part, data, train_regions, args, mean, std, run.device)
 
-    def pause() -> None:
-        """A signal does not wait for the end of the test: the run stops as after its last step."""
-        if run.agree(run.signal):
-            run.after_step(state, 0, args.iterations - 1, torch.zeros(()))
+    def pause(epoch: int = 1, step: int = 0) -> None:
+        """A signal does not wait for the end of what follows training: the checkpoint after so much is written."""
+        if number := run.agree(run.signal):
+            run._stop(number, epoch, step)
 
     began, since = time.perf_counter(), first
     for step, images in training_batches(run, data, args, range(first, 0 if finished else args.iterations)):
@@ -740,10 +751,9 @@ def main(args: argparse.Namespace) -> None:
             group["lr"] = learning_rate(args, step)
         optimizer.zero_grad()
         loss = torch.zeros((), device=run.device)
-        length = len(images) // args.accumulate
-        for start in range(0, len(images), length):
+        for part in in_parts(images, args.accumulate):
             with run.autocast():
-                _, losses = parallel(batch_of(images[start : start + length]))
+                _, losses = parallel(batch_of(part))
             part_loss = torch.stack(list(losses.values())).sum() / args.accumulate
             part_loss.backward()
             loss += part_loss.detach()
@@ -768,7 +778,8 @@ def main(args: argparse.Namespace) -> None:
         if args.precise_bn:
             more = training_batches(run, data, args, range(args.iterations, args.iterations + args.precise_bn))
             model.train()
-            precise_statistics(model, (batch_of(images) for _, images in more), run, pause)
+            parts = (part for _, images in more for part in in_parts(images, args.accumulate))
+            precise_statistics(model, map(batch_of, parts), run, lambda: pause(0, args.iterations))
         run.broadcast(model)
         run.save(state, 1, 0)
 

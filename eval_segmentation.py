@@ -230,6 +230,7 @@ class Segmenter(nn.Module):
         super().__init__()
         stages: list[nn.Module]
         head: nn.Module
+        self.copies: list[tuple[nn.Linear, nn.Conv2d]] = []  # a plain list: the linear layers are no part of this
         if isinstance(network, common.ResNet):
             small, holes = isinstance(network.maxpool, nn.Identity), 1
             stride = 1 if small else 4
@@ -253,6 +254,7 @@ class Segmenter(nn.Module):
             channels = [layer.out_channels for layer in layers if isinstance(layer, nn.Conv2d)][-1]
             linear = [layer for layer in network.classifier if isinstance(layer, nn.Linear)]  # fc6 and, mostly, fc7
             fc = [convolution(layer, inputs) for layer, inputs in zip(linear, (channels, network.dim), strict=False)]
+            self.copies = list(zip(linear, fc, strict=True))
             drop, act = nn.Dropout(args.dropout), nn.ReLU(inplace=True)
             hidden = [part for layer in fc for part in (layer, act, drop)]
             score = nn.Conv2d(network.dim, 1 + num_classes, 1)
@@ -277,6 +279,13 @@ class Segmenter(nn.Module):
             if self.frozen_bn and isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
                 module.eval()
         return self
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Give the network's fc6 and fc7 what the convolutions made of them have learnt."""
+        for layer, conv in self.copies:
+            layer.weight.copy_(conv.weight.reshape_as(layer.weight))  # in the order of dimensions, not of memory
+            layer.bias.copy_(conv.bias)  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> Tensor:
         scores: Tensor = self.head(self.trunk(images))
@@ -392,10 +401,10 @@ def main(args: argparse.Namespace) -> None:
     state = dict(model=model, optimizer=optimizer, totals=totals)
     finished, first = run.resume(state, args.iterations)
 
-    def pause() -> None:
-        """A signal does not wait for the end of the test: the run stops as after its last step."""
-        if run.agree(run.signal):
-            run.after_step(state, 0, args.iterations - 1, torch.zeros(()))
+    def pause(epoch: int = 1, step: int = 0) -> None:
+        """A signal does not wait for the end of the test: the checkpoint after so much is written."""
+        if number := run.agree(run.signal):
+            run._stop(number, epoch, step)
 
     began, since = time.perf_counter(), first
     steps = range(first, 0 if finished else args.iterations)
@@ -437,6 +446,7 @@ def main(args: argparse.Namespace) -> None:
         common.append_result(args.output, line)
         if args.checkpoint != "random":
             common.append_result(Path(args.checkpoint).parent, line)
+    model.write_back()
     run.finish(encoder.backbone)
     if run.rank == 0:
         print(line, flush=True)

@@ -314,6 +314,20 @@ def test_boundary_anchors() -> None:
     assert torch.equal(network.assign_targets_to_anchors([anchors], [target])[0][0], plain[0][0])
 
 
+@pytest.mark.parametrize("preset, training, testing", [
+    ("voc07", (12_000, 2000), (6000, 1000)), ("voc07-la-alexnet", (12_000, 2000), (6000, 300)),
+    ("shapes", (1200, 200), (300, 50)),
+])
+def test_candidates(preset: str, training: tuple[int, int], testing: tuple[int, int]) -> None:
+    """How many anchors of an image are left for suppression, and how many regions after it."""
+    args = eval_detection.parse_args(["random", "--preset", preset])
+    network = eval_detection.Detector(common.backbone("resnet18", 4, True), 3, args).proposals
+    assert network is not None
+    assert (network.pre_nms_top_n(), network.post_nms_top_n()) == training
+    network.eval()
+    assert (network.pre_nms_top_n(), network.post_nms_top_n()) == testing
+
+
 def test_frozen_stays(folder: Path, tmp_path: Path) -> None:
     """After training, frozen stages, and with --bn frozen all normalisations, have their old bits; the rest moved.
     Without --precise-bn the running statistics of training stay."""
@@ -434,6 +448,23 @@ def test_precise_statistics() -> None:
     means = torch.stack([batch.mean((0, 2, 3)) for batch in batches]).mean(0)
     torch.testing.assert_close(net.norm.running_mean, means)
     assert net.norm.momentum == 0.1
+
+
+def two_at_most() -> None:
+    """From now on a network in training that is given more than two images at once fails, as for want of memory."""
+    forward = eval_detection.Detector.forward
+
+    def patched(self: eval_detection.Detector, batch: eval_detection.Batch) -> Any:
+        assert not self.training or len(batch.images) <= 2
+        return forward(self, batch)
+
+    eval_detection.Detector.forward = patched  # type: ignore[method-assign]
+
+
+def test_parts_bound_the_memory(folder: Path, tmp_path: Path) -> None:
+    """With --accumulate 2 no more than half the batch is on the device at once, in training and for --precise-bn."""
+    process = run("eval_detection", tiny(folder, tmp_path / "out", "--accumulate", 2), two_at_most)
+    assert process.code == 0, process.err
 
 
 # proposals
@@ -557,17 +588,20 @@ def signalled(script: str, name: str) -> None:
     setattr(module, name, patched)
 
 
-@pytest.mark.parametrize("where", ["precise_statistics", "detect"])
-def test_signal_after_the_last_step(where: str, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("where, done", [("precise_statistics", (0, 4)), ("detect", (1, 0))])
+def test_signal_after_the_last_step(where: str, done: tuple[int, int], folder: Path, tmp_path: Path) -> None:
     """SIGTERM while batch statistics are taken anew, or in the final test, ends the run there, its checkpoint kept; the
-    same command goes on to the result of an undisturbed run."""
+    same command goes on to the result of an undisturbed run, and statistics that it has are not taken again."""
     assert run("eval_detection", tiny(folder, tmp_path / "whole")).code == 0
     words = tiny(folder, tmp_path / "parts")
     stopped = run("eval_detection", words, functools.partial(signalled, "eval_detection", where))
     assert stopped.code == 128 + signal.SIGTERM and '"ap50' not in stopped.out
-    assert stopped.err.splitlines()[-1] == "stopped after 0 epochs and 4 steps; the same command continues"
+    words_of_stop = f"stopped after {done[0]} epochs and {done[1]} steps; the same command continues"
+    assert stopped.err.splitlines()[-1] == words_of_stop
+    saved = checkpoint(tmp_path / "parts")
+    assert (saved["epoch"], saved["step"]) == done
     again = run("eval_detection", words)
-    assert again.code == 0 and "resumed" in again.out
+    assert again.code == 0 and ("already finished" if done == (1, 0) else "resumed") in again.out
     same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
     assert (tmp_path / "whole/eval.jsonl").read_text() == (tmp_path / "parts/eval.jsonl").read_text()
 

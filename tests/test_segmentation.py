@@ -204,7 +204,8 @@ def test_signal_in_the_final_test(folder: Path, tmp_path: Path) -> None:
     words = tiny(folder, tmp_path / "parts")
     stopped = run("eval_segmentation", words, functools.partial(signalled, "eval_segmentation", "confusion_table"))
     assert stopped.code == 128 + signal.SIGTERM and '"miou"' not in stopped.out
-    assert stopped.err.splitlines()[-1] == "stopped after 0 epochs and 4 steps; the same command continues"
+    assert stopped.err.splitlines()[-1] == "stopped after 1 epochs and 0 steps; the same command continues"
+    assert checkpoint(tmp_path / "parts")["epoch"] == 1
     assert run("eval_segmentation", words).code == 0
     same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
     assert (tmp_path / "whole/eval.jsonl").read_text() == (tmp_path / "parts/eval.jsonl").read_text()
@@ -221,7 +222,8 @@ def test_frozen_normalisations_stay_on_several_gpus() -> None:
 
 @pytest.mark.parametrize("arch", ["alexnet", "vgg16"])
 def test_plain_networks(arch: str, folder: Path, tmp_path: Path) -> None:
-    """FCN-32s of AlexNet and VGG16 runs, normalisations frozen, and its backbone keeps torchvision's names."""
+    """FCN-32s of AlexNet and VGG16 runs, normalisations frozen, and its backbone has torchvision's names, with what fc6
+    and fc7 have learnt as convolutions."""
     words = tiny(folder, tmp_path / "out", "--bn", "frozen")
     words[words.index("--arch") + 1] = arch
     process = run("eval_segmentation", [*words, "--small"])
@@ -229,6 +231,13 @@ def test_plain_networks(arch: str, folder: Path, tmp_path: Path) -> None:
     saved = torch.load(tmp_path / "out/backbone.pth")
     assert saved.keys() == common.backbone(arch, 4, True).state_dict().keys()
     assert (saved["features.1.running_mean"] == 0).all() and (saved["features.1.running_var"] == 1).all()
+    torch.manual_seed(0)
+    before = common.backbone(arch, 4, True).state_dict()
+    head = {name: value for name, value in checkpoint(tmp_path / "out")["state"]["model"].items() if "head" in name}
+    learnt = list(head.values())[:4]  # weights and biases of the two, before the scores'
+    names = [name for name in saved if name.startswith("classifier")]
+    for name, value in zip(names, learnt, strict=True):
+        assert torch.equal(saved[name], value.reshape_as(saved[name])) and not torch.equal(saved[name], before[name])
 
 
 def test_resume_is_exact(folder: Path, tmp_path: Path) -> None:

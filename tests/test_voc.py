@@ -6,6 +6,7 @@ import re
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,6 +114,22 @@ def test_rendered_by_need(tmp_path: Path) -> None:
     assert not train & {image.path.read_bytes() for image in common.load_voc(wanted, "test", classes=None).images}
 
 
+def test_two_processes_render_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where another process renders the same set meanwhile, both end well; it is whole, and nothing else is left."""
+    root, render = tmp_path / "new" / "set", common.render_scene
+
+    def other_first(*args: Any) -> Any:
+        monkeypatch.setattr(common, "render_scene", render)
+        common.render_voc(root, 2, 1)
+        return render(*args)
+
+    monkeypatch.setattr(common, "render_scene", other_first)
+    common.render_voc(root, 2, 1)
+    assert len(common.load_voc(options(root), "train")) == 2 and list(root.parent.iterdir()) == [root]
+    assert {path.name for path in (root / "JPEGImages").iterdir()} == {
+        "trainval_00000.jpg", "trainval_00001.jpg", "test_00000.jpg"}
+
+
 def test_handled_as_voc_does(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Images without boxes stay; parts are no objects; boxes beyond the border are cut off or left out."""
     annotate(folder, "a", box("cat", 1, 1, 40, 30), box("dog", 5, 6, 80, 20), box("dog", 60, 1, 70, 9),
@@ -126,6 +143,18 @@ def test_handled_as_voc_does(folder: Path, capsys: pytest.CaptureFixture[str]) -
                     "left out; the first in a.jpg"]
     half = common.load_voc(options(folder, subset=2.0), "train")
     assert len(half) == 2
+
+
+def test_identity(folder: Path) -> None:
+    """Sets that differ in a box, a class or in what is difficult are told apart; the same set is the same."""
+    seen = []
+    for text in (box("cat", 1, 1, 9, 9), box("cat", 1, 1, 9, 8), box("dog", 1, 1, 9, 9),
+                 box("cat", 1, 1, 9, 9, more="<difficult>1</difficult>")):
+        annotate(folder, "a", text)
+        data = [common.load_voc(options(folder), "train", classes=["cat", "dog"]).identity() for _ in range(2)]
+        assert data[0] == data[1]
+        seen.append(data[0]["checksum"])
+    assert len(set(seen)) == 4
 
 
 def test_faults(folder: Path, tmp_path: Path) -> None:
@@ -181,6 +210,22 @@ def test_download(rendered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(common.Fault, match=r"could not be downloaded .no network.: name its folder"):
         asked.append(("", ""))
         common.load_voc(options("voc12", data_dir=tmp_path / "other"), "train")
+
+
+def test_a_list_that_does_not_exist_is_not_downloaded(
+    rendered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a set that is there, a mistyped list is a Fault that names it; one that is there needs no other."""
+    monkeypatch.setattr("torchvision.datasets.VOCDetection", None)
+    for task in ("Main", "Segmentation"):
+        with pytest.raises(common.Fault, match=r"trianval.txt .No such file"):
+            wanted = options("voc07", data_dir=rendered.parent.parent, train_list="trianval")
+            common.load_voc(wanted, "train", task)
+    root = tmp_path / "VOCdevkit" / "VOC2007"
+    shutil.copytree(rendered, root)
+    (root / "ImageSets/Main/trainval.txt").unlink()
+    with pytest.raises(common.Fault, match="object of the class class"):
+        common.load_voc(options("voc07", data_dir=tmp_path, train_list="test"), "train")
 
 
 def slow_precision(scores: list[float], right: list[bool], total: int, eleven_points: bool) -> float:
