@@ -646,7 +646,7 @@ class Run:
         if wish >= 0:
             self.save(state, epoch, step + 1)
         if wish > 0:
-            self._stop(wish, epoch, step + 1)
+            self.stop(wish, epoch, step + 1)
 
     def check_finite(self) -> None:
         """A loss that was not finite on any rank is a Fault on all."""
@@ -655,7 +655,8 @@ class Run:
             raise Fault(f"the loss is not finite (epoch {first // self.steps + 1}, step {first % self.steps + 1}): "
                         f"lower --lr; the last checkpoint in {self.output}, if any, is good")
 
-    def _stop(self, number: int, epoch: int, step: int) -> None:
+    def stop(self, number: int, epoch: int, step: int) -> None:
+        """End after a checkpoint, because of a signal: everything is given back, and a launcher is told."""
         previous = self.previous[signal.Signals(number)]
         self.close()
         if self.rank == 0:

@@ -404,7 +404,7 @@ def main(args: argparse.Namespace) -> None:
     def pause(epoch: int = 1, step: int = 0) -> None:
         """A signal does not wait for the end of the test: the checkpoint after so much is written."""
         if number := run.agree(run.signal):
-            run._stop(number, epoch, step)
+            run.stop(number, epoch, step)
 
     began, since = time.perf_counter(), first
     steps = range(first, 0 if finished else args.iterations)
