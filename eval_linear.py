@@ -185,6 +185,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         words += ["--preset", flat[flat.index("--protocol") + 1]]
     args = common.parse(parser, PRESETS, words, base="linear")
     args.typed = common.typed(parser, argv)
+    ways = {"labels", "per_class", "label_list"}
+    if len(ways & set(args.typed)) > 1:
+        parser.error("--labels, --per-class and --label-list each say which images are labelled: give one of them")
+    if ways & set(args.typed):  # instead of the preset's
+        vars(args).update(dict.fromkeys(ways - set(args.typed)))
     if (args.checkpoint is None) == (args.weights is None):
         parser.error("name one checkpoint: a file, or random")
     args.checkpoint = args.checkpoint or args.weights
@@ -1329,7 +1334,7 @@ def main(args: argparse.Namespace) -> None:
                  method="untrained" if args.checkpoint == "random" else method, data=task.train.name,
                  subset=args.subset, train_images=len(task.train), test_images=len(task.test),
                  train_crops=args.train_crops, test_crops=args.test_crops, normalize=args.normalize, epochs=args.epochs,
-                 batch_size=args.batch_size, seed=args.seed)
+                 batch_size=args.batch_size, seed=args.seed, amp=run.amp)
     if args.protocol in ("linear", "mlp"):
         facts |= dict(lr_grid=args.lr, weight_decay_grid=args.weight_decay, holdout=args.holdout,
                       schedule=args.schedule)

@@ -649,6 +649,20 @@ def test_every_class_has_to_have_images(tmp_path: Path) -> None:
             eval_linear.draws(args, eval_linear.Task(few, few, few.labels, few.labels))
 
 
+def test_typed_labels_replace_the_presets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of --labels, --per-class and --label-list a typed one is the only one, whatever the preset says; no two."""
+    found = list[Any]()
+    for preset, *words in (("finetune", "--per-class", "4"), ("lowshot", "--labels", "0.5"), ("lowshot",),
+                           ("finetune", "--label-list", "a.txt"), ("finetune-cld", "--labels=9")):
+        args = options(tmp_path, "--preset", preset, *words)
+        found.append((args.labels, args.per_class, args.label_list))
+    assert found == [(None, [4], None), ([0.5], None, None), (None, [4, 16, 64], None), (None, None, Path("a.txt")),
+                     ([9], None, None)]
+    with pytest.raises(SystemExit):
+        options(tmp_path, "--preset", "finetune", "--labels", "0.5", "--per-class", "4")
+    assert "give one of them" in capsys.readouterr().err
+
+
 def test_listed_labels(trained: Path, tmp_path: Path) -> None:
     """--label-list takes the images that a file names, by their file names."""
     folder = tmp_path / "photographs"
@@ -892,14 +906,15 @@ def test_killed_run_resumes(words: list[str], trained: Path, tmp_path: Path) -> 
 
 
 def test_settings_have_folders_of_their_own(checkpoint: Path) -> None:
-    """Another rate, seed or checkpoint starts anew beside the first; the same command finds its result again."""
+    """Another rate, seed or precision starts anew beside the first; the same command finds its result again."""
     words = ["--protocol", "svm", "--layers", "conv5"]
     first = evaluate(checkpoint, *words)
     assert evaluate(checkpoint, *words) == first
     evaluate(checkpoint, *words, "--C", 10)
     evaluate(checkpoint, *words, "--seed", 1)
-    assert len(list(checkpoint.parent.glob("eval_linear/smoke-*"))) == 3
-    assert len((checkpoint.parent / "eval.jsonl").read_text().splitlines()) == 4
+    assert [evaluate(checkpoint, *words, word)["amp"] for word in ("--amp", "--no-amp")] == [True, False]
+    assert len(list(checkpoint.parent.glob("eval_linear/smoke-*"))) == 5
+    assert len((checkpoint.parent / "eval.jsonl").read_text().splitlines()) == 6
 
 
 def test_other_test_images_are_another_evaluation(tmp_path: Path) -> None:
