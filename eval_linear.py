@@ -122,7 +122,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--normalize", choices=["none", "l2", "standard"], default="none", help="of features: unit rows, "
                       "or zero mean and unit variance of each number over the training images")
     what.add_argument("--holdout", type=common.number(float, 0, 0.5, open_low=True), default=0.1, metavar="SHARE",
-                      help="share of the labelled images that chooses rates, decays and epochs")
+                      help="share of the labelled images of each class that chooses rates, decays, epochs")
     what.add_argument("--labels", type=common.part, nargs="+", metavar="N", help="finetune: numbers or shares of "
                       "labelled training images, all by default")
     what.add_argument("--per-class", type=common.COUNT, nargs="+", metavar="N", help="finetune, svm: N labelled images "
@@ -267,6 +267,13 @@ def draw_labels(labels: Tensor, count: int, balanced: bool, *key: int | str) -> 
     one. Of (N, C) targets any are drawn."""
     classes = labels if balanced and labels.ndim == 1 else torch.zeros(len(labels), dtype=torch.long)
     return common.balanced(classes, count, *key)
+
+
+def hold_out(labels: Tensor, share: float, seed: int) -> Tensor:
+    """Positions of a share, 0.5 at most, of labels (N,) or targets (N, C), one at least. Each class gives as much
+    of what it has, to half an image or so, and of two or more images keeps one."""
+    classes = labels if labels.ndim == 1 else torch.zeros(len(labels), dtype=torch.long)
+    return common.balanced(classes, max(1, round(share * len(labels))), seed, "holdout", share=True)
 
 
 def say_draw(name: str, targets: Tensor, rows: Tensor, seed: int, draw: int) -> dict[str, Any]:
@@ -745,7 +752,7 @@ def linear(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, t
     """Linear probes on every layer (section 5.3 of the thesis; Table 1 of LA): all rates and decays at once."""
     classes, labels = len(task.train.classes), task.train_targets
     every = torch.arange(len(labels))
-    held = draw_labels(labels, max(1, round(args.holdout * len(labels))), True, args.seed, "holdout")
+    held = hold_out(labels, args.holdout, args.seed)
     fitted = every[~torch.isin(every, held)]
     if not len(fitted):
         raise common.Fault("one labelled image is too few to choose by: take more")
@@ -1135,7 +1142,7 @@ def train_networks(
     for epoch in range(first_epoch, run.args.epochs):
         number, local = divmod(epoch, args.epochs)
         (facts, rows), setting = jobs[number]
-        held = rows[draw_labels(targets[rows], max(1, round(args.holdout * len(rows))), True, args.seed, "holdout")]
+        held = rows[hold_out(targets[rows], args.holdout, args.seed)]
         if setting is not None:
             rows = rows[~torch.isin(rows, held)]
         lr, decay, factor = setting or (ledger.chosen["setting"] if search else grid[0])

@@ -592,6 +592,23 @@ def test_draws_are_balanced_and_seeded() -> None:
     assert loose.sum() == 100 and loose.max() - loose.min() > 1
 
 
+def test_each_class_holds_out_its_share() -> None:
+    """Of classes of any sizes the held-out images are a share of each, to one image, and one of two or more is left; of
+    classes of one size they are the balanced draw."""
+    for sizes in ([500, 100, 20, 5, 2, 1], [40, 3, 2, 2], [2] * 7, [3, 3, 2, 1, 1], [1000] + [4] * 50):
+        order = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(0))
+        labels, counts = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))[order], torch.tensor(sizes)
+        for share in (0.1, 0.25, 0.5):
+            held = eval_linear.hold_out(labels, share, 0)
+            found = torch.bincount(labels[held], minlength=len(sizes))
+            assert len(held) == len(held.unique()) == round(share * len(labels))
+            assert (found - share * counts).abs().max() <= 1 or len(sizes) > 50
+            assert ((found < counts) | (counts == 1)).all()
+    for labels in (torch.arange(700) % 7, torch.arange(70) % 7, torch.zeros(31, dtype=torch.long)):
+        expected = eval_linear.draw_labels(labels, round(0.1 * len(labels)), True, 3, "holdout")
+        assert torch.equal(eval_linear.hold_out(labels, 0.1, 3), expected)
+
+
 def test_draws_are_printed(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """How many labels of how many, the fewest and the most of a class, a checksum and the seed stand in the output and
     in the result, with the mean and the standard deviation over draws."""
