@@ -18,7 +18,8 @@ Features. Stages conv1 to conv5 are AlexNet's convolutions, the last of each of 
 groups of a ResNet, after batch normalisation and ReLU and before max-pooling, averaged to at most --layer-size numbers
 (AlexNet at 224 px: the thesis's kernels, 9,600 or 9,216 numbers; else the largest square that fits). The network runs
 once over --train-crops and --test-crops of each image; what it says is kept below OUTPUT/features, named by weights,
-data, crops and layer, and used again by every other protocol. A layer that takes more than --memory stays on the disk.
+data, crops and layer, and used again by every other protocol. A layer that takes more than --memory stays on the disk,
+but for SVMs, which hold it in float32.
 
 Choice. Rates, decays and the best epoch are chosen on --holdout of the training images, then what was chosen is trained
 again on all of them. "top1" is the accuracy at the chosen epoch, "last_top1" that of the last epoch with what was best
@@ -114,7 +115,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                       "fc6 of AlexNet and VGG16 sees, else conv5; backbone: its output, of ResNets the mean of the "
                       "last map; head: the unit embedding")
     what.add_argument("--layer-size", type=common.COUNT, default=10_000, metavar="N", help="average a stage's map "
-                      "until it has at most N numbers")
+                      "until it has at most N numbers, or one for each channel")
     what.add_argument("--train-crops", type=int, choices=[1, 2, 10], default=2, help="the centre, with its mirror "
                       "image, or ten crops; each epoch draws one of them for each image")
     what.add_argument("--test-crops", type=int, choices=[1, 10], help="10: mean of the answers to ten; default: 10, "
@@ -129,7 +130,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                       "of each class; voc07-svm: N with the class and up to 19 N without")
     what.add_argument("--label-list", type=Path, metavar="FILE", help="finetune: the labelled images by file name, one "
                       "a line, as in the lists of 1 %% and 10 %% of ImageNet that others use")
-    what.add_argument("--draws", type=common.COUNT, default=1, metavar="N", help="of labelled images; mean and std")
+    what.add_argument("--draws", type=common.COUNT, default=1, metavar="N", help="of labelled images: mean "
+                      "and std; the headline is the mean for the last of --labels or --per-class")
     what.add_argument("--balanced", action=argparse.BooleanOptionalAction, default=True, help="--labels: the same "
                       "number of each class, plus or minus one")
     what.add_argument("--trainable", choices=["fc", "all"], default="all", help="voc07: the fully connected layers, "
@@ -142,7 +144,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                        "that are one batch")
     optim.add_argument("--accumulate", type=common.COUNT, default=1, metavar="N", help="fine-tuning: forward and "
                        "backward in N parts")
-    optim.add_argument("--lr", type=common.POSITIVE, nargs="+", default=[0.01], help="learning rates to choose from")
+    optim.add_argument("--lr", type=common.POSITIVE, nargs="+", default=[0.01], help="learning rates to choose from; "
+                       "a fine-tuning whose loss is not finite ends the run")
     optim.add_argument("--weight-decay", type=common.NOT_NEGATIVE, nargs="+", default=[1e-4], help="to choose from")
     optim.add_argument("--head-factor", type=common.POSITIVE, nargs="+", default=[1.0], metavar="X", help="finetune: "
                        "the new last layer learns X times faster; to choose from")
@@ -171,7 +174,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     machine.add_argument("--feature-type", choices=["bfloat16", "float32"], help="default: bfloat16 where the network "
                          "runs in it")
     machine.add_argument("--memory", type=common.POSITIVE, metavar="GB", help="features of a layer that take more stay "
-                         "on the disk; default: a quarter of what the device has free")
+                         "on the disk, but not for SVMs, which hold a layer in float32; default: a quarter of what the "
+                         "device has free")
     machine.add_argument("--image-batch", type=common.COUNT, default=128, metavar="N",
                          help="images in one forward pass")
     common.add_device_options(parser)
@@ -1040,12 +1044,11 @@ def svm(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task
         ledger.rows.append(row)
         run.log(**row, seconds=round(time.perf_counter() - began, 1))
         run.save(state, epoch + 1, 0)
-    end = ledger.rows[-1]
+    means = spread(ledger.rows, ("layer", "per_class" if "per_class" in ledger.rows[-1] else "labels"))
+    end = means[-1]
     result = dict[str, Any](map_voc07_svm=end["map_11_points"]) if several else dict[str, Any](svm_top1=end["top1"])
     result |= dict(layer=end["layer"], layers=ledger.rows)
-    if args.per_class or args.labels:
-        result["draws"] = spread(ledger.rows, ("layer", "per_class" if "per_class" in end else "labels"))
-    return result
+    return result | (dict(draws=means) if args.per_class or args.labels else {})
 
 
 def spread(rows: list[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
@@ -1148,7 +1151,7 @@ def train_networks(
         lr, decay, factor = setting or (ledger.chosen["setting"] if search else grid[0])
         run.args.batch_size = min(args.batch_size, len(rows) // run.world * run.world)
         steps, first = run.steps_per_epoch(len(rows)), first_step if epoch == first_epoch else 0
-        accumulate = args.accumulate if run.args.batch_size == args.batch_size else 1
+        accumulate = -(-run.args.batch_size * args.accumulate // args.batch_size)  # parts no larger than asked for
         if local == first == 0:
             model.load_state_dict(start)
             reset(number)
@@ -1167,7 +1170,7 @@ def train_networks(
             optimizer.zero_grad()
             loss = torch.zeros((), device=run.device)
             y = truths[index.to(run.device)]
-            for some, truth in zip(x.chunk(accumulate), y.chunk(accumulate), strict=True):
+            for some, truth in zip(x.tensor_split(accumulate), y.tensor_split(accumulate), strict=True):
                 with run.autocast():
                     logits = network(some)
                 part_loss = criterion(logits, truth) * (len(some) / len(x))
@@ -1273,10 +1276,11 @@ def finetune(args: argparse.Namespace, run: common.Run, encoder: common.Encoder,
 
     rows = train_networks(args, run, encoder, task, model, draws(args, task), batches, crops, reset,
                           every_epoch=False)
+    means = spread(rows, ["labels"])
     if multi:
-        return dict(map_voc07_classification=rows[-1]["map_11_points"], trainable=args.trainable, runs=rows)
-    return dict(finetune_top1=rows[-1]["top1"], finetune_top5=rows[-1]["top5"], draws=spread(rows, ["labels"]),
-                runs=rows)
+        return dict(map_voc07_classification=means[-1]["map_11_points"], trainable=args.trainable, draws=means,
+                    runs=rows)
+    return dict(finetune_top1=means[-1]["top1"], finetune_top5=means[-1]["top5"], draws=means, runs=rows)
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------

@@ -622,6 +622,7 @@ def test_draws_are_printed(checkpoint: Path, capsys: pytest.CaptureFixture[str])
         figures_ = [row["top1"] for row in rows]
         assert entry["top1"] == pytest.approx(np.mean(figures_), abs=0.01)
         assert entry["top1_std"] == pytest.approx(np.std(figures_, ddof=1), abs=0.01)
+    assert found["svm_top1"] == found["draws"][-1]["top1"] != found["layers"][-1]["top1"]
 
 
 @pytest.mark.parametrize("protocol", ["finetune", "svm"])
@@ -734,13 +735,29 @@ def test_linear_learns(tmp_path: Path) -> None:
 def test_other_protocols(protocol: str, checkpoint: Path) -> None:
     """SVM on layers and the embedding, an MLP on frozen features, fine-tuning with a share of the labels."""
     words = {"svm": ["--layers", "conv5", "head", "--C", "0.1", "1"], "mlp": ["--layers", "conv5", "--hidden", "16"],
-             "finetune": ["--labels", "0.5", "--head-factor", "1", "10", "--test-crops", "10"]}[protocol]
+             "finetune": ["--labels", "0.5", "--draws", "2", "--head-factor", "1", "10", "--test-crops",
+                          "10"]}[protocol]
     found = evaluate(checkpoint, "--protocol", protocol, "--lr", 0.01, "--weight-decay", 0.0001, *words)
     assert found["protocol"] == protocol and 0 <= found[f"{protocol}_top1"] <= 100
     if protocol == "finetune":
         assert found["runs"][0]["labels"] == 30 and found["runs"][0]["head_factor"] in (1, 10)
+        assert found["finetune_top1"] == pytest.approx(np.mean([row["top1"] for row in found["runs"]]), abs=0.01)
     if protocol == "svm":
         assert [row["size"] for row in found["layers"]] == [32, 128]
+
+
+def test_small_batches_have_parts_too(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that few labels shrink goes through the network in parts that are no larger than those of a whole one."""
+    sizes, forward = list[int](), eval_linear.Classifier.forward
+
+    def watched(self: eval_linear.Classifier, x: Tensor) -> Tensor:
+        sizes.extend([len(x)] * self.training)
+        return forward(self, x)
+
+    monkeypatch.setattr(eval_linear.Classifier, "forward", watched)
+    evaluate(checkpoint, "--protocol", "finetune", "--lr", 0.01, "--weight-decay", 0, "--labels", 10, "--accumulate", 4,
+             "--epochs", 1)
+    assert sizes == [4, 3, 3]
 
 
 def test_features_serve_all_protocols(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -815,7 +832,8 @@ def test_voc07_svm(shots: list[str], trained: Path, voc: Path, tmp_path: Path) -
     path = Path(shutil.copy(trained, tmp_path / "checkpoint.pth"))
     found = evaluate(path, "--protocol", "voc07-svm", "--data", "shapes", "--layers", "conv5", "--C", 0.1, 1,
                      "--normalize", "l2", "--workers", 0, *shots, data_dir=voc)
-    assert found["map_voc07_svm"] == found["layers"][-1]["map_11_points"] > 5
+    end = found["layers"][-1] if not shots else found["draws"][-1]
+    assert found["map_voc07_svm"] == end["map_11_points"] > 5
     if shots:
         key, counts = shots[0].strip("-").replace("-", "_"), [int(shots[1]), int(shots[2])]
         assert [row[key] for row in found["layers"]] == [counts[0]] * 2 + [counts[1]] * 2
