@@ -1237,14 +1237,16 @@ def load_monitor(args: argparse.Namespace, data: ImageSet, device: torch.device)
     return load(argparse.Namespace(**vars(args) | dict(image_size=data.size)), "test", device)
 
 
-def balanced(labels: Tensor, count: int, *key: int | str) -> Tensor:
-    """`count` of the positions of labels (N,), sorted, drawn by `key`, the same number of each class (plus or minus
-    one); unlabelled images, -1, are one class."""
+def balanced(labels: Tensor, count: int, *key: int | str, share: bool = False) -> Tensor:
+    """`count` of the positions of labels (N,), sorted, drawn by `key`, the same number, or `share`, of each class (plus
+    or minus one); unlabelled images, -1, are one class."""
     order, labels = torch.randperm(len(labels), generator=generator(*key)), labels + 1
     by_class = order[labels[order].argsort(stable=True)]
-    starts = torch.bincount(labels).cumsum(0) - torch.bincount(labels)
+    sizes = torch.bincount(labels)
+    starts = sizes.cumsum(0) - sizes
     turn = torch.empty_like(labels)  # how many of its class come before an image
     turn[by_class] = torch.arange(len(labels)) - starts[labels[by_class]]
+    turn = (turn.double() + 0.5) / sizes[labels] if share else turn
     return order[turn[order].argsort(stable=True)[:count]].sort().values
 
 

@@ -15,11 +15,13 @@ their features. Nothing is trained. The paper's setting is K = 200, tau = 0.07, 
 The last line of the output is the result as JSON; it is also appended to eval.jsonl beside the checkpoint. For each K
 and tau: top-1 and top-5 accuracy in percent. --retrieval adds the share of the 1 and 10 nearest training images that
 have the query's class, and the training images' ratio edge intra-class (DeepCluster, section 4.1); --clustering the NMI
-and AMI (arithmetic mean) of a k-means of the test features with the classes.
+and AMI (arithmetic mean) of a k-means of the test features with the classes. An untrained VGG16 runs without autocast,
+unless --amp is given.
 """
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,7 +41,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     protocol.add_argument("--tau", "--temperature", dest="temperature", type=common.POSITIVE, nargs="+", default=[0.07],
                           metavar="TAU", help="tau in the weight exp(s / tau)")
     protocol.add_argument("--train-features", choices=["clean", "bank"], default="clean", help="clean: recomputed from "
-                          "central crops; bank: as training left it, augmented and up to an epoch old")
+                          "central crops; bank: as training left it, augmented and up to an epoch old, of the "
+                          "images of the run, whatever --subset says")
     protocol.add_argument("--layer", choices=["auto", "head", "backbone"], default="auto", help="features: the head's "
                           "output or the backbone's; auto: the head of these scripts, the backbone of foreign files")
     protocol.add_argument("--retrieval", action="store_true", help="precision among the 1 and 10 nearest, "
@@ -54,6 +57,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.typed = common.typed(parser, argv)
     if args.checkpoint in ("random", "pixels") and args.train_features == "bank":
         parser.error(f"{args.checkpoint} has no memory bank: use --train-features clean")
+    if args.checkpoint == "random" and args.arch == "vgg16" and args.amp is None:
+        args.amp = False  # what it says of two small images differs by less than bfloat16's rounding
     if args.layer == "backbone" and args.train_features == "bank":
         parser.error("the memory bank has the head's output, not the backbone's: use --train-features clean")
     return args
@@ -61,6 +66,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     device = common.pick_device(args.device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise common.Fault("kNN takes one process: start it without a launcher")
     amp = common.amp_default(device) if args.amp is None else args.amp
     path = Path(args.checkpoint)
     untrained = args.checkpoint in ("random", "pixels")
@@ -103,10 +110,14 @@ def main(args: argparse.Namespace) -> None:
                                    num_neighbors=args.num_neighbors, temperatures=args.temperature)
     rows = [dict(num_neighbors=k, temperature=tau, top1=round(top1, 2), top5=round(top5, 2))
             for (k, tau), (top1, top5) in accuracy.items()]
-    result = dict(protocol="knn", checkpoint=args.checkpoint, checkpoint_sha256=encoder.sha256, data=train.name,
-                  subset=args.subset, train_features=args.train_features, feature_dim=features.shape[1],
-                  train_images=len(features), test_images=len(test), num_neighbors=rows[0]["num_neighbors"],
-                  temperature=rows[0]["temperature"], knn_top1=rows[0]["top1"], knn_top5=rows[0]["top5"], knn=rows)
+    pixels = args.checkpoint == "pixels"
+    result = dict(protocol="knn", checkpoint=args.checkpoint, checkpoint_sha256=encoder.sha256,
+                  arch=None if pixels else args.arch or encoder.options.get("arch", "resnet18"),
+                  layer=None if pixels else "backbone" if encoder.head is None else "head", image_size=train.size,
+                  data=train.name, subset=args.subset, train_features=args.train_features,
+                  feature_dim=features.shape[1], train_images=len(features), test_images=len(test),
+                  num_neighbors=rows[0]["num_neighbors"], temperature=rows[0]["temperature"], knn_top1=rows[0]["top1"],
+                  knn_top5=rows[0]["top5"], knn=rows)
     if args.retrieval:
         result |= retrieval(queries, test.labels.to(device), features, labels) | ratio_edge(features, labels)
     if args.clustering:

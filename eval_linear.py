@@ -18,7 +18,8 @@ Features. Stages conv1 to conv5 are AlexNet's convolutions, the last of each of 
 groups of a ResNet, after batch normalisation and ReLU and before max-pooling, averaged to at most --layer-size numbers
 (AlexNet at 224 px: the thesis's kernels, 9,600 or 9,216 numbers; else the largest square that fits). The network runs
 once over --train-crops and --test-crops of each image; what it says is kept below OUTPUT/features, named by weights,
-data, crops and layer, and used again by every other protocol. A layer that takes more than --memory stays on the disk.
+data, crops and layer, and used again by every other protocol. A layer that takes more than --memory stays on the disk,
+but for SVMs, which hold it in float32. An untrained VGG16 gives its without autocast, unless --amp is typed.
 
 Choice. Rates, decays and the best epoch are chosen on --holdout of the training images, then what was chosen is trained
 again on all of them. "top1" is the accuracy at the chosen epoch, "last_top1" that of the last epoch with what was best
@@ -114,7 +115,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                       "fc6 of AlexNet and VGG16 sees, else conv5; backbone: its output, of ResNets the mean of the "
                       "last map; head: the unit embedding")
     what.add_argument("--layer-size", type=common.COUNT, default=10_000, metavar="N", help="average a stage's map "
-                      "until it has at most N numbers")
+                      "until it has at most N numbers, or one for each channel")
     what.add_argument("--train-crops", type=int, choices=[1, 2, 10], default=2, help="the centre, with its mirror "
                       "image, or ten crops; each epoch draws one of them for each image")
     what.add_argument("--test-crops", type=int, choices=[1, 10], help="10: mean of the answers to ten; default: 10, "
@@ -122,14 +123,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--normalize", choices=["none", "l2", "standard"], default="none", help="of features: unit rows, "
                       "or zero mean and unit variance of each number over the training images")
     what.add_argument("--holdout", type=common.number(float, 0, 0.5, open_low=True), default=0.1, metavar="SHARE",
-                      help="share of the labelled images that chooses rates, decays and epochs")
+                      help="share of the labelled images of each class that chooses rates, decays, epochs")
     what.add_argument("--labels", type=common.part, nargs="+", metavar="N", help="finetune: numbers or shares of "
                       "labelled training images, all by default")
     what.add_argument("--per-class", type=common.COUNT, nargs="+", metavar="N", help="finetune, svm: N labelled images "
                       "of each class; voc07-svm: N with the class and up to 19 N without")
     what.add_argument("--label-list", type=Path, metavar="FILE", help="finetune: the labelled images by file name, one "
                       "a line, as in the lists of 1 %% and 10 %% of ImageNet that others use")
-    what.add_argument("--draws", type=common.COUNT, default=1, metavar="N", help="of labelled images; mean and std")
+    what.add_argument("--draws", type=common.COUNT, default=1, metavar="N", help="of labelled images: mean "
+                      "and std; the headline is the mean for the last of --labels or --per-class")
     what.add_argument("--balanced", action=argparse.BooleanOptionalAction, default=True, help="--labels: the same "
                       "number of each class, plus or minus one")
     what.add_argument("--trainable", choices=["fc", "all"], default="all", help="voc07: the fully connected layers, "
@@ -142,7 +144,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                        "that are one batch")
     optim.add_argument("--accumulate", type=common.COUNT, default=1, metavar="N", help="fine-tuning: forward and "
                        "backward in N parts")
-    optim.add_argument("--lr", type=common.POSITIVE, nargs="+", default=[0.01], help="learning rates to choose from")
+    optim.add_argument("--lr", type=common.POSITIVE, nargs="+", default=[0.01], help="learning rates to choose from; "
+                       "a fine-tuning whose loss is not finite ends the run")
     optim.add_argument("--weight-decay", type=common.NOT_NEGATIVE, nargs="+", default=[1e-4], help="to choose from")
     optim.add_argument("--head-factor", type=common.POSITIVE, nargs="+", default=[1.0], metavar="X", help="finetune: "
                        "the new last layer learns X times faster; to choose from")
@@ -171,7 +174,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     machine.add_argument("--feature-type", choices=["bfloat16", "float32"], help="default: bfloat16 where the network "
                          "runs in it")
     machine.add_argument("--memory", type=common.POSITIVE, metavar="GB", help="features of a layer that take more stay "
-                         "on the disk; default: a quarter of what the device has free")
+                         "on the disk, but not for SVMs, which hold a layer in float32; default: a quarter of what the "
+                         "device has free")
     machine.add_argument("--image-batch", type=common.COUNT, default=128, metavar="N",
                          help="images in one forward pass")
     common.add_device_options(parser)
@@ -185,6 +189,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         words += ["--preset", flat[flat.index("--protocol") + 1]]
     args = common.parse(parser, PRESETS, words, base="linear")
     args.typed = common.typed(parser, argv)
+    ways = {"labels", "per_class", "label_list"}
+    if len(ways & set(args.typed)) > 1:
+        parser.error("--labels, --per-class and --label-list each say which images are labelled: give one of them")
+    if ways & set(args.typed):  # instead of the preset's
+        vars(args).update(dict.fromkeys(ways - set(args.typed)))
     if (args.checkpoint is None) == (args.weights is None):
         parser.error("name one checkpoint: a file, or random")
     args.checkpoint = args.checkpoint or args.weights
@@ -198,6 +207,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if "output" not in args.typed:
         untrained = Path("runs") / f"eval_linear-random-{args.arch or 'resnet18'}-seed{args.seed}"
         args.output = untrained if args.checkpoint == "random" else Path(args.checkpoint).parent / "eval_linear"
+    frozen = args.protocol not in ("finetune", "voc07")
+    if frozen and args.checkpoint == "random" and args.arch == "vgg16" and args.amp is None:
+        args.amp = False  # what it says of two small images differs by less than bfloat16's rounding
     args.features = args.features or args.output / "features"
     return args
 
@@ -262,6 +274,13 @@ def draw_labels(labels: Tensor, count: int, balanced: bool, *key: int | str) -> 
     one. Of (N, C) targets any are drawn."""
     classes = labels if balanced and labels.ndim == 1 else torch.zeros(len(labels), dtype=torch.long)
     return common.balanced(classes, count, *key)
+
+
+def hold_out(labels: Tensor, share: float, seed: int) -> Tensor:
+    """Positions of a share, 0.5 at most, of labels (N,) or targets (N, C), one at least. Each class gives as much
+    of what it has, to half an image or so, and of two or more images keeps one."""
+    classes = labels if labels.ndim == 1 else torch.zeros(len(labels), dtype=torch.long)
+    return common.balanced(classes, max(1, round(share * len(labels))), seed, "holdout", share=True)
 
 
 def say_draw(name: str, targets: Tensor, rows: Tensor, seed: int, draw: int) -> dict[str, Any]:
@@ -740,7 +759,7 @@ def linear(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, t
     """Linear probes on every layer (section 5.3 of the thesis; Table 1 of LA): all rates and decays at once."""
     classes, labels = len(task.train.classes), task.train_targets
     every = torch.arange(len(labels))
-    held = draw_labels(labels, max(1, round(args.holdout * len(labels))), True, args.seed, "holdout")
+    held = hold_out(labels, args.holdout, args.seed)
     fitted = every[~torch.isin(every, held)]
     if not len(fitted):
         raise common.Fault("one labelled image is too few to choose by: take more")
@@ -1028,12 +1047,11 @@ def svm(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task
         ledger.rows.append(row)
         run.log(**row, seconds=round(time.perf_counter() - began, 1))
         run.save(state, epoch + 1, 0)
-    end = ledger.rows[-1]
+    means = spread(ledger.rows, ("layer", "per_class" if "per_class" in ledger.rows[-1] else "labels"))
+    end = means[-1]
     result = dict[str, Any](map_voc07_svm=end["map_11_points"]) if several else dict[str, Any](svm_top1=end["top1"])
     result |= dict(layer=end["layer"], layers=ledger.rows)
-    if args.per_class or args.labels:
-        result["draws"] = spread(ledger.rows, ("layer", "per_class" if "per_class" in end else "labels"))
-    return result
+    return result | (dict(draws=means) if args.per_class or args.labels else {})
 
 
 def spread(rows: list[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
@@ -1130,13 +1148,13 @@ def train_networks(
     for epoch in range(first_epoch, run.args.epochs):
         number, local = divmod(epoch, args.epochs)
         (facts, rows), setting = jobs[number]
-        held = rows[draw_labels(targets[rows], max(1, round(args.holdout * len(rows))), True, args.seed, "holdout")]
+        held = rows[hold_out(targets[rows], args.holdout, args.seed)]
         if setting is not None:
             rows = rows[~torch.isin(rows, held)]
         lr, decay, factor = setting or (ledger.chosen["setting"] if search else grid[0])
         run.args.batch_size = min(args.batch_size, len(rows) // run.world * run.world)
         steps, first = run.steps_per_epoch(len(rows)), first_step if epoch == first_epoch else 0
-        accumulate = args.accumulate if run.args.batch_size == args.batch_size else 1
+        accumulate = -(-run.args.batch_size * args.accumulate // args.batch_size)  # parts no larger than asked for
         if local == first == 0:
             model.load_state_dict(start)
             reset(number)
@@ -1155,7 +1173,7 @@ def train_networks(
             optimizer.zero_grad()
             loss = torch.zeros((), device=run.device)
             y = truths[index.to(run.device)]
-            for some, truth in zip(x.chunk(accumulate), y.chunk(accumulate), strict=True):
+            for some, truth in zip(x.tensor_split(accumulate), y.tensor_split(accumulate), strict=True):
                 with run.autocast():
                     logits = network(some)
                 part_loss = criterion(logits, truth) * (len(some) / len(x))
@@ -1261,10 +1279,11 @@ def finetune(args: argparse.Namespace, run: common.Run, encoder: common.Encoder,
 
     rows = train_networks(args, run, encoder, task, model, draws(args, task), batches, crops, reset,
                           every_epoch=False)
+    means = spread(rows, ["labels"])
     if multi:
-        return dict(map_voc07_classification=rows[-1]["map_11_points"], trainable=args.trainable, runs=rows)
-    return dict(finetune_top1=rows[-1]["top1"], finetune_top5=rows[-1]["top5"], draws=spread(rows, ["labels"]),
-                runs=rows)
+        return dict(map_voc07_classification=means[-1]["map_11_points"], trainable=args.trainable, draws=means,
+                    runs=rows)
+    return dict(finetune_top1=means[-1]["top1"], finetune_top5=means[-1]["top5"], draws=means, runs=rows)
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -1329,7 +1348,7 @@ def main(args: argparse.Namespace) -> None:
                  method="untrained" if args.checkpoint == "random" else method, data=task.train.name,
                  subset=args.subset, train_images=len(task.train), test_images=len(task.test),
                  train_crops=args.train_crops, test_crops=args.test_crops, normalize=args.normalize, epochs=args.epochs,
-                 batch_size=args.batch_size, seed=args.seed)
+                 batch_size=args.batch_size, seed=args.seed, amp=run.amp)
     if args.protocol in ("linear", "mlp"):
         facts |= dict(lr_grid=args.lr, weight_decay_grid=args.weight_decay, holdout=args.holdout,
                       schedule=args.schedule)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections import defaultdict
@@ -17,6 +18,7 @@ from torch import Tensor
 import common
 import deepcluster
 import eval_knn
+import eval_linear
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -257,9 +259,38 @@ def test_features_are_those_that_are_asked_for(tmp_path: Path) -> None:
     few = ["--subset", "20", "--test-subset", "10", "--k", "3", "--device", "cpu"]
     for layer, dim in (("auto", 128), ("head", 128), ("backbone", 32)):
         found = run("eval_knn", ["random", "--width", "4", "--layer", layer, *few])
-        assert json.loads(found.out.splitlines()[-1])["feature_dim"] == dim, found.err
+        result = json.loads(found.out.splitlines()[-1])
+        assert result["feature_dim"] == dim and result["layer"] == ("head" if dim == 128 else "backbone"), found.err
+        assert (result["arch"], result["image_size"]) == ("resnet18", 32)
+    pixels = json.loads(run("eval_knn", ["pixels", *few]).out.splitlines()[-1])
+    assert (pixels["layer"], pixels["arch"], pixels["image_size"]) == (None, None, 32)
     assert run("npid", [*TINY, "--epochs", "1", "--output", tmp_path]).code == 0
     bank = [tmp_path / "checkpoint.pth", "--train-features", "bank", "--k", "3", "--device", "cpu"]
     assert run("eval_knn", bank).code == 0
     one_line(run("eval_knn", [*bank, "--layer", "backbone"]), "the memory bank has the head's output")
     one_line(run("eval_knn", [*bank, "--image-size", "32"]), "belongs to other images", "; size differ")
+
+
+def test_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a launcher each rank would compute all and write a line: that is refused."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(common.Fault, match="one process"):
+        eval_knn.main(eval_knn.parse_args(["random", "--device", "cpu", "--subset", "20", "--test-subset", "10"]))
+
+
+def test_untrained_vgg16_is_not_rounded_to_bfloat16() -> None:
+    """Without --amp or --no-amp an untrained VGG16 runs in float32, in which its answers to two small images differ by
+    what the images are; other networks run as the machine does best."""
+    for script in (eval_knn, eval_linear):
+        for words, amp in (("random --arch vgg16", False), ("random --arch vgg16 --amp", True), ("random", None),
+                           ("vgg16.pth --arch vgg16", None)):
+            assert script.parse_args(words.split()).amp is amp
+    torch.manual_seed(0)
+    encoder = common.untrained_encoder("vgg16", 4, True, torch.device("cpu"))
+    images = torch.randn(16, 3, 32, 32)
+    exact = copy.deepcopy(encoder.backbone).double()(images.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = encoder.backbone(images).double()
+    single, exact, rounded = (x - x.mean(0) for x in (encoder.backbone(images).double(), exact, rounded))
+    assert F.cosine_similarity(single.flatten(), exact.flatten(), 0) > 0.99
+    assert F.cosine_similarity(rounded.flatten(), exact.flatten(), 0) < 0.3

@@ -592,6 +592,23 @@ def test_draws_are_balanced_and_seeded() -> None:
     assert loose.sum() == 100 and loose.max() - loose.min() > 1
 
 
+def test_each_class_holds_out_its_share() -> None:
+    """Of classes of any sizes the held-out images are a share of each, to one image, and one of two or more is left; of
+    classes of one size they are the balanced draw."""
+    for sizes in ([500, 100, 20, 5, 2, 1], [40, 3, 2, 2], [2] * 7, [3, 3, 2, 1, 1], [1000] + [4] * 50):
+        order = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(0))
+        labels, counts = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))[order], torch.tensor(sizes)
+        for share in (0.1, 0.25, 0.5):
+            held = eval_linear.hold_out(labels, share, 0)
+            found = torch.bincount(labels[held], minlength=len(sizes))
+            assert len(held) == len(held.unique()) == round(share * len(labels))
+            assert (found - share * counts).abs().max() <= 1 or len(sizes) > 50
+            assert ((found < counts) | (counts == 1)).all()
+    for labels in (torch.arange(700) % 7, torch.arange(70) % 7, torch.zeros(31, dtype=torch.long)):
+        expected = eval_linear.draw_labels(labels, round(0.1 * len(labels)), True, 3, "holdout")
+        assert torch.equal(eval_linear.hold_out(labels, 0.1, 3), expected)
+
+
 def test_draws_are_printed(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """How many labels of how many, the fewest and the most of a class, a checksum and the seed stand in the output and
     in the result, with the mean and the standard deviation over draws."""
@@ -605,6 +622,7 @@ def test_draws_are_printed(checkpoint: Path, capsys: pytest.CaptureFixture[str])
         figures_ = [row["top1"] for row in rows]
         assert entry["top1"] == pytest.approx(np.mean(figures_), abs=0.01)
         assert entry["top1_std"] == pytest.approx(np.std(figures_, ddof=1), abs=0.01)
+    assert found["svm_top1"] == found["draws"][-1]["top1"] != found["layers"][-1]["top1"]
 
 
 @pytest.mark.parametrize("protocol", ["finetune", "svm"])
@@ -647,6 +665,20 @@ def test_every_class_has_to_have_images(tmp_path: Path) -> None:
         few = data.select((data.labels != missing).nonzero()[:, 0])
         with pytest.raises(common.Fault, match="a class of shapes has 0 images"):
             eval_linear.draws(args, eval_linear.Task(few, few, few.labels, few.labels))
+
+
+def test_typed_labels_replace_the_presets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of --labels, --per-class and --label-list a typed one is the only one, whatever the preset says; no two."""
+    found = list[Any]()
+    for preset, *words in (("finetune", "--per-class", "4"), ("lowshot", "--labels", "0.5"), ("lowshot",),
+                           ("finetune", "--label-list", "a.txt"), ("finetune-cld", "--labels=9")):
+        args = options(tmp_path, "--preset", preset, *words)
+        found.append((args.labels, args.per_class, args.label_list))
+    assert found == [(None, [4], None), ([0.5], None, None), (None, [4, 16, 64], None), (None, None, Path("a.txt")),
+                     ([9], None, None)]
+    with pytest.raises(SystemExit):
+        options(tmp_path, "--preset", "finetune", "--labels", "0.5", "--per-class", "4")
+    assert "give one of them" in capsys.readouterr().err
 
 
 def test_listed_labels(trained: Path, tmp_path: Path) -> None:
@@ -703,13 +735,29 @@ def test_linear_learns(tmp_path: Path) -> None:
 def test_other_protocols(protocol: str, checkpoint: Path) -> None:
     """SVM on layers and the embedding, an MLP on frozen features, fine-tuning with a share of the labels."""
     words = {"svm": ["--layers", "conv5", "head", "--C", "0.1", "1"], "mlp": ["--layers", "conv5", "--hidden", "16"],
-             "finetune": ["--labels", "0.5", "--head-factor", "1", "10", "--test-crops", "10"]}[protocol]
+             "finetune": ["--labels", "0.5", "--draws", "2", "--head-factor", "1", "10", "--test-crops",
+                          "10"]}[protocol]
     found = evaluate(checkpoint, "--protocol", protocol, "--lr", 0.01, "--weight-decay", 0.0001, *words)
     assert found["protocol"] == protocol and 0 <= found[f"{protocol}_top1"] <= 100
     if protocol == "finetune":
         assert found["runs"][0]["labels"] == 30 and found["runs"][0]["head_factor"] in (1, 10)
+        assert found["finetune_top1"] == pytest.approx(np.mean([row["top1"] for row in found["runs"]]), abs=0.01)
     if protocol == "svm":
         assert [row["size"] for row in found["layers"]] == [32, 128]
+
+
+def test_small_batches_have_parts_too(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that few labels shrink goes through the network in parts that are no larger than those of a whole one."""
+    sizes, forward = list[int](), eval_linear.Classifier.forward
+
+    def watched(self: eval_linear.Classifier, x: Tensor) -> Tensor:
+        sizes.extend([len(x)] * self.training)
+        return forward(self, x)
+
+    monkeypatch.setattr(eval_linear.Classifier, "forward", watched)
+    evaluate(checkpoint, "--protocol", "finetune", "--lr", 0.01, "--weight-decay", 0, "--labels", 10, "--accumulate", 4,
+             "--epochs", 1)
+    assert sizes == [4, 3, 3]
 
 
 def test_features_serve_all_protocols(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -784,7 +832,8 @@ def test_voc07_svm(shots: list[str], trained: Path, voc: Path, tmp_path: Path) -
     path = Path(shutil.copy(trained, tmp_path / "checkpoint.pth"))
     found = evaluate(path, "--protocol", "voc07-svm", "--data", "shapes", "--layers", "conv5", "--C", 0.1, 1,
                      "--normalize", "l2", "--workers", 0, *shots, data_dir=voc)
-    assert found["map_voc07_svm"] == found["layers"][-1]["map_11_points"] > 5
+    end = found["layers"][-1] if not shots else found["draws"][-1]
+    assert found["map_voc07_svm"] == end["map_11_points"] > 5
     if shots:
         key, counts = shots[0].strip("-").replace("-", "_"), [int(shots[1]), int(shots[2])]
         assert [row[key] for row in found["layers"]] == [counts[0]] * 2 + [counts[1]] * 2
@@ -892,14 +941,15 @@ def test_killed_run_resumes(words: list[str], trained: Path, tmp_path: Path) -> 
 
 
 def test_settings_have_folders_of_their_own(checkpoint: Path) -> None:
-    """Another rate, seed or checkpoint starts anew beside the first; the same command finds its result again."""
+    """Another rate, seed or precision starts anew beside the first; the same command finds its result again."""
     words = ["--protocol", "svm", "--layers", "conv5"]
     first = evaluate(checkpoint, *words)
     assert evaluate(checkpoint, *words) == first
     evaluate(checkpoint, *words, "--C", 10)
     evaluate(checkpoint, *words, "--seed", 1)
-    assert len(list(checkpoint.parent.glob("eval_linear/smoke-*"))) == 3
-    assert len((checkpoint.parent / "eval.jsonl").read_text().splitlines()) == 4
+    assert [evaluate(checkpoint, *words, word)["amp"] for word in ("--amp", "--no-amp")] == [True, False]
+    assert len(list(checkpoint.parent.glob("eval_linear/smoke-*"))) == 5
+    assert len((checkpoint.parent / "eval.jsonl").read_text().splitlines()) == 6
 
 
 def test_other_test_images_are_another_evaluation(tmp_path: Path) -> None:
