@@ -15,8 +15,7 @@ their features. Nothing is trained. The paper's setting is K = 200, tau = 0.07, 
 The last line of the output is the result as JSON; it is also appended to eval.jsonl beside the checkpoint. For each K
 and tau: top-1 and top-5 accuracy in percent. --retrieval adds the share of the 1 and 10 nearest training images that
 have the query's class, and the training images' ratio edge intra-class (DeepCluster, section 4.1); --clustering the NMI
-and AMI (arithmetic mean) of a k-means of the test features with the classes. An untrained VGG16 runs without autocast,
-unless --amp is given.
+and AMI (arithmetic mean) of a k-means of the test features with the classes.
 """
 
 import argparse
@@ -57,8 +56,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.typed = common.typed(parser, argv)
     if args.checkpoint in ("random", "pixels") and args.train_features == "bank":
         parser.error(f"{args.checkpoint} has no memory bank: use --train-features clean")
-    if args.checkpoint == "random" and args.arch == "vgg16" and args.amp is None:
-        args.amp = False  # what it says of two small images differs by less than bfloat16's rounding
     if args.layer == "backbone" and args.train_features == "bank":
         parser.error("the memory bank has the head's output, not the backbone's: use --train-features clean")
     return args

@@ -19,7 +19,7 @@ groups of a ResNet, after batch normalisation and ReLU and before max-pooling, a
 (AlexNet at 224 px: the thesis's kernels, 9,600 or 9,216 numbers; else the largest square that fits). The network runs
 once over --train-crops and --test-crops of each image; what it says is kept below OUTPUT/features, named by weights,
 data, crops and layer, and used again by every other protocol. A layer that takes more than --memory stays on the disk,
-but for SVMs, which hold it in float32. An untrained VGG16 gives its without autocast, unless --amp is typed.
+but for SVMs, which hold it in float32.
 
 Choice. Rates, decays and the best epoch are chosen on --holdout of the training images, then what was chosen is trained
 again on all of them. "top1" is the accuracy at the chosen epoch, "last_top1" that of the last epoch with what was best
@@ -207,9 +207,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if "output" not in args.typed:
         untrained = Path("runs") / f"eval_linear-random-{args.arch or 'resnet18'}-seed{args.seed}"
         args.output = untrained if args.checkpoint == "random" else Path(args.checkpoint).parent / "eval_linear"
-    frozen = args.protocol not in ("finetune", "voc07")
-    if frozen and args.checkpoint == "random" and args.arch == "vgg16" and args.amp is None:
-        args.amp = False  # what it says of two small images differs by less than bfloat16's rounding
     args.features = args.features or args.output / "features"
     return args
 
