@@ -2204,8 +2204,8 @@ def assign(
     labels = nearest(x, centroids, low, half)
     chunk = 4 * CHUNK.get(x.device.type, 1024)  # of a lighter operator
     parts = zip(torch.split(x, chunk), torch.split(labels, chunk), strict=True)
-    totals = [F.mse_loss(rows, centroids.index_select(0, found), reduction="sum").double() for rows, found in parts]
-    return labels, float(torch.stack(totals).sum())
+    totals = [F.mse_loss(rows, centroids.index_select(0, found), reduction="sum") for rows, found in parts]
+    return labels, float(torch.stack(totals).cpu().double().sum())  # mps has no float64
 
 
 HAS_BFLOAT16: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
@@ -2328,9 +2328,9 @@ def _kmeans_torch(x: Tensor, centroids: Tensor, iterations: int, seed: int, sphe
 
 
 def cluster_sums(x: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Sum (k, D) and number (k,) of the rows of each cluster, the same in every run."""
+    """Sum (k, D) and number (k,) of the rows of each cluster, on CPU and CUDA the same in every run."""
     counts = torch.bincount(labels, minlength=k)
-    if x.device.type == "cpu":
+    if x.device.type != "cuda":  # mps has no segment_reduce
         return x.new_zeros(k, x.shape[1]).index_add_(0, labels, x), counts
     order = torch.argsort(labels, stable=True)  # index_add_ on CUDA adds in whatever order the threads come
     return torch.segment_reduce(x[order], "sum", lengths=counts, axis=0), counts
