@@ -179,7 +179,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="npid: share of the old feature in v_i <- normalize(share * v_i + (1 - share) * f_i)")
     method.add_argument("--queue-size", type=common.COUNT, default=65536, metavar="N", help="moco, infomin: keys kept")
     method.add_argument("--key-momentum", type=common.SHARE, metavar="M", help="of the encoder that follows; byol's "
-                        "grows to 1; default: 0.999, byol 0.996")
+                        "grows to 1 at --epochs; default: 0.999, byol 0.996")
     method.add_argument("--augment", choices=list(RECIPES), help="default: the host's")
     method.add_argument("--erase", type=common.SHARE, default=0.0, metavar="P", help="share of views that lose a box")
     method.add_argument("--warmup-epochs", type=common.COUNT_OR_ZERO, default=0, metavar="N", help="lr / 100 to lr")

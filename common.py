@@ -607,7 +607,8 @@ class Run:
             raise Fault(f"{path} was trained on other data ({saved['data']['name']}, {saved['data']['images']:,} "
                         f"images, not {self.data['name']}, {self.data['images']:,}; {what} differ): choose another "
                         "--output or --overwrite")
-        free = FREE_OPTIONS if new["schedule"] != "cosine" else FREE_OPTIONS - {"epochs"}
+        to_the_end = new["schedule"] == "cosine" or new.get("host") == "byol"  # whose key momentum grows until then
+        free = FREE_OPTIONS - {"epochs"} if to_the_end else FREE_OPTIONS
         bound = sorted((old.keys() | new.keys()) - free)
         changed = [f"--{key.replace('_', '-')} {old.get(key)} -> {new.get(key)}"
                    for key in bound if old.get(key) != new.get(key)]
