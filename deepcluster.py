@@ -561,9 +561,8 @@ def pic(x: Tensor, nearest: Tensor, sigma: float | str, singletons: str) -> tupl
 
 
 def cluster_means(x: Tensor, labels: Tensor) -> Tensor:
-    """Centroids (K, D) of unit rows x (N, D); labels: (N,), -1: none. That of an empty cluster is out of reach."""
-    kept = (labels >= 0).to(x.device)
-    sums, counts = common.cluster_sums(x[kept], labels.to(x.device).long()[kept], int(labels.max()) + 1)
+    """Centroids (K, D) of unit rows x (N, D); labels: (N,). That of an empty cluster is out of reach."""
+    sums, counts = common.cluster_sums(x, labels.to(x.device).long(), int(labels.max()) + 1)
     return torch.where(counts[:, None] > 0, sums / counts[:, None], 1e3)
 
 
@@ -900,8 +899,10 @@ def main(args: argparse.Namespace) -> None:
     if run.agree(not (run.output / CLUSTERS).exists()):  # else the run had ended before
         encoder.eval()
         run.broadcast(encoder)
-        x, projection, offset, *_ = describe(run, data, encode, encoder.dim, args.feature_dim)
-        found = dict(centroids=cluster_means(x, clusters.pseudo_labels), projection=projection, offset=offset)
+        kept = (clusters.pseudo_labels >= 0).nonzero()[:, 0]
+        chosen = data if len(kept) == len(data) else data.select(kept)
+        x, projection, offset, *_ = describe(run, chosen, encode, encoder.dim, args.feature_dim)
+        found = dict(centroids=cluster_means(x, clusters.pseudo_labels[kept]), projection=projection, offset=offset)
         if run.rank == 0:
             common.write_checkpoint(run.output / CLUSTERS, found)
     run.finish(encoder.backbone)

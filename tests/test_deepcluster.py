@@ -1036,9 +1036,22 @@ def test_two_ranks_equal_one(before: Callable[[], None], method: str, tmp_path: 
     torch.testing.assert_close(two["top"], one["top"], atol=1e-5, rtol=1e-4)
 
 
+def half_described() -> None:
+    """At most 32 images may be described at once."""
+    describe = dc.describe
+
+    def checked(run: common.Run, data: common.ImageSet, *rest: Any) -> Any:
+        assert len(data) <= 32
+        return describe(run, data, *rest)
+
+    dc.describe = checked  # type: ignore[assignment]
+
+
 def test_reassignment_and_parts(tmp_path: Path) -> None:
-    """--reassign-every, --images-per-epoch and --cluster-pool: who is clustered, and when."""
-    assert train(tmp_path / "a", "--epochs", "3", "--reassign-every", "2", "--images-per-epoch", "32") == 0
+    """--reassign-every, --images-per-epoch and --cluster-pool: who is clustered, and when. No others are described,
+    not for the centroids of --assign either."""
+    options = ["--epochs", "3", "--reassign-every", "2", "--images-per-epoch", "32"]
+    assert train(tmp_path / "a", *options, before=half_described) == 0
     assert [(tmp_path / "a/assignments" / f"epoch{e:04d}.npz").exists() for e in (1, 2, 3)] == [True, False, True]
     first, third = clusters_of(tmp_path / "a", 1), clusters_of(tmp_path / "a", 3)
     assert int((first >= 0).sum()) == int((third >= 0).sum()) == 32 and not torch.equal(first >= 0, third >= 0)
