@@ -267,6 +267,9 @@ def load(args: argparse.Namespace, run: common.Run) -> tuple[common.ImageSet, co
     test = common.load_monitor(args, data, run.device)
     if test and args.val_list:
         test = listed(test, args.val_list)
+        if (last := int(test.labels.max())) >= len(data.classes):
+            raise common.Fault(f"{args.val_list} has images of class {last}, and those of training are of 0 to "
+                               f"{len(data.classes) - 1}")
     if args.instances:
         data = views_of_instances(data, args.instances, seed=0)
         test = test and views_of_instances(test, args.instances, seed=1)

@@ -837,6 +837,24 @@ def test_file_list_chooses_files_and_folders(tmp_path: Path) -> None:
     assert len(cld.listed(images_of([0], files=np.array([odd]), root=Path("/set")), path)) == 1
 
 
+def test_classes_of_the_monitor_are_those_of_training(tmp_path: Path) -> None:
+    """A class of --val-list above those of --file-list ends in one line, not within the kNN monitor."""
+    for place in ("train", "val"):
+        (tmp_path / place).mkdir()
+        (tmp_path / f"{place}.txt").write_text("".join(f"{i}.png {i % 2}\n" for i in range(16)))
+        for number in range(16):
+            Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / place / f"{number}.png")
+    lists = ["--file-list", str(tmp_path / "train.txt"), "--val-list", str(tmp_path / "val.txt")]
+    args = cld.parse_args(["--data", str(tmp_path), "--device", "cpu", *lists, "--output", str(tmp_path / "run")])
+    run = common.Run(args)
+    data, test = cld.load(args, run)
+    assert test is not None and data.classes == ["0", "1"] and int(test.labels.max()) == 1
+    (tmp_path / "val.txt").write_text("0.png 0\n1.png 2\n")
+    with pytest.raises(common.Fault, match=r"val.txt has images of class 2, and those of training are of 0 to 1"):
+        cld.load(args, run)
+    run.lock.close()
+
+
 def test_file_list_or_subset(tmp_path: Path) -> None:
     """A list and a share of the images, at odds about which, are an error."""
     with pytest.raises(common.Fault, match="no --subset beside it"):
