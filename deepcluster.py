@@ -626,8 +626,9 @@ def ratio_edge_intra_class(nearest: Tensor, labels: Tensor) -> Tensor:
 def label_figures(
     x: Tensor, pseudo_labels: Tensor, labels: Tensor, run: common.Run | None = None
 ) -> dict[str, float]:
-    """Mean ratio edge intra-class (%) of the 10-NN graph of x (N, D), NMI of clusters with labels (N,), -1: unknown.
+    """Mean ratio edge intra-class (%) of the 10-NN graph of x (N, D), NMI of clusters with labels (N,).
 
+    -1: a label that is not known, or no cluster; the NMI is one of the images that have both.
     With `run` all ranks have to call it.
     """
     known = labels >= 0
@@ -635,7 +636,9 @@ def label_figures(
         return {}
     x, pseudo_labels, labels = x[known.to(x.device)], pseudo_labels[known], labels[known]
     ratio = 100 * float(ratio_edge_intra_class(own_neighbors(x, 10, run).cpu(), labels).nanmean())
-    return dict(ratio_edge=round(ratio, 2), nmi_labels=nmi(pseudo_labels, labels))
+    clustered = pseudo_labels >= 0
+    figures = dict(ratio_edge=round(ratio, 2))
+    return figures | (dict(nmi_labels=nmi(pseudo_labels[clustered], labels[clustered])) if clustered.any() else {})
 
 
 def partition_figures(pseudo_labels: Tensor, previous: Tensor) -> dict[str, float]:

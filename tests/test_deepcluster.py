@@ -795,13 +795,16 @@ def test_ratio_edge_intra_class() -> None:
 
 def test_label_figures() -> None:
     """Separate classes: 100 % and 1; the 10 neighbours do not count the image itself, against all distances; images
-    without a label take no part; none with a label: no figure."""
+    without a label take no part, in the NMI none without a cluster; none with a label: no figure."""
     rows, classes = unit_rows(60, 5), torch.arange(60) % 3
     nearest = (torch.cdist(rows, rows) + 9 * torch.eye(60)).argsort(1)[:, :10]
     inside = 100 * float((classes[nearest] == classes[:, None]).double().mean())  # of equal classes: the mean over them
     assert dc.label_figures(rows, classes, classes)["ratio_edge"] == pytest.approx(inside, abs=0.01)
     x, truth = blobs([40, 40]), torch.arange(2).repeat_interleave(40)
     assert dc.label_figures(x, truth, truth) == dict(ratio_edge=100.0, nmi_labels=1.0)
+    some = torch.where(torch.arange(80) % 3 == 0, -1, truth)
+    assert dc.label_figures(x, some, truth) == dict(ratio_edge=100.0, nmi_labels=1.0)
+    assert dc.label_figures(x, torch.full((80,), -1), truth) == dict(ratio_edge=100.0)
     truth[::2] = -1
     assert dc.label_figures(x, truth.clamp(min=0), truth)["ratio_edge"] == 100
     assert dc.label_figures(x, truth, torch.full((80,), -1)) == {}
