@@ -45,6 +45,7 @@ import argparse
 import copy
 import dataclasses
 import math
+import os
 import re
 import sys
 import time
@@ -213,21 +214,28 @@ def long_tailed(data: common.ImageSet, ratio: float, seed: int) -> common.ImageS
 
 
 def listed(data: common.ImageSet, path: Path) -> common.ImageSet:
-    """The images of a folder that a list names, such as ImageNet-100's or ImageNet-LT's; lines: path [class]."""
+    """The images of a folder that a list names, such as ImageNet-100's or ImageNet-LT's; lines: path [class].
+
+    A path is the end of an image's, or the name of the folder it lies in, or of the first one on the way to it.
+    """
     text = path.read_text(errors="surrogateescape")  # as names of files are read
     lines = [re.fullmatch(r"(.+?)(?:\s+(\d+))?", line.strip()) for line in text.splitlines()]
     wanted = {line[1]: int(line[2] or -1) for line in lines if line}
-    rows, given, found = list[int](), list[int](), set[str]()
+    rows, given, found = list[int](), list[int](), dict[str, Path]()
     if data.files is None:
         raise common.Fault(f"{path} names files, and {data.name} has none: lists are for folders of images")
     for row in range(len(data)):
         file = data.path(row)
-        names = [file.parent.name, *("/".join(file.parts[-n:]) for n in range(1, 5))]
-        for name in [name for name in names if name in wanted][:1]:
+        folders = [*os.fsdecode(data.files[row]).split("/")[:-1][:1], file.parent.name]
+        names = [name for name in [*folders, *("/".join(file.parts[-n:]) for n in range(1, 5))] if name in wanted]
+        for name in names:
+            if name not in folders and found.get(name, file) != file:
+                raise common.Fault(f"{path}: {name} is {found[name]} and {file}: put the name of its folder before it")
+            found[name] = file
+        if names:
             rows.append(row)
-            given.append(wanted[name])
-            found.add(name)
-    for name in wanted.keys() - found:
+            given.append(wanted[names[0]])
+    for name in wanted.keys() - found.keys():
         raise common.Fault(f"{path}: {name} is not among the {len(data.files):,} images of {data.name}")
     if not rows:
         raise common.Fault(f"{path} names no image: a line each is needed")

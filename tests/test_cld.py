@@ -837,6 +837,25 @@ def test_file_list_chooses_files_and_folders(tmp_path: Path) -> None:
     assert len(cld.listed(images_of([0], files=np.array([odd]), root=Path("/set")), path)) == 1
 
 
+def test_lines_of_a_file_list_that_meet(tmp_path: Path) -> None:
+    """A folder and an image in it are both found; the first folder tells a class, as it does without a list; a name
+    that several images have is an error, as long as no folder stands before it."""
+    files = np.array([b"bird/sub/1.png", b"bird/sub/2.png", b"cat/1.png", b"dog/1.png", b"dog/3.png"])
+    data, path = images_of([0, 0, 1, 2, 2], files=files, root=Path("/set/train")), tmp_path / "list.txt"
+    for lines, ids in (("dog\ndog/1.png\n", [3, 4]), ("bird\n", [0, 1]), ("sub\ndog/3.png\n3.png\n", [0, 1, 4]),
+                       ("cat/1.png\nbird/sub/1.png\n", [0, 2])):
+        path.write_text(lines)
+        assert cld.listed(data, path).ids.tolist() == ids
+    path.write_text("2.png\n1.png\n")
+    with pytest.raises(common.Fault, match=r"1.png is /set/train/bird/sub/1.png and /set/train/cat/1.png"):
+        cld.listed(data, path)
+    above = images_of([0, 0], files=np.array([b"1.png", b"dog/1.png"]), root=Path("/set/train"))
+    with pytest.raises(common.Fault, match=r"1.png is /set/train/1.png and"):
+        cld.listed(above, path)
+    path.write_text("train/1.png\n")
+    assert cld.listed(above, path).ids.tolist() == [0]
+
+
 def test_classes_of_the_monitor_are_those_of_training(tmp_path: Path) -> None:
     """A class of --val-list above those of --file-list ends in one line, not within the kNN monitor."""
     for place in ("train", "val"):
