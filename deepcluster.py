@@ -148,7 +148,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--reassign-every", type=common.COUNT, default=1, metavar="EPOCHS", help="section 4.4")
     method.add_argument("--images-per-epoch", type=common.COUNT, metavar="N", help="algorithm 2: cluster and train on "
                         "a new random part of the images each epoch; default: all")
-    method.add_argument("--cluster-pool", action="store_true", help="with it: cluster all images, train on a part")
+    method.add_argument("--cluster-pool", action="store_true", help="with it: cluster all images, and draw N of "
+                        "them, or as many as --updates-per-epoch takes, for training")
     method = parser.add_argument_group("method: training")
     method.add_argument("--sampling", choices=["clusters", "images", "released"], default="clusters",
                         help="mini-batches uniform over clusters, over images, or as the authors' code does it")
@@ -168,6 +169,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.head = args.head or ("full" if plain else "pooled")
     if plain and args.head in ("map", "pooled"):
         raise common.Fault(f"--head {args.head} is for ResNets: {args.arch} has its own hidden layers")
+    if args.cluster_pool and not args.images_per_epoch:
+        raise common.Fault("--cluster-pool needs --images-per-epoch: without it all images are clustered anyway")
+    if args.clustering == "labels" and args.images_per_epoch:
+        raise common.Fault("--clustering labels is made once, of all images: it takes no --images-per-epoch")
     if args.kmeans == "faiss" and args.empties == "half":
         if "empties" in args.typed:
             raise common.Fault("--kmeans faiss splits empty clusters itself: use --empties split")

@@ -119,7 +119,10 @@ def test_sizes_that_do_not_fit() -> None:
     assert fitted(1_281_167) == (10_000, 256)
 
 
-@pytest.mark.parametrize("options", ["--arch alexnet --head map", "--kmeans faiss --empties half"])
+@pytest.mark.parametrize("options", [
+    "--arch alexnet --head map", "--kmeans faiss --empties half", "--cluster-pool",
+    "--clustering labels --images-per-epoch 32",
+])
 def test_options_that_exclude_each_other(options: str) -> None:
     """An option that cannot have an effect is an error."""
     with pytest.raises(common.Fault):
@@ -1122,7 +1125,6 @@ def test_other_clusterings(tmp_path: Path) -> None:
         row = rows_of(tmp_path / name)[0]
         assert 2 <= row["clusters"] <= 8 and row["chance_loss"] == round(math.log(row["clusters"]), 4)
         assert {"loss", "empties", "largest_share", "pca_variance", "lr"} <= row.keys()
-    assert train(tmp_path / "labels", "--epochs", "1", "--clustering", "labels", "--images-per-epoch", "32") == 0
 
 
 def shuffled_labels() -> None:
