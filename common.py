@@ -86,6 +86,10 @@ def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], 
         problem, code = "interrupted", 130
     except Fault as fault:
         problem = str(fault)
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel"):
+            raise
+        problem = "batch normalisation meets a single value in a channel: raise --batch-size or --image-size"
     except (OSError, MemoryError, RuntimeError) as error:
         reason = str(error)
         if dist.is_initialized() and isinstance(error, RuntimeError) and (

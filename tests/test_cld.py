@@ -748,6 +748,23 @@ def test_head_with_batch_normalisation_needs_two_images(tmp_path: Path) -> None:
 
 
 
+def other_value_error() -> None:
+    """A ValueError that no option mends."""
+
+    def fail(*args: Any) -> None:
+        raise ValueError("Expected something else")
+
+    common.load = fail  # type: ignore[assignment]
+
+
+def test_batch_normalisation_needs_two_values(tmp_path: Path) -> None:
+    """One image of one pixel in the last map ends in one line; any other ValueError is still a traceback."""
+    command = [*SMALL, "--lambda", "0", "--batch-size", "1", "--image-size", "8", "--output", tmp_path]
+    one_line(run("cld", command), "--batch-size", "--image-size")
+    other = run("cld", command, before=other_value_error)
+    assert other.code == 1 and "Traceback" in other.err
+
+
 @pytest.mark.parametrize("options", [["--queue-size", "8"], ["--queue-size", "65"]])
 def test_queue_must_fit(options: list[str], tmp_path: Path) -> None:
     """A queue below the batch, or one that was asked for and is longer than the data, is an error."""
