@@ -366,7 +366,9 @@ def rand_augment(images: Tensor, draw: common.Draw) -> Tensor:
     for number in numbers.unbind(1):
         which = torch.where(number[:, 1] < 0.5, (number[:, 0] * len(operations)).long(), len(operations))
         counts = which.bincount(minlength=len(operations) + 1).tolist()
-        together = torch.split(which.argsort(stable=True).to(images.device), counts)  # the last ones stay as they are
+        order = which.argsort(stable=True)
+        order = order.pin_memory() if images.is_cuda else order  # a copy from other memory may wait for the GPU
+        together = torch.split(order.to(images.device, non_blocking=True), counts)  # the last ones stay as they are
         for operation, rows in zip(operations, together, strict=False):
             if len(rows):
                 images[rows] = operation(images[rows])

@@ -869,7 +869,7 @@ def main(args: argparse.Namespace) -> None:
                 source = run.generator("targets", epoch, step)
                 batch = order[step * args.batch_size : (step + 1) * args.batch_size]  # of all ranks, on the CPU
                 rows = target_rows(clusters.pseudo_labels[batch].long(), len(top.weight), args.targets_per_step, source)
-                rows = rows.to(run.device, non_blocking=True)
+                rows = (rows.pin_memory() if run.device.type == "cuda" else rows).to(run.device, non_blocking=True)
                 targets = torch.searchsorted(rows, targets)
 
             optimizer.zero_grad()

@@ -72,13 +72,15 @@ def steps(device: str, output: Path, count: int) -> Iterator[Callable[[], None]]
 LOOPS = [
     ["npid"], ["npid", "--loss", "nce", "--m", "20", "--accumulate", "2"], ["npid", "--loss", "sampled", "--m", "20"],
     ["npid", "--loss", "parametric"], ["cld"], ["cld", "--host", "mocov2"], ["cld", "--host", "byol"],
-    ["cld", "--clustering", "spectral"], ["deepcluster"], ["deepcluster", "--clustering", "pic"],
+    pytest.param(["cld", "--host", "infomin"], marks=pytest.mark.slow), ["cld", "--clustering", "spectral"],
+    ["deepcluster"], ["deepcluster", "--clustering", "pic"], ["deepcluster", "--targets-per-step", "6"],
     *(["local_aggregation", "--H", "2", "--m", "8", "--k", "16", "--warmup-epochs", "1", *words]
       for words in ([], ["--background", "clusters", "--background-clusters", "2", "4"], ["--warmup-loss", "nce"],
                     ["--close", "nearest", "--close-neighbors", "5"])),
 ]
 # Of clustering, how often follows from the data.
 CLUSTERING = {"assign", "_kmeans_torch", "cluster_sums", "split_empty", "pca_whiten", "fill_empty", "kmeans_half"}
+ROTATIONS = {"<lambda>"}  # and shears, whose matrices torchvision copies there
 
 
 @pytest.mark.parametrize("words", LOOPS, ids=" ".join)
@@ -86,13 +88,14 @@ def test_training_on_a_pretended_gpu(words: list[str], tmp_path: Path) -> None:
     """With all tensors on a CUDA device that is not there a run goes to its end, so that none is on the wrong one; and
     twice the steps make the host wait for it no more often."""
     script, *options = words
+    unsteady = CLUSTERING | ROTATIONS if "infomin" in words else CLUSTERING
     found = []
     for count in ("64", "128"):
         done = run(script, [*TINY, *ON_GPU, "--amp", "--subset", count, "--epochs", "2", *options, "--output",
                             tmp_path / count], functools.partial(pretend_cuda.install, tmp_path / "waits"))
         assert done.code == 0, done.err
         lines = [line.split() for line in (tmp_path / "waits").read_text().splitlines()]
-        found.append(Counter(tuple(line) for line in lines if line[2] not in CLUSTERING))
+        found.append(Counter(tuple(line) for line in lines if line[2] not in unsteady))
         assert log(tmp_path / count)[-1]["epoch"] == 2
     assert found[1] == found[0] and any(line[2] == "check_finite" for line in found[0])
 
