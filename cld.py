@@ -573,12 +573,6 @@ class Gathered(torch.autograd.Function):
         return total.chunk(dist.get_world_size(), 1)[dist.get_rank()]
 
 
-def gathered(z: Tensor, world: int) -> Tensor:
-    """z (V, B, D) of all ranks."""
-    features: Tensor = z if world == 1 else Gathered.apply(z.contiguous())
-    return features
-
-
 # ---- hosts -----------------------------------------------------------------------------------------------------------
 # Each has
 #   state                                     parts of the checkpoint
@@ -766,7 +760,8 @@ def main(args: argparse.Namespace) -> None:
                 figures = dict(instance_loss=part_loss, instance_accuracy=accuracy,
                                feature_std=z[0].detach().std(0).mean() * z.shape[2] ** 0.5)
                 if args.group_weight:
-                    g = gathered(g, run.world) if args.groups_over == "all" else g
+                    if run.world > 1 and args.groups_over == "all":
+                        g = Gathered.apply(g.contiguous())
                     groups = group(g, num_groups, args.kmeans_iterations, args.clustering)
                     cross, accuracy = group_loss(g, groups, args.group_temperature, args.cross_view)
                     part_loss = part_loss + args.group_weight * cross.mean()
