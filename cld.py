@@ -23,8 +23,8 @@ Differences from the paper and from the authors' code:
   * Spectral clustering takes the k smallest eigenvectors of the Laplacian; the largest, as the text has it, do not
     separate two blobs. The affinity is |cosine|, with an empty diagonal.
   * An empty group keeps its centroid while k-means runs and is no class in the loss; the code has a class of logit 0.
-  * Groups are those of the whole batch on any number of GPUs. `--groups-over local` is the code's: its 120 groups of
-    64 images are single images and empty classes. Here groups clamp to the rows, with a warning.
+  * Without --accumulate groups are those of the whole batch on any number of GPUs. `--groups-over local` is the code's:
+    its 120 groups of 64 images are single images and empty classes. Here groups clamp to the rows, with a warning.
   * The bank is written once a step, after the optimiser's step, with the mean of both views; the code writes it
     twice.
   * The key encoder follows by its parameters alone. It stays in training mode and has batch statistics of its own,
@@ -773,8 +773,8 @@ def main(args: argparse.Namespace) -> None:
             host.after_step(encoder, run.gather, (epoch + (step + 1) / steps) / args.epochs)
             run.after_step(state, epoch, step, loss)
 
+        row: dict[str, float] = totals.means(run)  # waits for the device's last steps
         images_per_second = (steps - start) * args.batch_size / (time.perf_counter() - began)
-        row: dict[str, float] = totals.means(run)
         if test and (epoch + 1 == args.epochs or (epoch + 1) % args.knn_every == 0):
             encoder.eval()
             run.broadcast(encoder)

@@ -888,8 +888,8 @@ def main(args: argparse.Namespace) -> None:
             totals.add(loss=loss)
             run.after_step(state, epoch, step, loss)
 
+        row: dict[str, float] = totals.means(run) | clusters.figures  # waits for the device's last steps
         train_seconds = time.perf_counter() - began_training
-        row: dict[str, float] = totals.means(run) | clusters.figures
         if monitored(epoch + 1) and test is not None:
             encoder.eval()
             run.broadcast(encoder)

@@ -8,6 +8,7 @@ import importlib
 import json
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,6 +99,25 @@ def test_training_on_a_pretended_gpu(words: list[str], tmp_path: Path) -> None:
         found.append(Counter(tuple(line) for line in lines if line[2] not in unsteady))
         assert log(tmp_path / count)[-1]["epoch"] == 2
     assert found[1] == found[0] and any(line[2] == "check_finite" for line in found[0])
+
+
+def half_a_second_behind() -> None:
+    """Sums that the host waits for this long, as it does where a GPU has steps to do."""
+    means = common.Totals.means
+
+    def waited(self: common.Totals, work: common.Run) -> dict[str, float]:
+        time.sleep(0.5)
+        return means(self, work)
+
+    common.Totals.means = waited  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("script", METHODS)
+def test_speed_counts_what_the_device_has_still_to_do(script: str, tmp_path: Path) -> None:
+    """images_per_second has the time of all steps, also of those that the device has not done when the host has."""
+    done = run(script, [*TINY, "--epochs", "1", "--output", tmp_path], half_a_second_behind)
+    row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert done.code == 0 and row["images_per_second"] < 64 / 0.5
 
 
 def evaluations(folder: Path) -> dict[str, list[str]]:
