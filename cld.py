@@ -23,8 +23,8 @@ Differences from the paper and from the authors' code:
   * Spectral clustering takes the k smallest eigenvectors of the Laplacian; the largest, as the text has it, do not
     separate two blobs. The affinity is |cosine|, with an empty diagonal.
   * An empty group keeps its centroid while k-means runs and is no class in the loss; the code has a class of logit 0.
-  * Groups are those of the whole batch on any number of GPUs. `--groups-over local` is the code's: its 120 groups of
-    64 images are single images and empty classes. Here groups clamp to the rows, with a warning.
+  * Without --accumulate groups are those of the whole batch on any number of GPUs. `--groups-over local` is the code's:
+    its 120 groups of 64 images are single images and empty classes. Here groups clamp to the rows, with a warning.
   * The bank is written once a step, after the optimiser's step, with the mean of both views; the code writes it
     twice.
   * The key encoder follows by its parameters alone. It stays in training mode and has batch statistics of its own,
@@ -45,6 +45,7 @@ import argparse
 import copy
 import dataclasses
 import math
+import os
 import re
 import sys
 import time
@@ -179,7 +180,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="npid: share of the old feature in v_i <- normalize(share * v_i + (1 - share) * f_i)")
     method.add_argument("--queue-size", type=common.COUNT, default=65536, metavar="N", help="moco, infomin: keys kept")
     method.add_argument("--key-momentum", type=common.SHARE, metavar="M", help="of the encoder that follows; byol's "
-                        "grows to 1; default: 0.999, byol 0.996")
+                        "grows to 1 at --epochs; default: 0.999, byol 0.996")
     method.add_argument("--augment", choices=list(RECIPES), help="default: the host's")
     method.add_argument("--erase", type=common.SHARE, default=0.0, metavar="P", help="share of views that lose a box")
     method.add_argument("--warmup-epochs", type=common.COUNT_OR_ZERO, default=0, metavar="N", help="lr / 100 to lr")
@@ -213,21 +214,28 @@ def long_tailed(data: common.ImageSet, ratio: float, seed: int) -> common.ImageS
 
 
 def listed(data: common.ImageSet, path: Path) -> common.ImageSet:
-    """The images of a folder that a list names, such as ImageNet-100's or ImageNet-LT's; lines: path [class]."""
+    """The images of a folder that a list names, such as ImageNet-100's or ImageNet-LT's; lines: path [class].
+
+    A path is the end of an image's, or the name of the folder it lies in, or of the first one on the way to it.
+    """
     text = path.read_text(errors="surrogateescape")  # as names of files are read
     lines = [re.fullmatch(r"(.+?)(?:\s+(\d+))?", line.strip()) for line in text.splitlines()]
     wanted = {line[1]: int(line[2] or -1) for line in lines if line}
-    rows, given, found = list[int](), list[int](), set[str]()
+    rows, given, found = list[int](), list[int](), dict[str, Path]()
     if data.files is None:
         raise common.Fault(f"{path} names files, and {data.name} has none: lists are for folders of images")
     for row in range(len(data)):
         file = data.path(row)
-        names = [file.parent.name, *("/".join(file.parts[-n:]) for n in range(1, 5))]
-        for name in [name for name in names if name in wanted][:1]:
+        folders = [*os.fsdecode(data.files[row]).split("/")[:-1][:1], file.parent.name]
+        names = [name for name in [*folders, *("/".join(file.parts[-n:]) for n in range(1, 5))] if name in wanted]
+        for name in names:
+            if name not in folders and found.get(name, file) != file:
+                raise common.Fault(f"{path}: {name} is {found[name]} and {file}: put the name of its folder before it")
+            found[name] = file
+        if names:
             rows.append(row)
-            given.append(wanted[name])
-            found.add(name)
-    for name in wanted.keys() - found:
+            given.append(wanted[names[0]])
+    for name in wanted.keys() - found.keys():
         raise common.Fault(f"{path}: {name} is not among the {len(data.files):,} images of {data.name}")
     if not rows:
         raise common.Fault(f"{path} names no image: a line each is needed")
@@ -267,6 +275,9 @@ def load(args: argparse.Namespace, run: common.Run) -> tuple[common.ImageSet, co
     test = common.load_monitor(args, data, run.device)
     if test and args.val_list:
         test = listed(test, args.val_list)
+        if (last := int(test.labels.max())) >= len(data.classes):
+            raise common.Fault(f"{args.val_list} has images of class {last}, and those of training are of 0 to "
+                               f"{len(data.classes) - 1}")
     if args.instances:
         data = views_of_instances(data, args.instances, seed=0)
         test = test and views_of_instances(test, args.instances, seed=1)
@@ -355,7 +366,9 @@ def rand_augment(images: Tensor, draw: common.Draw) -> Tensor:
     for number in numbers.unbind(1):
         which = torch.where(number[:, 1] < 0.5, (number[:, 0] * len(operations)).long(), len(operations))
         counts = which.bincount(minlength=len(operations) + 1).tolist()
-        together = torch.split(which.argsort(stable=True).to(images.device), counts)  # the last ones stay as they are
+        order = which.argsort(stable=True)
+        order = order.pin_memory() if images.is_cuda else order  # a copy from other memory may wait for the GPU
+        together = torch.split(order.to(images.device, non_blocking=True), counts)  # the last ones stay as they are
         for operation, rows in zip(operations, together, strict=False):
             if len(rows):
                 images[rows] = operation(images[rows])
@@ -560,12 +573,6 @@ class Gathered(torch.autograd.Function):
         return total.chunk(dist.get_world_size(), 1)[dist.get_rank()]
 
 
-def gathered(z: Tensor, world: int) -> Tensor:
-    """z (V, B, D) of all ranks."""
-    features: Tensor = z if world == 1 else Gathered.apply(z.contiguous())
-    return features
-
-
 # ---- hosts -----------------------------------------------------------------------------------------------------------
 # Each has
 #   state                                     parts of the checkpoint
@@ -753,7 +760,8 @@ def main(args: argparse.Namespace) -> None:
                 figures = dict(instance_loss=part_loss, instance_accuracy=accuracy,
                                feature_std=z[0].detach().std(0).mean() * z.shape[2] ** 0.5)
                 if args.group_weight:
-                    g = gathered(g, run.world) if args.groups_over == "all" else g
+                    if run.world > 1 and args.groups_over == "all":
+                        g = Gathered.apply(g.contiguous())
                     groups = group(g, num_groups, args.kmeans_iterations, args.clustering)
                     cross, accuracy = group_loss(g, groups, args.group_temperature, args.cross_view)
                     part_loss = part_loss + args.group_weight * cross.mean()
@@ -765,8 +773,8 @@ def main(args: argparse.Namespace) -> None:
             host.after_step(encoder, run.gather, (epoch + (step + 1) / steps) / args.epochs)
             run.after_step(state, epoch, step, loss)
 
+        row: dict[str, float] = totals.means(run)  # waits for the device's last steps
         images_per_second = (steps - start) * args.batch_size / (time.perf_counter() - began)
-        row: dict[str, float] = totals.means(run)
         if test and (epoch + 1 == args.epochs or (epoch + 1) % args.knn_every == 0):
             encoder.eval()
             run.broadcast(encoder)

@@ -86,6 +86,10 @@ def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], 
         problem, code = "interrupted", 130
     except Fault as fault:
         problem = str(fault)
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel"):
+            raise
+        problem = "batch normalisation meets a single value in a channel: raise --batch-size or --image-size"
     except (OSError, MemoryError, RuntimeError) as error:
         reason = str(error)
         if dist.is_initialized() and isinstance(error, RuntimeError) and (
@@ -608,7 +612,8 @@ class Run:
             raise Fault(f"{path} was trained on other data ({saved['data']['name']}, {saved['data']['images']:,} "
                         f"images, not {self.data['name']}, {self.data['images']:,}; {what} differ): choose another "
                         "--output or --overwrite")
-        free = FREE_OPTIONS if new["schedule"] != "cosine" else FREE_OPTIONS - {"epochs"}
+        to_the_end = new["schedule"] == "cosine" or new.get("host") == "byol"  # whose key momentum grows until then
+        free = FREE_OPTIONS - {"epochs"} if to_the_end else FREE_OPTIONS
         bound = sorted((old.keys() | new.keys()) - free)
         changed = [f"--{key.replace('_', '-')} {old.get(key)} -> {new.get(key)}"
                    for key in bound if old.get(key) != new.get(key)]
@@ -2208,8 +2213,8 @@ def assign(
     labels = nearest(x, centroids, low, half)
     chunk = 4 * CHUNK.get(x.device.type, 1024)  # of a lighter operator
     parts = zip(torch.split(x, chunk), torch.split(labels, chunk), strict=True)
-    totals = [F.mse_loss(rows, centroids.index_select(0, found), reduction="sum").double() for rows, found in parts]
-    return labels, float(torch.stack(totals).sum())
+    totals = [F.mse_loss(rows, centroids.index_select(0, found), reduction="sum") for rows, found in parts]
+    return labels, float(torch.stack(totals).cpu().double().sum())  # mps has no float64
 
 
 HAS_BFLOAT16: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
@@ -2332,9 +2337,9 @@ def _kmeans_torch(x: Tensor, centroids: Tensor, iterations: int, seed: int, sphe
 
 
 def cluster_sums(x: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Sum (k, D) and number (k,) of the rows of each cluster, the same in every run."""
+    """Sum (k, D) and number (k,) of the rows of each cluster, on CPU and CUDA the same in every run."""
     counts = torch.bincount(labels, minlength=k)
-    if x.device.type == "cpu":
+    if x.device.type != "cuda":  # mps has no segment_reduce
         return x.new_zeros(k, x.shape[1]).index_add_(0, labels, x), counts
     order = torch.argsort(labels, stable=True)  # index_add_ on CUDA adds in whatever order the threads come
     return torch.segment_reduce(x[order], "sum", lengths=counts, axis=0), counts

@@ -148,7 +148,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--reassign-every", type=common.COUNT, default=1, metavar="EPOCHS", help="section 4.4")
     method.add_argument("--images-per-epoch", type=common.COUNT, metavar="N", help="algorithm 2: cluster and train on "
                         "a new random part of the images each epoch; default: all")
-    method.add_argument("--cluster-pool", action="store_true", help="with it: cluster all images, train on a part")
+    method.add_argument("--cluster-pool", action="store_true", help="with it: cluster all images, and draw N of "
+                        "them, or as many as --updates-per-epoch takes, for training")
     method = parser.add_argument_group("method: training")
     method.add_argument("--sampling", choices=["clusters", "images", "released"], default="clusters",
                         help="mini-batches uniform over clusters, over images, or as the authors' code does it")
@@ -168,6 +169,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.head = args.head or ("full" if plain else "pooled")
     if plain and args.head in ("map", "pooled"):
         raise common.Fault(f"--head {args.head} is for ResNets: {args.arch} has its own hidden layers")
+    if args.cluster_pool and not args.images_per_epoch:
+        raise common.Fault("--cluster-pool needs --images-per-epoch: without it all images are clustered anyway")
+    if args.clustering == "labels" and args.images_per_epoch:
+        raise common.Fault("--clustering labels is made once, of all images: it takes no --images-per-epoch")
     if args.kmeans == "faiss" and args.empties == "half":
         if "empties" in args.typed:
             raise common.Fault("--kmeans faiss splits empty clusters itself: use --empties split")
@@ -561,9 +566,8 @@ def pic(x: Tensor, nearest: Tensor, sigma: float | str, singletons: str) -> tupl
 
 
 def cluster_means(x: Tensor, labels: Tensor) -> Tensor:
-    """Centroids (K, D) of unit rows x (N, D); labels: (N,), -1: none. That of an empty cluster is out of reach."""
-    kept = (labels >= 0).to(x.device)
-    sums, counts = common.cluster_sums(x[kept], labels.to(x.device).long()[kept], int(labels.max()) + 1)
+    """Centroids (K, D) of unit rows x (N, D); labels: (N,). That of an empty cluster is out of reach."""
+    sums, counts = common.cluster_sums(x, labels.to(x.device).long(), int(labels.max()) + 1)
     return torch.where(counts[:, None] > 0, sums / counts[:, None], 1e3)
 
 
@@ -627,8 +631,9 @@ def ratio_edge_intra_class(nearest: Tensor, labels: Tensor) -> Tensor:
 def label_figures(
     x: Tensor, pseudo_labels: Tensor, labels: Tensor, run: common.Run | None = None
 ) -> dict[str, float]:
-    """Mean ratio edge intra-class (%) of the 10-NN graph of x (N, D), NMI of clusters with labels (N,), -1: unknown.
+    """Mean ratio edge intra-class (%) of the 10-NN graph of x (N, D), NMI of clusters with labels (N,).
 
+    -1: a label that is not known, or no cluster; the NMI is one of the images that have both.
     With `run` all ranks have to call it.
     """
     known = labels >= 0
@@ -636,7 +641,9 @@ def label_figures(
         return {}
     x, pseudo_labels, labels = x[known.to(x.device)], pseudo_labels[known], labels[known]
     ratio = 100 * float(ratio_edge_intra_class(own_neighbors(x, 10, run).cpu(), labels).nanmean())
-    return dict(ratio_edge=round(ratio, 2), nmi_labels=nmi(pseudo_labels, labels))
+    clustered = pseudo_labels >= 0
+    figures = dict(ratio_edge=round(ratio, 2))
+    return figures | (dict(nmi_labels=nmi(pseudo_labels[clustered], labels[clustered])) if clustered.any() else {})
 
 
 def partition_figures(pseudo_labels: Tensor, previous: Tensor) -> dict[str, float]:
@@ -862,7 +869,7 @@ def main(args: argparse.Namespace) -> None:
                 source = run.generator("targets", epoch, step)
                 batch = order[step * args.batch_size : (step + 1) * args.batch_size]  # of all ranks, on the CPU
                 rows = target_rows(clusters.pseudo_labels[batch].long(), len(top.weight), args.targets_per_step, source)
-                rows = rows.to(run.device, non_blocking=True)
+                rows = (rows.pin_memory() if run.device.type == "cuda" else rows).to(run.device, non_blocking=True)
                 targets = torch.searchsorted(rows, targets)
 
             optimizer.zero_grad()
@@ -881,8 +888,8 @@ def main(args: argparse.Namespace) -> None:
             totals.add(loss=loss)
             run.after_step(state, epoch, step, loss)
 
+        row: dict[str, float] = totals.means(run) | clusters.figures  # waits for the device's last steps
         train_seconds = time.perf_counter() - began_training
-        row: dict[str, float] = totals.means(run) | clusters.figures
         if monitored(epoch + 1) and test is not None:
             encoder.eval()
             run.broadcast(encoder)
@@ -900,8 +907,10 @@ def main(args: argparse.Namespace) -> None:
     if run.agree(not (run.output / CLUSTERS).exists()):  # else the run had ended before
         encoder.eval()
         run.broadcast(encoder)
-        x, projection, offset, *_ = describe(run, data, encode, encoder.dim, args.feature_dim)
-        found = dict(centroids=cluster_means(x, clusters.pseudo_labels), projection=projection, offset=offset)
+        kept = (clusters.pseudo_labels >= 0).nonzero()[:, 0]
+        chosen = data if len(kept) == len(data) else data.select(kept)
+        x, projection, offset, *_ = describe(run, chosen, encode, encoder.dim, args.feature_dim)
+        found = dict(centroids=cluster_means(x, clusters.pseudo_labels[kept]), projection=projection, offset=offset)
         if run.rank == 0:
             common.write_checkpoint(run.output / CLUSTERS, found)
     run.finish(encoder.backbone)

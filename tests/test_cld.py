@@ -748,6 +748,23 @@ def test_head_with_batch_normalisation_needs_two_images(tmp_path: Path) -> None:
 
 
 
+def other_value_error() -> None:
+    """A ValueError that no option mends."""
+
+    def fail(*args: Any) -> None:
+        raise ValueError("Expected something else")
+
+    common.load = fail  # type: ignore[assignment]
+
+
+def test_batch_normalisation_needs_two_values(tmp_path: Path) -> None:
+    """One image of one pixel in the last map ends in one line; any other ValueError is still a traceback."""
+    command = [*SMALL, "--lambda", "0", "--batch-size", "1", "--image-size", "8", "--output", tmp_path]
+    one_line(run("cld", command), "--batch-size", "--image-size")
+    other = run("cld", command, before=other_value_error)
+    assert other.code == 1 and "Traceback" in other.err
+
+
 @pytest.mark.parametrize("options", [["--queue-size", "8"], ["--queue-size", "65"]])
 def test_queue_must_fit(options: list[str], tmp_path: Path) -> None:
     """A queue below the batch, or one that was asked for and is longer than the data, is an error."""
@@ -835,6 +852,43 @@ def test_file_list_chooses_files_and_folders(tmp_path: Path) -> None:
     odd = b"caf\xe9.jpg"  # a name that is no UTF-8
     path.write_bytes(odd + b" 0\n")
     assert len(cld.listed(images_of([0], files=np.array([odd]), root=Path("/set")), path)) == 1
+
+
+def test_lines_of_a_file_list_that_meet(tmp_path: Path) -> None:
+    """A folder and an image in it are both found; the first folder tells a class, as it does without a list; a name
+    that several images have is an error, as long as no folder stands before it."""
+    files = np.array([b"bird/sub/1.png", b"bird/sub/2.png", b"cat/1.png", b"dog/1.png", b"dog/3.png"])
+    data, path = images_of([0, 0, 1, 2, 2], files=files, root=Path("/set/train")), tmp_path / "list.txt"
+    for lines, ids in (("dog\ndog/1.png\n", [3, 4]), ("bird\n", [0, 1]), ("sub\ndog/3.png\n3.png\n", [0, 1, 4]),
+                       ("cat/1.png\nbird/sub/1.png\n", [0, 2])):
+        path.write_text(lines)
+        assert cld.listed(data, path).ids.tolist() == ids
+    path.write_text("2.png\n1.png\n")
+    with pytest.raises(common.Fault, match=r"1.png is /set/train/bird/sub/1.png and /set/train/cat/1.png"):
+        cld.listed(data, path)
+    above = images_of([0, 0], files=np.array([b"1.png", b"dog/1.png"]), root=Path("/set/train"))
+    with pytest.raises(common.Fault, match=r"1.png is /set/train/1.png and"):
+        cld.listed(above, path)
+    path.write_text("train/1.png\n")
+    assert cld.listed(above, path).ids.tolist() == [0]
+
+
+def test_classes_of_the_monitor_are_those_of_training(tmp_path: Path) -> None:
+    """A class of --val-list above those of --file-list ends in one line, not within the kNN monitor."""
+    for place in ("train", "val"):
+        (tmp_path / place).mkdir()
+        (tmp_path / f"{place}.txt").write_text("".join(f"{i}.png {i % 2}\n" for i in range(16)))
+        for number in range(16):
+            Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / place / f"{number}.png")
+    lists = ["--file-list", str(tmp_path / "train.txt"), "--val-list", str(tmp_path / "val.txt")]
+    args = cld.parse_args(["--data", str(tmp_path), "--device", "cpu", *lists, "--output", str(tmp_path / "run")])
+    run = common.Run(args)
+    data, test = cld.load(args, run)
+    assert test is not None and data.classes == ["0", "1"] and int(test.labels.max()) == 1
+    (tmp_path / "val.txt").write_text("0.png 0\n1.png 2\n")
+    with pytest.raises(common.Fault, match=r"val.txt has images of class 2, and those of training are of 0 to 1"):
+        cld.load(args, run)
+    run.lock.close()
 
 
 def test_file_list_or_subset(tmp_path: Path) -> None:

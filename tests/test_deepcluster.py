@@ -119,7 +119,10 @@ def test_sizes_that_do_not_fit() -> None:
     assert fitted(1_281_167) == (10_000, 256)
 
 
-@pytest.mark.parametrize("options", ["--arch alexnet --head map", "--kmeans faiss --empties half"])
+@pytest.mark.parametrize("options", [
+    "--arch alexnet --head map", "--kmeans faiss --empties half", "--cluster-pool",
+    "--clustering labels --images-per-epoch 32",
+])
 def test_options_that_exclude_each_other(options: str) -> None:
     """An option that cannot have an effect is an error."""
     with pytest.raises(common.Fault):
@@ -795,13 +798,16 @@ def test_ratio_edge_intra_class() -> None:
 
 def test_label_figures() -> None:
     """Separate classes: 100 % and 1; the 10 neighbours do not count the image itself, against all distances; images
-    without a label take no part; none with a label: no figure."""
+    without a label take no part, in the NMI none without a cluster; none with a label: no figure."""
     rows, classes = unit_rows(60, 5), torch.arange(60) % 3
     nearest = (torch.cdist(rows, rows) + 9 * torch.eye(60)).argsort(1)[:, :10]
     inside = 100 * float((classes[nearest] == classes[:, None]).double().mean())  # of equal classes: the mean over them
     assert dc.label_figures(rows, classes, classes)["ratio_edge"] == pytest.approx(inside, abs=0.01)
     x, truth = blobs([40, 40]), torch.arange(2).repeat_interleave(40)
     assert dc.label_figures(x, truth, truth) == dict(ratio_edge=100.0, nmi_labels=1.0)
+    some = torch.where(torch.arange(80) % 3 == 0, -1, truth)
+    assert dc.label_figures(x, some, truth) == dict(ratio_edge=100.0, nmi_labels=1.0)
+    assert dc.label_figures(x, torch.full((80,), -1), truth) == dict(ratio_edge=100.0)
     truth[::2] = -1
     assert dc.label_figures(x, truth.clamp(min=0), truth)["ratio_edge"] == 100
     assert dc.label_figures(x, truth, torch.full((80,), -1)) == {}
@@ -1036,9 +1042,22 @@ def test_two_ranks_equal_one(before: Callable[[], None], method: str, tmp_path: 
     torch.testing.assert_close(two["top"], one["top"], atol=1e-5, rtol=1e-4)
 
 
+def half_described() -> None:
+    """At most 32 images may be described at once."""
+    describe = dc.describe
+
+    def checked(run: common.Run, data: common.ImageSet, *rest: Any) -> Any:
+        assert len(data) <= 32
+        return describe(run, data, *rest)
+
+    dc.describe = checked  # type: ignore[assignment]
+
+
 def test_reassignment_and_parts(tmp_path: Path) -> None:
-    """--reassign-every, --images-per-epoch and --cluster-pool: who is clustered, and when."""
-    assert train(tmp_path / "a", "--epochs", "3", "--reassign-every", "2", "--images-per-epoch", "32") == 0
+    """--reassign-every, --images-per-epoch and --cluster-pool: who is clustered, and when. No others are described,
+    not for the centroids of --assign either."""
+    options = ["--epochs", "3", "--reassign-every", "2", "--images-per-epoch", "32"]
+    assert train(tmp_path / "a", *options, before=half_described) == 0
     assert [(tmp_path / "a/assignments" / f"epoch{e:04d}.npz").exists() for e in (1, 2, 3)] == [True, False, True]
     first, third = clusters_of(tmp_path / "a", 1), clusters_of(tmp_path / "a", 3)
     assert int((first >= 0).sum()) == int((third >= 0).sum()) == 32 and not torch.equal(first >= 0, third >= 0)
@@ -1106,7 +1125,6 @@ def test_other_clusterings(tmp_path: Path) -> None:
         row = rows_of(tmp_path / name)[0]
         assert 2 <= row["clusters"] <= 8 and row["chance_loss"] == round(math.log(row["clusters"]), 4)
         assert {"loss", "empties", "largest_share", "pca_variance", "lr"} <= row.keys()
-    assert train(tmp_path / "labels", "--epochs", "1", "--clustering", "labels", "--images-per-epoch", "32") == 0
 
 
 def shuffled_labels() -> None:

@@ -8,6 +8,7 @@ import importlib
 import json
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,13 +73,15 @@ def steps(device: str, output: Path, count: int) -> Iterator[Callable[[], None]]
 LOOPS = [
     ["npid"], ["npid", "--loss", "nce", "--m", "20", "--accumulate", "2"], ["npid", "--loss", "sampled", "--m", "20"],
     ["npid", "--loss", "parametric"], ["cld"], ["cld", "--host", "mocov2"], ["cld", "--host", "byol"],
-    ["cld", "--clustering", "spectral"], ["deepcluster"], ["deepcluster", "--clustering", "pic"],
+    pytest.param(["cld", "--host", "infomin"], marks=pytest.mark.slow), ["cld", "--clustering", "spectral"],
+    ["deepcluster"], ["deepcluster", "--clustering", "pic"], ["deepcluster", "--targets-per-step", "6"],
     *(["local_aggregation", "--H", "2", "--m", "8", "--k", "16", "--warmup-epochs", "1", *words]
       for words in ([], ["--background", "clusters", "--background-clusters", "2", "4"], ["--warmup-loss", "nce"],
                     ["--close", "nearest", "--close-neighbors", "5"])),
 ]
 # Of clustering, how often follows from the data.
 CLUSTERING = {"assign", "_kmeans_torch", "cluster_sums", "split_empty", "pca_whiten", "fill_empty", "kmeans_half"}
+ROTATIONS = {"<lambda>"}  # and shears, whose matrices torchvision copies there
 
 
 @pytest.mark.parametrize("words", LOOPS, ids=" ".join)
@@ -86,15 +89,35 @@ def test_training_on_a_pretended_gpu(words: list[str], tmp_path: Path) -> None:
     """With all tensors on a CUDA device that is not there a run goes to its end, so that none is on the wrong one; and
     twice the steps make the host wait for it no more often."""
     script, *options = words
+    unsteady = CLUSTERING | ROTATIONS if "infomin" in words else CLUSTERING
     found = []
     for count in ("64", "128"):
         done = run(script, [*TINY, *ON_GPU, "--amp", "--subset", count, "--epochs", "2", *options, "--output",
                             tmp_path / count], functools.partial(pretend_cuda.install, tmp_path / "waits"))
         assert done.code == 0, done.err
         lines = [line.split() for line in (tmp_path / "waits").read_text().splitlines()]
-        found.append(Counter(tuple(line) for line in lines if line[2] not in CLUSTERING))
+        found.append(Counter(tuple(line) for line in lines if line[2] not in unsteady))
         assert log(tmp_path / count)[-1]["epoch"] == 2
     assert found[1] == found[0] and any(line[2] == "check_finite" for line in found[0])
+
+
+def half_a_second_behind() -> None:
+    """Sums that the host waits for this long, as it does where a GPU has steps to do."""
+    means = common.Totals.means
+
+    def waited(self: common.Totals, work: common.Run) -> dict[str, float]:
+        time.sleep(0.5)
+        return means(self, work)
+
+    common.Totals.means = waited  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("script", METHODS)
+def test_speed_counts_what_the_device_has_still_to_do(script: str, tmp_path: Path) -> None:
+    """images_per_second has the time of all steps, also of those that the device has not done when the host has."""
+    done = run(script, [*TINY, "--epochs", "1", "--output", tmp_path], half_a_second_behind)
+    row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert done.code == 0 and row["images_per_second"] < 64 / 0.5
 
 
 def evaluations(folder: Path) -> dict[str, list[str]]:

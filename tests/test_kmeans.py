@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -41,6 +43,32 @@ def cloud(rows: int, dim: int, seed: int = 0, device: str = "cpu") -> Tensor:
 def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
     """(N, k) in float64, without expanding the square."""
     return torch.stack([(x.double() - c).square().sum(1) for c in centroids.double()], 1)
+
+
+class OnMps(Tensor):
+    """A tensor of the CPU that says it is on mps, where there is no float64 and no segment_reduce."""
+
+    device = property(lambda self: torch.device("mps"))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.segment_reduce
+        made = super().__torch_function__(func, types, args, kwargs or {})
+        if func is Tensor.cpu:
+            return made.as_subclass(Tensor)
+        assert not isinstance(made, Tensor) or made.dtype != torch.float64
+        return made
+
+
+def test_what_mps_lacks_is_not_asked_of_it() -> None:
+    """Assignments and sums of clusters do without float64 and segment_reduce on the device, and are the same there."""
+    x = cloud(300, 8)
+    labels, total = common.assign(x, x[:9])
+    there = x.as_subclass(OnMps)
+    found, objective = common.assign(there, there[:9])
+    assert torch.equal(found.cpu(), labels) and objective == pytest.approx(total)
+    for one, other in zip(common.cluster_sums(x, labels, 9), common.cluster_sums(there, found, 9), strict=True):
+        assert torch.equal(one, other.cpu())
 
 
 @pytest.mark.parametrize("screened", [False, True])

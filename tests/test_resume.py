@@ -241,11 +241,14 @@ def test_more_epochs(undisturbed: Path, tmp_path: Path) -> None:
     one_line(run("npid", [*command, "--epochs", "2"]), "past --epochs 2")
 
 
-def test_cosine_epochs_are_fixed(tmp_path: Path) -> None:
-    """Under a cosine schedule other epochs would be another schedule: refused with the option named."""
-    command = [*TINY, "--output", tmp_path, "--schedule", "cosine"]
-    assert run("npid", [*command, "--epochs", "1"]).code == 0
-    one_line(run("npid", [*command, "--epochs", "2"]), "--epochs 1 -> 2")
+@pytest.mark.parametrize("words", ["npid --schedule cosine", "cld --host byol --schedule constant"])
+def test_epochs_of_what_ends_with_them_are_fixed(words: str, tmp_path: Path) -> None:
+    """With other epochs a cosine schedule, or the momentum of BYOL's keys, would be another: refused with the option
+    named."""
+    script, *options = words.split()
+    command = [*TINY, "--output", tmp_path, *options]
+    assert run(script, [*command, "--epochs", "1"]).code == 0
+    one_line(run(script, [*command, "--epochs", "2"]), "--epochs 1 -> 2")
 
 
 REFUSED = [
