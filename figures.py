@@ -55,7 +55,8 @@ WRONG, RIGHT = COLORS[1:3]
 STYLE: Any = {"font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
               "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "figure.titlesize": 11,
               "figure.titleweight": "bold"}
-IGNORED = {*common.FREE_OPTIONS, "seed"} - {"epochs", "amp"}  # options that do not make a run another experiment
+# Options that do not make a run another experiment; --data stands for its images.
+IGNORED = {*common.FREE_OPTIONS, "seed"} - {"epochs", "amp", "data"}
 
 
 class Source(NamedTuple):
@@ -75,12 +76,14 @@ class Source(NamedTuple):
 
 def legend(sources: Sequence[Source]) -> list[str]:
     """What tells the sources apart: script and preset, else the options that differ, else the folders."""
-    runs = [source.options for source in sources if source.options]
+    named = [source.options | dict(data=source.data["name"]) if source.options else {} for source in sources]
+    runs = [options for options in named if options]
     keys = sorted({key for options in runs for key in options} - IGNORED)
     keys = [key for key in keys if len({repr(options.get(key)) for options in runs}) > 1][:3]
     options = [", ".join(f"{key.replace('_', ' ')} {{{key}}}" for key in some) for some in (keys, [*keys, "seed"])]
     for form in ("{script} {preset}", *options):
-        names = [form.format_map(dict.fromkeys(keys) | s.options) if s.options else s.name for s in sources]
+        names = [form.format_map(dict.fromkeys(keys) | options) if options else source.name
+                 for source, options in zip(sources, named, strict=True)]
         if len(set(names)) == len(names):
             return names
     names = [source.name for source in sources]
@@ -484,7 +487,9 @@ def curves(args: argparse.Namespace) -> None:
     groups, chance = dict[str, list[tuple[Source, Rows]]](), dict[str, float]()
     for name in args.runs:
         source, rows, level = read_log(name)
-        key = repr(sorted((key, value) for key, value in source.options.items() if key not in IGNORED))
+        images = {key: value for key, value in source.data.items() if key != "checksum"}  # a seed draws its own subset
+        options = source.options | dict(data=images)
+        key = repr(sorted((key, value) for key, value in options.items() if key not in IGNORED))
         if source.options["seed"] in [other.options["seed"] for other, _ in groups.get(key, [])]:
             key += name  # the same run once more, perhaps of changed code: not another seed
         groups.setdefault(key, []).append((source, rows))

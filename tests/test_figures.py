@@ -187,6 +187,22 @@ def test_curves_of_runs_and_seeds(run: Path, tmp_path: Path, monkeypatch: pytest
     assert list(seen[2][0]) == ["npid smoke", "npid other"] and len(seen[2][1]) == 1
 
 
+def test_curves_of_other_images_are_not_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs on other images are another line, named by them, whatever their seeds; a subset may differ with the seed."""
+    seen = list[Any]()
+    monkeypatch.setattr(figures, "draw_curves", lambda groups, *_, **__: seen.append(groups) or Figure())
+    logs = []
+    for seed, (data, checksum) in enumerate((("cifar10", "a"), ("cifar10", "b"), ("shapes", "a"))):
+        options = dict(script="npid", preset="smoke", arch="resnet18", width=4, seed=seed, epochs=1, data=data)
+        header = dict(options=options, data=dict(name=data, images=64, checksum=checksum), git="0")
+        logs.append(tmp_path / str(seed))
+        logs[-1].mkdir()
+        lines = [json.dumps(line) + "\n" for line in (header, dict(epoch=1, loss=2.0))]
+        (logs[-1] / "log.jsonl").write_text("".join(lines))
+    draw("curves", *logs, "--out", tmp_path / "curves.png")
+    assert [(name, len(runs)) for name, runs in seen[0].items()] == [("data cifar10", 2), ("data shapes", 1)]
+
+
 # density
 
 
