@@ -10,8 +10,8 @@ Options of the submission stand before the script, those of the script after it;
 is submitted. The modules and packages beside the script are copied to the job's folder, and the job runs that copy:
 what you edit while it waits, or between two of its attempts, does not reach it. The working directory stays yours.
 
-At the time limit (--grace seconds before it) and at pre-emption (USR2, or TERM while the job still counts as running)
-the run saves at the next step, puts itself back into the queue, and goes on from that step. scancel saves as well, and
+At the time limit (--grace seconds before it) and at pre-emption (USR2, or TERM while SLURM calls the job running) the
+run saves at the next step, puts itself back into the queue, and goes on from that step. scancel saves as well, and
 ends it. Submitting the same command again continues a run that has ended for any reason.
 
 Evaluations named by --then run on one GPU of one node. {output} in them is the run's folder; without it
@@ -234,8 +234,13 @@ def state() -> str:
     return ""
 
 
-def ending(script: str, again: str, rank: int, requeue: Any) -> Callable[[int, FrameType | None], None]:
-    """What a signal does, and what a script does with it after its checkpoint, then without a frame."""
+def ending(
+    cluster: str, script: str, again: str, rank: int, requeue: Any
+) -> Callable[[int, FrameType | None], None]:
+    """What a signal does, and what a script does with it after its checkpoint, then without a frame.
+
+    TERM is a pre-emption only on SLURM: a local job within an allocation of SLURM's is not that allocation's job.
+    """
     owner = os.getpid()
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -245,7 +250,7 @@ def ending(script: str, again: str, rank: int, requeue: Any) -> Callable[[int, F
             return
         for other in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(other, signal.SIG_IGN)
-        if number == signal.SIGTERM and state() != "RUNNING":  # cancelled
+        if number == signal.SIGTERM and (cluster != "slurm" or state() != "RUNNING"):  # cancelled
             raise SystemExit(128 + number)
         if rank:  # an error code would end rank 0 before it has asked
             raise SystemExit(0)
@@ -281,7 +286,8 @@ class Job(submitit.helpers.Checkpointable):
         except OSError:  # a node whose name only SLURM knows; srun starts the tasks from the first
             os.environ["MASTER_ADDR"] = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", world.master_addr)
         if env.cluster != "debug":
-            end = ending(self.script, self.again, world.rank, signal.getsignal(env._usr_sig()))
+            requeue = signal.getsignal(env._usr_sig())
+            end = ending(env.cluster, self.script, self.again, world.rank, requeue)
             if env._usr_sig() != signal.SIGUSR2:  # $SUBMITIT_PREEMPT_SIGNAL; scripts listen to USR2
                 signal.signal(env._usr_sig(), lambda *_: os.kill(os.getpid(), signal.SIGUSR2))
             signal.signal(signal.SIGTERM, end)

@@ -239,6 +239,22 @@ def test_signals_between_local_jobs(tmp_path: Path) -> None:
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+def test_term_within_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TERM ends a local job, though SLURM calls the allocation around it running; a job of SLURM's goes on."""
+    asked = list[int]()
+    monkeypatch.setattr(submit, "state", lambda: "RUNNING")
+    monkeypatch.setattr(submit.signal, "signal", lambda *_: None)
+    for cluster in ("local", "slurm"):
+        end = submit.ending(cluster, "npid.py", "", 0, lambda number, frame: asked.append(number))
+        if cluster == "local":
+            with pytest.raises(SystemExit) as stop:
+                end(signal.SIGTERM, None)
+            assert stop.value.code == 128 + signal.SIGTERM and not asked
+        else:
+            end(signal.SIGTERM, None)
+    assert asked == [signal.SIGUSR2]
+
+
 def test_debug(tmp_path: Path) -> None:
     """--cluster debug runs in the foreground, in one process, and a fault is one line and code 2."""
     script = tmp_path / "mine.py"
