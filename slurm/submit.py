@@ -58,6 +58,11 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
 GRACE = 300  # seconds: an epoch's clustering on a large set has to end within it
+OWN = {  # sbatch's options that are not for --slurm: most of them are needed to count ranks and to requeue
+    "time": "--hours", "nodes": "--nodes", "ntasks": "--tasks", "ntasks_per_node": "--tasks", "gpus": "--gpus",
+    "gpus_per_node": "--gpus", "signal": "--grace", "signal_delay_s": "--grace", "partition": "--partition",
+    "account": "--account", "constraint": "--constraint",
+}
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
@@ -105,6 +110,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if end == len(words):
         parser.error("which script? name one, such as npid.py")
     args.script, args.argv = Path(words[end]), words[end + 1 :]
+    if taken := next((key for key, _ in args.slurm if key in OWN), None):
+        parser.error(f"--slurm {taken}: use {OWN[taken]}")
     seconds = 3600 * args.hours
     if args.grace and args.grace >= seconds:
         parser.error(f"--grace {args.grace} is not less than the {seconds:.0f} s of --hours {args.hours:g}")
@@ -188,11 +195,12 @@ def follower(command: str) -> list[str]:
 def runs_of(code: Path, args: argparse.Namespace, ranks: int) -> list[tuple[str, list[Run]]]:
     """What is to run: the script, once or once for each combination of the sweep, then each --then command for each."""
     script, added, then = args.script.name, combinations(args.sweep), [follower(command) for command in args.then]
+    tried = [[word.replace("{output}", str(code)) for word in words] for words in then]  # a folder, as it will be then
     for name in (Path(words[0]).name for words in then):
         if not (code / name).is_file():
             raise common.Fault(f"--then {name}: there is no such script beside {script}")
     found = check(code, [(script, [args.argv + words for words in added]),
-                         *((Path(words[0]).name, [words[1:]]) for words in then)])
+                         *((Path(words[0]).name, [words[1:]]) for words in tried)])
     runs = []
     for words, facts in zip(added, found[: len(added)], strict=True):
         argv, output = args.argv + words, facts.output
@@ -387,10 +395,10 @@ def main(args: argparse.Namespace) -> None:
 
 def submit(folder: Path, first: Any, then: Any, jobs: list[list[Job]]) -> None:
     """The training runs as a job or an array, and after each success its evaluations."""
-    numbers, training = list[str](), list[Any]()
+    numbers, training, named = list[str](), list[Any](), first.parameters.get("job_name")
     try:
         for executor, some in zip([first] + [then] * (len(jobs) - 1), jobs, strict=True):
-            name: dict[str, Any] = dict(job_name=Path(some[0].script).stem)
+            name: dict[str, Any] = dict(job_name=named or Path(some[0].script).stem)
             if numbers:  # each run of an array has its own evaluation, which waits for it alone
                 name["dependency"] = f"{'aftercorr' if len(some) > 1 else 'afterok'}:{numbers[0]}"
                 more = then.parameters["additional_parameters"] | dict(kill_on_invalid_dep="yes")
