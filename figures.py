@@ -425,7 +425,8 @@ PANELS = {"Training loss": ("epoch", "loss"), "kNN accuracy": ("epoch", "knn_top
 
 
 def read_log(name: str) -> tuple[Source, Rows, float | None]:
-    """What was run, its epochs, and the loss of equal probabilities where it is known."""
+    """What was run, its epochs, and the loss of equal probabilities; None where noise is drawn, of which older logs
+    hold the softmax's."""
     path = folder_of(name) / "log.jsonl"
     try:
         lines = path.read_text().splitlines(keepends=True)
@@ -438,7 +439,8 @@ def read_log(name: str) -> tuple[Source, Rows, float | None]:
         raise common.Fault(f"cannot read {path} ({error.strerror}): name the folder of a run") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise common.Fault(f"{path} is no log of these scripts, or has no epoch yet") from None
-    return source, rows, header.get("chance_loss") if source.options.get("loss") not in ("nce", "sampled") else None
+    noise = {"nce", "sampled"} & {source.options.get("loss"), source.options.get("warmup_loss")}
+    return source, rows, None if noise else header.get("chance_loss")
 
 
 def series(runs: Sequence[Rows], x: str, y: str) -> Tensor:
@@ -1102,19 +1104,25 @@ def finetuned(
     title: str,
 ) -> None:
     """Accuracies of networks, untrained ones too if they were evaluated, after fine-tuning under `preset`."""
-    sources, own, baseline = [read_log(name)[0] for name in args.runs], list[Points](), dict[str, Points]()
+    sources, drawn, untrained = [read_log(name)[0] for name in args.runs], Rows(), Rows()
+    own, baseline = list[Points](), dict[str, Points]()
     for name, source in zip(args.runs, sources, strict=True):
-        lines = of_set([row for row in read_eval(name, baselines=True)
-                        if row.get("preset") == preset and "draws" in row], source.data["name"])
-        points = {row["checkpoint"] == "random": [(labels(row | entry, source), entry[key], entry[f"{key}_std"])
-                                                  for entry in row["draws"]] for row in lines}
+        rows = of_set([row for row in read_eval(name, baselines=True)
+                       if row.get("preset") == preset and "draws" in row], source.data["name"])
+        newest = {row["checkpoint"] == "random": row for row in rows}
+        points = {random: [(labels(row | entry, source), entry[key], entry[f"{key}_std"]) for entry in row["draws"]]
+                  for random, row in newest.items()}
         if False not in points:
             raise common.Fault(f"{name} has no {preset} in eval.jsonl: run eval_linear.py {name}/checkpoint.pth "
                                f"--preset {preset}")
         own.append(points[False])
-        baseline |= {"untrained": points[True]} if True in points else {}
-    words = "{epochs} epochs, {test_images:,} test images of {data}".format_map(lines[-1])
-    draws = sorted({entry["draws"] for row in lines for entry in row["draws"]})
+        drawn.append(newest[False])
+        if True in points:
+            baseline, untrained = {"untrained": points[True]}, [newest[True]]
+    drawn += untrained
+    words = " or ".join(dict.fromkeys("{epochs} epochs, {test_images:,} test images of {data}".format_map(row)
+                                      for row in drawn))
+    draws = sorted({entry["draws"] for row in drawn for entry in row["draws"]})
     spread = f"mean and deviation of {'/'.join(map(str, draws))} draws" if max(draws) > 1 else "one draw of each"
     names = legend(sources)
     figure = draw_labels(dict(zip(names, own, strict=True)) | baseline, x, f"{key.replace('top', 'top-')} in %")
@@ -1200,16 +1208,22 @@ def knn_of(rows: Rows, k: int) -> float | None:
     return last(found, "top1")
 
 
-# What a figure is called, and where it comes from: (log, evaluations) -> the figure.
-MERITS: dict[str, tuple[str, Callable[[Rows, Rows], float | None]]] = {
-    "knn": ("kNN, K = 200", lambda log, rows: knn_of(rows, 200) or last(log, "knn_top1")),
-    "nn": ("nearest neighbour", lambda log, rows: knn_of(rows, 1)),
-    "svm": ("linear SVM", lambda log, rows: last(rows, "svm_top1")),
-    "linear1": ("linear, top-1", lambda log, rows: last(rows, "linear_top1")),
-    "linear5": ("linear, top-5", lambda log, rows: last(rows, "linear_top5")),
-    "mlp": ("MLP on frozen convolutions", lambda log, rows: last(rows, "mlp_top1")),
-    "top1": ("accuracy", lambda log, rows: last(log, "test_top1")),
-    "step": ("ms a mini-batch", lambda log, rows: 1000 * log[-1]["train_seconds"] * len(log) / log[-1]["step"]),
+def step_of(options: dict[str, Any], log: Rows) -> float | None:
+    """Milliseconds of a training step; an epoch that was resumed at its end had none."""
+    speed = last([row for row in log if row.get("images_per_second")], "images_per_second")
+    return speed and 1000 * options["batch_size"] / speed
+
+
+# What a figure is called, and where it comes from: (options of the run, log, evaluations) -> the figure.
+MERITS: dict[str, tuple[str, Callable[[dict[str, Any], Rows, Rows], float | None]]] = {
+    "knn": ("kNN, K = 200", lambda options, log, rows: knn_of(rows, 200) or last(log, "knn_top1")),
+    "nn": ("nearest neighbour", lambda options, log, rows: knn_of(rows, 1)),
+    "svm": ("linear SVM", lambda options, log, rows: last(rows, "svm_top1")),
+    "linear1": ("linear, top-1", lambda options, log, rows: last(rows, "linear_top1")),
+    "linear5": ("linear, top-5", lambda options, log, rows: last(rows, "linear_top5")),
+    "mlp": ("MLP on frozen convolutions", lambda options, log, rows: last(rows, "mlp_top1")),
+    "top1": ("accuracy", lambda options, log, rows: last(log, "test_top1")),
+    "step": ("ms a mini-batch", lambda options, log, rows: step_of(options, log)),
 }
 LA_H_M = {"R18 (1, 1k)": ("supplement1-1-1k", 35.2), "R18 (1, 10k)": ("table4-nearest", 35.7),
           "R18 (1, 20k)": ("supplement1-1-20k", 35.0), "R18 (3, 10k)": ("table5-3-10k", 36.2),
@@ -1338,7 +1352,7 @@ def ablation(args: argparse.Namespace) -> None:
             raise common.Fault(f"{name} is no row of {table.title if args.table else 'any table'}: its preset is "
                                f"{source.options['preset']} of {source.options['script']}.py")
         for column in table.columns:
-            value = MERITS[column][1](log, rows)
+            value = MERITS[column][1](source.options, log, rows)
             if value is not None:
                 ours[column].setdefault(row, []).append(value)
         sources[f"{row} ({name})" if row in sources else row] = source
