@@ -31,6 +31,8 @@ import functools
 import io
 import json
 import math
+import shlex
+import sys
 import textwrap
 import warnings
 from collections import Counter
@@ -1470,6 +1472,16 @@ def detections(args: argparse.Namespace) -> None:
 # ---- all -------------------------------------------------------------------------------------------------------------
 
 
+def words_of(options: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, list[str]]:
+    """The words of a command line that each of its options takes, by the option's name."""
+    actions = {flag: action for action in options._actions for flag in action.option_strings}
+    found = dict[str, list[str]]()
+    for word, after in zip(argv, [*argv[1:], ""], strict=True):
+        if action := actions.get(word.split("=")[0]):
+            found[action.dest] = [word] if "=" in word or action.nargs == 0 else [word, after]
+    return found
+
+
 def every_picture(args: argparse.Namespace) -> None:
     """Every picture that the runs allow, and an index.md that shows them and says what the others lack."""
     with contextlib.suppress(FileExistsError):
@@ -1477,8 +1489,8 @@ def every_picture(args: argparse.Namespace) -> None:
     shown, missing = list[str](), list[str]()
     for name in args.names:
         own = parse_args([name, *args.runs, "--out", str(args.out / f"{name}.png")])
-        shared = [key for key in args.typed if key in vars(own) and key != "out"] + ["device", "kept"]
-        vars(own).update({key: getattr(args, key) for key in shared})
+        shared = [key for key in args.typed if key in vars(own) and key != "out"]
+        vars(own).update({key: getattr(args, key) for key in [*shared, "device", "kept"]})
         own.typed = [*own.typed, *args.typed]
         doc = " ".join((own.draw.__doc__ or "").split())
         try:
@@ -1486,7 +1498,8 @@ def every_picture(args: argparse.Namespace) -> None:
         except common.Fault as fault:
             missing.append(f"* {name}: {fault}")
         else:
-            command = f"python figures.py {name} {' '.join(args.runs)}"
+            words = [word for key in shared for word in args.words[key]]
+            command = shlex.join(["python", "figures.py", name, *args.runs, *words])
             shown.append(f"## {name}\n\n{doc}\n\n    {command}\n\n![{name}]({name}.png)\n")
     if not shown:
         with contextlib.suppress(OSError):  # it was there before, and is not empty
@@ -1563,7 +1576,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     made = list(names.choices)
     add(every_picture, name="all")
     args = parser.parse_args(argv)
-    args.typed, args.kept = common.typed(args.options, argv), dict[tuple[Any, ...], Any]()
+    args.words, args.kept = words_of(args.options, sys.argv[1:] if argv is None else argv), dict[tuple[Any, ...], Any]()
+    args.typed = sorted(args.words)
     if args.draw in (neighbors, retrieval, edges, pca) and len(args.runs) == 1:
         args.runs.append("random")
     first = Path(next((name for name in args.runs if name != "random"), "."))

@@ -1,8 +1,10 @@
 """Figures: what is drawn is what was measured, and input that is not a run ends with one line."""
 
+import functools
 import importlib
 import json
 import math
+import shlex
 import shutil
 import subprocess
 import sys
@@ -669,6 +671,20 @@ def test_all(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for name in figures.parse_args(["all", str(run)]).names:
         assert f"![{name}]({name}.png)" in index if name in made else f"* {name}: " in index
     assert not list(folder.glob("*.tmp"))
+
+
+def test_index_has_the_options(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command of the index makes its picture again: it has those of the options typed that its picture knows."""
+    named = shutil.copytree(run, tmp_path / "a run")
+    words = ["--seed", "3", "--layer=head", *FEW, "--no-amp"]
+    for name in figures.parse_args(["all", str(run)]).names:
+        monkeypatch.setattr(figures, name, functools.wraps(getattr(figures, name))(lambda args: None))
+    draw("all", named, *words, "--out", tmp_path / "figures")
+    index = (tmp_path / "figures" / "index.md").read_text()
+    commands = {line.split()[2]: shlex.split(line) for line in index.splitlines() if line.startswith("    python")}
+    assert commands["curves"] == ["python", "figures.py", "curves", str(named)]
+    assert commands["detections"][3:] == [str(named), "--seed", "3"]
+    assert sorted(commands["gallery"][3:]) == sorted([str(named), *words])
 
 
 # what was run
