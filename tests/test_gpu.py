@@ -356,6 +356,23 @@ def test_benchmark_heads_merge_exactly(gpu: Any) -> None:
                                rtol=1e-5)
 
 
+def test_ratios_without_faiss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without Faiss bench.py says what it leaves out, and goes on with what does not need it."""
+    monkeypatch.syspath_prepend(str(common.ROOT / "benchmarks"))
+    bench = importlib.import_module("bench")
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.setattr(common, "keep_freed_memory", lambda: None)
+    against = ["kmeans", "knn", "cld"]
+    monkeypatch.setattr(bench, "BENCHMARKS", {name: bench.BENCHMARKS[name] for name in against}
+                        | {"last": lambda args: [dict(case="one", ratio_min=2)]})
+    bench.main(bench.parse_args(["--repeats", "1", "--output", str(tmp_path / "bench.jsonl")]))
+    said = capsys.readouterr()
+    assert [line.split(":")[0] for line in said.err.splitlines()] == against and said.err.count("Faiss is missing") == 3
+    assert said.out == "last, one: ratio_min 2\n" and len((tmp_path / "bench.jsonl").read_text().splitlines()) == 1
+
+
 @pytest.mark.slow
 def test_profile_on_paper_is_the_page(gpu: Any) -> None:
     """The tables of benchmarks/README.md are those that the benchmark prints."""
