@@ -31,6 +31,8 @@ import functools
 import io
 import json
 import math
+import shlex
+import sys
 import textwrap
 import warnings
 from collections import Counter
@@ -55,7 +57,8 @@ WRONG, RIGHT = COLORS[1:3]
 STYLE: Any = {"font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
               "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "figure.titlesize": 11,
               "figure.titleweight": "bold"}
-IGNORED = {*common.FREE_OPTIONS, "seed"} - {"epochs", "amp"}  # options that do not make a run another experiment
+# Options that do not make a run another experiment; --data stands for its images.
+IGNORED = {*common.FREE_OPTIONS, "seed"} - {"epochs", "amp", "data"}
 
 
 class Source(NamedTuple):
@@ -75,12 +78,14 @@ class Source(NamedTuple):
 
 def legend(sources: Sequence[Source]) -> list[str]:
     """What tells the sources apart: script and preset, else the options that differ, else the folders."""
-    runs = [source.options for source in sources if source.options]
+    named = [source.options | dict(data=source.data["name"]) if source.options else {} for source in sources]
+    runs = [options for options in named if options]
     keys = sorted({key for options in runs for key in options} - IGNORED)
     keys = [key for key in keys if len({repr(options.get(key)) for options in runs}) > 1][:3]
     options = [", ".join(f"{key.replace('_', ' ')} {{{key}}}" for key in some) for some in (keys, [*keys, "seed"])]
     for form in ("{script} {preset}", *options):
-        names = [form.format_map(dict.fromkeys(keys) | s.options) if s.options else s.name for s in sources]
+        names = [form.format_map(dict.fromkeys(keys) | options) if options else source.name
+                 for source, options in zip(sources, named, strict=True)]
         if len(set(names)) == len(names):
             return names
     names = [source.name for source in sources]
@@ -422,7 +427,8 @@ PANELS = {"Training loss": ("epoch", "loss"), "kNN accuracy": ("epoch", "knn_top
 
 
 def read_log(name: str) -> tuple[Source, Rows, float | None]:
-    """What was run, its epochs, and the loss of equal probabilities where it is known."""
+    """What was run, its epochs, and the loss of equal probabilities; None where noise is drawn, of which older logs
+    hold the softmax's."""
     path = folder_of(name) / "log.jsonl"
     try:
         lines = path.read_text().splitlines(keepends=True)
@@ -435,7 +441,8 @@ def read_log(name: str) -> tuple[Source, Rows, float | None]:
         raise common.Fault(f"cannot read {path} ({error.strerror}): name the folder of a run") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise common.Fault(f"{path} is no log of these scripts, or has no epoch yet") from None
-    return source, rows, header.get("chance_loss") if source.options.get("loss") not in ("nce", "sampled") else None
+    noise = {"nce", "sampled"} & {source.options.get("loss"), source.options.get("warmup_loss")}
+    return source, rows, None if noise else header.get("chance_loss")
 
 
 def series(runs: Sequence[Rows], x: str, y: str) -> Tensor:
@@ -484,7 +491,9 @@ def curves(args: argparse.Namespace) -> None:
     groups, chance = dict[str, list[tuple[Source, Rows]]](), dict[str, float]()
     for name in args.runs:
         source, rows, level = read_log(name)
-        key = repr(sorted((key, value) for key, value in source.options.items() if key not in IGNORED))
+        images = {key: value for key, value in source.data.items() if key != "checksum"}  # a seed draws its own subset
+        options = source.options | dict(data=images)
+        key = repr(sorted((key, value) for key, value in options.items() if key not in IGNORED))
         if source.options["seed"] in [other.options["seed"] for other, _ in groups.get(key, [])]:
             key += name  # the same run once more, perhaps of changed code: not another seed
         groups.setdefault(key, []).append((source, rows))
@@ -1097,19 +1106,25 @@ def finetuned(
     title: str,
 ) -> None:
     """Accuracies of networks, untrained ones too if they were evaluated, after fine-tuning under `preset`."""
-    sources, own, baseline = [read_log(name)[0] for name in args.runs], list[Points](), dict[str, Points]()
+    sources, drawn, untrained = [read_log(name)[0] for name in args.runs], Rows(), Rows()
+    own, baseline = list[Points](), dict[str, Points]()
     for name, source in zip(args.runs, sources, strict=True):
-        lines = of_set([row for row in read_eval(name, baselines=True)
-                        if row.get("preset") == preset and "draws" in row], source.data["name"])
-        points = {row["checkpoint"] == "random": [(labels(row | entry, source), entry[key], entry[f"{key}_std"])
-                                                  for entry in row["draws"]] for row in lines}
+        rows = of_set([row for row in read_eval(name, baselines=True)
+                       if row.get("preset") == preset and "draws" in row], source.data["name"])
+        newest = {row["checkpoint"] == "random": row for row in rows}
+        points = {random: [(labels(row | entry, source), entry[key], entry[f"{key}_std"]) for entry in row["draws"]]
+                  for random, row in newest.items()}
         if False not in points:
             raise common.Fault(f"{name} has no {preset} in eval.jsonl: run eval_linear.py {name}/checkpoint.pth "
                                f"--preset {preset}")
         own.append(points[False])
-        baseline |= {"untrained": points[True]} if True in points else {}
-    words = "{epochs} epochs, {test_images:,} test images of {data}".format_map(lines[-1])
-    draws = sorted({entry["draws"] for row in lines for entry in row["draws"]})
+        drawn.append(newest[False])
+        if True in points:
+            baseline, untrained = {"untrained": points[True]}, [newest[True]]
+    drawn += untrained
+    words = " or ".join(dict.fromkeys("{epochs} epochs, {test_images:,} test images of {data}".format_map(row)
+                                      for row in drawn))
+    draws = sorted({entry["draws"] for row in drawn for entry in row["draws"]})
     spread = f"mean and deviation of {'/'.join(map(str, draws))} draws" if max(draws) > 1 else "one draw of each"
     names = legend(sources)
     figure = draw_labels(dict(zip(names, own, strict=True)) | baseline, x, f"{key.replace('top', 'top-')} in %")
@@ -1195,16 +1210,22 @@ def knn_of(rows: Rows, k: int) -> float | None:
     return last(found, "top1")
 
 
-# What a figure is called, and where it comes from: (log, evaluations) -> the figure.
-MERITS: dict[str, tuple[str, Callable[[Rows, Rows], float | None]]] = {
-    "knn": ("kNN, K = 200", lambda log, rows: knn_of(rows, 200) or last(log, "knn_top1")),
-    "nn": ("nearest neighbour", lambda log, rows: knn_of(rows, 1)),
-    "svm": ("linear SVM", lambda log, rows: last(rows, "svm_top1")),
-    "linear1": ("linear, top-1", lambda log, rows: last(rows, "linear_top1")),
-    "linear5": ("linear, top-5", lambda log, rows: last(rows, "linear_top5")),
-    "mlp": ("MLP on frozen convolutions", lambda log, rows: last(rows, "mlp_top1")),
-    "top1": ("accuracy", lambda log, rows: last(log, "test_top1")),
-    "step": ("ms a mini-batch", lambda log, rows: 1000 * log[-1]["train_seconds"] * len(log) / log[-1]["step"]),
+def step_of(options: dict[str, Any], log: Rows) -> float | None:
+    """Milliseconds of a training step; an epoch that was resumed at its end had none."""
+    speed = last([row for row in log if row.get("images_per_second")], "images_per_second")
+    return speed and 1000 * options["batch_size"] / speed
+
+
+# What a figure is called, and where it comes from: (options of the run, log, evaluations) -> the figure.
+MERITS: dict[str, tuple[str, Callable[[dict[str, Any], Rows, Rows], float | None]]] = {
+    "knn": ("kNN, K = 200", lambda options, log, rows: knn_of(rows, 200) or last(log, "knn_top1")),
+    "nn": ("nearest neighbour", lambda options, log, rows: knn_of(rows, 1)),
+    "svm": ("linear SVM", lambda options, log, rows: last(rows, "svm_top1")),
+    "linear1": ("linear, top-1", lambda options, log, rows: last(rows, "linear_top1")),
+    "linear5": ("linear, top-5", lambda options, log, rows: last(rows, "linear_top5")),
+    "mlp": ("MLP on frozen convolutions", lambda options, log, rows: last(rows, "mlp_top1")),
+    "top1": ("accuracy", lambda options, log, rows: last(log, "test_top1")),
+    "step": ("ms a mini-batch", lambda options, log, rows: step_of(options, log)),
 }
 LA_H_M = {"R18 (1, 1k)": ("supplement1-1-1k", 35.2), "R18 (1, 10k)": ("table4-nearest", 35.7),
           "R18 (1, 20k)": ("supplement1-1-20k", 35.0), "R18 (3, 10k)": ("table5-3-10k", 36.2),
@@ -1333,7 +1354,7 @@ def ablation(args: argparse.Namespace) -> None:
             raise common.Fault(f"{name} is no row of {table.title if args.table else 'any table'}: its preset is "
                                f"{source.options['preset']} of {source.options['script']}.py")
         for column in table.columns:
-            value = MERITS[column][1](log, rows)
+            value = MERITS[column][1](source.options, log, rows)
             if value is not None:
                 ours[column].setdefault(row, []).append(value)
         sources[f"{row} ({name})" if row in sources else row] = source
@@ -1451,6 +1472,16 @@ def detections(args: argparse.Namespace) -> None:
 # ---- all -------------------------------------------------------------------------------------------------------------
 
 
+def words_of(options: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, list[str]]:
+    """The words of a command line that each of its options takes, by the option's name."""
+    actions = {flag: action for action in options._actions for flag in action.option_strings}
+    found = dict[str, list[str]]()
+    for word, after in zip(argv, [*argv[1:], ""], strict=True):
+        if action := actions.get(word.split("=")[0]):
+            found[action.dest] = [word] if "=" in word or action.nargs == 0 else [word, after]
+    return found
+
+
 def every_picture(args: argparse.Namespace) -> None:
     """Every picture that the runs allow, and an index.md that shows them and says what the others lack."""
     with contextlib.suppress(FileExistsError):
@@ -1458,8 +1489,8 @@ def every_picture(args: argparse.Namespace) -> None:
     shown, missing = list[str](), list[str]()
     for name in args.names:
         own = parse_args([name, *args.runs, "--out", str(args.out / f"{name}.png")])
-        shared = [key for key in args.typed if key in vars(own) and key != "out"] + ["device", "kept"]
-        vars(own).update({key: getattr(args, key) for key in shared})
+        shared = [key for key in args.typed if key in vars(own) and key != "out"]
+        vars(own).update({key: getattr(args, key) for key in [*shared, "device", "kept"]})
         own.typed = [*own.typed, *args.typed]
         doc = " ".join((own.draw.__doc__ or "").split())
         try:
@@ -1467,7 +1498,8 @@ def every_picture(args: argparse.Namespace) -> None:
         except common.Fault as fault:
             missing.append(f"* {name}: {fault}")
         else:
-            command = f"python figures.py {name} {' '.join(args.runs)}"
+            words = [word for key in shared for word in args.words[key]]
+            command = shlex.join(["python", "figures.py", name, *args.runs, *words])
             shown.append(f"## {name}\n\n{doc}\n\n    {command}\n\n![{name}]({name}.png)\n")
     if not shown:
         with contextlib.suppress(OSError):  # it was there before, and is not empty
@@ -1544,7 +1576,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     made = list(names.choices)
     add(every_picture, name="all")
     args = parser.parse_args(argv)
-    args.typed, args.kept = common.typed(args.options, argv), dict[tuple[Any, ...], Any]()
+    args.words, args.kept = words_of(args.options, sys.argv[1:] if argv is None else argv), dict[tuple[Any, ...], Any]()
+    args.typed = sorted(args.words)
     if args.draw in (neighbors, retrieval, edges, pca) and len(args.runs) == 1:
         args.runs.append("random")
     first = Path(next((name for name in args.runs if name != "random"), "."))

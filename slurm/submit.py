@@ -10,8 +10,8 @@ Options of the submission stand before the script, those of the script after it;
 is submitted. The modules and packages beside the script are copied to the job's folder, and the job runs that copy:
 what you edit while it waits, or between two of its attempts, does not reach it. The working directory stays yours.
 
-At the time limit (--grace seconds before it) and at pre-emption (USR2, or TERM while the job still counts as running)
-the run saves at the next step, puts itself back into the queue, and goes on from that step. scancel saves as well, and
+At the time limit (--grace seconds before it) and at pre-emption (USR2, or TERM while SLURM calls the job running) the
+run saves at the next step, puts itself back into the queue, and goes on from that step. scancel saves as well, and
 ends it. Submitting the same command again continues a run that has ended for any reason.
 
 Evaluations named by --then run on one GPU of one node. {output} in them is the run's folder; without it
@@ -58,6 +58,11 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
 GRACE = 300  # seconds: an epoch's clustering on a large set has to end within it
+OWN = {  # sbatch's options that are not for --slurm: most of them are needed to count ranks and to requeue
+    "time": "--hours", "nodes": "--nodes", "ntasks": "--tasks", "ntasks_per_node": "--tasks", "gpus": "--gpus",
+    "gpus_per_node": "--gpus", "signal": "--grace", "signal_delay_s": "--grace", "partition": "--partition",
+    "account": "--account", "constraint": "--constraint",
+}
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
@@ -105,6 +110,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if end == len(words):
         parser.error("which script? name one, such as npid.py")
     args.script, args.argv = Path(words[end]), words[end + 1 :]
+    if taken := next((key for key, _ in args.slurm if key in OWN), None):
+        parser.error(f"--slurm {taken}: use {OWN[taken]}")
     seconds = 3600 * args.hours
     if args.grace and args.grace >= seconds:
         parser.error(f"--grace {args.grace} is not less than the {seconds:.0f} s of --hours {args.hours:g}")
@@ -188,11 +195,12 @@ def follower(command: str) -> list[str]:
 def runs_of(code: Path, args: argparse.Namespace, ranks: int) -> list[tuple[str, list[Run]]]:
     """What is to run: the script, once or once for each combination of the sweep, then each --then command for each."""
     script, added, then = args.script.name, combinations(args.sweep), [follower(command) for command in args.then]
+    tried = [[word.replace("{output}", str(code)) for word in words] for words in then]  # a folder, as it will be then
     for name in (Path(words[0]).name for words in then):
         if not (code / name).is_file():
             raise common.Fault(f"--then {name}: there is no such script beside {script}")
     found = check(code, [(script, [args.argv + words for words in added]),
-                         *((Path(words[0]).name, [words[1:]]) for words in then)])
+                         *((Path(words[0]).name, [words[1:]]) for words in tried)])
     runs = []
     for words, facts in zip(added, found[: len(added)], strict=True):
         argv, output = args.argv + words, facts.output
@@ -234,8 +242,13 @@ def state() -> str:
     return ""
 
 
-def ending(script: str, again: str, rank: int, requeue: Any) -> Callable[[int, FrameType | None], None]:
-    """What a signal does, and what a script does with it after its checkpoint, then without a frame."""
+def ending(
+    cluster: str, script: str, again: str, rank: int, requeue: Any
+) -> Callable[[int, FrameType | None], None]:
+    """What a signal does, and what a script does with it after its checkpoint, then without a frame.
+
+    TERM is a pre-emption only on SLURM: a local job within an allocation of SLURM's is not that allocation's job.
+    """
     owner = os.getpid()
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -245,7 +258,7 @@ def ending(script: str, again: str, rank: int, requeue: Any) -> Callable[[int, F
             return
         for other in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(other, signal.SIG_IGN)
-        if number == signal.SIGTERM and state() != "RUNNING":  # cancelled
+        if number == signal.SIGTERM and (cluster != "slurm" or state() != "RUNNING"):  # cancelled
             raise SystemExit(128 + number)
         if rank:  # an error code would end rank 0 before it has asked
             raise SystemExit(0)
@@ -281,7 +294,8 @@ class Job(submitit.helpers.Checkpointable):
         except OSError:  # a node whose name only SLURM knows; srun starts the tasks from the first
             os.environ["MASTER_ADDR"] = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", world.master_addr)
         if env.cluster != "debug":
-            end = ending(self.script, self.again, world.rank, signal.getsignal(env._usr_sig()))
+            requeue = signal.getsignal(env._usr_sig())
+            end = ending(env.cluster, self.script, self.again, world.rank, requeue)
             if env._usr_sig() != signal.SIGUSR2:  # $SUBMITIT_PREEMPT_SIGNAL; scripts listen to USR2
                 signal.signal(env._usr_sig(), lambda *_: os.kill(os.getpid(), signal.SIGUSR2))
             signal.signal(signal.SIGTERM, end)
@@ -381,10 +395,10 @@ def main(args: argparse.Namespace) -> None:
 
 def submit(folder: Path, first: Any, then: Any, jobs: list[list[Job]]) -> None:
     """The training runs as a job or an array, and after each success its evaluations."""
-    numbers, training = list[str](), list[Any]()
+    numbers, training, named = list[str](), list[Any](), first.parameters.get("job_name")
     try:
         for executor, some in zip([first] + [then] * (len(jobs) - 1), jobs, strict=True):
-            name: dict[str, Any] = dict(job_name=Path(some[0].script).stem)
+            name: dict[str, Any] = dict(job_name=named or Path(some[0].script).stem)
             if numbers:  # each run of an array has its own evaluation, which waits for it alone
                 name["dependency"] = f"{'aftercorr' if len(some) > 1 else 'afterok'}:{numbers[0]}"
                 more = then.parameters["additional_parameters"] | dict(kill_on_invalid_dep="yes")

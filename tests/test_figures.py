@@ -1,8 +1,10 @@
 """Figures: what is drawn is what was measured, and input that is not a run ends with one line."""
 
+import functools
 import importlib
 import json
 import math
+import shlex
 import shutil
 import subprocess
 import sys
@@ -182,9 +184,28 @@ def test_curves_of_runs_and_seeds(run: Path, tmp_path: Path, monkeypatch: pytest
     draw("curves", run / "checkpoint.pth", proximal, "--out", tmp_path / "picture.svg")
     assert list(seen[1][0]) == ["proximal weight 0.0", "proximal weight 1.0"]
     assert (tmp_path / "picture.svg").read_text().startswith("<?xml")
-    nce = other(run, tmp_path / "nce", loss="nce", preset="other")
-    draw("curves", run, nce, "--out", tmp_path / "picture.png")
-    assert list(seen[2][0]) == ["npid smoke", "npid other"] and len(seen[2][1]) == 1
+    nce = [other(run, tmp_path / "nce", loss="nce", preset="other"),
+           other(run, tmp_path / "la", script="local_aggregation", warmup_loss="nce")]
+    draw("curves", run, *nce, "--out", tmp_path / "picture.png")
+    assert list(seen[2][0]) == ["npid smoke", "npid other", "local_aggregation smoke"] and len(seen[2][1]) == 1
+    draw("curves", *nce, "--out", tmp_path / "picture.png")
+    assert seen[3][1] == {}
+
+
+def test_curves_of_other_images_are_not_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs on other images are another line, named by them, whatever their seeds; a subset may differ with the seed."""
+    seen = list[Any]()
+    monkeypatch.setattr(figures, "draw_curves", lambda groups, *_, **__: seen.append(groups) or Figure())
+    logs = []
+    for seed, (data, checksum) in enumerate((("cifar10", "a"), ("cifar10", "b"), ("shapes", "a"))):
+        options = dict(script="npid", preset="smoke", arch="resnet18", width=4, seed=seed, epochs=1, data=data)
+        header = dict(options=options, data=dict(name=data, images=64, checksum=checksum), git="0")
+        logs.append(tmp_path / str(seed))
+        logs[-1].mkdir()
+        lines = [json.dumps(line) + "\n" for line in (header, dict(epoch=1, loss=2.0))]
+        (logs[-1] / "log.jsonl").write_text("".join(lines))
+    draw("curves", *logs, "--out", tmp_path / "curves.png")
+    assert [(name, len(runs)) for name, runs in seen[0].items()] == [("data cifar10", 2), ("data shapes", 1)]
 
 
 # density
@@ -559,6 +580,35 @@ def test_lowshot_and_semisup(run: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert seen[1]["npid smoke"] == [(10, 10, 0.5), (40, 40, 0.5)]
 
 
+def test_caption_of_what_is_drawn(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small print has epochs, images and draws of the evaluations that are drawn, not of older ones."""
+    notes = list[str]()
+    monkeypatch.setattr(figures, "save", lambda figure, title, note, *_: notes.append(note))
+    runs = []
+    for name, epochs, draws in (("a", 7, 5), ("b", 9, 1)):
+        line = dict(preset="lowshot", data="shapes", epochs=epochs, train_images=400, test_images=100)
+        lines = [line | dict(epochs=old, draws=[dict(labels=40, draws=count, top1=20.0, top1_std=0.0)])
+                 for old, count in ((epochs + 20, 3), (epochs, draws))]
+        runs.append(evaluated(run, tmp_path / name, lines, seed=epochs))
+    draw("lowshot", *runs)
+    assert notes[0].split(": ")[1] == ("7 epochs, 100 test images of shapes or 9 epochs, 100 test images of shapes; "
+                                       "mean and deviation of 1/5 draws.")
+
+
+def test_time_of_a_step(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It follows from the images a second, also where the last epoch was resumed, even at its very end."""
+    seen = list[Any]()
+    monkeypatch.setattr(figures, "draw_ablation", lambda table, ours: seen.append(ours) or Figure())
+    for last in (640, 0):
+        folder = other(run, tmp_path / f"{last}", script="deepcluster", preset="table4.3-256", batch_size=256)
+        header = (folder / "log.jsonl").read_text().splitlines()[0]
+        rows = [json.dumps(dict(epoch=epoch, loss=1.0, step=10 * epoch, train_seconds=6.4, images_per_second=speed))
+                for epoch, speed in ((1, 400), (2, last))]
+        (folder / "log.jsonl").write_text("\n".join([header, *rows, ""]))
+        draw("ablation", folder, "--out", tmp_path / "steps.png")
+    assert [ours["step"] for ours in seen] == [{"256": [400.0]}, {"256": [640.0]}]
+
+
 def test_tables_name_presets_that_exist() -> None:
     """Every row of every table is a preset of its script, as many figures as columns; the columns are known."""
     for key, table in figures.TABLES.items():
@@ -621,6 +671,20 @@ def test_all(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for name in figures.parse_args(["all", str(run)]).names:
         assert f"![{name}]({name}.png)" in index if name in made else f"* {name}: " in index
     assert not list(folder.glob("*.tmp"))
+
+
+def test_index_has_the_options(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command of the index makes its picture again: it has those of the options typed that its picture knows."""
+    named = shutil.copytree(run, tmp_path / "a run")
+    words = ["--seed", "3", "--layer=head", *FEW, "--no-amp"]
+    for name in figures.parse_args(["all", str(run)]).names:
+        monkeypatch.setattr(figures, name, functools.wraps(getattr(figures, name))(lambda args: None))
+    draw("all", named, *words, "--out", tmp_path / "figures")
+    index = (tmp_path / "figures" / "index.md").read_text()
+    commands = {line.split()[2]: shlex.split(line) for line in index.splitlines() if line.startswith("    python")}
+    assert commands["curves"] == ["python", "figures.py", "curves", str(named)]
+    assert commands["detections"][3:] == [str(named), "--seed", "3"]
+    assert sorted(commands["gallery"][3:]) == sorted([str(named), *words])
 
 
 # what was run

@@ -6,8 +6,11 @@ What can be claimed of a GPU without one is tested on the CPU: no tensor is on t
 import functools
 import importlib
 import json
+import os
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -309,6 +312,60 @@ def test_a_benchmark_goes_on_after_a_lost_device(gpu: Any, tmp_path: Path, monke
     assert len(starts) == 6 and json.loads(gpu.lines_of(output)[-1])["error"] == "exit code 1"
 
 
+class Still:
+    """A training step that does nothing."""
+
+    def __init__(self, *_: Any, plain: bool = False, **options: bool) -> None:
+        self.amp = not plain
+
+    def __call__(self) -> None:
+        pass
+
+
+def test_a_new_process_knows_the_work(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations that the process before has counted are read back: the steps that are left have their shares; those
+    in float32 are shares of the ceiling of TF32, in which PyTorch convolves."""
+    output, case = tmp_path / "gpu.jsonl", "a step"
+    facts = gpu.Bench(gpu.parse_args(["ceilings", "--device", "cpu", "--output", str(output)]), "ceilings").facts
+    rates = [dict(benchmark="ceilings", case=f"matmul {kind}", way="", rate=rate) for kind, rate in
+             (("bfloat16", 4e9), ("tf32", 2e9), ("float32", 1e9))]
+    counted = dict(benchmark="step", case=case, way="counted", flop=8e9)
+    output.write_text("".join(json.dumps(record | facts) + "\n" for record in [*rates, counted]))
+    bench = gpu.Bench(gpu.parse_args(["step", "--device", "cpu", "--tiny", "--output", str(output)]), "step")
+    monkeypatch.setattr(gpu, "Step", Still)
+    monkeypatch.setattr(gpu, "profile", lambda *_: {})
+    gpu.training(bench, case, 1.0, "resnet18", 16, 32, 8, 16)
+    _, _, _, first, *records = map(json.loads, gpu.lines_of(output))
+    assert first["way"] == "counted" and [record["way"] for record in records[:2]] == ["plain", "eager"]
+    for record, rate in zip(records[:2], (2e9, 4e9), strict=True):
+        assert record["flop_share"] == pytest.approx(8e9 / record["seconds"] / rate)
+
+
+def test_term_ends_the_child(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TERM ends the benchmark that is running as well."""
+    child, said = tmp_path / "python", tmp_path / "pid"
+    child.write_text(f"#!/bin/sh\necho $$ > {said}.tmp\nmv {said}.tmp {said}\nexec sleep 60\n")
+    child.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(child))
+
+    def end() -> None:
+        while not said.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread, before = threading.Thread(target=end), signal.getsignal(signal.SIGTERM)
+    try:
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        thread.start()
+        with pytest.raises(SystemExit) as stop:
+            gpu.main(gpu.parse_args(["step", "--tiny", "--minutes", "0.1", "--output", str(tmp_path / "gpu.jsonl")]))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(said.read_text()), 0)
+
+
 def test_benchmark_heads_merge_exactly(gpu: Any) -> None:
     """Attention over pseudo-heads with a rest that no head takes equals the loop over the whole bank."""
     z, bank = (F.normalize(torch.randn(rows, 16), dim=1) for rows in (5, 103))
@@ -319,6 +376,23 @@ def test_benchmark_heads_merge_exactly(gpu: Any) -> None:
 
     torch.testing.assert_close(gpu.in_heads(operator, 7)(z, bank), common.bank_attention(z, bank, gpu.TAU), atol=1e-5,
                                rtol=1e-5)
+
+
+def test_ratios_without_faiss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without Faiss bench.py says what it leaves out, and goes on with what does not need it."""
+    monkeypatch.syspath_prepend(str(common.ROOT / "benchmarks"))
+    bench = importlib.import_module("bench")
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.setattr(common, "keep_freed_memory", lambda: None)
+    against = ["kmeans", "knn", "cld"]
+    monkeypatch.setattr(bench, "BENCHMARKS", {name: bench.BENCHMARKS[name] for name in against}
+                        | {"last": lambda args: [dict(case="one", ratio_min=2)]})
+    bench.main(bench.parse_args(["--repeats", "1", "--output", str(tmp_path / "bench.jsonl")]))
+    said = capsys.readouterr()
+    assert [line.split(":")[0] for line in said.err.splitlines()] == against and said.err.count("Faiss is missing") == 3
+    assert said.out == "last, one: ratio_min 2\n" and len((tmp_path / "bench.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -40,7 +40,9 @@ def test_options_of_submission_and_script() -> None:
 
 
 WRONG = [([], "which script"), (["--hours", "0", "npid.py"], "--hours"), (["--slurm", "qos", "npid.py"], "KEY=VALUE"),
-         (["--hours", "1", "--grace", "3600", "npid.py"], "--grace"), (["--nodes", "0", "npid.py"], "--nodes")]
+         (["--hours", "1", "--grace", "3600", "npid.py"], "--grace"), (["--nodes", "0", "npid.py"], "--nodes"),
+         (["--slurm", "qos=high", "time=12:00:00", "npid.py"], "--slurm time: use --hours"),
+         (["--slurm", "ntasks-per-node=2", "npid.py"], "--slurm ntasks_per_node: use --tasks")]
 
 
 @pytest.mark.parametrize(("argv", "words"), WRONG, ids=[words for _, words in WRONG])
@@ -57,6 +59,15 @@ def test_combinations() -> None:
     assert submit.combinations([]) == [[]]
     assert submit.combinations([("bank_momentum", "0,0.5"), ("H", "3")]) == [
         ["--bank-momentum", "0", "--H", "3"], ["--bank-momentum", "0.5", "--H", "3"]]
+
+
+def test_what_follows_is_tried_on_a_folder(tmp_path: Path) -> None:
+    """{output} in --then is a folder when the options are looked at, as it will be, and the run's own in the job."""
+    script = "import argparse, pathlib\nparse_args = lambda argv: argparse.Namespace({})\nmain = print\n"
+    (tmp_path / "mine.py").write_text(script.format("knn_every=1, output='runs/x'"))
+    (tmp_path / "after.py").write_text(script.format("out=next(pathlib.Path(argv[1]).parent.iterdir())"))
+    args = submit.parse_args(["--then", "after.py --out {output}/curves.png", "mine.py"])
+    assert submit.runs_of(tmp_path, args, 1)[1] == ("after.py", [submit.Run(["--out", "runs/x/curves.png"], None)])
 
 
 def submitted(argv: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -114,17 +125,18 @@ def test_what_sbatch_gets(fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "here").mkdir()
     submitted(["--nodes", "2", "--gpus", "8", "--hours", "1.01", "--partition", "long", "--account", "vision",
                "--constraint", "a100", "--slurm", "qos=high", "mem=400G", "exclusive=true", "setup=module load cuda",
-               "array_parallelism=2", "switches=1", "cpus_per_task=12", "--sweep", "lr=0.01,0.03", "seed=0,1", "--then",
-               "eval_knn.py --k 20", NPID, "--data", "cifar10"], monkeypatch, tmp_path / "here")
+               "array_parallelism=2", "switches=1", "cpus_per_task=12", "job-name=mine", "--sweep", "lr=0.01,0.03",
+               "seed=0,1", "--then", "eval_knn.py --k 20", NPID, "--data", "cifar10"], monkeypatch, tmp_path / "here")
     text = (fake_slurm / "1.sh").read_text()
     for line in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "time=61", "partition=long", "account=vision",
                  "constraint=a100", "qos=high", "mem=400G", "exclusive", "switches=1", "requeue", "array=0-3%2",
-                 "signal=USR2@300", "job-name=npid", "cpus-per-task=12"):
+                 "signal=USR2@300", "job-name=mine", "cpus-per-task=12"):
         assert f"#SBATCH --{line}\n" in text, (line, text)
     assert "\nmodule load cuda\n" in text and "gpus-per-task" not in text
     assert re.search(r"^srun .*--kill-on-bad-exit=1 --cpus-per-task=12 ", text, re.M)
     then = (fake_slurm / "2.sh").read_text()
-    for line in ("nodes=1", "gpus-per-node=1", "dependency=aftercorr:1", "kill-on-invalid-dep=yes", "array=0-3%2"):
+    for line in ("nodes=1", "gpus-per-node=1", "dependency=aftercorr:1", "kill-on-invalid-dep=yes", "array=0-3%2",
+                 "job-name=mine"):
         assert f"#SBATCH --{line}\n" in then, (line, then)
     out = capsys.readouterr().out
     for name in ("seed0-lr=0.01", "seed1-lr=0.01", "seed0-lr=0.03", "seed1-lr=0.03"):
@@ -135,6 +147,7 @@ def test_what_sbatch_gets(fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.
     assert common.git_commit(folder / "code") == common.git_commit(ROOT)
     with pytest.raises(common.Fault, match=r"^sbatch refuses: no partition$"):
         submitted(["--partition", "none", NPID], monkeypatch, tmp_path / "here")
+    assert "#SBATCH --job-name=npid\n" in (fake_slurm / "3.sh").read_text()
     assert [file.name for file in (tmp_path / "here" / "runs" / "slurm").iterdir()] == [folder.name]
 
 
@@ -237,6 +250,22 @@ def test_signals_between_local_jobs(tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     submit.run_here(tmp_path, executor, job)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_term_within_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TERM ends a local job, though SLURM calls the allocation around it running; a job of SLURM's goes on."""
+    asked = list[int]()
+    monkeypatch.setattr(submit, "state", lambda: "RUNNING")
+    monkeypatch.setattr(submit.signal, "signal", lambda *_: None)
+    for cluster in ("local", "slurm"):
+        end = submit.ending(cluster, "npid.py", "", 0, lambda number, frame: asked.append(number))
+        if cluster == "local":
+            with pytest.raises(SystemExit) as stop:
+                end(signal.SIGTERM, None)
+            assert stop.value.code == 128 + signal.SIGTERM and not asked
+        else:
+            end(signal.SIGTERM, None)
+    assert asked == [signal.SIGUSR2]
 
 
 def test_debug(tmp_path: Path) -> None:
