@@ -58,10 +58,9 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
 GRACE = 300  # seconds: an epoch's clustering on a large set has to end within it
-OWN = {  # sbatch's options that are not for --slurm: most of them are needed to count ranks and to requeue
+OWN = {  # what --slurm must not say: ranks are counted and jobs put back into the queue by these
     "time": "--hours", "nodes": "--nodes", "ntasks": "--tasks", "ntasks_per_node": "--tasks", "gpus": "--gpus",
-    "gpus_per_node": "--gpus", "signal": "--grace", "signal_delay_s": "--grace", "partition": "--partition",
-    "account": "--account", "constraint": "--constraint",
+    "gpus_per_node": "--gpus", "signal": "--grace", "signal_delay_s": "--grace",
 }
 
 
