@@ -154,6 +154,17 @@ def test_by_hand() -> None:
     assert figures.pop("ap50_voc07_by_class") == {"c0": 0} and set(figures.values()) == {0}
 
 
+def test_every_figure_has_its_overlaps() -> None:
+    """One box that overlaps its object by 0.78 is right for AP50 and AP75, and for six of the ten overlaps of AP; the
+    class without an object counts for nothing."""
+    data = truth_of([([[0.0, 0, 100, 100]], [0], [0])], 2)
+    found = fed_back(data)._replace(boxes=torch.tensor([[0.0, 0, 78, 100]]))
+    figures = eval_detection.figures(found, data)
+    wanted = dict(ap50_voc07=100, ap50_voc10=100, ap75_voc07=100, ap_voc07=60, ap50=100, ap75=100, ap=60)
+    assert {key: figures[key] for key in wanted} == pytest.approx(wanted)
+    assert figures["ap50_voc07_by_class"] == {"c0": 100}
+
+
 def real_truth() -> common.VocSet:
     """All boxes of VOC2007 test with their difficult flags."""
     flags = dict(line.split(maxsplit=1) for line in (PACKS / "voc07_test_difficult.txt").read_text().splitlines())
