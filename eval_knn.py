@@ -111,7 +111,8 @@ def main(args: argparse.Namespace) -> None:
     result = dict(protocol="knn", checkpoint=args.checkpoint, checkpoint_sha256=encoder.sha256,
                   arch=None if pixels else args.arch or encoder.options.get("arch", "resnet18"),
                   layer=None if pixels else "backbone" if encoder.head is None else "head", image_size=train.size,
-                  data=train.name, subset=args.subset, train_features=args.train_features,
+                  data=train.name, subset=args.subset if bank is None else encoder.options["subset"],
+                  train_features=args.train_features,
                   feature_dim=features.shape[1], train_images=len(features), test_images=len(test),
                   num_neighbors=rows[0]["num_neighbors"], temperature=rows[0]["temperature"], knn_top1=rows[0]["top1"],
                   knn_top5=rows[0]["top5"], knn=rows)

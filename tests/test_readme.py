@@ -64,6 +64,12 @@ def test_links_exist() -> None:
     assert [link for link in links if not (common.ROOT / link).exists()] == []
 
 
+def test_no_page_is_half_merged() -> None:
+    """No page has the marks that git leaves where two versions meet."""
+    for page in (path for path in common.ROOT.rglob("*.md") if ".venv" not in path.parts):
+        assert not re.search(r"^(<{7}|={7}|>{7})( |$)", page.read_text(), re.M), page
+
+
 def rows() -> list[list[str]]:
     table = [line for line in PAGES.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
