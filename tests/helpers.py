@@ -1,5 +1,6 @@
 """Scripts run in processes of their own, forked from a server that has imported everything."""
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -48,8 +49,10 @@ class Process:
         return self
 
     def kill(self, number: int) -> None:
+        """Signal the script, unless it has ended in the meantime."""
         assert self.process.pid is not None
-        os.kill(self.process.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
 
     @property
     def code(self) -> int:

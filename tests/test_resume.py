@@ -102,9 +102,8 @@ def kill_often(kills: int, undisturbed: Path, folder: Path, method: list[str]) -
     while done < kills:
         process = start("npid", [*OFTEN, *method, "--output", output])
         process.process.join(moments.uniform(0.05, 0.9))
-        if process.process.is_alive():
-            process.kill(signal.SIGKILL)
-            process.wait()
+        process.kill(signal.SIGKILL)
+        if process.wait().code == -signal.SIGKILL:
             done += 1
         else:
             assert process.code == 0, process.err

@@ -118,12 +118,10 @@ def test_cancelled(pair: Cluster, tmp_path: Path) -> None:
     command = [*TWO, ROOT / "npid.py", *TINY]
     sent = Sent(tmp_path, *command, "--epochs", "100000")
     sent.reaches('"epoch": 2')
-    began = time.monotonic()
     pair.ask("scancel", sent.number)
-    pair.wait(sent.number, "CANCELLED", seconds=20)
-    until(lambda: pair.ask("squeue", "-h", "-j", sent.number) == "", "end of the job", 30)
-    assert time.monotonic() - began < 30  # after which it would have been killed
-    assert "SIGTERM: saving" in sent.errors() and "stopped after" in sent.errors()
+    pair.wait(sent.number, "CANCELLED", seconds=LONG)
+    until(lambda: pair.ask("squeue", "-h", "-j", sent.number) == "", "end of the job", LONG)
+    assert "SIGTERM: saving" in sent.errors() and "stopped after" in sent.errors()  # 30 s later it would be killed
     saved = checkpoint(tmp_path / "runs" / "npid-smoke-seed0")
     assert f"stopped after {saved['epoch']} epochs and {saved['step']} steps;" in sent.errors()
     again = Sent(tmp_path, *command, "--epochs", str(saved["epoch"] + 1))
