@@ -941,7 +941,7 @@ def test_killed_run_resumes(words: list[str], trained: Path, tmp_path: Path) -> 
         path = shutil.copy(trained, tmp_path / name / "checkpoint.pth")
         command = [path, *SMALL, tmp_path, *words, "--save-minutes", "0.003"]
         if name == "killed":
-            said = '{"layer": "conv2"' if "--protocol" not in words else '"training": 2'
+            said = '{"layer": "conv5"' if "--protocol" not in words else '"training": 2'
             assert run("eval_linear", command, functools.partial(die_once_it_says, said)).code == -9
         done = run("eval_linear", command)
         assert done.code == 0, done.err
