@@ -36,6 +36,7 @@ import json
 import math
 import os
 import pickle
+import resource
 import signal
 import struct
 import subprocess
@@ -141,13 +142,13 @@ def append_line(path: Path, line: str) -> None:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - (1 << 20)))
         last = file.read().rpartition(b"\n")[2]
-        with contextlib.suppress(ValueError):
+        try:
             json.loads(last)
-            line = f"\n{line}"
-            last = b""
-        if last:
+        except ValueError:
             size -= len(last)
             file.truncate(size)
+        else:
+            line = f"\n{line}"
         try:
             file.write(line.encode() + b"\n")
             file.flush()
@@ -202,7 +203,7 @@ NOT_NEGATIVE = number(float, 0)
 SHARE = number(float, 0, 1)
 
 
-def part(text: str) -> float:
+def count_or_share(text: str) -> float:
     """An argparse type: a number of images (1, 2, ...) or a share of them (0.1 is 10 %)."""
     value = POSITIVE(text)
     if value >= 1 and (value != int(value) or value > 2**53):
@@ -226,9 +227,9 @@ def add_set_options(data: argparse._ArgumentGroup) -> None:
     """Where a set lies, how much of it is used, and by how many processes: of `load` and `load_voc`."""
     data.add_argument("--data-dir", type=Path, default=Path(os.environ.get("DATA_DIR", "data")), metavar="DIR",
                       help="where named sets lie or are downloaded or rendered to ($DATA_DIR)")
-    data.add_argument("--subset", type=part, metavar="N", help="train on N images (or a share below 1), drawn from "
-                      "the seed; the same number of each class, where an image has one")
-    data.add_argument("--test-subset", type=part, metavar="N", help="the same for the test images")
+    data.add_argument("--subset", type=count_or_share, metavar="N", help="train on N images (or a share below 1), "
+                      "drawn from the seed; the same number of each class, where an image has one")
+    data.add_argument("--test-subset", type=count_or_share, metavar="N", help="the same for the test images")
     data.add_argument("--workers", type=number(int, 0, 1024), default=default_workers(), metavar="N",
                       help="processes of each rank that decode images")
 
@@ -378,10 +379,6 @@ FREE_OPTIONS = {
 NEVER = 2**62  # a step
 
 
-class Stop(SystemExit):
-    """A clean stop at a step boundary, after the checkpoint, because of a signal."""
-
-
 class Run:
     """One training run: its ranks, device, output folder, log and checkpoint. The same on a laptop and a cluster.
 
@@ -389,7 +386,6 @@ class Run:
     go through nccl and those on the CPU through gloo, by which ranks agree without touching the GPU.
     """
 
-    group: dist.ProcessGroup | None = None
     writing: Future[None] | None = None  # the checkpoint on its way to the disk
     in_background = False  # checkpoints are written while training goes on
 
@@ -414,7 +410,7 @@ class Run:
         self.signal = 0
         self.bar: Any = None
         self.first_bad = torch.tensor(NEVER, device=self.device)  # the first step whose loss was not finite
-        self.saved_at = self.spoken = time.monotonic()
+        self.saved_at = time.monotonic()
         if self.rank == 0:
             self._open_output()
         self.barrier()
@@ -440,7 +436,7 @@ class Run:
         self.agree(0)
 
     def rows(self, count: int) -> slice:
-        """This rank's part of `count` things that divide by the number of ranks."""
+        """This rank's part of `count` things, as even as can be."""
         return slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
 
     def gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -480,8 +476,7 @@ class Run:
 
     def place(self, model: Module) -> Module:
         """Move a model to the device, channels last (convolutions are faster so), and compile it in place if asked."""
-        model.to(self.device)
-        model.to(memory_format=torch.channels_last)
+        model.to(self.device).to(memory_format=torch.channels_last)
         if self.args.sync_bn and self.world > 1 and self.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         if self.args.compile:
@@ -517,10 +512,10 @@ class Run:
         """Whatever draws without a generator of its own, such as dropout, follows from here too."""
         torch.manual_seed(self.generator("step", epoch, step, self.rank).initial_seed())
 
-    def draw(self, epoch: int, step: int, stream: str = "augment") -> Draw:
+    def draw(self, epoch: int, step: int) -> Draw:
         """The random numbers of a step's augmentation."""
         size = self.args.batch_size
-        return Draw(self.generator(stream, epoch, step), size, self.rows(size), self.device)
+        return Draw(self.generator("augment", epoch, step), size, self.rows(size), self.device)
 
     # log, progress, checkpoint
 
@@ -528,8 +523,7 @@ class Run:
         """Say what runs, and keep it for the first line of the log and the checkpoint."""
         self.data = data.identity()
         key = int.from_bytes(hashlib.blake2b(repr(self.data).encode(), digest_size=7).digest(), "big")
-        highest, lowest = self.agree(key), -self.agree(-key)
-        if highest != lowest:
+        if self.agree(key) != -self.agree(-key):  # the greatest of all ranks is not the least
             raise Fault(f"ranks see different images of {data.name}: its files have to be the same on every node")
         # Where workers decode there is nothing to gain, and they are better forked from a process without threads.
         self.in_background = isinstance(data, ImageSet) and data.pixels is not None
@@ -591,7 +585,7 @@ class Run:
         elif self.rank == 0:
             log.unlink(missing_ok=True)
         self.barrier()
-        self.steps, self.start = steps, time.monotonic()
+        self.steps, self.start, self.spoken = steps, time.monotonic(), -math.inf
         if self.rank == 0 and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -641,11 +635,10 @@ class Run:
         if self.bar is not None:
             self.bar.set_description(f"epoch {epoch + 1}/{self.args.epochs}", refresh=False)
             self.bar.update()
-        elif self.rank == 0 and (self.start or now - self.spoken > 60):
-            took = f", {now - self.start:.1f} s after the start of training" if self.start else ""
-            print(f"epoch {epoch + 1}/{self.args.epochs}, step {step + 1}/{self.steps}{took}", flush=True)
+        elif self.rank == 0 and now - self.spoken > 60:
+            print(f"epoch {epoch + 1}/{self.args.epochs}, step {step + 1}/{self.steps}, "
+                  f"{now - self.start:.1f} s after the start of training", flush=True)
             self.spoken = now
-        self.start = 0.0
         due = self.rank == 0 and now - self.saved_at > 60 * self.args.save_minutes > 0
         wish = self.agree(self.signal or -int(not due))  # a signal, 0: save and go on, -1: go on
         if wish >= 0:
@@ -669,7 +662,7 @@ class Run:
             print(f"stopped after {epoch} epochs and {step} steps; {command} continues", file=sys.stderr, flush=True)
         if callable(previous) and previous is not signal.default_int_handler:
             previous(number, None)  # a launcher's own handler, such as submitit's: it requeues the job
-        raise Stop(128 + number)
+        sys.exit(128 + number)
 
     def save(self, state: dict[str, Any], epoch: int, step: int) -> None:
         """Write checkpoint.pth: all of `state`, and where to go on. Atomic: a kill leaves the old or the new one.
@@ -718,8 +711,7 @@ class Run:
             self.bar.close()
         if self.world > 1:
             self.barrier()
-            Run.group = dist.group.WORLD
-            atexit.register(release_group)
+            atexit.register(release_group, [dist.group.WORLD])
             dist.destroy_process_group()
         for number, handler in self.previous.items():  # only now: a launcher's may end this rank, others still need it
             signal.signal(number, handler)
@@ -727,14 +719,14 @@ class Run:
             self.lock.close()
 
 
-def release_group() -> None:
-    """Drop the group of ranks when all else is gone, and before Python is.
+def release_group(held: list[Any]) -> None:
+    """Drop the group of ranks, all that is held, when all else is gone, and before Python is.
 
     Freed with the model, PyTorch 2.11 waits with Python's lock for a thread of gloo that may be waiting for the lock;
     freed with Python itself, such a thread ends the process by abort.
     """
     gc.collect()  # the model, which holds the group too
-    Run.group = None
+    held.clear()
 
 
 class Totals:
@@ -832,8 +824,6 @@ def memory_gb(device: torch.device) -> float:
     """The most memory held so far, in GB: of the GPU, else of the process."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
-    import resource
-
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
 
@@ -940,7 +930,6 @@ DATASETS = {
     "places205": IMAGENET,
 }
 DATASETS["kitchen-hc"] = DATASETS["cifar10"]  # as CLD has it
-FOLDERS = {"imagenet", "imagenet100", "places205", "kitchen-hc"}  # of these, as directories of images
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 SMALL = 64  # px; networks for images below it take a 3x3 stem
 CROP_NUMBERS = 22  # uniform numbers that crop_boxes takes for an image
@@ -1368,7 +1357,7 @@ _NAMED: dict[str, Callable[[argparse.Namespace, str], tuple[Tensor, Tensor, list
 
 def image_root(args: argparse.Namespace) -> Path:
     """The folder that --data names."""
-    return args.data_dir / args.data if args.data in FOLDERS else Path(args.data)
+    return args.data_dir / args.data if args.data in DATASETS else Path(args.data)
 
 
 def validation_folder(args: argparse.Namespace) -> Path | None:
@@ -1379,7 +1368,7 @@ def validation_folder(args: argparse.Namespace) -> Path | None:
 
 def _folder(args: argparse.Namespace, split: str) -> ImageSet:
     """Any directory of images: its files sorted, none decoded yet."""
-    named, root, val = args.data in FOLDERS, image_root(args), validation_folder(args)
+    named, root, val = args.data in DATASETS, image_root(args), validation_folder(args)
     if not root.is_dir():
         way = "put it there, or name another place with --data-dir" if named else "--data takes a name or a folder"
         raise Fault(f"no directory {root}: {way} ({', '.join(DATASETS)})")

@@ -124,8 +124,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                       "or zero mean and unit variance of each number over the training images")
     what.add_argument("--holdout", type=common.number(float, 0, 0.5, open_low=True), default=0.1, metavar="SHARE",
                       help="share of the labelled images of each class that chooses rates, decays, epochs")
-    what.add_argument("--labels", type=common.part, nargs="+", metavar="N", help="finetune: numbers or shares of "
-                      "labelled training images, all by default")
+    what.add_argument("--labels", type=common.count_or_share, nargs="+", metavar="N", help="finetune: numbers or "
+                      "shares of labelled training images, all by default")
     what.add_argument("--per-class", type=common.COUNT, nargs="+", metavar="N", help="finetune, svm: N labelled images "
                       "of each class; voc07-svm: N with the class and up to 19 N without")
     what.add_argument("--label-list", type=Path, metavar="FILE", help="finetune: the labelled images by file name, one "

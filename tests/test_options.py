@@ -123,9 +123,10 @@ def test_bad_preset(bad: dict[str, Any]) -> None:
 
 def test_numbers() -> None:
     """Number types: bounds, and one line that says them."""
-    assert common.number(int, 0, 5)("5") == 5 and common.part("0.1") == 0.1 and common.part("100") == 100
+    assert common.number(int, 0, 5)("5") == 5
+    assert common.count_or_share("0.1") == 0.1 and common.count_or_share("100") == 100
     for convert, text in ((common.number(int, 0, 5), "6"), (common.POSITIVE, "0"), (common.SHARE, "1.01"),
-                          (common.part, "1.5"), (common.POSITIVE, "inf"), (common.NOT_NEGATIVE, "nan")):
+                          (common.count_or_share, "1.5"), (common.POSITIVE, "inf"), (common.NOT_NEGATIVE, "nan")):
         with pytest.raises(argparse.ArgumentTypeError, match=text):
             convert(text)
 
