@@ -723,7 +723,7 @@ def main(args: argparse.Namespace) -> None:
         queue = Queue(queue_size, args.feature_dim, run.generator("queue")).to(run.device)
         host = Moco(run.place(keys), queue, args.temperature, args.key_momentum)
     optimizer = torch.optim.SGD(encoder.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
-    totals = common.Totals(run.device)
+    totals = common.Totals(run)
     state = dict(encoder=encoder, optimizer=optimizer, **host.state, totals=totals)
     first_epoch, first_step = run.resume(state, steps)
     crop = common.Crop(data.size, RECIPES[args.augment].scale)
@@ -773,7 +773,7 @@ def main(args: argparse.Namespace) -> None:
             host.after_step(encoder, run.gather, (epoch + (step + 1) / steps) / args.epochs)
             run.after_step(state, epoch, step, loss)
 
-        row: dict[str, float] = totals.means(run)  # waits for the device's last steps
+        row: dict[str, float] = totals.means()  # waits for the device's last steps
         images_per_second = (steps - start) * args.batch_size / (time.perf_counter() - began)
         if test and (epoch + 1 == args.epochs or (epoch + 1) % args.knn_every == 0):
             encoder.eval()

@@ -732,34 +732,31 @@ def release_group(held: list[Any]) -> None:
 class Totals:
     """Sums of figures on the device, read once an epoch; part of the checkpoint, with those of every rank."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.counts, self.sums = device, dict[str, int](), dict[str, Tensor]()
-        self.collect(None)
+    def __init__(self, run: Run) -> None:
+        self.run, self.zero = run, torch.zeros((), device=run.device)
+        self.counts, self.sums, self.collected = dict[str, int](), dict[str, Tensor](), dict[str, Tensor]()
 
     def add(self, **figures: Tensor) -> None:
         for name, value in figures.items():
             self.counts[name] = self.counts.get(name, 0) + 1
-            self.sums[name] = self.sums.get(name, torch.zeros((), device=self.device)) + value.detach().float()
+            self.sums[name] = self.sums.get(name, self.zero) + value.detach().float()
 
-    def means(self, run: Run) -> dict[str, float]:
+    def means(self) -> dict[str, float]:
         """The mean of each figure over its additions and the ranks; starts anew."""
-        means = {name: run.mean(total).item() / self.counts[name] for name, total in self.sums.items()}
+        means = {name: self.run.mean(total).item() / self.counts[name] for name, total in self.sums.items()}
         self.counts, self.sums = {}, {}
         return means
 
-    def collect(self, run: Run | None) -> None:
+    def collect(self, run: Run) -> None:
         """Before state_dict, on all ranks: sums of (ranks,), so that each goes on with its own."""
-        sums = torch.stack([*self.sums.values(), torch.zeros((), device=self.device)])[None]
-        columns = (sums if run is None else run.gather(sums)[0]).unbind(1)
-        self.collected = dict(zip(self.sums, columns, strict=False))
+        self.collected = {name: run.gather(total[None])[0] for name, total in self.sums.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return dict(counts=dict(self.counts), sums=self.collected)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.counts = dict(state["counts"])
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.sums = {name: (totals[rank] if len(totals) == world else totals.mean()).to(self.device)
+        self.counts, run = dict(state["counts"]), self.run
+        self.sums = {name: (totals[run.rank] if len(totals) == run.world else totals.mean()).to(run.device)
                      for name, totals in state["sums"].items()}
 
 

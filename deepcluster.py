@@ -784,7 +784,7 @@ def main(args: argparse.Namespace) -> None:
     top = TopLayer(encoder.dim, run.device)
     optimizer = torch.optim.SGD(encoder.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
     clusters = Clusters(len(data))
-    totals = common.Totals(run.device)
+    totals = common.Totals(run)
     state = dict(encoder=encoder, optimizer=optimizer, top=top, clusters=clusters, totals=totals)
     first_epoch, first_step = run.resume(state, steps)
     names = image_names(data) if run.rank == 0 else []
@@ -888,7 +888,7 @@ def main(args: argparse.Namespace) -> None:
             totals.add(loss=loss)
             run.after_step(state, epoch, step, loss)
 
-        row: dict[str, float] = totals.means(run) | clusters.figures  # waits for the device's last steps
+        row: dict[str, float] = totals.means() | clusters.figures  # waits for the device's last steps
         train_seconds = time.perf_counter() - began_training
         if monitored(epoch + 1) and test is not None:
             encoder.eval()

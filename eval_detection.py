@@ -732,7 +732,7 @@ def main(args: argparse.Namespace) -> None:
     model = run.place(Detector(encoder.backbone, len(data.classes), args))
     parallel = run.parallel(model)
     optimizer = torch.optim.SGD(parameter_groups(model, args.weight_decay), args.lr, momentum=args.momentum)
-    totals = common.Totals(run.device)
+    totals = common.Totals(run)
     state = dict(model=model, optimizer=optimizer, totals=totals)
     finished, first = run.resume(state, args.iterations)
 
@@ -763,7 +763,7 @@ def main(args: argparse.Namespace) -> None:
         end = step + 1 == args.iterations
         watch = args.eval_every and ((step + 1) % args.eval_every == 0 or end)
         if (step + 1) % args.log_every == 0 or watch or end:
-            row: dict[str, float] = {name: round(value, 5) for name, value in totals.means(run).items()}
+            row: dict[str, float] = {name: round(value, 5) for name, value in totals.means().items()}
             seconds, count = time.perf_counter() - began, step + 1 - since
             if watch:
                 run.broadcast(model)

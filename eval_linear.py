@@ -1137,7 +1137,7 @@ def train_networks(
     body = [w for w in model.body.parameters() if w.requires_grad]  # none where only the last layer trains
     groups = [dict(params=part) for part in (body, list(model.last.parameters())) if part]
     optimizer = torch.optim.SGD(groups, args.lr[0], momentum=args.momentum)
-    network, ledger, totals = run.parallel(model), Ledger(task.test), common.Totals(run.device)
+    network, ledger, totals = run.parallel(model), Ledger(task.test), common.Totals(run)
     state: dict[str, Any] = dict(model=model, optimizer=optimizer, ledger=ledger, totals=totals)
     truths = targets.to(run.device)  # once: in each step it would wait for the device
     first_epoch, first_step = run.resume(state, max(1, max(len(rows) for _, rows in found) // args.batch_size))
@@ -1181,7 +1181,7 @@ def train_networks(
             optimizer.step()
             totals.add(loss=loss)
             run.after_step(state, epoch, step, loss)
-        last, row = local + 1 == args.epochs, dict[str, Any](totals.means(run))
+        last, row = local + 1 == args.epochs, dict[str, Any](totals.means())
         model.eval()
         run.broadcast(model)
         if setting is not None and (last or every_epoch):

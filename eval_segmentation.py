@@ -397,7 +397,7 @@ def main(args: argparse.Namespace) -> None:
     parallel = run.parallel(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
-    totals = common.Totals(run.device)
+    totals = common.Totals(run)
     state = dict(model=model, optimizer=optimizer, totals=totals)
     finished, first = run.resume(state, args.iterations)
 
@@ -426,7 +426,7 @@ def main(args: argparse.Namespace) -> None:
         totals.add(loss=loss)
         if (step + 1) % args.log_every == 0 or step + 1 == args.iterations:
             seconds, count = time.perf_counter() - began, step + 1 - since
-            run.log(iteration=step + 1, lr=optimizer.param_groups[0]["lr"], loss=round(totals.means(run)["loss"], 5),
+            run.log(iteration=step + 1, lr=optimizer.param_groups[0]["lr"], loss=round(totals.means()["loss"], 5),
                     seconds=round(seconds, 1), images_per_second=round(count * args.batch_size / seconds, 1),
                     memory_gb=common.memory_gb(run.device))
             began, since = time.perf_counter(), step + 1

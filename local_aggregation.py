@@ -445,7 +445,7 @@ def main(args: argparse.Namespace) -> None:
     background.labels.zero_()  # all images in one cluster: --background all
     constant = Constant().to(run.device)
     optimizer = torch.optim.SGD(encoder.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
-    totals = common.Totals(run.device)
+    totals = common.Totals(run)
     state = dict(encoder=encoder, optimizer=optimizer, bank=bank, clusters=clusters, background=background,
                  constant=constant, totals=totals)
     first_epoch, first_step = run.resume(state, steps)
@@ -536,7 +536,7 @@ def main(args: argparse.Namespace) -> None:
             totals.add(loss=loss)
             run.after_step(state, epoch, step, loss)
 
-        row: dict[str, float] = totals.means(run)  # waits for the device's last steps
+        row: dict[str, float] = totals.means()  # waits for the device's last steps
         images_per_second = (steps - start) * args.batch_size / (time.perf_counter() - began)
         monitored = epoch + 1 == args.epochs or (epoch + 1) % (args.knn_every or args.epochs) == 0
         if monitored and test:

@@ -339,7 +339,7 @@ def main(args: argparse.Namespace) -> None:
         bank = common.MemoryBank(len(data), args.feature_dim, run.generator("bank")).to(run.device)
     normalizer = Normalizer().to(run.device)
     optimizer = torch.optim.SGD(encoder.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
-    totals = common.Totals(run.device)
+    totals = common.Totals(run)
     state = dict(encoder=encoder, optimizer=optimizer, bank=bank, normalizer=normalizer, totals=totals)
     first_epoch, first_step = run.resume(state, steps)
 
@@ -403,7 +403,7 @@ def main(args: argparse.Namespace) -> None:
             totals.add(loss=loss)
             run.after_step(state, epoch, step, loss)
 
-        row: dict[str, float] = totals.means(run)  # waits for the device's last steps
+        row: dict[str, float] = totals.means()  # waits for the device's last steps
         images_per_second = (steps - start) * args.batch_size / (time.perf_counter() - began)
         if test and (epoch + 1 == args.epochs or (epoch + 1) % args.knn_every == 0):
             encoder.eval()

@@ -47,7 +47,7 @@ def steps(device: str, output: Path, count: int) -> Iterator[Callable[[], None]]
     data = common.load(args, "pretrain", work.device)
     bank = common.MemoryBank(len(data), 16, work.generator("bank")).to(work.device)
     clusters = local_aggregation.Clusters(3, len(data)).to(work.device)
-    normalizer, totals = npid.Normalizer().to(work.device), common.Totals(work.device)
+    normalizer, totals = npid.Normalizer().to(work.device), common.Totals(work)
     batches = data.batches(work, work.permutation(0, len(data)), common.Crop(data.size, npid.SCALE), 0)
 
     def step() -> None:
@@ -108,9 +108,9 @@ def half_a_second_behind() -> None:
     """Sums that the host waits for this long, as it does where a GPU has steps to do."""
     means = common.Totals.means
 
-    def waited(self: common.Totals, work: common.Run) -> dict[str, float]:
+    def waited(self: common.Totals) -> dict[str, float]:
         time.sleep(0.5)
-        return means(self, work)
+        return means(self)
 
     common.Totals.means = waited  # type: ignore[method-assign]
 
