@@ -59,7 +59,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.transforms.functional import ten_crop
+from torchvision.transforms.functional import pil_to_tensor, ten_crop
 
 ROOT = Path(__file__).resolve().parent
 Module = TypeVar("Module", bound=nn.Module)
@@ -931,7 +931,6 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 SMALL = 64  # px; networks for images below it take a 3x3 stem
 CROP_NUMBERS = 22  # uniform numbers that crop_boxes takes for an image
 CPU = torch.device("cpu")
-Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 Names = np.ndarray[Any, np.dtype[np.bytes_]]
 
 
@@ -1019,13 +1018,12 @@ class ImageSet:
                 run.seed_step(epoch, step)
                 yield step, index.to(run.device), torch.stack([resized_crop(pixels, box, crop.size) for box in boxes])
         else:
-            items = ([(i, crop, *u) for i, *u in zip(index.tolist(), *numbers(step), strict=True)]
+            items = (list(zip(index.tolist(), torch.stack(numbers(step), 1), strict=True))
                      for step, index in zip(steps, indices, strict=True))
-            for step, (index, images, bad) in zip(steps, self._loader(items, run.device), strict=True):
-                self._report(index, bad)
+            decoder = _Decoder(self, functools.partial(random_crops, crop=crop), (views, 3, crop.size, crop.size))
+            for step, (index, images) in zip(steps, self._decoded(decoder, items, run.device), strict=True):
                 run.seed_step(epoch, step)
-                index, images = (part.to(run.device, non_blocking=True) for part in (index, images))
-                yield step, index, images.transpose(0, 1).float() / 255
+                yield step, index, images.transpose(0, 1)
 
     def centers(self, rows: Tensor, batch_size: int, device: torch.device, ten: bool = False) -> Iterator[Tensor]:
         """The images at `rows` in batches (b, 3, S, S) in [0, 1], without augmentation.
@@ -1043,21 +1041,25 @@ class ImageSet:
                 else:
                     yield resize_center_crop(pixels, shorter_side(self.size, min(pixels.shape[-2:])), self.size)
         else:
-            items = [[(i, self.size, *[side] * ten) for i in part.tolist()] for part in torch.split(rows, batch_size)]
-            for index, images, bad in self._loader(items, device):
-                self._report(index, bad)
-                images = images.to(device, non_blocking=True).float() / 255
-                yield images if ten else images[:, 0]
+            shape = (3, self.size, self.size)
+            if ten:
+                decoder = _Decoder(self, functools.partial(ten_squares, size=self.size, side=side), (10, *shape))
+            else:
+                decoder = _Decoder(self, functools.partial(central_square, size=self.size), shape)
+            items = [[(i,) for i in part.tolist()] for part in torch.split(rows, batch_size)]
+            for _, images in self._decoded(decoder, items, device):
+                yield images
 
-    def _loader(self, items: Any, device: torch.device) -> Any:
-        return torch.utils.data.DataLoader(
-            _Decoder(self), batch_sampler=items, num_workers=self.workers, pin_memory=device.type == "cuda",
+    def _decoded(self, decoder: _Decoder, items: Any, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of `items`, read by workers: index and images in [0, 1] on the device."""
+        loader = torch.utils.data.DataLoader(
+            decoder, batch_sampler=items, num_workers=self.workers, pin_memory=device.type == "cuda",
             worker_init_fn=ignore_signals,
         )
-
-    def _report(self, index: Tensor, bad: Tensor) -> None:
-        for row in index[bad].tolist():
-            self.bad.add(self.path(row))
+        for index, images, bad in loader:
+            for row in index[bad].tolist():
+                self.bad.add(self.path(row))
+            yield index.to(device, non_blocking=True), images.to(device, non_blocking=True).float() / 255
 
 
 @functools.cache
@@ -1096,25 +1098,17 @@ def ignore_signals(worker: int) -> None:
 
 
 class _Decoder(torch.utils.data.Dataset[tuple[int, Tensor, bool]]):
-    """(row, crop, numbers...), (row, size) or (row, size, side) -> row, (views, 3, S, S) uint8, whether the file was
-    unreadable."""
+    """(row, more...) -> row; read(path, more...), uint8 of `shape`, grey where that fails; and whether it failed."""
 
-    def __init__(self, data: ImageSet) -> None:
-        self.data = data
+    def __init__(self, data: ImageSet, read: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
+        self.data, self.read, self.shape = data, read, shape
 
     def __getitem__(self, item: Any) -> tuple[int, Tensor, bool]:
-        row, crop, *numbers = item
+        row, *more = item
         try:
-            if not numbers:
-                return row, torch.from_numpy(central_square(self.data.path(row), crop))[None], False
-            if isinstance(numbers[0], int):
-                whole = torch.from_numpy(shortened(self.data.path(row), numbers[0]).copy())
-                return row, torch.stack(ten_crop(whole, crop)), False
-            views = random_crops(self.data.path(row), crop, torch.stack(numbers))
-            return row, torch.stack([torch.from_numpy(view) for view in views]), False
+            return row, self.read(self.data.path(row), *more).contiguous(), False
         except UNREADABLE:
-            shape = (10 if numbers else 1, crop) if isinstance(crop, int) else (len(numbers), crop.size)
-            return row, torch.full((shape[0], 3, shape[1], shape[1]), 128, dtype=torch.uint8), True
+            return row, torch.full(self.shape, 128, dtype=torch.uint8), True
 
 
 # What Pillow raises for damaged images.
@@ -1136,7 +1130,7 @@ def shorter_side(size: int, source: int) -> int:
     return size if size < SMALL or source <= size else round(size * 8 / 7)
 
 
-def shortened(path: Path, side: int) -> Pixels:
+def shortened(path: Path, side: int) -> Tensor:
     """The whole image, its shorter side scaled to `side` px: (3, H, W). Of one 16 times as long as wide, the middle."""
     with Image.open(path) as image:
         least = min(image.size)
@@ -1147,21 +1141,27 @@ def shortened(path: Path, side: int) -> Pixels:
     if max(pixels.size) > most:  # whole, it could take all memory
         left, top = ((length - min(length, most)) // 2 for length in pixels.size)
         pixels = pixels.crop((left, top, left + min(pixels.width, most), top + min(pixels.height, most)))
-    return np.asarray(pixels.resize((width, height), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    whole: Tensor = pil_to_tensor(pixels.resize((width, height), Image.Resampling.BILINEAR))
+    return whole
 
 
-def central_square(path: Path, size: int, side: int | None = None) -> Pixels:
+def ten_squares(path: Path, size: int, side: int) -> Tensor:
+    """The shorter side scaled to `side`, then torchvision's ten_crop: (10, 3, size, size)."""
+    return torch.stack(ten_crop(shortened(path, side), size))
+
+
+def central_square(path: Path, size: int, side: int | None = None) -> Tensor:
     """The shorter side scaled to `side` (default: that of evaluation), then the central square: (3, size, size)."""
     if side is None:
         with Image.open(path) as image:
             side = shorter_side(size, min(image.size))
     pixels = shortened(path, side)
     top, left = (round((length - size) / 2) for length in pixels.shape[1:])
-    return pixels[:, top : top + size, left : left + size].copy()
+    return pixels[:, top : top + size, left : left + size]
 
 
-def random_crops(path: Path, crop: Crop, uniform: Tensor) -> list[Pixels]:
-    """Crops (3, S, S) of one image, by uniform numbers (views, 22). JPEGs are decoded no larger than the crops need."""
+def random_crops(path: Path, uniform: Tensor, crop: Crop) -> Tensor:
+    """Crops (views, 3, S, S) of an image by uniform numbers (views, 22). JPEGs are decoded no larger than they need."""
     with Image.open(path) as image:
         width, height = image.size
         boxes = crop_boxes(uniform, height, width, crop.scale, crop.ratio)
@@ -1171,7 +1171,7 @@ def random_crops(path: Path, crop: Crop, uniform: Tensor) -> list[Pixels]:
     x, y = pixels.width / width, pixels.height / height
     areas = [(left * x, top * y, (left + w) * x, (top + h) * y) for top, left, h, w in boxes.tolist()]
     crops = [pixels.resize((crop.size, crop.size), Image.Resampling.BILINEAR, area) for area in areas]
-    return [np.asarray(view).transpose(2, 0, 1).copy() for view in crops]
+    return torch.stack([pil_to_tensor(view) for view in crops])
 
 
 def extract(
@@ -1197,7 +1197,7 @@ def load(args: argparse.Namespace, split: str, device: torch.device) -> ImageSet
         ids = torch.arange(len(labels))
         data = ImageSet(args.data, args.image_size or spec.size, spec.mean, spec.std, labels, classes, ids, pixels)
     else:
-        data = _folder(args, split)
+        data, small = _folder(args, split)
     wanted = args.subset if split != "test" else args.test_subset
     if wanted is not None and args.data != "shapes":  # which renders just what is wanted
         count = round(wanted * len(data)) if wanted < 1 else int(wanted)
@@ -1205,7 +1205,7 @@ def load(args: argparse.Namespace, split: str, device: torch.device) -> ImageSet
             raise Fault(f"--{'test-' * (split == 'test')}subset {wanted:g}: {data.name} has {len(data)} images here")
         data = data.select(balanced(data.labels, count, args.seed, "subset"))
     if args.data not in _NAMED:
-        _decode_small(data, args.cache)
+        _decode_small(data, small, args.cache)
     elif args.cache == "none":
         raise Fault(f"--cache none is for folders of large images: {data.name} is held decoded")
     if data.pixels is not None:
@@ -1363,8 +1363,8 @@ def validation_folder(args: argparse.Namespace) -> Path | None:
     return args.val_dir or next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
 
 
-def _folder(args: argparse.Namespace, split: str) -> ImageSet:
-    """Any directory of images: its files sorted, none decoded yet."""
+def _folder(args: argparse.Namespace, split: str) -> tuple[ImageSet, bool]:
+    """Any directory of images, its files sorted, none decoded yet; and whether they are small."""
     named, root, val = args.data in DATASETS, image_root(args), validation_folder(args)
     if not root.is_dir():
         way = "put it there, or name another place with --data-dir" if named else "--data takes a name or a folder"
@@ -1388,8 +1388,9 @@ def _folder(args: argparse.Namespace, split: str) -> ImageSet:
                     torch.arange(len(files)), root=place, files=np.array([os.fsencode(file) for file in files]),
                     workers=args.workers, bad=BadImages(args.max_bad_images))
     side = _largest_side(data)
-    data.size = args.image_size or (side if 0 < side <= 96 else IMAGENET.size)
-    return data
+    small = 0 < side <= 96
+    data.size = args.image_size or (side if small else IMAGENET.size)
+    return data, small
 
 
 def _image_files(place: Path, without: set[Path]) -> list[str]:
@@ -1424,9 +1425,8 @@ def _largest_side(data: ImageSet) -> int:
     return side
 
 
-def _decode_small(data: ImageSet, cache: str | None) -> None:
+def _decode_small(data: ImageSet, small: bool, cache: str | None) -> None:
     """Decode a folder at once if its images are small or --cache asks for it: pixels (N, 3, side, side)."""
-    small = 0 < _largest_side(data) <= 96
     if cache == "none" or (cache is None and not small):
         return
     side = data.size if small else round(data.size * 8 / 7)
@@ -1434,18 +1434,19 @@ def _decode_small(data: ImageSet, cache: str | None) -> None:
         print(f"--cache {cache}: large images are kept as their central square at {side} px; crops come from it",
               file=sys.stderr)
 
-    def decode(row: int) -> Pixels | None:
-        try:
-            return central_square(data.path(row), side, side)
-        except UNREADABLE:
-            return None
-
     data.pixels = torch.full((len(data), 3, side, side), 128, dtype=torch.uint8)
+    pixels = data.pixels.numpy()  # a copy by torch would start more threads in each of these
+
+    def decode(row: int) -> bool:
+        try:
+            pixels[row] = central_square(data.path(row), side, side)
+            return True
+        except UNREADABLE:
+            return False
+
     with ThreadPoolExecutor(max(1, data.workers)) as pool:
-        for row, image in enumerate(pool.map(decode, range(len(data)))):
-            if image is not None:
-                data.pixels[row] = torch.from_numpy(image)
-            else:
+        for row, readable in enumerate(pool.map(decode, range(len(data)))):
+            if not readable:
                 data.bad.add(data.path(row))
 
 

@@ -706,7 +706,7 @@ def decode(bench: Bench) -> None:
 
         def one_core() -> None:
             for path, numbers in zip(few, draw, strict=False):
-                common.random_crops(path, crop, numbers)
+                common.random_crops(path, numbers, crop)
 
         def whole() -> None:
             for path in few:
