@@ -439,6 +439,11 @@ class Run:
         """This rank's part of `count` things, as even as can be."""
         return slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
 
+    def share(self, count: int) -> Tensor:
+        """Positions of this rank's equal share of `count` things, the last shares padded with the last thing."""
+        size = -(-count // self.world)
+        return torch.arange(self.rank * size, (self.rank + 1) * size).clamp_(max=count - 1)
+
     def gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Each tensor of every rank, joined along dim 0 in the order of ranks: equal shapes on all ranks."""
         if self.world == 1:
@@ -1178,15 +1183,13 @@ def extract(
     run_or_device: Run | torch.device, data: ImageSet, encode: Callable[[Tensor], Tensor], batch_size: int = 256
 ) -> Tensor:
     """Features (N, D) float32 of all images without augmentation, in their order; shared out over the ranks."""
+    run = None if isinstance(run_or_device, torch.device) else run_or_device
     device = run_or_device if isinstance(run_or_device, torch.device) else run_or_device.device
-    rank, world = (0, 1) if isinstance(run_or_device, torch.device) else (run_or_device.rank, run_or_device.world)
-    share = -(-len(data) // world)  # equal shares, the last padded with image 0
-    rows = torch.arange(rank * share, (rank + 1) * share)
-    rows[rows >= len(data)] = 0
+    rows = torch.arange(len(data)) if run is None else run.share(len(data))
     with torch.no_grad():
         parts = [encode(data.normalize(images)).float() for images in data.centers(rows, batch_size, device)]
     features = torch.cat(parts)
-    return features if world == 1 else run_or_device.gather(features)[0][: len(data)]  # type: ignore[union-attr]
+    return features if run is None else run.gather(features)[0][: len(data)]
 
 
 def load(args: argparse.Namespace, split: str, device: torch.device) -> ImageSet:

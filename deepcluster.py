@@ -549,9 +549,7 @@ def treat_singletons(labels: Tensor, nearest: Tensor, how: str) -> tuple[Tensor,
 
 def own_neighbors(x: Tensor, k: int, run: common.Run | None = None) -> Tensor:
     """The k (or N - 1) other rows of x (N, D) nearest to each, (N, k), nearest first; each rank looks for a share."""
-    rank, world = (0, 1) if run is None else (run.rank, run.world)
-    share = -(-len(x) // world)  # equal shares, the last padded with the last row
-    rows = torch.arange(rank * share, (rank + 1) * share, device=x.device).clamp_(max=len(x) - 1)
+    rows = (torch.arange(len(x)) if run is None else run.share(len(x))).to(x.device)
     nearest = common.neighbors(x[rows], x, min(k, len(x) - 1), exclude=rows)[1]
     return nearest if run is None else run.gather(nearest)[0][: len(x)]
 

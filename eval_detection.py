@@ -657,14 +657,13 @@ def detect(
     """At most 100 boxes in each image, one image at a time; shared out over the ranks, the same on all. With a `pause`
     before each tenth image: ranks wait there for each other."""
     model.eval()
-    share = -(-len(data) // run.world)  # equal shares, the last padded with the last image
-    rows = [min(row, len(data) - 1) for row in range(run.rank * share, (run.rank + 1) * share)]
-    packed = torch.full((share, 100, 6), -1.0)
+    rows = run.share(len(data)).tolist()
+    packed = torch.full((len(rows), 100, 6), -1.0)
     batches: Any = decoded(data, args, [[Sample(row, args.test_size, False)] for row in rows])
     if run.rank == 0 and sys.stderr.isatty():
         from tqdm import tqdm
 
-        batches = tqdm(batches, total=share, desc="test", unit="image", dynamic_ncols=True, leave=False)
+        batches = tqdm(batches, total=len(rows), desc="test", unit="image", dynamic_ncols=True, leave=False)
     for number, (place, part) in enumerate(zip(packed, batches, strict=True)):
         if number % 10 == 0:
             pause()

@@ -1114,10 +1114,8 @@ def train_networks(
     @torch.no_grad()
     def scores(test: bool, rows: Tensor) -> Tensor:
         """Means over crops (n, C), each rank of its share: all have the same in the end, and choose the same."""
-        share, answers = -(-len(rows) // run.world), list[Tensor]()
-        places = torch.arange(run.rank * share, (run.rank + 1) * share)  # the last are padded with the first image
-        places[places >= len(rows)] = 0
-        for views in crops(test, rows[places]):
+        answers = list[Tensor]()
+        for views in crops(test, rows[run.share(len(rows))]):
             with run.autocast():
                 logits = model(views.flatten(0, 1))
             answers.append((logits if multi else logits.softmax(1)).view(*views.shape[:2], -1).mean(1))

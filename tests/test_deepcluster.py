@@ -411,9 +411,7 @@ class FakeRun:
     """One rank."""
 
     rank, world, device = 0, 1, torch.device("cpu")
-
-    def rows(self, count: int) -> slice:
-        return slice(0, count)
+    rows, share = common.Run.rows, common.Run.share
 
     def gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
