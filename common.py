@@ -3,7 +3,7 @@
 A thing is admitted if three scripts need it word for word, its name says all that a caller has to know, and
 a test of its own holds it. Nothing happens at import. In order of use:
 
-     1  errors        Fault, launch
+     1  errors        Fault, launch, note
      2  options       parser, parse
      3  randomness    generator, Draw
      4  the run       Run: ranks, device, log, progress, checkpoint, resume, signals;  learning_rate
@@ -74,7 +74,7 @@ class Fault(Exception):
 
 def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], argparse.Namespace]) -> None:
     """Run a script: bad input, a full disk or too little memory end with one line and exit code 2, not a traceback."""
-    code, wait = 2, float(os.environ.get("RANK", "0") != "0")
+    code, wait = 2, float(not first_rank())
     args = argparse.Namespace()
     for stream in (sys.stdout, sys.stderr):  # names of files may hold what the terminal's encoding has not
         if isinstance(stream, io.TextIOWrapper):
@@ -115,6 +115,17 @@ def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], 
     clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # the progress bar's line
     print(f"{clear}{Path(sys.argv[0]).name}: error: {problem}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def first_rank() -> bool:
+    """Whether this process says what all ranks would say, or does what one has to do; also before there is a Run."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def note(text: str) -> None:
+    """Say on stderr what all ranks have found, once."""
+    if first_rank():
+        print(text, file=sys.stderr, flush=True)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -427,7 +438,7 @@ class Run:
             raise Fault(f"{self.output} is in use by another run: choose another --output") from None
         except OSError as error:
             print(f"note: {self.output} cannot be locked ({error.strerror}): start nothing else there", file=sys.stderr)
-        for leftover in self.output.glob("*.tmp"):
+        for leftover in self.output.glob("*.pth.tmp"):  # ours: other files may lie there too
             leftover.unlink()
 
     # ranks
@@ -1087,13 +1098,15 @@ class BadImages:
     def __init__(self, limit: int) -> None:
         self.limit, self.paths = limit, set[Path]()
 
-    def add(self, path: Path) -> None:
+    def add(self, path: Path, all_ranks: bool = False) -> None:
+        """all_ranks: each of them reads this image, and one names it."""
         if path not in self.paths:
             self.paths.add(path)
             if len(self.paths) > self.limit:
                 raise Fault(f"cannot read the image {path}: remove it, or tolerate some with --max-bad-images "
                             f"(now {self.limit})")
-            print(f"unreadable image, replaced by grey: {path}", file=sys.stderr, flush=True)
+            if first_rank() or not all_ranks:
+                print(f"unreadable image, replaced by grey: {path}", file=sys.stderr, flush=True)
 
 
 def ignore_signals(worker: int) -> None:
@@ -1223,10 +1236,10 @@ def load_monitor(args: argparse.Namespace, data: ImageSet, device: torch.device)
     if not args.knn_every:
         return None
     if args.data not in _NAMED and "knn_every" not in args.typed and validation_folder(args) is None:
-        print(f"{data.name} has no validation images, val/ or --val-dir: no kNN monitor", file=sys.stderr, flush=True)
+        note(f"{data.name} has no validation images, val/ or --val-dir: no kNN monitor")
         return None
     if not data.classes:
-        print(f"{data.name} has no folders that could be classes: no kNN monitor", file=sys.stderr, flush=True)
+        note(f"{data.name} has no folders that could be classes: no kNN monitor")
         return None
     return load(argparse.Namespace(**vars(args) | dict(image_size=data.size)), "test", device)
 
@@ -1301,7 +1314,7 @@ class _PlainUnpickler(pickle.Unpickler):
 @functools.cache
 def _note_unofficial(folder: Path) -> None:
     """Said once of a folder."""
-    print(f"note: {folder} does not hold the official files (md5 differs)", file=sys.stderr)
+    note(f"note: {folder} does not hold the official files (md5 differs)")
 
 
 def _read_pickle(path: Path, md5: str | None = None) -> dict[str, Any]:
@@ -1424,7 +1437,7 @@ def _largest_side(data: ImageSet) -> int:
             with Image.open(data.path(row)) as image:
                 side = max(side, *image.size)
         except UNREADABLE:
-            data.bad.add(data.path(row))
+            data.bad.add(data.path(row), all_ranks=True)
     return side
 
 
@@ -1434,8 +1447,7 @@ def _decode_small(data: ImageSet, small: bool, cache: str | None) -> None:
         return
     side = data.size if small else round(data.size * 8 / 7)
     if not small:
-        print(f"--cache {cache}: large images are kept as their central square at {side} px; crops come from it",
-              file=sys.stderr)
+        note(f"--cache {cache}: large images are kept as their central square at {side} px; crops come from it")
 
     data.pixels = torch.full((len(data), 3, side, side), 128, dtype=torch.uint8)
     pixels = data.pixels.numpy()  # a copy by torch would start more threads in each of these
@@ -1450,7 +1462,7 @@ def _decode_small(data: ImageSet, small: bool, cache: str | None) -> None:
     with ThreadPoolExecutor(max(1, data.workers)) as pool:
         for row, readable in enumerate(pool.map(decode, range(len(data)))):
             if not readable:
-                data.bad.add(data.path(row))
+                data.bad.add(data.path(row), all_ranks=True)
 
 
 # ---- 6. shapes -------------------------------------------------------------------------------------------------------
@@ -2885,7 +2897,7 @@ def _voc_root(args: argparse.Namespace) -> Path:
             if wanted is not None:
                 counts[i] = max(1, round(wanted * counts[i])) if wanted < 1 else int(wanted)
         root: Path = args.data_dir / f"shapes-voc-{counts[0]}-{counts[1]}"
-        if os.environ.get("RANK", "0") == "0" and not root.is_dir():
+        if first_rank() and not root.is_dir():
             render_voc(root, *counts)
         if dist.is_initialized():
             dist.barrier()

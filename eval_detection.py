@@ -598,7 +598,7 @@ def coco_precision(found: Detections, data: common.VocSet) -> dict[str, float]:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
     except ImportError:  # no reason to lose VOC's, which a whole training was for
-        print("note: no COCO figures without pycocotools", file=sys.stderr)
+        common.note("note: no COCO figures without pycocotools")
         return {}
 
     class Evaluation(COCOeval):  # type: ignore[misc]

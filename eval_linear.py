@@ -289,7 +289,7 @@ def say_draw(name: str, targets: Tensor, rows: Tensor, seed: int, draw: int) -> 
     content = rows.numpy().tobytes() + targets[rows].numpy().tobytes()
     facts["checksum"] = hashlib.blake2b(content, digest_size=8).hexdigest()
     text = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items())
-    if os.environ.get("RANK", "0") == "0":
+    if common.first_rank():
         print(f"{name}: of {len(targets):,} images {text}, seed {seed}", flush=True)
     return facts
 
@@ -1319,7 +1319,7 @@ def main(args: argparse.Namespace) -> None:
     if args.checkpoint != "random":
         encoder = common.load_encoder(path, args.arch, args.width, None, device,
                                       "head" if "head" in args.layers else "auto")
-        if os.environ.get("RANK", "0") == "0":
+        if common.first_rank():
             print(f"{path}: {encoder.describe()}", flush=True)
         if "head" in args.layers and encoder.head is None:
             raise common.Fault(f"{path} has no head: --layers takes {', '.join(LAYERS[:-1])}")

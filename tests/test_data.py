@@ -434,6 +434,32 @@ def test_identity(tree: Path, tmp_path: Path) -> None:
     assert load("pretrain", *words, moved).identity() != before
 
 
+def test_what_all_ranks_find_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0 alone says what all ranks find in the data; an image that only one rank reads is named by that rank."""
+    small, large, tolerant = tmp_path / "small", tmp_path / "large", ["--max-bad-images", "1"]
+    for folder, side in ((small, 16), (large, 120)):
+        for i in range(8):
+            save(Image.fromarray(noise(i, side, side)), folder / f"{i}.png")
+        (folder / "bad.png").write_bytes(b"no image")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        write_cifar(tmp_path / rank, ten=True)
+        load("pretrain", "--data", "cifar10", "--data-dir", tmp_path / rank)
+        data = load("pretrain", "--data", small, *tolerant)
+        for words in ([], ["--val-dir", large]):
+            assert common.load_monitor(options("--data", small, *words), data, CPU) is None
+        load("pretrain", "--data", large, "--cache", "host", *tolerant)
+        said = capsys.readouterr().err
+        notes = ["official", f"{small}/bad.png", "no validation", "no folders", "--cache host", f"{large}/bad.png"]
+        assert [said.count(words) for words in notes] == [int(rank == "0")] * 6
+        files = load("pretrain", "--data", large, *tolerant)
+        files.bad = common.BadImages(1)
+        list(files.centers(torch.arange(9), 4, CPU))
+        assert capsys.readouterr().err.endswith(f"replaced by grey: {large}/bad.png\n")
+
+
 def test_unlabelled_folder(tmp_path: Path) -> None:
     """A flat folder trains, is told to have no kNN monitor, and cannot be evaluated by kNN."""
     for i in range(40):

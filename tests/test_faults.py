@@ -469,6 +469,14 @@ def test_optional_libraries_are_optional() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=common.ROOT, check=True)
 
 
+def test_files_of_others_stay(tmp_path: Path) -> None:
+    """A run removes what a killed one left half-written in --output, and nothing that it cannot have written."""
+    for name in ("checkpoint.pth.tmp", "backbone.pth.tmp", "thesis.tmp"):
+        (tmp_path / name).touch()
+    common.Run(npid.parse_args([*TINY, "--output", str(tmp_path)])).lock.close()
+    assert [path.name for path in tmp_path.glob("*.tmp")] == ["thesis.tmp"]
+
+
 def test_submission_without_submitit() -> None:
     """One line says what to install."""
     code = "import sys, runpy; sys.modules['submitit'] = None; runpy.run_path('slurm/submit.py', run_name='__main__')"
