@@ -652,6 +652,8 @@ def test_detections_do_not_depend_on_ranks(folder: Path) -> None:
     parts: list[Tensor] = []
 
     class Rank:
+        share = common.Run.share
+
         def __init__(self, rank: int, world: int) -> None:
             self.rank, self.world, self.device = rank, world, common.CPU
 
