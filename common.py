@@ -373,7 +373,7 @@ class Draw:
 FREE_OPTIONS = {
     "output", "overwrite", "preset", "typed", "data", "data_dir", "val_dir", "cache", "workers", "max_bad_images",
     "device", "compile", "save_minutes", "knn_every", "knn_features", "test_subset", "epochs", "checkpoint",
-    "eval_every", "log_every", "test_list", "shard_bank",
+    "log_every", "test_list", "shard_bank",
 }
 NEVER = 2**62  # a step
 
@@ -670,6 +670,11 @@ class Run:
         if callable(previous) and previous is not signal.default_int_handler:
             previous(number, None)  # a launcher's own handler, such as submitit's: it requeues the job
         raise Stop(128 + number)
+
+    def pause(self, epoch: int, step: int) -> None:
+        """Between steps: a signal ends the run here; its checkpoint is that after so much."""
+        if number := self.agree(self.signal):
+            self.stop(number, epoch, step)
 
     def save(self, state: dict[str, Any], epoch: int, step: int) -> None:
         """Write checkpoint.pth: all of `state`, and where to go on. Atomic: a kill leaves the old or the new one.
