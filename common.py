@@ -2563,6 +2563,16 @@ def knn_monitor(
     return dict(knn_top1=round(accuracy[k, temperature][0], 2))
 
 
+def ratio_edge_intra_class(nearest: Tensor, labels: Tensor) -> Tensor:
+    """For each class, of the edges (i, j) from its images the share that end in it (DeepCluster, section 4.1).
+
+    nearest: (N, k); labels: (N,); returns (C,), NaN for classes without an image.
+    """
+    inside = (labels[nearest] == labels[:, None]).sum(1).double()
+    sums = torch.zeros(int(labels.max()) + 1, dtype=torch.float64, device=labels.device).index_add_(0, labels, inside)
+    return sums / (nearest.shape[1] * torch.bincount(labels))
+
+
 class _InertUnpickler(pickle.Unpickler):
     """Reads tensors and plain values; every other class in the file becomes an empty stand-in and is never run."""
 
