@@ -2794,9 +2794,11 @@ def _strip(weights: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, T
     return kept | beside
 
 
-def untrained_encoder(arch: str, width: int, small: bool, device: torch.device, feature_dim: int = 128) -> Encoder:
+def untrained_encoder(
+    arch: str, width: int, small: bool, device: torch.device, feature_dim: int = 128, input_channels: int = 3
+) -> Encoder:
     """An encoder as it starts, the baseline of every table."""
-    network = backbone(arch, width, small)
+    network = backbone(arch, width, small, input_channels)
     head = nn.Linear(network.dim, feature_dim)
     for part in (network, head):
         part.eval().requires_grad_(False).to(device)
