@@ -75,8 +75,8 @@ def main() -> None:
         common.dist.barrier()  # nobody leaves while another still talks
         common.dist.destroy_process_group()
         return
-    pairs = [(train(1, options), train(2, options)) for _ in range(args.rounds)]
     width = npid.parse_args([*NETWORK, *options]).width
+    pairs = [(train(1, options), train(2, options)) for _ in range(args.rounds)]
     network = common.backbone("resnet18", width, small=True)
     parameters = sum(p.numel() for p in network.parameters()) + 128 * (network.dim + 1)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, "--collectives"]
