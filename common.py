@@ -2320,12 +2320,10 @@ def _kmeans_torch(x: Tensor, centroids: Tensor, iterations: int, seed: int, sphe
     for iteration in range(iterations + 1):
         before, (labels, total) = labels, assign(x, centroids, low, half if iteration < iterations else None)
         settled = empty == 0 and torch.equal(labels, before)
-        if settled and half:  # float32 decides whether this is a fixed point
-            half, (labels, total) = None, assign(x, centroids, low)
-            settled = torch.equal(labels, before)
         objective.append(total)
-        if settled or iteration == iterations:
+        if iteration == iterations or (settled and half is None):
             break
+        half = None if settled else half  # float32 decides whether this is a fixed point
         sums, counts = cluster_sums(x, labels, k)
         means = sums / counts.clamp(min=1).unsqueeze(1)
         if spherical:

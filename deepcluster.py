@@ -466,11 +466,9 @@ def kmeans_half(x: Tensor, k: int, seed: int, iterations: int = 20) -> tuple[Ten
         hurry = half if iteration < iterations else None
         before, (labels, empties) = labels, fill_empty(common.nearest(x, centroids, low, hurry), k, random)
         settled = empties == 0 and torch.equal(labels, before)
-        if settled and half:  # float32 decides whether this is a fixed point, as in common.kmeans
-            half, (labels, empties) = None, fill_empty(common.nearest(x, centroids, low), k, random)
-            settled = empties == 0 and torch.equal(labels, before)
-        if settled or iteration == iterations:
+        if iteration == iterations or (settled and half is None):
             break
+        half = None if settled else half  # float32 decides whether this is a fixed point
         sums, counts = common.cluster_sums(x, labels, k)
         centroids = sums / counts[:, None]
     return labels, empties
