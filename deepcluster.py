@@ -227,7 +227,7 @@ class Encoder(nn.Module):
 
     def __init__(self, arch: str, width: int, small: bool, size: int, head: str, sobel: bool, dropout: float) -> None:
         super().__init__()
-        self.backbone = common.backbone(arch, width, small, 2 if sobel else 3, dropout)
+        self.backbone = common.backbone(arch, width, small, 2 if sobel else 3)
         self.head, self.rectified, self.dim = head, head in ("full", "2fc"), self.backbone.dim
         self.mlp, mlp = nn.Sequential(), nn.Sequential()
         if isinstance(self.backbone, common.PlainNet):
