@@ -2013,12 +2013,10 @@ class MemoryBank(nn.Module):
 
     features: Tensor
 
-    def __init__(
-        self, size: int, dim: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, size: int, dim: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
         rows = torch.randn(size, dim, generator=generator)  # on the CPU: the same on every device and rank
-        self.register_buffer("features", F.normalize(rows, dim=1).to(dtype))
+        self.register_buffer("features", F.normalize(rows, dim=1))
 
     @torch.no_grad()
     def update(self, z: Tensor, index: Tensor, momentum: float) -> None:
@@ -2032,10 +2030,10 @@ class MemoryBank(nn.Module):
         if index.device.type == "cpu" and not 0 <= int(index.min()) <= int(index.max()) < size:
             raise Fault(f"memory bank: an index lies outside 0 ... {size - 1}")
         old = self.features[index]
-        new = momentum * old.float() + (1 - momentum) * z.float()
+        new = momentum * old + (1 - momentum) * z.float()
         norm = new.norm(dim=1, keepdim=True)
         valid = norm.isfinite() & (norm > 1e-12)
-        rows = torch.where(valid, (new / norm).to(old.dtype), old)
+        rows = torch.where(valid, new / norm, old)
         # Sorted by (index, valid, position), the winner of a slot is the last of its run. Every duplicate
         # then writes the same value, so their order does not matter, and nothing here waits for the device.
         order = torch.argsort(2 * index + valid[:, 0], stable=True)

@@ -257,7 +257,7 @@ def nearest(z: Tensor, index: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Ten
     """
     similarity, slots = common.neighbors(z, bank, k, best_first=False)
     missing = (slots != index[:, None]).all(1)
-    last, own = similarity.argmin(1, keepdim=True), (z * bank[index].float()).sum(1)
+    last, own = similarity.argmin(1, keepdim=True), (z * bank[index]).sum(1)
     slots.scatter_(1, last, torch.where(missing, index, slots.gather(1, last)[:, 0])[:, None])
     similarity.scatter_(1, last, torch.where(missing, own, similarity.gather(1, last)[:, 0])[:, None])
     return slots, similarity, missing
@@ -287,7 +287,7 @@ def local_aggregation(z: Tensor, slots: Tensor, similarity: Tensor, close: Tenso
     scores = similarity.detach() / tau
     close_scores = scores.masked_fill(~close, -math.inf)
     weights = scores.softmax(1) - close_scores.softmax(1)
-    gradient = F.embedding_bag(slots, bank.float(), mode="sum", per_sample_weights=weights) / tau
+    gradient = F.embedding_bag(slots, bank, mode="sum", per_sample_weights=weights) / tau
     return with_gradient(z, scores.logsumexp(1) - close_scores.logsumexp(1), gradient)
 
 
@@ -302,7 +302,7 @@ def local_aggregation_dense(
     chunk = chunk or (8192 if z.device.type == "cpu" else max(8192, (1 << 25) // len(z)))
     for start in range(0, len(bank), chunk):
         slots = torch.arange(start, min(start + chunk, len(bank)), device=z.device)
-        rows = bank[slots].float()
+        rows = bank[slots]
         inside = background.same(index, slots)
         both = inside & close.same(index, slots)
         scores = (query @ rows.T).masked_fill(~torch.stack([inside, both]), -math.inf)
@@ -320,8 +320,8 @@ def noise_scores(z: Tensor, noise: Tensor, bank: Tensor, tau: float) -> Tensor:
     """v_j . f / tau of the noise slots (B, m), for the paper's warm start."""
     # Many draws: all products at once beat gathering rows, on a GPU where they are fewer bytes.
     if (16 if z.device.type == "cpu" else z.shape[1]) * noise.shape[1] > len(bank):
-        return (z @ bank.float().T).gather(1, noise) / tau
-    return torch.einsum("bd,bmd->bm", z, bank[noise].float()) / tau
+        return (z @ bank.T).gather(1, noise) / tau
+    return torch.einsum("bd,bmd->bm", z, bank[noise]) / tau
 
 
 def nce(positive: Tensor, noise: Tensor, log_z: Tensor, num_images: int) -> Tensor:
@@ -382,7 +382,7 @@ def dbscan(features: Tensor, radius: float) -> Tensor:
     """Labels (N,) int32 by density; what DBSCAN calls noise is alone. Quadratic in N."""
     from sklearn.cluster import DBSCAN
 
-    labels = torch.from_numpy(DBSCAN(eps=radius, min_samples=5, n_jobs=-1).fit_predict(features.float().cpu().numpy()))
+    labels = torch.from_numpy(DBSCAN(eps=radius, min_samples=5, n_jobs=-1).fit_predict(features.cpu().numpy()))
     alone = labels.max() + (labels < 0).cumsum(0)
     return torch.where(labels < 0, alone, labels).to(features.device, torch.int32)
 
@@ -399,7 +399,7 @@ def health(clusters: Clusters, before: Tensor, bank: Tensor, rows: Tensor) -> di
     for part in torch.split(rows, 64):
         close = clusters.same(part, torch.arange(len(bank), device=bank.device)).float()
         sizes.append(close.sum(1))
-        distances.append((close @ bank.float() / sizes[-1][:, None] - bank[part].float()).norm(dim=1))
+        distances.append((close @ bank / sizes[-1][:, None] - bank[part]).norm(dim=1))
     figures = dict(close_size=round(torch.cat(sizes).mean().item(), 2),
                    skewness=round(torch.cat(distances).mean().item(), 4))
     if int(before[0].max()) + 1 < len(bank):
@@ -417,7 +417,7 @@ def density(bank: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     same shares.
     """
     first, last = (max(2, round(rank * min(1, (len(bank) - 1) / 4096))) for rank in (1000, 4096))
-    similarity = common.neighbors(bank[rows].float(), bank.float(), last, exclude=rows)[0]
+    similarity = common.neighbors(bank[rows], bank, last, exclude=rows)[0]
     return similarity[:, : min(30, first - 1)].mean(1), similarity[:, first - 1 :].mean(1)
 
 
@@ -506,7 +506,7 @@ def main(args: argparse.Namespace) -> None:
                 if warming and args.warmup_loss == "softmax":
                     losses = common.bank_softmax(f, i, bank.features, args.temperature)
                 elif warming:
-                    positive = (f * bank.features[i].float()).sum(1) / args.temperature
+                    positive = (f * bank.features[i]).sum(1) / args.temperature
                     negative = noise_scores(f, j, bank.features, args.temperature)
                     estimate = negative.detach().flatten().logsumexp(0) + math.log(len(data) / negative.numel())
                     log_z = constant.first(run.gather(estimate.view(1))[0].logsumexp(0) - math.log(run.world))
