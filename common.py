@@ -2389,8 +2389,7 @@ def _kmeans_faiss(x: Tensor, centroids: Tensor, iterations: int, seed: int, sphe
 
 @torch.no_grad()
 def neighbors(
-    queries: Tensor, keys: Tensor, k: int, *, exclude: Tensor | None = None, best_first: bool = True,
-    backend: str = "torch",
+    queries: Tensor, keys: Tensor, k: int, *, exclude: Tensor | None = None, best_first: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The k rows of keys (N, D) of largest inner product, best first: similarity (Q, k) and index (Q, k).
 
@@ -2399,8 +2398,6 @@ def neighbors(
     """
     if not 1 <= k <= len(keys) - (exclude is not None):
         raise Fault(f"neighbours: {k} wanted, but there are {len(keys) - (exclude is not None)} candidates")
-    if backend == "faiss":
-        return _neighbors_faiss(queries, keys, k, exclude)
     queries, keys = queries.detach().float(), keys.detach().float()
     screened = _screens(queries) and len(keys) >= 128 * k
     work = _neighbors_screened if screened else functools.partial(_neighbors, best_first=best_first)
@@ -2496,18 +2493,6 @@ def _neighbors_screened(queries: Tensor, keys: Tensor, k: int, exclude: Tensor |
     return torch.cat([similarity for similarity, _ in found]), torch.cat([index for _, index in found])
 
 
-def _neighbors_faiss(queries: Tensor, keys: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
-    faiss = import_faiss()
-    rows = [np.ascontiguousarray(tensor.detach().float().cpu().numpy()) for tensor in (queries, keys)]
-    found = faiss.knn(*rows, k + (exclude is not None), metric=faiss.METRIC_INNER_PRODUCT)
-    similarity, index = (torch.from_numpy(array).to(queries.device) for array in found)
-    if exclude is not None:  # by id, not by column: with duplicates a row need not be its own first neighbour
-        drop = index == exclude[:, None]
-        drop[:, -1] |= ~drop.any(1)
-        similarity, index = similarity[~drop].view(-1, k), index[~drop].view(-1, k)
-    return similarity, index
-
-
 def knn_scores(similarity: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:
     """Score (Q, C) of each class, the sum of exp(s/tau) over its neighbours, (Q, K) and best first.
 
@@ -2521,14 +2506,12 @@ def knn_scores(similarity: Tensor, labels: Tensor, num_classes: int, temperature
 
 def knn_accuracy(
     queries: Tensor, query_labels: Tensor, train: Tensor, train_labels: Tensor, num_classes: int, *,
-    num_neighbors: Sequence[int] = (200,), temperatures: Sequence[float] = (0.07,), exclude: Tensor | None = None,
-    backend: str = "torch",
+    num_neighbors: Sequence[int] = (200,), temperatures: Sequence[float] = (0.07,)
 ) -> dict[tuple[int, float], tuple[float, float]]:
     """Top-1 and top-5 in percent for each (K, tau) of the weighted kNN, from one search. Rows are unit."""
     hits = {(k, tau): torch.zeros(2, dtype=torch.int64) for k in num_neighbors for tau in temperatures}
     for part in torch.split(torch.arange(len(queries), device=queries.device), 4096):
-        left_out = None if exclude is None else exclude[part]
-        similarity, index = neighbors(queries[part], train, max(num_neighbors), exclude=left_out, backend=backend)
+        similarity, index = neighbors(queries[part], train, max(num_neighbors))
         found, truth = train_labels[index].long(), query_labels[part].long()[:, None]
         for (k, tau), hit in hits.items():
             scores = knn_scores(similarity[:, :k], found[:, :k], num_classes, tau)
