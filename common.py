@@ -2137,23 +2137,20 @@ class KMeans:
 
 @torch.no_grad()
 def kmeans(
-    x: Tensor, k: int, *, iterations: int = 20, seed: int = 0, init: Tensor | None = None, spherical: bool = False,
-    backend: str = "torch",
+    x: Tensor, k: int, *, iterations: int = 20, seed: int = 0, init: Tensor | None = None, backend: str = "torch"
 ) -> KMeans:
-    """Lloyd's k-means from init (k, D) or k random rows. x: (N, D). spherical: rows, centroids normalised."""
+    """Lloyd's k-means from init (k, D) or k random rows. x: (N, D)."""
     if not 1 <= k <= len(x):
         raise Fault(f"k-means: the number of clusters must lie between 1 and the {len(x)} rows, not {k}")
     x = x.detach().float()
     low, high = torch.aminmax(x)
     if not (low.isfinite() and high.isfinite()):
         raise Fault("k-means: the features hold NaN or infinite values")
-    if spherical:
-        x = F.normalize(x, dim=1)
     if init is None:
         init = x[torch.from_numpy(np.random.default_rng(seed).permutation(len(x))[:k]).to(x.device)]
     run = {"torch": _kmeans_torch, "faiss": _kmeans_faiss}[backend]
     with torch.autocast(x.device.type, enabled=False):
-        return run(x, init.to(x).clone(), iterations, seed, spherical)
+        return run(x, init.to(x).clone(), iterations, seed)
 
 
 CHUNK = {"cuda": 16384}  # rows at once; elsewhere 1,024, of 256 to 4,096 the fastest on a CPU
@@ -2309,7 +2306,7 @@ def _nearest_screened(x: Tensor, centroids: Tensor, offset: Tensor, low: list[_I
     return labels.scatter_reduce_(0, row, tied, "amin")
 
 
-def _kmeans_torch(x: Tensor, centroids: Tensor, iterations: int, seed: int, spherical: bool) -> KMeans:
+def _kmeans_torch(x: Tensor, centroids: Tensor, iterations: int, seed: int) -> KMeans:
     random = np.random.default_rng([seed, 1])
     k, empty, splits = len(centroids), 0, 0
     objective: list[float] = []
@@ -2326,8 +2323,6 @@ def _kmeans_torch(x: Tensor, centroids: Tensor, iterations: int, seed: int, sphe
             break
         sums, counts = cluster_sums(x, labels, k)
         means = sums / counts.clamp(min=1).unsqueeze(1)
-        if spherical:
-            means = F.normalize(means, dim=1)
         centroids = torch.where(counts.unsqueeze(1) > 0, means, centroids)
         empty = split_empty(centroids, counts, random)
         splits += empty
@@ -2367,11 +2362,11 @@ def import_faiss() -> Any:
     return faiss
 
 
-def _kmeans_faiss(x: Tensor, centroids: Tensor, iterations: int, seed: int, spherical: bool) -> KMeans:
+def _kmeans_faiss(x: Tensor, centroids: Tensor, iterations: int, seed: int) -> KMeans:
     faiss = import_faiss()
     rows = np.ascontiguousarray(x.cpu().numpy())
     clustering = faiss.Clustering(rows.shape[1], len(centroids))
-    clustering.niter, clustering.seed, clustering.spherical = iterations, seed, spherical
+    clustering.niter, clustering.seed = iterations, seed
     clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, len(rows) + 1  # never a sub-sample
     faiss.copy_array_to_vector(centroids.cpu().numpy().ravel(), clustering.centroids)
     index, device = faiss.IndexFlatL2(rows.shape[1]), "cpu"
