@@ -1931,6 +1931,18 @@ class ThinProjection(nn.Conv2d):
         return F.conv2d(images[:, :, ::down, ::across], self.weight)
 
 
+class Group(nn.Sequential):
+    """Blocks of a ResNet. A map of one pixel passes in float32: oneDNN's bfloat16 gradient of its strided convolution
+    is garbage."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixel = images.shape[2:] == (1, 1)
+        with torch.autocast(images.device.type, enabled=False) if pixel else contextlib.nullcontext():
+            for block in self:
+                images = block(images.float() if pixel else images)
+        return images
+
+
 class ResNet(nn.Module):
     """ResNet, the stride of a bottleneck in its 3x3; the feature is the mean over the last map, (B, dim)."""
 
@@ -1953,7 +1965,7 @@ class ResNet(nn.Module):
                     shortcut = nn.Sequential(projection, nn.BatchNorm2d(planes * block.expansion))
                 blocks.append(block(channels, planes, stride, shortcut))
                 channels, stride = planes * block.expansion, 1
-            groups.append(nn.Sequential(*blocks))
+            groups.append(Group(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = groups
         self.dim = channels
 
@@ -1961,11 +1973,7 @@ class ResNet(nn.Module):
         """Mean over the last map, (B, dim)."""
         images = self.maxpool(F.relu(self.bn1(self.conv1(self.front(images)))))
         for group in (self.layer1, self.layer2, self.layer3, self.layer4):
-            if images.shape[2:] == (1, 1):  # oneDNN's bfloat16 gradient of a strided convolution of a pixel is garbage
-                with torch.autocast(images.device.type, enabled=False):
-                    images = group(images.float())
-            else:
-                images = group(images)
+            images = group(images)
         return images.mean((2, 3))
 
     def stages(self, images: Tensor) -> list[Tensor]:
