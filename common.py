@@ -1863,6 +1863,7 @@ RESNET_BLOCKS = {
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
     "resnet101": (Bottleneck, (3, 4, 23, 3)),
 }
+ARCHITECTURES = [*PLAIN_STAGES, *RESNET_BLOCKS]
 
 
 class Sobel(nn.Module):
@@ -1990,9 +1991,7 @@ def backbone(
 ) -> PlainNet | ResNet:
     """Network (B, 3, H, W) -> (B, dim), fresh weights. width: 64 is standard, others scale every channel; small:
     3x3 stem of stride 1, for images under 64 px; input_channels: 3, or 2 for the images' Sobel gradients; dropout:
-    probability before fc6 (AlexNet) and fc7 (AlexNet, VGG16), DeepCluster has 0.5. ValueError for an unknown arch."""
-    if arch not in (*PLAIN_STAGES, *RESNET_BLOCKS):
-        raise ValueError(f"unknown architecture {arch}: choose {', '.join([*PLAIN_STAGES, *RESNET_BLOCKS])}")
+    probability before fc6 (AlexNet) and fc7 (AlexNet, VGG16), DeepCluster has 0.5."""
     network: PlainNet | ResNet
     if arch in PLAIN_STAGES:
         network = PlainNet(arch, width, small, input_channels, dropout)
@@ -2008,9 +2007,6 @@ def backbone(
         if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
     return network
-
-
-ARCHITECTURES = [*PLAIN_STAGES, *RESNET_BLOCKS]
 
 
 # ---- 9. memory bank and the exact softmax over it --------------------------------------------------------------------

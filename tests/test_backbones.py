@@ -232,12 +232,6 @@ def test_images_of_other_sizes() -> None:
                 assert network(torch.randn(1, 3, 96, 96)).shape == (1, network.dim)
 
 
-def test_unknown_architecture_is_named() -> None:
-    """An unknown name is a ValueError that lists the known ones."""
-    with pytest.raises(ValueError, match=r"resnet19.*resnet18"):
-        common.backbone("resnet19")
-
-
 def test_thin_projection_is_the_strided_convolution() -> None:
     """Output and gradients of the projection of thin networks are those of a convolution in float64 at 96 px."""
     torch.manual_seed(0)
