@@ -803,7 +803,7 @@ def amp_default(device: torch.device) -> bool:
     """bfloat16 only where it is faster: GPUs that have it, and CPUs with its instructions (twice as fast there)."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and HAS_BFLOAT16
+    return device.type == "cpu" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
 def keep_freed_memory() -> None:
@@ -1497,21 +1497,8 @@ NUM_CLASSES, MAX_OBJECTS, NUM_WAVES = 10, 3, 5
 # (x, y, radius) of each object.
 
 
-@dataclasses.dataclass
-class Scene:
-    """An image (3, size, size) uint8 and its K objects: boxes (K, 4) x1 y1 x2 y2 in pixels, labels (K,),
-    masks (K, size, size) bool."""
-
-    image: Tensor
-    boxes: Tensor
-    labels: Tensor
-    masks: Tensor
-
-
 # Sums of uniform numbers instead of normal ones, float64 for everything per image, and only + - * / sqrt and
 # comparisons in float32 per pixel: so every machine renders the same bytes.
-
-
 def draw_factors(labels: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
     """Factors of objects of these classes, each (n,) float64, and the nuisances: (n, 27) uniform numbers."""
     uniform = torch.rand(len(labels), 4 * len(FACTORS) + 27, generator=generator, dtype=torch.float64)
@@ -1621,6 +1608,17 @@ def shapes(n: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
+@dataclasses.dataclass
+class Scene:
+    """An image (3, size, size) uint8 and its K objects: boxes (K, 4) x1 y1 x2 y2 in pixels, labels (K,),
+    masks (K, size, size) bool."""
+
+    image: Tensor
+    boxes: Tensor
+    labels: Tensor
+    masks: Tensor
+
+
 def render_scene(labels: Tensor, seed: int, size: int = 96, extent: float = 1.75) -> Scene:
     """One object for each label, (K > 0,), on a canvas of size pixels, extent times as wide as in `shapes`.
 
@@ -1699,7 +1697,7 @@ def interpolation(start: Tensor, length: Tensor, source: int, target: int) -> Te
     return weights.div_(weights.sum(2, keepdim=True))
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
+def exact_matmul(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in their own precision: autocast to bf16 would cost pixels."""
     with torch.autocast(left.device.type, enabled=False):
         return left @ right
@@ -1707,7 +1705,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 def separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """rows @ image @ columns^T. images: (B, 3, H, W); rows: (B or 1, h, H); columns: (B or 1, w, W)."""
-    return product(rows[:, None], product(images, columns.mT[:, None]))
+    return exact_matmul(rows[:, None], exact_matmul(images, columns.mT[:, None]))
 
 
 def resized_crop(images: Tensor, boxes: Tensor, size: int) -> Tensor:
@@ -1789,7 +1787,7 @@ def blur_matrices(sigma: Tensor, kernel_size: int, side: int) -> Tensor:
     place = (pixel + offsets[:, None]).remainder(there_and_back)
     reflected = torch.minimum(place, there_and_back - place)
     taps = (reflected[:, :, None] == pixel).to(weights.dtype)
-    return product(weights, taps.view(kernel_size, -1)).view(-1, side, side)
+    return exact_matmul(weights, taps.view(kernel_size, -1)).view(-1, side, side)
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
@@ -1805,9 +1803,9 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 @torch.no_grad()
-def random_flip(images: Tensor, draw: Uniform, probability: float = 0.5) -> Tensor:
-    """Horizontal flip of each image with this probability."""
-    return choose(draw() < probability, images.flip(3), images)
+def random_flip(images: Tensor, draw: Uniform) -> Tensor:
+    """Horizontal flip of each image with probability 1/2."""
+    return choose(draw() < 0.5, images.flip(3), images)
 
 
 @torch.no_grad()
@@ -2066,7 +2064,7 @@ def bank_attention(z: Tensor, bank: Tensor, temperature: float) -> tuple[Tensor,
     query = z / temperature
     peak = query.new_full((len(z), 1), -math.inf)
     total, output = torch.zeros_like(peak), torch.zeros_like(query)
-    # On a CPU products that stay in the cache; on a GPU few launches, and logits of 134 MB at most.
+    # On a CPU products that stay in the cache; on a GPU few launches, and for up to 1,024 queries logits of 134 MB.
     for keys in torch.split(bank, 4096 if z.device.type == "cpu" else max(32768, (1 << 25) // len(z))):
         keys = keys.to(query.dtype)
         logits = products(query, keys)
@@ -2216,7 +2214,6 @@ def assign(
     return labels, float(torch.stack(totals).cpu().double().sum())  # mps has no float64
 
 
-HAS_BFLOAT16: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 HAS_INT8: bool = getattr(torch.cpu, "_is_vnni_supported", lambda: False)() and hasattr(torch, "_int_mm")
 
 
@@ -2538,20 +2535,26 @@ def knn_monitor(
     return dict(knn_top1=round(accuracy[k, temperature][0], 2))
 
 
-class _InertUnpickler(pickle.Unpickler):
-    """Reads tensors and plain values; every other class in the file becomes an empty stand-in and is never run."""
+class _InertPickle:
+    """As pickle, for torch.load: tensors and plain values; every other class in the file becomes an empty stand-in and
+    is never run."""
 
-    ALLOWED = frozenset({
-        ("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor"),
-        ("torch._utils", "_rebuild_parameter"), ("torch", "Size"), ("torch", "device"),
-        ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"), ("numpy", "dtype"),
-        ("_codecs", "encode"),
-    })
+    class Unpickler(pickle.Unpickler):
+        ALLOWED = frozenset({
+            ("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor"),
+            ("torch._utils", "_rebuild_parameter"), ("torch", "Size"), ("torch", "device"),
+            ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"), ("numpy", "dtype"),
+            ("_codecs", "encode"),
+        })
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.ALLOWED or (module == "torch" and name.endswith("Storage")):
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-        return type(name, (_StandIn,), {})
+        def find_class(self, module: str, name: str) -> Any:
+            if (module, name) in self.ALLOWED or (module == "torch" and name.endswith("Storage")):
+                return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+            return type(name, (_StandIn,), {})
+
+    @staticmethod
+    def load(file: Any, **options: Any) -> Any:
+        return _InertPickle.Unpickler(file, **options).load()
 
 
 class _StandIn:
@@ -2565,16 +2568,6 @@ class _StandIn:
 
     def __setitem__(self, key: Any, value: Any) -> None:
         pass
-
-
-class _InertPickle:
-    """What torch.load takes as a pickle module."""
-
-    Unpickler = _InertUnpickler
-
-    @staticmethod
-    def load(file: Any, **options: Any) -> Any:
-        return _InertUnpickler(file, **options).load()
 
 
 @dataclasses.dataclass
@@ -2652,7 +2645,8 @@ def load_encoder(
     width = width or options.get("width", 64)
     channels = next((w.shape[1] for w in weights.values() if w.ndim == 4), 3)  # 2: DeepCluster's Sobel
     channels = 2 if channels == 2 else 3
-    for stem in [data["small"]] if ours else [False, True] if small is None else [small]:
+    stems = [data["small"]] if ours else [False, True] if small is None else [small]
+    for stem in stems:
         network = backbone(arch, width, stem, channels)
         weights = _strip(weights, network.state_dict())
         if isinstance(network, PlainNet):
@@ -2670,7 +2664,8 @@ def load_encoder(
     head: nn.Module | None = None
     neck = _neck(weights, network.dim) if layer != "backbone" else None
     inputs = network.dim if neck is None else len(weights["neck.0.weight"])
-    for name in ("head", "fc", "linear") if layer == "head" else ("head",) * (layer == "auto" and ours):
+    names = dict(head=["head", "fc", "linear"], auto=["head"] if ours else [], backbone=[])[layer]
+    for name in names:
         found = {key: weights[f"{name}.{key}"] for key in ("weight", "bias") if f"{name}.{key}" in weights}
         if f"{name}.direction" in weights:  # CLD's normalised head; its length does not survive that of the feature
             found = dict(weight=F.normalize(weights[f"{name}.direction"]))
@@ -2963,8 +2958,8 @@ def _clip_boxes(images: list[VocImage]) -> list[VocImage]:
     for row, image in enumerate(images):
         limit = torch.tensor([*image.size, *image.size], dtype=torch.float32)
         inside = image.boxes.clamp(min=0).minimum(limit)
-        kept = (inside[:, 2:] - inside[:, :2]).amin(1) > 0 if len(inside) else torch.zeros(0, dtype=torch.bool)
-        outside = (inside - image.boxes).abs().amax(1) > 1 if len(inside) else kept  # some tools count from 0
+        kept = (inside[:, 2:] - inside[:, :2]).amin(1) > 0
+        outside = (inside - image.boxes).abs().amax(1) > 1  # some tools count from 0
         if outside.any() or not kept.all():
             first = first or image.path.name
         cut, gone = cut + int((outside & kept).sum()), gone + int((~kept).sum())
@@ -2985,8 +2980,6 @@ def render_voc(root: Path, train: int, test: int, size: int = 96) -> None:
     """Write a set in VOC's layout: scenes of one to three objects of `shapes`, lists trainval, test and those of each
     class. Objects of which under 3 % of the image is seen are difficult; masks have a void outline of 1 px.
     """
-    if root.exists():
-        raise Fault(f"{root} exists: choose another folder")
     root.parent.mkdir(parents=True, exist_ok=True)
     # Seen only when it is complete. Each process has a place of its own; only one that is killed leaves it behind.
     with tempfile.TemporaryDirectory(prefix=f"{root.name}.", suffix=".tmp", dir=root.parent) as place:
@@ -3055,9 +3048,10 @@ def average_precision(scores: Tensor, right: Tensor, total: int, eleven_points: 
     if not total:
         return math.nan
     _, precision = precision_recall(scores, right, total)
-    best = precision.flip(0).cummax(0).values.flip(0) if len(precision) else precision
+    best = precision.flip(0).cummax(0).values.flip(0)
     hits = right[scores.argsort(descending=True, stable=True)]
     if not eleven_points:
         return 100 * best[hits].sum().item() / total
-    reached = [10 * hits.cumsum(0) >= tenth * total for tenth in range(11)]  # in whole numbers: 3 of 10 are 0.3
-    return 100 * sum(best[some].amax().item() if some.any() else 0.0 for some in reached) / 11
+    tenths = torch.arange(11, device=hits.device)
+    first = torch.searchsorted(10 * hits.cumsum(0), total * tenths)  # in whole numbers: 3 of 10 are 0.3
+    return 100 * F.pad(best, (0, 1))[first].sum().item() / 11
