@@ -2683,7 +2683,7 @@ def load_encoder(
                     f"Missing {', '.join(missing[:3]) or 'none'} ...; left over "
                     f"{', '.join(list(dict.fromkeys(other + unexpected))[:3])} ...")
     if head is None and layer == "head":
-        raise Fault(f"{path} has no linear layer on the {network.dim} features of {arch}: use --layer backbone")
+        raise Fault(f"{path} has no linear layer on the {network.dim} features of {arch}: take backbone, not head")
     network.load_state_dict(matched, strict=False)
     for part in (network, head):
         if part is not None:
