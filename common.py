@@ -373,7 +373,7 @@ class Draw:
 FREE_OPTIONS = {
     "output", "overwrite", "preset", "typed", "data", "data_dir", "val_dir", "cache", "workers", "max_bad_images",
     "device", "compile", "save_minutes", "knn_every", "knn_features", "test_subset", "epochs", "checkpoint",
-    "eval_every", "log_every", "test_list", "shard_bank",
+    "log_every", "test_list", "shard_bank",
 }
 NEVER = 2**62  # a step
 
@@ -670,6 +670,11 @@ class Run:
         if callable(previous) and previous is not signal.default_int_handler:
             previous(number, None)  # a launcher's own handler, such as submitit's: it requeues the job
         raise Stop(128 + number)
+
+    def pause(self, epoch: int, step: int) -> None:
+        """Between steps: a signal ends the run here; its checkpoint is that after so much."""
+        if number := self.agree(self.signal):
+            self.stop(number, epoch, step)
 
     def save(self, state: dict[str, Any], epoch: int, step: int) -> None:
         """Write checkpoint.pth: all of `state`, and where to go on. Atomic: a kill leaves the old or the new one.
@@ -1881,7 +1886,7 @@ class Sobel(nn.Module):
 class PlainNet(nn.Module):
     """AlexNet or VGG16 with batch normalisation after every convolution; the feature is fc7, (B, dim)."""
 
-    def __init__(self, arch: str, width: int, small: bool, input_channels: int, dropout: float) -> None:
+    def __init__(self, arch: str, width: int, small: bool, input_channels: int) -> None:
         super().__init__()
         alexnet, layers, channels = arch == "alexnet", list[nn.Module](), input_channels
         self.front = Sobel() if input_channels == 2 else nn.Identity()
@@ -1903,8 +1908,8 @@ class PlainNet(nn.Module):
         side = (3 if small else 6) if alexnet else (1 if small else 7)
         self.avgpool = nn.AdaptiveAvgPool2d(side)
         fc6, fc7 = nn.Linear(channels * side**2, self.dim), nn.Linear(self.dim, self.dim)
-        first = [nn.Dropout(dropout)] if alexnet else []
-        self.classifier = nn.Sequential(*first, fc6, nn.ReLU(inplace=True), nn.Dropout(dropout), fc7)
+        first = [nn.Dropout(0.0)] if alexnet else []
+        self.classifier = nn.Sequential(*first, fc6, nn.ReLU(inplace=True), nn.Dropout(0.0), fc7)
 
     def forward(self, images: Tensor, relu_last: bool = True) -> Tensor:
         """fc7, (B, dim), with or without its ReLU."""
@@ -1984,15 +1989,12 @@ class ResNet(nn.Module):
         return maps
 
 
-def backbone(
-    arch: str, width: int = 64, small: bool = False, input_channels: int = 3, dropout: float = 0.0
-) -> PlainNet | ResNet:
+def backbone(arch: str, width: int = 64, small: bool = False, input_channels: int = 3) -> PlainNet | ResNet:
     """Network (B, 3, H, W) -> (B, dim), fresh weights. width: 64 is standard, others scale every channel; small:
-    3x3 stem of stride 1, for images under 64 px; input_channels: 3, or 2 for the images' Sobel gradients; dropout:
-    probability before fc6 (AlexNet) and fc7 (AlexNet, VGG16), DeepCluster has 0.5."""
+    3x3 stem of stride 1, for images under 64 px; input_channels: 3, or 2 for the images' Sobel gradients."""
     network: PlainNet | ResNet
     if arch in PLAIN_STAGES:
-        network = PlainNet(arch, width, small, input_channels, dropout)
+        network = PlainNet(arch, width, small, input_channels)
     else:
         network = ResNet(arch, width, small, input_channels)
     if small:  # PyTorch's own start, usual for CIFAR networks: 2.4 times shorter than the one below, which under batch
@@ -2316,12 +2318,10 @@ def _kmeans_torch(x: Tensor, centroids: Tensor, iterations: int, seed: int) -> K
     for iteration in range(iterations + 1):
         before, (labels, total) = labels, assign(x, centroids, low, half if iteration < iterations else None)
         settled = empty == 0 and torch.equal(labels, before)
-        if settled and half:  # float32 decides whether this is a fixed point
-            half, (labels, total) = None, assign(x, centroids, low)
-            settled = torch.equal(labels, before)
         objective.append(total)
-        if settled or iteration == iterations:
+        if iteration == iterations or (settled and half is None):
             break
+        half = None if settled else half  # float32 decides whether this is a fixed point
         sums, counts = cluster_sums(x, labels, k)
         means = sums / counts.clamp(min=1).unsqueeze(1)
         centroids = torch.where(counts.unsqueeze(1) > 0, means, centroids)
@@ -2533,6 +2533,16 @@ def knn_monitor(
     accuracy = knn_accuracy(queries, test.labels.to(device), train, data.labels[known].to(device), len(data.classes),
                             num_neighbors=[k], temperatures=[temperature])
     return dict(knn_top1=round(accuracy[k, temperature][0], 2))
+
+
+def ratio_edge_intra_class(nearest: Tensor, labels: Tensor) -> Tensor:
+    """For each class, of the edges (i, j) from its images the share that end in it (DeepCluster, section 4.1).
+
+    nearest: (N, k); labels: (N,); returns (C,), NaN for classes without an image.
+    """
+    inside = (labels[nearest] == labels[:, None]).sum(1).double()
+    sums = torch.zeros(int(labels.max()) + 1, dtype=torch.float64, device=labels.device).index_add_(0, labels, inside)
+    return sums / (nearest.shape[1] * torch.bincount(labels))
 
 
 class _InertPickle:
@@ -2754,9 +2764,11 @@ def _strip(weights: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, T
     return kept | beside
 
 
-def untrained_encoder(arch: str, width: int, small: bool, device: torch.device, feature_dim: int = 128) -> Encoder:
+def untrained_encoder(
+    arch: str, width: int, small: bool, device: torch.device, feature_dim: int = 128, input_channels: int = 3
+) -> Encoder:
     """An encoder as it starts, the baseline of every table."""
-    network = backbone(arch, width, small)
+    network = backbone(arch, width, small, input_channels)
     head = nn.Linear(network.dim, feature_dim)
     for part in (network, head):
         part.eval().requires_grad_(False).to(device)
