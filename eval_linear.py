@@ -1321,8 +1321,6 @@ def main(args: argparse.Namespace) -> None:
                                       "head" if "head" in args.layers else "auto")
         if common.first_rank():
             print(f"{path}: {encoder.describe()}", flush=True)
-        if "head" in args.layers and encoder.head is None:
-            raise common.Fault(f"{path} has no head: --layers takes {', '.join(LAYERS[:-1])}")
     settings = argparse.Namespace(**{key: value for key, value in vars(args).items() if key not in MACHINE})
     settings.output = folder_of(args, encoder)
     run = common.Run(settings)
