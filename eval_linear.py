@@ -45,7 +45,6 @@ import os
 import shutil
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -410,26 +409,20 @@ class FeatureFile(NamedTuple):
     def bytes(self) -> int:
         return math.prod(self.shape) * self.kind.itemsize
 
-    def rows_done(self, values: Tensor) -> int:
-        """How many rows are there; none if they are not of this key, or have changed since."""
+    def rows_done(self) -> int:
+        """How many rows are there; none if they are not of this key."""
         try:
             found = json.loads(self.path.with_suffix(".json").read_text())
-            rows = int(found["rows"]) if found["key"] == self.key else 0
-            untouched = rows == len(values) and found.get("mtime_ns") == self.path.stat().st_mtime_ns
-            if not rows or untouched or found["crc"] == checksum(values[:rows]):
-                return rows
-            print(f"note: {self.path} is damaged and made anew", file=sys.stderr, flush=True)
+            return int(found["rows"]) if found["key"] == self.key else 0
         except (OSError, ValueError, KeyError, TypeError):
-            pass
-        return 0
+            return 0
 
-    def mark(self, rows: int, crc: int) -> None:
+    def mark(self, rows: int) -> None:
         """Note that so many rows are done, once the disk has them."""
         with self.path.open("rb+") as file:
             os.fsync(file.fileno())
-        written = self.path.stat().st_mtime_ns  # with the size, which the key gives, the mark of a file as it was left
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(dict(rows=rows, crc=crc, mtime_ns=written, key=self.key)))
+        temporary.write_text(json.dumps(dict(rows=rows, key=self.key)))
         temporary.replace(self.path.with_suffix(".json"))
 
 
@@ -442,8 +435,7 @@ def cached_features(
     made if they are not there.
 
     A file belongs to one set of weights, images, crops and one layer: its name is a checksum of these, the .json beside
-    it spells them out and says how many rows are done, with their checksum: a killed pass goes on, a damaged one is
-    made anew. A whole file that nobody has written to since is not read for its checksum again: 242 GB take minutes.
+    it spells them out and says how many rows are done: a killed pass goes on behind them.
     """
     amp = common.amp_default(device) if args.amp is None else args.amp
     kind = args.feature_type or ("bfloat16" if amp else "float32")
@@ -476,7 +468,7 @@ def cached_features(
             # torch.from_file takes no names of other bytes than UTF-8
             mapped = [torch.from_numpy(np.memmap(file.path, np.uint8, "r+")).view(file.kind).view(file.shape)
                       for file in files]
-            done = [file.rows_done(values) for file, values in zip(files, mapped, strict=True)]
+            done = [file.rows_done() for file in files]
             todo = [number for number, rows in enumerate(done) if rows < len(data)]
             if todo:
                 layers, first = [args.layers[number] for number in todo], min(done[number] for number in todo)
@@ -498,13 +490,6 @@ def both_features(
     train, test = cached_features(args, encoder, [(task.train, "train", args.train_crops),
                                                   (task.test, "test", args.test_crops)], device)
     return train, test
-
-
-def checksum(rows: Tensor, crc: int = 0) -> int:
-    """CRC-32 of rows (N, V, d), after those of which `crc` is."""
-    for part in torch.split(rows, 1024):
-        crc = zlib.crc32(part.contiguous().view(torch.uint8).numpy().data, crc)
-    return crc
 
 
 def make_room(files: Sequence[FeatureFile], folder: Path) -> None:
@@ -539,19 +524,17 @@ def fill(
     from tqdm import tqdm
 
     def mark() -> None:
-        for (file, _), crc in zip(parts, sums, strict=True):
-            file.mark(row, crc)
+        for file, _ in parts:
+            file.mark(row)
 
-    row, marked, sums = first, time.monotonic(), [checksum(values[:first]) for _, values in parts]
+    row, marked = first, time.monotonic()
     bar = tqdm(total=len(parts[0][1]), initial=first, unit="image", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     try:
         for views in batches:
-            count, after = len(views), list[int]()
-            for (_, values), found, crc in zip(parts, encode(views.flatten(0, 1)), sums, strict=True):
-                values[row : row + count] = found.view(count, *values.shape[1:])
-                after.append(checksum(values[row : row + count], crc))
-            row, sums = row + count, after  # together: an interrupt must not come between rows and their checksum
-            bar.update(count)
+            for (_, values), found in zip(parts, encode(views.flatten(0, 1)), strict=True):
+                values[row : row + len(views)] = found.view(len(views), *values.shape[1:])
+            row += len(views)
+            bar.update(len(views))
             if time.monotonic() - marked > 30:
                 mark()
                 marked = time.monotonic()
