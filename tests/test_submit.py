@@ -62,12 +62,14 @@ def test_combinations() -> None:
 
 
 def test_what_follows_is_tried_on_a_folder(tmp_path: Path) -> None:
-    """{output} in --then is a folder when the options are looked at, as it will be, and the run's own in the job."""
+    """{output} in --then is a folder when the options are looked at, as it will be, and the run's own in the job; what
+    a script prints meanwhile changes nothing."""
     script = "import argparse, pathlib\nparse_args = lambda argv: argparse.Namespace({})\nmain = print\n"
+    script += "print('imported', end='')\n"
     (tmp_path / "mine.py").write_text(script.format("knn_every=1, output='runs/x'"))
     (tmp_path / "after.py").write_text(script.format("out=next(pathlib.Path(argv[1]).parent.iterdir())"))
     args = submit.parse_args(["--then", "after.py --out {output}/curves.png", "mine.py"])
-    assert submit.runs_of(tmp_path, args, 1)[1] == ("after.py", [submit.Run(["--out", "runs/x/curves.png"], None)])
+    assert submit.runs_of(tmp_path, args, 1)[1] == ("after.py", [submit.Command(["--out", "runs/x/curves.png"], None)])
 
 
 def submitted(argv: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -84,6 +86,7 @@ REFUSED = [
     (["--nodes", "3", "--gpus", "5", NPID], "--batch-size 128 must divide by ranks x accumulate = 15 x 1"),
     (["--sweep", "tau=0.1,0.1", "--cluster", "slurm", NPID], "same output"),
     (["--gpus", "2", str(ROOT / "eval_knn.py"), "random"], "eval_knn.py runs as one task, not as 2"),
+    (["--gpus", "8", str(ROOT / "eval_linear.py"), "random"], "eval_linear.py: error: --protocol linear takes one"),
     (["missing.py"], "no script missing.py"),
     (["--cluster", "local", "--nodes", "2", NPID], "--cluster local has one node"),
     (["--then", "eval_nothing.py", NPID], "there is no such script beside npid.py"),
