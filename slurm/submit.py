@@ -75,6 +75,12 @@ def pair(text: str) -> tuple[str, str]:
     return key.replace("-", "_"), value
 
 
+def follower(text: str) -> list[str]:
+    """An argparse type: the words of a --then command, with {output} in them."""
+    script, *argv = shlex.split(text)
+    return [Path(script).name, *(argv if "{output}" in text else ["{output}/checkpoint.pth", *argv])]
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     words = list(sys.argv[1:] if argv is None else argv)
     parser = common.parser(__doc__)
@@ -99,8 +105,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                              "also setup=COMMAND, before the tasks start, and array_parallelism=N")
     parser.add_argument("--sweep", type=pair, nargs="+", action="extend", default=[], metavar="KEY=V1,V2",
                         help="all combinations as a job array")
-    parser.add_argument("--then", action="append", default=[], metavar="COMMAND", help="a script and its options, once "
-                        "the run has succeeded; may be given again")
+    parser.add_argument("--then", type=follower, action="append", default=[], metavar="COMMAND", help="a script and "
+                        "its options, once the run has succeeded; may be given again")
     # The first word that is a script ends the options: --sweep and --slurm take as many words as there are.
     before = ["", *words]
     end = next((i for i, word in enumerate(words) if re.fullmatch(r"[^-].*\.py", word) and before[i] != "--then"),
@@ -187,25 +193,19 @@ def check(code: Path, scripts: list[tuple[str, int, list[list[str]]]]) -> list[F
     return [Facts(*row) for row in json.loads(last[0])]
 
 
-def follower(command: str) -> list[str]:
-    """The words of a --then command, with {output} in them."""
-    words = shlex.split(command)
-    return words if "{output}" in command else [*words[:1], "{output}/checkpoint.pth", *words[1:]]
-
-
 def runs_of(code: Path, args: argparse.Namespace, ranks: int) -> list[tuple[str, list[Command]]]:
     """What is to run: the script, once or once for each combination of the sweep, then each --then command for each."""
-    script, added, then = args.script.name, combinations(args.sweep), [follower(command) for command in args.then]
-    tried = [[word.replace("{output}", str(code)) for word in words] for words in then]  # a folder, as it will be then
-    for name in (Path(words[0]).name for words in then):
+    script, added = args.script.name, combinations(args.sweep)
+    tried = []  # with another folder for {output}, which will be one then
+    for name, *argv in args.then:
         if not (code / name).is_file():
             raise common.Fault(f"--then {name}: there is no such script beside {script}")
-    found = check(code, [(script, ranks, [args.argv + words for words in added]),
-                         *((Path(words[0]).name, 1, [words[1:]]) for words in tried)])
+        tried.append((name, 1, [[word.replace("{output}", str(code)) for word in argv]]))
+    found = check(code, [(script, ranks, [args.argv + words for words in added]), *tried])
     runs = []
     for words, facts in zip(added, found[: len(added)], strict=True):
         argv, output = args.argv + words, facts.output
-        if then and not facts.trains:
+        if args.then and not facts.trains:
             raise common.Fault(f"--then is for what comes after training, and {script} does not train")
         if ranks > 1 and not facts.parts:
             raise common.Fault(f"{script} runs as one task, not as {ranks}: use --nodes 1 --gpus 1")
@@ -224,9 +224,9 @@ def runs_of(code: Path, args: argparse.Namespace, ranks: int) -> list[tuple[str,
     if len(set(named)) < len(named) or len({tuple(run.argv) for run in runs}) < len(runs):
         raise common.Fault("two runs of the sweep have the same output: is there a value twice, or --output swept?")
     groups = [(script, runs)]
-    for name, *argv in then:
+    for name, *argv in args.then:
         some = [Command([word.replace("{output}", run.output or "") for word in argv], None) for run in runs]
-        groups.append((Path(name).name, some))
+        groups.append((name, some))
     return groups
 
 
@@ -427,7 +427,7 @@ def submit(folder: Path, first: Any, then: Any, jobs: list[list[Job]]) -> None:
 
 def run_here(folder: Path, executor: Any, job: Job) -> None:
     """Run a job on this machine to its end, which Ctrl-C and TERM bring about after a checkpoint."""
-    print(f"{shlex.join([job.script, *job.run.argv])}")
+    print(shlex.join([job.script, *job.run.argv]))
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by what starts now
     started = executor.submit(job)
     signal.signal(signal.SIGINT, handler)

@@ -28,21 +28,24 @@ SUBMIT = [sys.executable, str(ROOT / "slurm" / "submit.py")]
 # before the queue
 
 
+AFTER = ["eval_knn.py", "{output}/checkpoint.pth"]  # --then eval_knn.py
+
 def test_options_of_submission_and_script() -> None:
     """The first script named ends the submission's options, whatever stands in --then; the rest is the script's."""
     args = submit.parse_args(["--nodes", "2", "--then", "eval_knn.py", "--sweep", "lr=1,2", "seed=0", "npid.py", "--lr",
                               "1", "other.py"])
-    assert (args.nodes, args.then, args.sweep) == (2, ["eval_knn.py"], [("lr", "1,2"), ("seed", "0")])
+    assert (args.nodes, args.then, args.sweep) == (2, [AFTER], [("lr", "1,2"), ("seed", "0")])
     assert (args.script, args.argv) == (Path("npid.py"), ["--lr", "1", "other.py"])
     args = submit.parse_args(["--then=eval_knn.py", "--then", "eval_linear.py", "npid.py"])
-    assert (args.then, args.script) == (["eval_knn.py", "eval_linear.py"], Path("npid.py"))
+    assert (args.then, args.script) == ([AFTER, ["eval_linear.py", "{output}/checkpoint.pth"]], Path("npid.py"))
     assert args.grace == submit.GRACE and submit.parse_args(["--hours", "0.1", "npid.py"]).grace == 90
 
 
 WRONG = [([], "which script"), (["--hours", "0", "npid.py"], "--hours"), (["--slurm", "qos", "npid.py"], "KEY=VALUE"),
          (["--hours", "1", "--grace", "3600", "npid.py"], "--grace"), (["--nodes", "0", "npid.py"], "--nodes"),
          (["--slurm", "qos=high", "time=12:00:00", "npid.py"], "--slurm time: use --hours"),
-         (["--slurm", "ntasks-per-node=2", "npid.py"], "--slurm ntasks_per_node: use --tasks")]
+         (["--slurm", "ntasks-per-node=2", "npid.py"], "--slurm ntasks_per_node: use --tasks"),
+         (["--then", "eval_knn.py 'a", "npid.py"], "--then")]
 
 
 @pytest.mark.parametrize(("argv", "words"), WRONG, ids=[words for _, words in WRONG])
