@@ -373,7 +373,7 @@ class Draw:
 FREE_OPTIONS = {
     "output", "overwrite", "preset", "typed", "data", "data_dir", "val_dir", "cache", "workers", "max_bad_images",
     "device", "compile", "save_minutes", "knn_every", "knn_features", "test_subset", "epochs", "checkpoint",
-    "eval_every", "log_every", "test_list", "shard_bank", "memory", "features", "image_batch",
+    "log_every", "test_list", "shard_bank", "memory", "features", "image_batch",
 }
 NEVER = 2**62  # a step
 
@@ -670,6 +670,11 @@ class Run:
         if callable(previous) and previous is not signal.default_int_handler:
             previous(number, None)  # a launcher's own handler, such as submitit's: it requeues the job
         raise Stop(128 + number)
+
+    def pause(self, epoch: int, step: int) -> None:
+        """Between steps: a signal ends the run here; its checkpoint is that after so much."""
+        if number := self.agree(self.signal):
+            self.stop(number, epoch, step)
 
     def save(self, state: dict[str, Any], epoch: int, step: int) -> None:
         """Write checkpoint.pth: all of `state`, and where to go on. Atomic: a kill leaves the old or the new one.
@@ -2558,6 +2563,16 @@ def knn_monitor(
     return dict(knn_top1=round(accuracy[k, temperature][0], 2))
 
 
+def ratio_edge_intra_class(nearest: Tensor, labels: Tensor) -> Tensor:
+    """For each class, of the edges (i, j) from its images the share that end in it (DeepCluster, section 4.1).
+
+    nearest: (N, k); labels: (N,); returns (C,), NaN for classes without an image.
+    """
+    inside = (labels[nearest] == labels[:, None]).sum(1).double()
+    sums = torch.zeros(int(labels.max()) + 1, dtype=torch.float64, device=labels.device).index_add_(0, labels, inside)
+    return sums / (nearest.shape[1] * torch.bincount(labels))
+
+
 class _InertUnpickler(pickle.Unpickler):
     """Reads tensors and plain values; every other class in the file becomes an empty stand-in and is never run."""
 
@@ -2783,9 +2798,11 @@ def _strip(weights: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, T
     return kept | beside
 
 
-def untrained_encoder(arch: str, width: int, small: bool, device: torch.device, feature_dim: int = 128) -> Encoder:
+def untrained_encoder(
+    arch: str, width: int, small: bool, device: torch.device, feature_dim: int = 128, input_channels: int = 3
+) -> Encoder:
     """An encoder as it starts, the baseline of every table."""
-    network = backbone(arch, width, small)
+    network = backbone(arch, width, small, input_channels)
     head = nn.Linear(network.dim, feature_dim)
     for part in (network, head):
         part.eval().requires_grad_(False).to(device)

@@ -620,14 +620,6 @@ def nmi(a: Tensor, b: Tensor) -> float:
     return round(float(normalized_mutual_info_score(a.cpu().numpy(), b.cpu().numpy(), average_method="geometric")), 4)
 
 
-def ratio_edge_intra_class(nearest: Tensor, labels: Tensor) -> Tensor:
-    """For each class, of the edges (i, j) from its images the share that end in it (section 4.1). nearest: (N, k);
-    labels: (N,); returns (C,), NaN for classes without an image."""
-    inside = (labels[nearest] == labels[:, None]).sum(1).double()
-    sums = torch.zeros(int(labels.max()) + 1, dtype=torch.float64, device=labels.device).index_add_(0, labels, inside)
-    return sums / (nearest.shape[1] * torch.bincount(labels))
-
-
 def label_figures(
     x: Tensor, pseudo_labels: Tensor, labels: Tensor, run: common.Run | None = None
 ) -> dict[str, float]:
@@ -640,7 +632,7 @@ def label_figures(
     if known.sum() < 2:
         return {}
     x, pseudo_labels, labels = x[known.to(x.device)], pseudo_labels[known], labels[known]
-    ratio = 100 * float(ratio_edge_intra_class(own_neighbors(x, 10, run).cpu(), labels).nanmean())
+    ratio = 100 * float(common.ratio_edge_intra_class(own_neighbors(x, 10, run).cpu(), labels).nanmean())
     clustered = pseudo_labels >= 0
     figures = dict(ratio_edge=round(ratio, 2))
     return figures | (dict(nmi_labels=nmi(pseudo_labels[clustered], labels[clustered])) if clustered.any() else {})

@@ -39,7 +39,7 @@ are those of these scripts, with batch normalisation. What is drawn in a step fo
 in the batch; only which anchors and regions are trained on depends on the number of ranks, too.
 
 log.jsonl has, each --log-every iterations: the losses of anchors (objectness, rpn_box_reg) and regions (classifier,
-box_reg), their sum, the rate, time and memory; with --eval-every also ap50_voc07.
+box_reg), their sum, the rate, time and memory.
 """
 
 import argparse
@@ -49,7 +49,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +62,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import box_iou, roi_align
+from tqdm import tqdm
 
 import common
 
@@ -161,8 +162,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     run = common.add_run_options(parser, "detection-<preset>-seed<seed> beside the checkpoint")
     run.add_argument("--log-every", type=common.COUNT, default=100, metavar="N", help="a line of the log each N "
                      "iterations")
-    run.add_argument("--eval-every", type=common.COUNT_OR_ZERO, default=0, metavar="N", help="ap50_voc07 of the test "
-                     "images each N iterations, to watch; the result is that of the end (0: never)")
     args = common.parse(parser, PRESETS, argv, base="voc07")
     if "output" not in args.typed:
         place = Path("runs") if args.checkpoint == "random" else Path(args.checkpoint).parent
@@ -416,20 +415,6 @@ class Proposals(RegionProposalNetwork):  # type: ignore[misc]
         return labels, matched
 
 
-class Align(nn.Module):
-    """RoIAlign with pixel centres at halves and one sample a pixel; float32."""
-
-    def __init__(self, side: int, stride: int) -> None:
-        super().__init__()
-        self.side, self.stride = side, stride
-
-    def forward(self, features: dict[str, Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]]) -> Tensor:
-        """Maps {"0": (B, C, h, w)} and B times (P, 4) boxes in px -> (sum of P, C, side, side)."""
-        maps = features["0"].float().contiguous()
-        aligned: Tensor = roi_align(maps, boxes, self.side, 1 / self.stride, sampling_ratio=0, aligned=True)
-        return aligned
-
-
 class Predictor(nn.Module):
     """Feature (R, dim) -> scores (R, 1 + C) and offsets (R, 4 (1 + C)) of the classes, class 0 the ground."""
 
@@ -467,8 +452,14 @@ class Detector(nn.Module):
                 post_nms_top_n=best, nms_thresh=0.7,
             )
             self.proposals.drop = args.boundary_anchors == "drop"
+
+        def align(features: dict[str, Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]]) -> Any:
+            """Maps {"0": (B, C, h, w)} and B times (P, 4) boxes in px -> (sum of P, C, side, side) float32, by RoIAlign
+            with pixel centres at halves."""
+            return roi_align(features["0"].float().contiguous(), boxes, side, 1 / stride, aligned=True)
+
         self.regions = RoIHeads(
-            Align(side, stride), head, Predictor(dim, num_classes), fg_iou_thresh=0.5, bg_iou_thresh=0.5,
+            align, head, Predictor(dim, num_classes), fg_iou_thresh=0.5, bg_iou_thresh=0.5,
             batch_size_per_image=args.rois, positive_fraction=0.25, bbox_reg_weights=None, score_thresh=args.min_score,
             nms_thresh=args.nms, detections_per_img=100,
         )
@@ -508,18 +499,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 @torch.no_grad()
-def precise_statistics(
-    model: nn.Module, batches: Iterator[Batch], run: common.Run, pause: Callable[[], None] = lambda: None
-) -> None:
-    """Batch statistics as the mean of those of `batches` and of the ranks, in place of the running ones; with a `pause`
-    before each batch."""
+def precise_statistics(model: nn.Module, batches: Iterator[Batch], run: common.Run) -> None:
+    """Batch statistics as the mean of those of `batches` and of the ranks, in place of the running ones."""
     norms = [module for module in model.modules()
              if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and module.training]
     for module in norms:
         module.reset_running_stats()
         module.momentum = None  # the plain mean
     for batch in batches if norms else ():
-        pause()
+        run.pause(0, run.steps)
         with run.autocast():
             model(batch)
     for module in norms:
@@ -652,22 +640,18 @@ def figures(found: Detections, data: common.VocSet) -> dict[str, Any]:
 @torch.no_grad()
 def detect(
     model: Detector, data: common.VocSet, proposals: list[Tensor] | None, args: argparse.Namespace,
-    mean: Sequence[float], std: Sequence[float], run: common.Run, pause: Callable[[], None] = lambda: None,
+    mean: Sequence[float], std: Sequence[float], run: common.Run,
 ) -> Detections:
-    """At most 100 boxes in each image, one image at a time; shared out over the ranks, the same on all. With a `pause`
-    before each tenth image: ranks wait there for each other."""
+    """At most 100 boxes in each image, one image at a time; shared out over the ranks, the same on all."""
     model.eval()
     share = -(-len(data) // run.world)  # equal shares, the last padded with the last image
     rows = [min(row, len(data) - 1) for row in range(run.rank * share, (run.rank + 1) * share)]
     packed = torch.full((share, 100, 6), -1.0)
-    batches: Any = decoded(data, args, [[Sample(row, args.test_size, False)] for row in rows])
-    if run.rank == 0 and sys.stderr.isatty():
-        from tqdm import tqdm
-
-        batches = tqdm(batches, total=share, desc="test", unit="image", dynamic_ncols=True, leave=False)
+    batches = tqdm(decoded(data, args, [[Sample(row, args.test_size, False)] for row in rows]), total=share,
+                   desc="test", unit="image", dynamic_ncols=True, leave=False, disable=run.rank > 0 or None)
     for number, (place, part) in enumerate(zip(packed, batches, strict=True)):
-        if number % 10 == 0:
-            pause()
+        if number % 10 == 0:  # ranks wait here for each other
+            run.pause(1, 0)
         batch = collate(part, data, proposals, args, mean, std, run.device)
         with run.autocast():
             ((answer,), _) = model(batch)
@@ -714,9 +698,7 @@ def main(args: argparse.Namespace) -> None:
               f"{args.lr_drops}", flush=True)
     torch.manual_seed(args.seed)
     if args.checkpoint == "random":
-        if args.arch is None:
-            raise common.Fault("random: name the network with --arch")
-        encoder = common.untrained_encoder(args.arch, args.width or 64, args.small, run.device)
+        encoder = common.untrained_encoder(args.arch or "resnet18", args.width or 64, args.small, run.device)
     else:
         encoder = common.load_encoder(Path(args.checkpoint), args.arch, args.width, None, run.device, "backbone")
         if run.rank == 0:
@@ -739,11 +721,6 @@ def main(args: argparse.Namespace) -> None:
     def batch_of(part: list[tuple[Sample, Tensor]]) -> Batch:
         return collate(part, data, train_regions, args, mean, std, run.device)
 
-    def pause(epoch: int = 1, step: int = 0) -> None:
-        """A signal does not wait for the end of what follows training: the checkpoint after so much is written."""
-        if number := run.agree(run.signal):
-            run.stop(number, epoch, step)
-
     began, since = time.perf_counter(), first
     for step, images in training_batches(run, data, args, range(first, 0 if finished else args.iterations)):
         model.train()
@@ -760,15 +737,9 @@ def main(args: argparse.Namespace) -> None:
             totals.add(**losses)
         optimizer.step()
         totals.add(loss=loss)
-        end = step + 1 == args.iterations
-        watch = args.eval_every and ((step + 1) % args.eval_every == 0 or end)
-        if (step + 1) % args.log_every == 0 or watch or end:
-            row: dict[str, float] = {name: round(value, 5) for name, value in totals.means(run).items()}
+        if (step + 1) % args.log_every == 0 or step + 1 == args.iterations:
+            row = {name: round(value, 5) for name, value in totals.means(run).items()}
             seconds, count = time.perf_counter() - began, step + 1 - since
-            if watch:
-                run.broadcast(model)
-                found = detect(model, test, test_regions, args, mean, std, run)
-                row["ap50_voc07"] = round(voc_precision(found, test, [0.5], True).nanmean().item(), 2)
             run.log(iteration=step + 1, lr=optimizer.param_groups[0]["lr"], **row, seconds=round(seconds, 1),
                     seconds_per_iteration=round(seconds / count, 4), memory_gb=common.memory_gb(run.device))
             began, since = time.perf_counter(), step + 1
@@ -779,13 +750,13 @@ def main(args: argparse.Namespace) -> None:
             more = training_batches(run, data, args, range(args.iterations, args.iterations + args.precise_bn))
             model.train()
             parts = (part for _, images in more for part in in_parts(images, args.accumulate))
-            precise_statistics(model, map(batch_of, parts), run, lambda: pause(0, args.iterations))
+            precise_statistics(model, map(batch_of, parts), run)
         run.broadcast(model)
         run.save(state, 1, 0)
 
-    found = detect(model, test, test_regions, args, mean, std, run, pause)
+    found = detect(model, test, test_regions, args, mean, std, run)
     result = dict(protocol="detection", checkpoint=args.checkpoint, checkpoint_sha256=encoder.sha256,
-                  preset=args.preset, data=test.name, arch=args.arch or encoder.options.get("arch"),
+                  preset=args.preset, data=test.name, arch=args.arch or encoder.options.get("arch", "resnet18"),
                   width=args.width or encoder.options.get("width", 64), train_images=len(data), test_images=len(test),
                   iterations=args.iterations, batch_size=args.batch_size, seed=args.seed, **figures(found, test))
     line = json.dumps(result)

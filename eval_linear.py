@@ -1297,9 +1297,9 @@ def main(args: argparse.Namespace) -> None:
     facts = dict(protocol=args.protocol, preset=args.preset, checkpoint=args.checkpoint,
                  checkpoint_sha256=encoder.sha256, arch=args.arch or options.get("arch", "resnet18"),
                  method="untrained" if args.checkpoint == "random" else method, data=task.train.name,
-                 subset=args.subset, train_images=len(task.train), test_images=len(task.test),
-                 train_crops=args.train_crops, test_crops=args.test_crops, normalize=args.normalize, epochs=args.epochs,
-                 batch_size=args.batch_size, seed=args.seed, amp=run.amp)
+                 classes=len(task.train.classes), subset=args.subset, train_images=len(task.train),
+                 test_images=len(task.test), train_crops=args.train_crops, test_crops=args.test_crops,
+                 normalize=args.normalize, epochs=args.epochs, batch_size=args.batch_size, seed=args.seed, amp=run.amp)
     if args.protocol in ("linear", "mlp"):
         facts |= dict(lr_grid=args.lr, weight_decay_grid=args.weight_decay, holdout=args.holdout,
                       schedule=args.schedule)

@@ -24,9 +24,8 @@ batch. Where the labels of a folder's classes are not to be had, they are class 
 
 import argparse
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +35,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.segmentation.fcn import FCNHead
+from tqdm import tqdm
 
 import common
 
@@ -319,33 +319,28 @@ def confusion(found: Tensor, classes: Tensor, count: int) -> Tensor:
 
 def figures(table: Tensor, names: Sequence[str]) -> dict[str, Any]:
     """miou, pixel_accuracy and iou_by_class of a confusion table, in percent; classes in neither mask are left out."""
-    hits, either = table.diag().double(), (table.sum(0) + table.sum(1) - table.diag()).double()
-    shares = {name: round(100 * value, 2) for name, value in zip(names, (hits / either).tolist(), strict=True)
-              if value == value}
-    mean = 100 * (hits / either)[either > 0].mean()
-    return dict(miou=round(mean.item(), 2), pixel_accuracy=round(100 * (hits.sum() / table.sum()).item(), 2),
+    hits = table.diag().double()
+    iou = 100 * hits / (table.sum(0) + table.sum(1) - table.diag())
+    shares = {name: round(share, 2) for name, share in zip(names, iou.tolist(), strict=True) if share == share}
+    return dict(miou=round(iou.nanmean().item(), 2), pixel_accuracy=round(100 * (hits.sum() / table.sum()).item(), 2),
                 iou_by_class=shares)
 
 
 @torch.no_grad()
 def confusion_table(
     model: Segmenter, data: common.VocSet, args: argparse.Namespace, mean: Sequence[float], std: Sequence[float],
-    run: common.Run, pause: Callable[[], None] = lambda: None,
+    run: common.Run,
 ) -> Tensor:
-    """The confusion table of all test images, one at a time at their own size; shared out over the ranks. With a
-    `pause` before each tenth image of those that every rank has: ranks wait there for each other."""
+    """The confusion table of all test images, one at a time at their own size; shared out over the ranks."""
     model.eval()
     rows = list(range(len(data)))[run.rank :: run.world]
     count = 1 + len(data.classes)
     table = torch.zeros(count, count, dtype=torch.int64, device=run.device)
-    batches: Any = decoded(data, args, mean, [[Sample(row, args.test_size)] for row in rows])
-    if run.rank == 0 and sys.stderr.isatty():
-        from tqdm import tqdm
-
-        batches = tqdm(batches, total=len(rows), desc="test", unit="image", dynamic_ncols=True, leave=False)
+    batches = tqdm(decoded(data, args, mean, [[Sample(row, args.test_size)] for row in rows]), total=len(rows),
+                   desc="test", unit="image", dynamic_ncols=True, leave=False, disable=run.rank > 0 or None)
     for number, ((_, pixels, mask),) in enumerate(batches):
-        if number % 10 == 0 and number < len(data) // run.world:
-            pause()
+        if number % 10 == 0 and number < len(data) // run.world:  # ranks, which all have so many, wait for each other
+            run.pause(1, 0)
         height, width = pixels.shape[1:]
         image = common.normalize(pixels[None].to(run.device).float() / 255, mean, std)
         # Zeros at the right and below, so that the map has whole cells.
@@ -366,10 +361,8 @@ def load(args: argparse.Namespace) -> tuple[common.VocSet, common.VocSet]:
     """Training and test images, with the same classes: those of the annotations, else as many as the masks have."""
     data = common.load_voc(args, "train", "Segmentation")
     if not data.classes:
-        top = 0
-        for image in data.images:
-            values = np.unique(np.asarray(read_mask(image, common.VOID)))
-            top = max(top, *(int(value) for value in values if value != common.VOID), 0)
+        masks = (np.asarray(read_mask(image, common.VOID)) for image in data.images)
+        top = max(int(mask[mask != common.VOID].max(initial=0)) for mask in masks)
         data.classes = [f"class {i}" for i in range(1, top + 1)]
     test = common.load_voc(args, "test", "Segmentation", data.classes)
     data.size = test.size = args.test_size
@@ -380,9 +373,7 @@ def main(args: argparse.Namespace) -> None:
     run = common.Run(args)
     torch.manual_seed(args.seed)
     if args.checkpoint == "random":
-        if args.arch is None:
-            raise common.Fault("random: name the network with --arch")
-        encoder = common.untrained_encoder(args.arch, args.width or 64, args.small, run.device)
+        encoder = common.untrained_encoder(args.arch or "resnet18", args.width or 64, args.small, run.device)
     else:
         encoder = common.load_encoder(Path(args.checkpoint), args.arch, args.width, None, run.device, "backbone")
         if run.rank == 0:
@@ -400,11 +391,6 @@ def main(args: argparse.Namespace) -> None:
     totals = common.Totals(run.device)
     state = dict(model=model, optimizer=optimizer, totals=totals)
     finished, first = run.resume(state, args.iterations)
-
-    def pause(epoch: int = 1, step: int = 0) -> None:
-        """A signal does not wait for the end of the test: the checkpoint after so much is written."""
-        if number := run.agree(run.signal):
-            run.stop(number, epoch, step)
 
     began, since = time.perf_counter(), first
     steps = range(first, 0 if finished else args.iterations)
@@ -435,9 +421,9 @@ def main(args: argparse.Namespace) -> None:
         run.broadcast(model)
         run.save(state, 1, 0)
 
-    table = confusion_table(model, test, args, mean, std, run, pause)
+    table = confusion_table(model, test, args, mean, std, run)
     result = dict(protocol="segmentation", checkpoint=args.checkpoint, checkpoint_sha256=encoder.sha256,
-                  preset=args.preset, data=test.name, arch=args.arch or encoder.options.get("arch"),
+                  preset=args.preset, data=test.name, arch=args.arch or encoder.options.get("arch", "resnet18"),
                   width=args.width or encoder.options.get("width", 64), train_images=len(data), test_images=len(test),
                   iterations=args.iterations, batch_size=args.batch_size, seed=args.seed,
                   **figures(table.cpu(), ["ground", *test.classes]))

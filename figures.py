@@ -44,8 +44,10 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnnotationBbox, HPacker, OffsetImage
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 from torch import Tensor, nn
 
 import common
@@ -57,8 +59,9 @@ WRONG, RIGHT = COLORS[1:3]
 STYLE: Any = {"font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
               "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "figure.titlesize": 11,
               "figure.titleweight": "bold"}
+BESIDE: Any = dict(textcoords="offset points", fontsize=7)  # a number or a word beside a point
 # Options that do not make a run another experiment; --data stands for its images.
-IGNORED = {*common.FREE_OPTIONS, "seed"} - {"epochs", "amp", "data"}
+IGNORED = {*common.FREE_OPTIONS, "seed"} - {"epochs", "data"}
 
 
 class Source(NamedTuple):
@@ -76,20 +79,19 @@ class Source(NamedTuple):
                 f"epoch {self.epochs} of {self.options['epochs']}, commit {self.git}")
 
 
-def legend(sources: Sequence[Source]) -> list[str]:
-    """What tells the sources apart: script and preset, else the options that differ, else the folders."""
+def legend(sources: Sequence[Source]) -> dict[str, Source]:
+    """The sources by what tells them apart: script and preset, else the options that differ, else the folders."""
     named = [source.options | dict(data=source.data["name"]) if source.options else {} for source in sources]
     runs = [options for options in named if options]
     keys = sorted({key for options in runs for key in options} - IGNORED)
     keys = [key for key in keys if len({repr(options.get(key)) for options in runs}) > 1][:3]
     options = [", ".join(f"{key.replace('_', ' ')} {{{key}}}" for key in some) for some in (keys, [*keys, "seed"])]
-    for form in ("{script} {preset}", *options):
-        names = [form.format_map(dict.fromkeys(keys) | options) if options else source.name
+    for form in ("{script} {preset}", *options, "{folder}"):
+        names = [form.format_map(dict.fromkeys(keys) | options | dict(folder=source.name)) if options else source.name
                  for source, options in zip(sources, named, strict=True)]
         if len(set(names)) == len(names):
-            return names
-    names = [source.name for source in sources]
-    return names if len(set(names)) == len(names) else [f"{name} ({i})" for i, name in enumerate(names, 1)]
+            return dict(zip(names, sources, strict=True))
+    return {f"{source.name} ({i})": source for i, source in enumerate(sources, 1)}
 
 
 def look(number: int) -> dict[str, Any]:
@@ -105,8 +107,7 @@ def folder_of(name: str) -> Path:
 def mark(axes: Any, level: float, text: str) -> None:
     """A dotted line across the panel at y = level."""
     axes.axhline(level, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)))
-    axes.annotate(text, (0, level), (3, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
-                  color="0.4", fontsize=7)
+    axes.annotate(text, (0, level), (3, 2), xycoords=("axes fraction", "data"), color="0.4", **BESIDE)
 
 
 def save(figure: Figure, title: str, note: str, runs: dict[str, Source], path: Path) -> None:
@@ -120,8 +121,6 @@ def save(figure: Figure, title: str, note: str, runs: dict[str, Source], path: P
     if path.suffix != ".png":
         figure.savefig(content, format=path.suffix[1:])
     else:
-        from PIL import Image
-
         for dpi, colors in ((160, 256), (130, 256), (110, 256), (100, 128), (90, 128), (90, 64), (70, 64)):
             content.seek(0)
             figure.savefig(content, format="png", dpi=dpi)
@@ -157,7 +156,7 @@ def keep(args: argparse.Namespace, key: tuple[Any, ...], make: Callable[[], Kept
 def open_network(
     args: argparse.Namespace, name: str, first: common.Encoder | None
 ) -> tuple[common.Encoder, Source]:
-    """The encoder in a run's folder or in a file; "random": an untrained one of the architecture of `first`."""
+    """The encoder in a run's folder or in a file; "random": an untrained one like `first`, with a head if that has."""
     small = args.image_size < common.SMALL if args.image_size else None
     if name == "random":
         if first is None:
@@ -165,8 +164,11 @@ def open_network(
         arch, width = args.arch or first.options["arch"], args.width or first.options.get("width", 64)
         torch.manual_seed(args.seed)
         stem = first.data.get("small", False) if small is None else small
-        encoder = common.untrained_encoder(arch, width, stem, args.device)
-        return dataclasses.replace(encoder, options=first.options, data=first.data), Source("untrained", {}, {}, "", 0)
+        channels = 2 if isinstance(first.backbone.front, common.Sobel) else 3
+        encoder = common.untrained_encoder(arch, width, stem, args.device, input_channels=channels)
+        encoder = dataclasses.replace(encoder, head=encoder.head if first.head else None, options=first.options,
+                                      data=first.data)
+        return encoder, Source("untrained", {}, {}, "", 0)
     path = Path(name, "checkpoint.pth") if Path(name).is_dir() else Path(name)
     encoder = common.load_encoder(path, args.arch, args.width, small, args.device, args.layer)
     if not encoder.options:
@@ -182,7 +184,7 @@ def open_networks(args: argparse.Namespace) -> tuple[list[common.Encoder], dict[
         found[name] = keep(args, ("network", name), functools.partial(open_network, args, name, first))
         first = first or found[name][0]
     encoders, sources = zip(*(found[name] for name in args.runs), strict=True)
-    return list(encoders), dict(zip(legend(sources), sources, strict=True))
+    return list(encoders), legend(sources)
 
 
 def load_data(encoder: common.Encoder, args: argparse.Namespace) -> tuple[common.ImageSet, common.ImageSet]:
@@ -203,15 +205,15 @@ def extract(
         with torch.autocast(args.device.type, torch.bfloat16, amp):
             return (describe or encoder.embed)(images)
 
-    def make() -> tuple[common.Encoder, common.ImageSet, Tensor]:
+    def make() -> Tensor:
         shown = data
         if encoder.data:
             size, mean, std = args.image_size or encoder.data["size"], encoder.data["mean"], encoder.data["std"]
             shown = dataclasses.replace(data, size=size, mean=tuple(mean), std=tuple(std))
-        return encoder, data, common.extract(args.device, shown, embed, args.batch_size)
+        return common.extract(args.device, shown, embed, args.batch_size)
 
-    # Kept with the network and the images, so that nothing else can take their ids.
-    return make()[2] if describe else keep(args, ("features", id(encoder), id(data)), make)[2]
+    # Network and images are kept, too: nothing else can take their ids.
+    return make() if describe else keep(args, ("features", id(encoder), id(data)), make)
 
 
 # ---- images beside images -------------------------------------------------------------------------------------------
@@ -506,9 +508,9 @@ def curves(args: argparse.Namespace) -> None:
         git, epochs = "/".join({source.git: "" for source, _ in members}), min(source.epochs for source, _ in members)
         sources.append(first._replace(options=first.options | dict(seed=seeds), git=git, epochs=epochs))
     same = len({(source.options["script"], source.options.get("loss")) for source in sources}) == 1
-    labels, lines = legend(sources), [[rows for _, rows in members] for members in groups.values()]
-    figure = draw_curves(dict(zip(labels, lines, strict=True)), chance, compare=same)
-    save(figure, "Learning curves", "", dict(zip(labels, sources, strict=True)), args.out)
+    runs, lines = legend(sources), [[rows for _, rows in members] for members in groups.values()]
+    figure = draw_curves(dict(zip(runs, lines, strict=True)), chance, compare=same)
+    save(figure, "Learning curves", "", runs, args.out)
 
 
 # ---- density ---------------------------------------------------------------------------------------------------------
@@ -613,8 +615,6 @@ class Cloud(NamedTuple):
 
 def draw_mds(clouds: list[Cloud]) -> Figure:
     """A panel for each cloud. Grey boxes: the class that falls apart most, three images from each of its two parts."""
-    from matplotlib.offsetbox import AnnotationBbox, HPacker, OffsetImage
-
     rows = len(clouds) // 2
     figure = Figure((9, 4.0 * rows + 0.7), layout="constrained")
     for axes, cloud in zip(figure.subplots(rows, 2, squeeze=False).flat, clouds, strict=True):
@@ -695,11 +695,8 @@ def draw_filters(panels: dict[str, Tensor]) -> Figure:
         count, _, side, _ = tiles.shape
         mosaic = tiles.view(count // columns, columns, 3, side, side).permute(0, 3, 1, 4, 2)
         axes.imshow(mosaic.reshape(count // columns * side, columns * side, 3).numpy(), interpolation="nearest")
-        axes.set(xticks=[], yticks=[])
         axes.set_title(title, wrap=True)
-        axes.grid(visible=False)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
+        axes.axis("off")
     return figure
 
 
@@ -719,6 +716,9 @@ def filters(args: argparse.Namespace) -> None:
 
 STAGES = ["conv1", "conv2", "conv3", "conv4", "conv5"]
 CONTRAST = 0.35  # of the noise from which ascent starts, in standard deviations of the training images
+LOUDEST = 1e3  # contrast at which it ends at most
+RATE = 0.2  # length of a step, in RMS of the image
+STARTS = 2  # noise images from which a channel starts
 
 
 def rms(images: Tensor) -> Tensor:
@@ -726,18 +726,16 @@ def rms(images: Tensor) -> Tensor:
     return images.square().mean((1, 2, 3), keepdim=True).sqrt()
 
 
-def ascend(
-    maps: Callable[[Tensor], Tensor], images: Tensor, peak: Tensor, steps: int, rate: float = 0.2, contrast: float = 1e3
-) -> tuple[Tensor, Tensor]:
+def ascend(maps: Callable[[Tensor], Tensor], images: Tensor, peak: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Images (B, 3, S, S) after at most `steps` of ascent on the mean of their channel's map, and that mean (B,).
 
-    maps: images -> each one's map (B, H, W), not negative. A step is `rate` times the image's RMS long, along the
+    maps: images -> each one's map (B, H, W), not negative. A step is RATE times the image's RMS long, along the
     gradient of the mean, or where `peak` (B,) of the map's largest place: it can grow where the rest falls silent. Of
     all images on the way the one with the highest mean is returned. Regularised as in the thesis, by the L2 norm and a
     blur every 5 steps; but the norm is set, not penalised: it grows by the same factor at each step, to an RMS of
-    `contrast`. Left to itself it stays small in many channels: grey fires them by their bias, and all that is near to
+    LOUDEST. Left to itself it stays small in many channels: grey fires them by their bias, and all that is near to
     grey less. A step that ends in silence, where no gradient is, is taken again at a quarter of its length and of its
-    growth; an image that has to do so often ends below `contrast`.
+    growth; an image that has to do so often ends below LOUDEST.
     """
     sigma, first = torch.full((len(images),), 0.4, device=images.device), rms(images)
     last, slope, size, way, last_way = images, images * 0, first**0, first * 0, first * 0
@@ -752,11 +750,11 @@ def ascend(
         best, found = torch.where(better, images, best), torch.maximum(found, activation)
         last, slope = torch.where(live, images, last), torch.where(live, gradient, slope)
         last_way, size = torch.where(live, way, last_way), torch.where(live, (1.5 * size).clamp(max=1), size / 4)
-        images = last + rate * size * rms(last) * slope / rms(slope).clamp(min=1e-12)
+        images = last + RATE * size * rms(last) * slope / rms(slope).clamp(min=1e-12)
         if step % 5 == 4:
             images = common.gaussian_blur(images, sigma, 5)
         way = (last_way + size / steps).clamp(max=1)
-        images = images * (first * (contrast / first) ** way / rms(images))
+        images = images * (first * (LOUDEST / first) ** way / rms(images))
     return best, found
 
 
@@ -771,18 +769,18 @@ class Optima(NamedTuple):
     after: Tensor
 
 
-def optima(network: Any, stage: int, wanted: Tensor, noise: Tensor, steps: int, starts: int = 2) -> Optima:
+def optima(network: Any, stage: int, wanted: Tensor, noise: Tensor, steps: int) -> Optima:
     """Ascent for those of the channels `wanted` of a stage that any of the noise images (B, 3, S, S) fires.
 
     Activation is the mean of a channel's map after its ReLU; on noise, the mean over all noise images, silent ones too.
-    Each channel starts from the `starts` of them that fire it most, since silence has no gradient, towards the mean of
+    Each channel starts from the STARTS of them that fire it most, since silence has no gradient, towards the mean of
     its map and towards its largest place; of the four results the one with the highest mean is kept.
     """
     with torch.no_grad():
         rest = network.stages(noise)[stage].mean((2, 3))
     channels = wanted[rest[:, wanted].amax(0) > 0]
-    start = rest[:, channels].topk(starts, 0).indices.repeat(2, 1)  # (2 starts, C)
-    channel, place = channels.repeat(2 * starts), torch.arange(start.numel(), device=noise.device)
+    start = rest[:, channels].topk(STARTS, 0).indices.repeat(2, 1)  # (2 STARTS, C)
+    channel, place = channels.repeat(2 * STARTS), torch.arange(start.numel(), device=noise.device)
 
     def maps(images: Tensor) -> Tensor:
         fired: Tensor = network.stages(images)[stage][place, channel]
@@ -872,8 +870,8 @@ def maximize(args: argparse.Namespace) -> None:
     drawn = [channel for channels in rows.values() for channel in channels]
     if not drawn:
         raise common.Fault(f"{args.runs[0]}: no channel of {', '.join(args.stages)} fires on both noise and images")
-    raised, above = (sorted(channel.after / max(level, 1e-12) for channel, level in zip(drawn, levels, strict=True))
-                     for levels in ([c.before for c in drawn], [c.loud for c in drawn]))
+    raised = sorted(channel.after / max(channel.before, 1e-12) for channel in drawn)
+    above = sorted(channel.after / max(channel.loud, 1e-12) for channel in drawn)
     note = (f"Large: the best image of four ascents of {args.steps} steps on a channel's map, from noise of {CONTRAST} "
             f"times the training images' contrast to 1,000 times at most, blurred every 5 steps; shown at one "
             f"contrast. Above it the channel, drawn by seed {args.seed} from those that neither noise nor the training "
@@ -885,16 +883,6 @@ def maximize(args: argparse.Namespace) -> None:
 
 
 # ---- edges -----------------------------------------------------------------------------------------------------------
-
-
-def edge_shares(nearest: Tensor, labels: Tensor) -> Tensor:
-    """Of the edges (i, j) that leave a class's images the share in percent that end in it, (C,); NaN without images.
-
-    nearest: (N, k) neighbours of each image; labels: (N,). The ratio edge intra-class of DeepCluster's section 4.1.
-    """
-    same = (labels[nearest] == labels[:, None]).double().mean(1)
-    sums = torch.zeros(int(labels.max()) + 1, dtype=torch.float64).index_add_(0, labels, same)
-    return 100 * sums / torch.bincount(labels)
 
 
 def edge_curve(options: dict[str, Any], rows: Rows) -> list[tuple[int, float]]:
@@ -953,7 +941,7 @@ def edges(args: argparse.Namespace) -> None:
         for encoder, name in zip(encoders, runs, strict=True):
             features = extract(encoder, data, args)
             nearest = common.neighbors(features, features, args.num_neighbors, exclude=itself)[1].cpu()
-            boxes[name] = edge_shares(nearest, data.labels)
+            boxes[name] = 100 * common.ratio_edge_intra_class(nearest, data.labels)
         sizes = torch.bincount(data.labels).double()
         chance = float((100 * (sizes[sizes > 0] - 1) / (len(data) - 1)).mean())
         notes.append(f"Box plots: {args.num_neighbors} nearest neighbours among {len(data):,} training images of "
@@ -961,9 +949,9 @@ def edges(args: argparse.Namespace) -> None:
                      "whiskers: 1.5 times their distance.")
     if points:
         notes.append("Curves: from the logs, 10 neighbours, by the descriptors that are clustered.")
-    names = legend(sources)
-    figure = draw_edges(boxes, chance, dict(zip(names, points, strict=True)))
-    save(figure, "Ratio edge intra-class", "\n".join(notes), runs | dict(zip(names, sources, strict=True)), args.out)
+    logs = legend(sources)
+    figure = draw_edges(boxes, chance, dict(zip(logs, points, strict=True)))
+    save(figure, "Ratio edge intra-class", "\n".join(notes), runs | logs, args.out)
 
 
 # ---- pca -------------------------------------------------------------------------------------------------------------
@@ -1046,7 +1034,7 @@ def draw_queue(points: dict[str, dict[int, list[float]]]) -> Figure:
         axes.plot(sizes, means, **look(number))
         for size, mean in zip(sizes, means, strict=True):
             axes.scatter([size] * len(found[size]), found[size], s=8, color=COLORS[number % 7])
-            axes.annotate(f"{mean:.1f}", (size, mean), (0, 5), textcoords="offset points", ha="center", fontsize=7)
+            axes.annotate(f"{mean:.1f}", (size, mean), (0, 5), ha="center", **BESIDE)
         axes.set(title=name, xscale="log", xlabel="keys in the queue", ylabel="%")
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axes.minorticks_off()
@@ -1074,8 +1062,7 @@ def queue(args: argparse.Namespace) -> None:
             points[merit].setdefault(source.options["queue_size"], []).append(value)
         sources.append(source)
     note = "Test images: their k-means against the classes, their nearest training image, weighted kNN."
-    save(draw_queue(points), "MoCo by the size of its queue", note, dict(zip(legend(sources), sources, strict=True)),
-         args.out)
+    save(draw_queue(points), "MoCo by the size of its queue", note, legend(sources), args.out)
 
 
 Points = list[tuple[float, float, float]]  # labels, mean accuracy, deviation over the draws
@@ -1092,7 +1079,7 @@ def draw_labels(curves: dict[str, Points], x: str, y: str) -> Figure:
         for where, mean, deviation in zip(labels, means, deviations, strict=True):
             above = mean >= max(v for other in curves.values() for at, v, _ in other if at == where)
             axes.annotate(f"{mean:.1f}", (where, mean + deviation * (1 if above else -1)), (0, 6 if above else -12),
-                          textcoords="offset points", ha="center", fontsize=7, color=COLORS[number % 7])
+                          ha="center", color=COLORS[number % 7], **BESIDE)
     axes.set(xscale="log", xlabel=x, ylabel=y, title="all layers fine-tuned")
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
@@ -1102,8 +1089,7 @@ def draw_labels(curves: dict[str, Points], x: str, y: str) -> Figure:
 
 
 def finetuned(
-    args: argparse.Namespace, preset: str, key: str, labels: Callable[[dict[str, Any], Source], float], x: str,
-    title: str,
+    args: argparse.Namespace, preset: str, key: str, labels: Callable[[dict[str, Any]], float], x: str, title: str
 ) -> None:
     """Accuracies of networks, untrained ones too if they were evaluated, after fine-tuning under `preset`."""
     sources, drawn, untrained = [read_log(name)[0] for name in args.runs], Rows(), Rows()
@@ -1111,8 +1097,8 @@ def finetuned(
     for name, source in zip(args.runs, sources, strict=True):
         rows = of_set([row for row in read_eval(name, baselines=True)
                        if row.get("preset") == preset and "draws" in row], source.data["name"])
-        newest = {row["checkpoint"] == "random": row for row in rows}
-        points = {random: [(labels(row | entry, source), entry[key], entry[f"{key}_std"]) for entry in row["draws"]]
+        newest = {row["checkpoint"] == "random": dict(classes=source.data["classes"]) | row for row in rows}
+        points = {random: [(labels(row | entry), entry[key], entry[f"{key}_std"]) for entry in row["draws"]]
                   for random, row in newest.items()}
         if False not in points:
             raise common.Fault(f"{name} has no {preset} in eval.jsonl: run eval_linear.py {name}/checkpoint.pth "
@@ -1126,21 +1112,20 @@ def finetuned(
                                       for row in drawn))
     draws = sorted({entry["draws"] for row in drawn for entry in row["draws"]})
     spread = f"mean and deviation of {'/'.join(map(str, draws))} draws" if max(draws) > 1 else "one draw of each"
-    names = legend(sources)
-    figure = draw_labels(dict(zip(names, own, strict=True)) | baseline, x, f"{key.replace('top', 'top-')} in %")
-    save(figure, title, f"eval_linear.py --preset {preset}: {words}; {spread}.",
-         dict(zip(names, sources, strict=True)), args.out)
+    runs = legend(sources)
+    figure = draw_labels(dict(zip(runs, own, strict=True)) | baseline, x, f"{key.replace('top', 'top-')} in %")
+    save(figure, title, f"eval_linear.py --preset {preset}: {words}; {spread}.", runs, args.out)
 
 
 def lowshot(args: argparse.Namespace) -> None:
     """Top-1 accuracy after fine-tuning on a few images of each class (DeepCluster, Fig. 5.1)."""
-    finetuned(args, "lowshot", "top1", lambda row, run: row["labels"] / run.data["classes"],
-              "labelled images of each class", "Low-shot learning")
+    finetuned(args, "lowshot", "top1", lambda row: row["labels"] / row["classes"], "labelled images of each class",
+              "Low-shot learning")
 
 
 def semisup(args: argparse.Namespace) -> None:
     """Top-5 accuracy after fine-tuning on a share of the labels (NPID, Fig. 6)."""
-    finetuned(args, "finetune", "top5", lambda row, run: 100 * row["labels"] / row["train_images"],
+    finetuned(args, "finetune", "top5", lambda row: 100 * row["labels"] / row["train_images"],
               "labelled images, % of the training images", "Semi-supervised learning")
 
 
@@ -1176,8 +1161,8 @@ def draw_layers(lines: dict[str, dict[str, float]], protocol: str) -> Figure:
     for number, (label, line) in enumerate(lines.items()):
         axes.plot([layers.index(layer) for layer in line], list(line.values()), **look(number), label=label)
         best = max(line, key=lambda layer: line[layer])
-        axes.annotate(f"{line[best]:.1f}", (layers.index(best), line[best]), (0, 5), textcoords="offset points",
-                      ha="center", color=COLORS[number % 7], fontsize=7)
+        axes.annotate(f"{line[best]:.1f}", (layers.index(best), line[best]), (0, 5), ha="center",
+                      color=COLORS[number % 7], **BESIDE)
     axes.set_xticks(range(len(layers)), layers)
     axes.set(ylabel="top-1 in %", title={"linear": "linear probes", "svm": "linear SVM"}[protocol])
     axes.margins(0.08, 0.12)
@@ -1196,17 +1181,17 @@ def linear(args: argparse.Namespace) -> None:
 
 
 class Table(NamedTuple):
-    """A table of a paper: what its columns are (keys of MERITS), and of each row the preset and the paper's figures."""
+    """A table of a paper: what its columns are (keys of MERITS), and of each row the preset, then a figure a column."""
 
     title: str
     script: str
     columns: tuple[str, ...]
-    rows: dict[str, tuple[str, tuple[float, ...]]]
+    rows: dict[str, tuple[Any, ...]]
 
 
 def knn_of(rows: Rows, k: int) -> float | None:
-    """kNN accuracy of the last evaluation with K = k."""
-    found = [entry for row in rows for entry in row.get("knn", []) if entry["num_neighbors"] == k]
+    """kNN accuracy of the last evaluation with K = k, at the temperature that was typed first."""
+    found = [entry for row in rows for entry in row.get("knn", [])[::-1] if entry["num_neighbors"] == k]
     return last(found, "top1")
 
 
@@ -1227,82 +1212,80 @@ MERITS: dict[str, tuple[str, Callable[[dict[str, Any], Rows, Rows], float | None
     "top1": ("accuracy", lambda options, log, rows: last(log, "test_top1")),
     "step": ("ms a mini-batch", lambda options, log, rows: step_of(options, log)),
 }
-LA_H_M = {"R18 (1, 1k)": ("supplement1-1-1k", 35.2), "R18 (1, 10k)": ("table4-nearest", 35.7),
-          "R18 (1, 20k)": ("supplement1-1-20k", 35.0), "R18 (3, 10k)": ("table5-3-10k", 36.2),
-          "R18 (6, 10k)": ("supplement1-6-10k", 37.3), "R18 (10, 10k)": ("table5-10-10k", 36.1),
-          "R18 (10, 30k)": ("imagenet", 37.9), "A (1, 10k)": ("supplement1-alexnet-1-10k", 30.6),
-          "A (3, 10k)": ("supplement1-alexnet-3-10k", 31.1), "A (6, 10k)": ("supplement1-alexnet-6-10k", 30.4),
-          "V (1, 10k)": ("supplement1-vgg16-1-10k", 38.9), "V (6, 10k)": ("imagenet-vgg16", 39.7),
-          "R50 (1, 10k)": ("supplement1-resnet50-1-10k", 40.2), "R50 (6, 10k)": ("supplement1-resnet50-6-10k", 42.4),
-          "R50 (10, 10k)": ("supplement1-resnet50-10-10k", 42.3), "R50 (10, 30k)": ("imagenet-resnet50", 43.4)}
 LAMBDAS = {"npid": ((75.3, 92.4), (78.8, 94.4), (79.7, 95.1), (78.9, 94.4), (78.8, 94.5), (76.6, 93.2)),
            "moco": ((77.6, 93.8), (80.3, 95.0), (81.7, 95.7), (80.5, 95.2), (80.1, 94.8), (78.4, 94.1))}
-TEMPERATURES = {"cifar100": ("knn", (57.9, 57.8, 58.1, 58.1, 57.6, 57.2)),
-                "imagenet100": ("linear1", (79.3, 79.6, 81.7, 80.7, 79.4, 79.0))}
+TEMPERATURES = {"cifar100": ("knn", 57.9, 57.8, 58.1, 58.1, 57.6, 57.2),
+                "imagenet100": ("linear1", 79.3, 79.6, 81.7, 80.7, 79.4, 79.0)}
 TABLES: dict[str, Table] = {
     "npid-1": Table("NPID, Table 1: training objectives", "npid", ("knn", "svm"), {
-        "parametric softmax": ("cifar10-parametric", (63.0, 60.3)), "exact softmax": ("cifar10", (80.8, 75.4)),
-        "NCE, m = 1": ("cifar10-nce1", (42.5, 44.3)), "NCE, m = 10": ("cifar10-nce10", (63.4, 60.2)),
-        "NCE, m = 512": ("cifar10-nce512", (78.4, 64.3)), "NCE, m = 4096": ("cifar10-nce4096", (80.4, 70.2))}),
+        "parametric softmax": ("cifar10-parametric", 63.0, 60.3), "exact softmax": ("cifar10", 80.8, 75.4),
+        "NCE, m = 1": ("cifar10-nce1", 42.5, 44.3), "NCE, m = 10": ("cifar10-nce10", 63.4, 60.2),
+        "NCE, m = 512": ("cifar10-nce512", 78.4, 64.3), "NCE, m = 4096": ("cifar10-nce4096", 80.4, 70.2)}),
     "npid-2": Table("NPID, Table 2: ImageNet, kNN", "npid", ("knn",), {
-        "AlexNet": ("imagenet-alexnet", (31.3,)), "VGG16": ("imagenet-vgg16", (33.9,)),
-        "ResNet-18": ("imagenet-resnet18", (40.5,)), "ResNet-50": ("imagenet-resnet50", (42.5,))}),
+        "AlexNet": ("imagenet-alexnet", 31.3), "VGG16": ("imagenet-vgg16", 33.9),
+        "ResNet-18": ("imagenet-resnet18", 40.5), "ResNet-50": ("imagenet-resnet50", 42.5)}),
     "npid-4": Table("NPID, Table 4: size of the embedding", "npid", ("knn",), {
-        "32": ("imagenet-dim32", (34.0,)), "64": ("imagenet-dim64", (38.8,)), "128": ("imagenet-resnet18", (40.5,)),
-        "256": ("imagenet-dim256", (40.1,))}),
+        "32": ("imagenet-dim32", 34.0), "64": ("imagenet-dim64", 38.8), "128": ("imagenet-resnet18", 40.5),
+        "256": ("imagenet-dim256", 40.1)}),
     "npid-5": Table("NPID, Table 5: share of the training images", "npid", ("knn",), {
-        "0.1 %": ("imagenet-0.1percent", (3.9,)), "1 %": ("imagenet-1percent", (10.7,)),
-        "10 %": ("imagenet-10percent", (23.1,)), "30 %": ("imagenet-30percent", (31.7,)),
-        "100 %": ("imagenet-resnet18", (40.5,))}),
+        "0.1 %": ("imagenet-0.1percent", 3.9), "1 %": ("imagenet-1percent", 10.7), "10 %": ("imagenet-10percent", 23.1),
+        "30 %": ("imagenet-30percent", 31.7), "100 %": ("imagenet-resnet18", 40.5)}),
     "la-1": Table("Local Aggregation, Table 1: ImageNet, kNN", "local_aggregation", ("knn",), {
-        "AlexNet": ("imagenet-alexnet", (38.1,)), "VGG16": ("imagenet-vgg16", (46.6,)),
-        "ResNet-18": ("imagenet", (45.0,)), "ResNet-50": ("imagenet-resnet50", (49.4,))}),
+        "AlexNet": ("imagenet-alexnet", 38.1), "VGG16": ("imagenet-vgg16", 46.6), "ResNet-18": ("imagenet", 45.0),
+        "ResNet-50": ("imagenet-resnet50", 49.4)}),
     "la-4": Table("Local Aggregation, Table 4: background neighbours", "local_aggregation", ("nn",), {
-        "all images": ("table4-all", (30.2,)), "clusters": ("table4-clusters", (33.2,)),
-        "nearest 4096": ("table4-nearest", (35.7,))}),
+        "all images": ("table4-all", 30.2), "clusters": ("table4-clusters", 33.2),
+        "nearest 4096": ("table4-nearest", 35.7)}),
     "la-5": Table("Local Aggregation, Table 5: close neighbours", "local_aggregation", ("nn",), {
-        "only itself": ("table5-self", (33.9,)), "nearest": ("table5-nearest", (0.1,)),
-        "(1, 10k)": ("table4-nearest", (35.7,)), "(3, 10k)": ("table5-3-10k", (36.2,)),
-        "(10, 10k)": ("table5-10-10k", (36.1,)), "(10, 30k)": ("imagenet", (37.9,))}),
+        "only itself": ("table5-self", 33.9), "nearest": ("table5-nearest", 0.1), "(1, 10k)": ("table4-nearest", 35.7),
+        "(3, 10k)": ("table5-3-10k", 36.2), "(10, 10k)": ("table5-10-10k", 36.1), "(10, 30k)": ("imagenet", 37.9)}),
     "la-supplement-1": Table("Local Aggregation, supplement, Table 1: (H, m)", "local_aggregation", ("nn",), {
-        name: (preset, (value,)) for name, (preset, value) in LA_H_M.items()}),
+        "R18 (1, 1k)": ("supplement1-1-1k", 35.2), "R18 (1, 10k)": ("table4-nearest", 35.7),
+        "R18 (1, 20k)": ("supplement1-1-20k", 35.0), "R18 (3, 10k)": ("table5-3-10k", 36.2),
+        "R18 (6, 10k)": ("supplement1-6-10k", 37.3), "R18 (10, 10k)": ("table5-10-10k", 36.1),
+        "R18 (10, 30k)": ("imagenet", 37.9), "A (1, 10k)": ("supplement1-alexnet-1-10k", 30.6),
+        "A (3, 10k)": ("supplement1-alexnet-3-10k", 31.1), "A (6, 10k)": ("supplement1-alexnet-6-10k", 30.4),
+        "V (1, 10k)": ("supplement1-vgg16-1-10k", 38.9), "V (6, 10k)": ("imagenet-vgg16", 39.7),
+        "R50 (1, 10k)": ("supplement1-resnet50-1-10k", 40.2), "R50 (6, 10k)": ("supplement1-resnet50-6-10k", 42.4),
+        "R50 (10, 10k)": ("supplement1-resnet50-10-10k", 42.3), "R50 (10, 30k)": ("imagenet-resnet50", 43.4)}),
     "la-supplement-3": Table("Local Aggregation, supplement, Table 3: other settings", "local_aggregation", ("nn",), {
-        "baseline": ("table4-nearest", (35.7,)), "k = 2048": ("supplement3-k2048", (35.4,)),
-        "k = 8192": ("supplement3-k8192", (35.8,)), "clusters of central crops": ("supplement3-center-crop", (35.8,)),
-        "clusters every 1,000 steps": ("supplement3-more-freq", (35.7,))}),
+        "baseline": ("table4-nearest", 35.7), "k = 2048": ("supplement3-k2048", 35.4),
+        "k = 8192": ("supplement3-k8192", 35.8), "clusters of central crops": ("supplement3-center-crop", 35.8),
+        "clusters every 1,000 steps": ("supplement3-more-freq", 35.7)}),
     "deepcluster-4.1": Table("DeepCluster, Table 4.1: before or after the last ReLU", "deepcluster", ("mlp",), {
-        f"{name}, {side}": (f"table4.1-{key}-{side}", (value,))  # the printed heads are swapped: see the text
-        for name, key, values in (("PIC", "pic", (33.2, 21.9)), ("100 clusters", "k100", (30.2, 33.5)),
-                                  ("1,000 clusters", "k1000", (33.8, 33.4)),
-                                  ("10,000 clusters", "k10000", (33.1, 31.1)))
-        for side, value in zip(("before", "after"), values, strict=True)}),
+        # The printed heads are swapped: see the text.
+        "PIC, before": ("table4.1-pic-before", 33.2), "PIC, after": ("table4.1-pic-after", 21.9),
+        "100 clusters, before": ("table4.1-k100-before", 30.2), "100 clusters, after": ("table4.1-k100-after", 33.5),
+        "1,000 clusters, before": ("table4.1-k1000-before", 33.8),
+        "1,000 clusters, after": ("table4.1-k1000-after", 33.4),
+        "10,000 clusters, before": ("table4.1-k10000-before", 33.1),
+        "10,000 clusters, after": ("table4.1-k10000-after", 31.1)}),
     "deepcluster-4.2": Table("DeepCluster, Table 4.2: targets in a step, with labels", "deepcluster", ("top1",), {
-        "all": ("table4.2", (56.1,)), "256": ("table4.2-256", (54.2,)), "512": ("table4.2-512", (55.6,))}),
+        "all": ("table4.2", 56.1), "256": ("table4.2-256", 54.2), "512": ("table4.2-512", 55.6)}),
     "deepcluster-4.3": Table("DeepCluster, Table 4.3: targets in a step, time", "deepcluster", ("step",), {
-        name: (f"table4.3-{name}" if name != "all" else "pic-imagenet-sobel", (value,))
-        for name, value in (("all", 154.0), ("256", 177.0), ("512", 211.0), ("1024", 277.0), ("2048", 396.0),
-                            ("4096", 713.0))}),
+        "all": ("pic-imagenet-sobel", 154.0), "256": ("table4.3-256", 177.0), "512": ("table4.3-512", 211.0),
+        "1024": ("table4.3-1024", 277.0), "2048": ("table4.3-2048", 396.0), "4096": ("table4.3-4096", 713.0)}),
     "deepcluster-5.2": Table("DeepCluster, Table 5.2: MLP on frozen convolutions", "deepcluster", ("mlp",), {
-        "PIC": ("pic-imagenet-sobel", (45.9,)), "k-means": ("kmeans-imagenet-sobel", (44.0,)),
-        "k-means, RGB": ("kmeans-imagenet-rgb", (37.1,)), "k-means, 1M Flickr": ("kmeans-flickr1m-sobel", (39.6,)),
-        "k-means, 2M Flickr": ("kmeans-flickr2m-sobel", (40.1,))}),
+        "PIC": ("pic-imagenet-sobel", 45.9), "k-means": ("kmeans-imagenet-sobel", 44.0),
+        "k-means, RGB": ("kmeans-imagenet-rgb", 37.1), "k-means, 1M Flickr": ("kmeans-flickr1m-sobel", 39.6),
+        "k-means, 2M Flickr": ("kmeans-flickr2m-sobel", 40.1)}),
     "cld-a1": Table("CLD, Table A.1: groups of Kitchen-HC", "cld", ("knn",), {
-        f"{k}, {way}": (f"kitchen-{way.replace('-', '')}{k}", (value,))
+        f"{k}, {way}": (f"kitchen-{way.replace('-', '')}{k}", value)
         for k, values in ((10, (77.1, 78.9)), (64, (74.5, 76.3)), (128, (72.6, 73.4)), (256, (70.5, 70.8)))
         for way, value in zip(("spectral", "k-means"), values, strict=True)}),
     "cld-a2": Table("CLD, Table A.2: parts of the method, CIFAR-10", "cld", ("knn",), {
-        "NPID alone": ("cifar10-no-cld", (80.8,)), "shared branch": ("cifar10-shared", (82.7,)),
-        "separate branches": ("cifar10-separate", (84.2,)), "and across views": ("cifar10", (86.5,))}),
+        "NPID alone": ("cifar10-no-cld", 80.8), "shared branch": ("cifar10-shared", 82.7),
+        "separate branches": ("cifar10-separate", 84.2), "and across views": ("cifar10", 86.5)}),
     "cld-a2-cifar100": Table("CLD, Table A.2: parts of the method, CIFAR-100", "cld", ("knn",), {
-        "NPID alone": ("cifar100-no-cld", (51.6,)), "shared branch": ("cifar100-shared", (53.3,)),
-        "separate branches": ("cifar100-separate", (55.0,)), "and across views": ("cifar100", (57.5,))}),
+        "NPID alone": ("cifar100-no-cld", 51.6), "shared branch": ("cifar100-shared", 53.3),
+        "separate branches": ("cifar100-separate", 55.0), "and across views": ("cifar100", 57.5)}),
     **{f"cld-a3-{host}": Table(f"CLD, Table A.3: weight of the group loss, {host}", "cld", ("linear1", "linear5"), {
-        f"{weight:g}": (f"imagenet100-{host}-lambda{weight:g}", value)
+        f"{weight:g}": (f"imagenet100-{host}-lambda{weight:g}", *value)
         for weight, value in zip((0, 0.1, 0.25, 0.5, 1, 3), values, strict=True)}) for host, values in LAMBDAS.items()},
     **{f"cld-a4-{data}": Table(f"CLD, Table A.4: temperature, {data}", "cld", (merit,), {
-        f"{t:g}": (f"{data}-temperature{t:g}", (value,))
+        f"{t:g}": (f"{data}-temperature{t:g}", value)
         for t, value in zip((0.07, 0.1, 0.2, 0.3, 0.4, 0.5), values, strict=True)})
-       for data, (merit, values) in TEMPERATURES.items()},
+       for data, (merit, *values) in TEMPERATURES.items()},
 }
 
 
@@ -1311,19 +1294,17 @@ def draw_ablation(table: Table, ours: dict[str, dict[str, list[float]]]) -> Figu
     figure = Figure((1.6 + 3.6 * len(table.columns), 0.9 + 0.42 * len(table.rows)), layout="constrained")
     panels = figure.subplots(1, len(table.columns), sharey=True, squeeze=False)[0]
     for column, (axes, merit) in enumerate(zip(panels, table.columns, strict=True)):
-        for place, (row, (_, values)) in enumerate(table.rows.items()):
+        for place, (row, (_, *values)) in enumerate(table.rows.items()):
             found = torch.tensor(ours[merit].get(row, []), dtype=torch.float64)
             bars = [("the paper", values[column], f"{values[column]:.1f}", -0.2, "0.75")]
             if len(found):
                 text = f"{found.mean():.1f}" + (f" ± {found.std():.1f} ({len(found)})" if len(found) > 1 else "")
                 bars.append(("ours", float(found.mean()), text, 0.2, COLORS[0]))
             else:
-                axes.annotate("not run", (0, place + 0.2), (3, 0), textcoords="offset points", va="center", fontsize=7,
-                              color="0.4")
+                axes.annotate("not run", (0, place + 0.2), (3, 0), va="center", color="0.4", **BESIDE)
             for label, length, text, offset, color in bars:
                 axes.barh(place + offset, length, 0.38, color=color, label=label)
-                axes.annotate(text, (length, place + offset), (3, 0), textcoords="offset points", va="center",
-                              fontsize=7)
+                axes.annotate(text, (length, place + offset), (3, 0), va="center", **BESIDE)
         axes.set_yticks(range(len(table.rows)), list(table.rows))
         axes.set(title=MERITS[merit][0] + (", %" if merit != "step" else ""), ylim=(len(table.rows) - 0.5, -0.5))
         axes.margins(x=0.18)
@@ -1340,7 +1321,7 @@ def ablation(args: argparse.Namespace) -> None:
 
     def row_of(options: dict[str, Any], table: Table) -> str | None:
         preset = options["preset"].removeprefix("thin-").removesuffix("-thin")
-        rows = (row for row, (key, _) in table.rows.items() if (table.script, key) == (options["script"], preset))
+        rows = (row for row, (key, *_) in table.rows.items() if (table.script, key) == (options["script"], preset))
         return next(rows, None)
 
     def hits(key: str) -> int:
@@ -1351,8 +1332,10 @@ def ablation(args: argparse.Namespace) -> None:
     for name, (source, log, rows) in found.items():
         row = row_of(source.options, table)
         if row is None:
-            raise common.Fault(f"{name} is no row of {table.title if args.table else 'any table'}: its preset is "
-                               f"{source.options['preset']} of {source.options['script']}.py")
+            others = [other.title for other in TABLES.values() if row_of(source.options, other)]
+            what = (f"it is one of {' and of '.join(others)}" if others else
+                    "its preset is {preset} of {script}.py".format_map(source.options))
+            raise common.Fault(f"{name} is no row of {table.title if args.table or others else 'any table'}: {what}")
         for column in table.columns:
             value = MERITS[column][1](source.options, log, rows)
             if value is not None:
@@ -1443,8 +1426,6 @@ def draw_detections(saved: dict[str, Any], pictures: Sequence[tuple[int, Any]], 
 
 def detections(args: argparse.Namespace) -> None:
     """Test images with true and found boxes, and precision over recall, of runs of eval_detection.py."""
-    from PIL import Image
-
     every = [read_detections(name) for name in args.runs]
     names = [folder_of(name).resolve().name for name in args.runs]
     runs = dict(zip(names if len(set(names)) == len(names) else args.runs, every, strict=True))
@@ -1472,14 +1453,14 @@ def detections(args: argparse.Namespace) -> None:
 # ---- all -------------------------------------------------------------------------------------------------------------
 
 
-def words_of(options: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, list[str]]:
-    """The words of a command line that each of its options takes, by the option's name."""
-    actions = {flag: action for action in options._actions for flag in action.option_strings}
-    found = dict[str, list[str]]()
-    for word, after in zip(argv, [*argv[1:], ""], strict=True):
-        if action := actions.get(word.split("=")[0]):
-            found[action.dest] = [word] if "=" in word or action.nargs == 0 else [word, after]
-    return found
+def words_for(options: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """The words of a command line that are options of another picture, too, but for --out."""
+    known = {flag: action for action in options._actions for flag in action.option_strings if flag != "--out"}
+    words = list[str]()
+    for word, value in zip(argv, [*argv[1:], ""], strict=True):
+        if action := known.get(word.split("=")[0]):
+            words += [word] if "=" in word or action.nargs == 0 else [word, value]
+    return words
 
 
 def every_picture(args: argparse.Namespace) -> None:
@@ -1487,19 +1468,15 @@ def every_picture(args: argparse.Namespace) -> None:
     with contextlib.suppress(FileExistsError):
         args.out.mkdir()
     shown, missing = list[str](), list[str]()
-    for name in args.names:
-        own = parse_args([name, *args.runs, "--out", str(args.out / f"{name}.png")])
-        shared = [key for key in args.typed if key in vars(own) and key != "out"]
-        vars(own).update({key: getattr(args, key) for key in [*shared, "device", "kept"]})
-        own.typed = [*own.typed, *args.typed]
-        doc = " ".join((own.draw.__doc__ or "").split())
+    for name, words in args.commands.items():
+        own = parse_args([*words, "--out", str(args.out / f"{name}.png")])
+        vars(own).update(device=args.device, kept=args.kept)
         try:
             own.draw(own)
         except common.Fault as fault:
             missing.append(f"* {name}: {fault}")
         else:
-            words = [word for key in shared for word in args.words[key]]
-            command = shlex.join(["python", "figures.py", name, *args.runs, *words])
+            doc, command = " ".join((own.draw.__doc__ or "").split()), shlex.join(["python", "figures.py", *words])
             shown.append(f"## {name}\n\n{doc}\n\n    {command}\n\n![{name}]({name}.png)\n")
     if not shown:
         with contextlib.suppress(OSError):  # it was there before, and is not empty
@@ -1526,7 +1503,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         """A picture with the options of all, and its own: numbers with their default and help text."""
         options = names.add_parser(name or draw.__name__, help=draw.__doc__, description=draw.__doc__,
                                    allow_abbrev=False, formatter_class=parser.formatter_class)
-        options.set_defaults(draw=draw, options=options)
+        options.set_defaults(draw=draw)
         options.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or a checkpoint file"
                              + '; "random" for an untrained network' * network)
         options.add_argument("--out", type=Path, metavar="FILE", help="default: figures/, a folder, in the first run's"
@@ -1573,15 +1550,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options = add(detections, network=False, images=(8, "test images to show"))
     options.add_argument("--min-score", type=common.SHARE, default=0.5, help="least score of the boxes that are shown")
     options.add_argument("--seed", type=common.COUNT_OR_ZERO, default=0, help="of the choice of images")
-    made = list(names.choices)
+    every = dict(names.choices)
     add(every_picture, name="all")
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    args.words, args.kept = words_of(args.options, sys.argv[1:] if argv is None else argv), dict[tuple[Any, ...], Any]()
-    args.typed = sorted(args.words)
+    args.typed, args.kept = common.typed(names.choices[args.name], argv), dict[tuple[Any, ...], Any]()
+    args.commands = {name: [name, *args.runs, *words_for(options, argv)] for name, options in every.items()}
     if args.draw in (neighbors, retrieval, edges, pca) and len(args.runs) == 1:
         args.runs.append("random")
     first = Path(next((name for name in args.runs if name != "random"), "."))
-    args.names = made
     args.out = args.out or (first if first.is_dir() else first.parent) / (
         "figures" if args.name == "all" else f"{args.name}.png")
     if args.name != "all" and args.out.suffix not in (".png", ".pdf", ".svg"):

@@ -4,8 +4,6 @@
 
 Prints one JSON line and adds it to results/bench.jsonl. Both take the same batch for each rank (weak scaling).
   ratio_*            images a second of two ranks / of one; 2 is ideal, on two idle cores
-  cpu_ratio          processor time for an image on one rank / on two: the same without waiting, for busy machines; 1 is
-                     ideal, and what is missing is the cost of the collectives
   gradients_ms       all-reduce of the network's gradients, alone
   gather_ms          all-gather of the features and indices for the bank, alone
   agree_ms           all-reduce of the one number by which ranks agree to go on or to save
@@ -34,27 +32,13 @@ EACH = 64  # images of a rank's batch
 NETWORK = ["--preset", "shapes", "--subset", "1024", "--epochs", "2", "--knn-every", "0", "--save-minutes", "0"]
 
 
-def train(ranks: int, options: list[str]) -> tuple[float, float]:
-    """Of the second epoch: images a second, and images in a second of the processors' time."""
+def train(ranks: int, options: list[str]) -> float:
+    """Images a second of the second epoch of npid.py."""
     with tempfile.TemporaryDirectory() as folder:
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), __file__, "--train",
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(ROOT / "npid.py"),
                    *NETWORK, "--batch-size", str(EACH * ranks), "--output", folder, *options]
         subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        _, before, after = map(json.loads, (Path(folder) / "log.jsonl").read_text().splitlines())
-        steps = after["step"] - before["step"]
-        return after["images_per_second"], steps * EACH / (after["cpu_seconds"] - before["cpu_seconds"])
-
-
-def train_rank() -> None:
-    """One rank of npid.py, whose log tells its processor time too."""
-    original = common.Run.log
-
-    def log(self: common.Run, **row: object) -> None:
-        original(self, **row, cpu_seconds=time.process_time())
-
-    common.Run.log = log  # type: ignore[method-assign]
-    sys.argv.remove("--train")
-    common.launch(npid.main, npid.parse_args)
+        return float(json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[-1])["images_per_second"])
 
 
 def collectives(parameters: int) -> dict[str, float]:
@@ -83,8 +67,6 @@ def main() -> None:
     parser.add_argument("--collectives", type=int, help=argparse.SUPPRESS)
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    if "--train" in sys.argv:
-        return train_rank()
     args, options = parser.parse_known_args()
     if args.collectives:
         told = json.dumps(collectives(args.collectives))
@@ -93,19 +75,18 @@ def main() -> None:
         common.dist.barrier()  # nobody leaves while another still talks
         common.dist.destroy_process_group()
         return
+    width = npid.parse_args([*NETWORK, *options]).width
     pairs = [(train(1, options), train(2, options)) for _ in range(args.rounds)]
-    width = int(options[options.index("--width") + 1]) if "--width" in options else 64
     network = common.backbone("resnet18", width, small=True)
     parameters = sum(p.numel() for p in network.parameters()) + 128 * (network.dim + 1)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, "--collectives"]
     command = [sys.executable, *command, str(parameters)]
     told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    ratios = [two[0] / one[0] for one, two in pairs]
+    ratios = [two / one for one, two in pairs]
     record = dict(
         benchmark="scaling", case=f"npid, ResNet-18 width {width}, {EACH} images a rank: 2 gloo ranks / 1",
         ratio_min=round(min(ratios), 3), ratio_median=round(statistics.median(ratios), 3),
-        ratio_max=round(max(ratios), 3), one_rank=round(statistics.median(one[0] for one, _ in pairs)),
-        cpu_ratio=round(statistics.median(two[1] / one[1] for one, two in pairs), 3),
+        ratio_max=round(max(ratios), 3), one_rank=round(statistics.median(one for one, _ in pairs)),
         rounds=args.rounds, parameters=parameters,
         **json.loads(told.strip().splitlines()[-1]), cpu=common.device_name(common.CPU), threads=1,
         load=round(os.getloadavg()[0], 1), torch=torch.__version__, device="cpu",

@@ -1,11 +1,11 @@
 """Speed on one GPU, as a share of its own measured ceilings and against the plain PyTorch way of doing the same.
 
     python benchmarks/gpu.py ceilings softmax step kmeans knn la-search      # into results/gpu.jsonl, nine minutes
-    python benchmarks/gpu.py scripts resnet50 checkpoint decode              # at most, and nine more
+    python benchmarks/gpu.py scripts resnet50 decode                         # at most, and nine more
     python benchmarks/gpu.py --device cpu --tiny       # the same code in miniature, on any machine
     python benchmarks/gpu.py --paper                   # the profile of benchmarks/README.md: work, bytes, least times
 
-The limits of each list sum to more than its --minutes (to 12 and 11): if they are needed, what is named last is cut
+The limits of each list sum to more than its --minutes (to 12 and 10): if they are needed, what is named last is cut
 first, and said. The ceilings come first: products of large matrices, a copy, a kernel that does nothing, a copy from
 the host; a later call on the same device finds them in the same output file. Every benchmark then runs in a process of
 its own with a time limit, so that one that fails or hangs costs no other; within it each candidate that fails is a
@@ -16,6 +16,7 @@ times faster than "plain" it is. Records are JSON lines, each written at once; a
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import gc
 import io
@@ -70,7 +71,8 @@ class Sizes(NamedTuple):
     seconds: float = 0.05  # of a round, at least
 
 
-TINY = Sizes(64, 1 << 12, 600, 1200, 8, (12, 20), 50, 10, 32, 128, 16, 8, 4, 8, 2, 0.0)
+TINY = Sizes(square=64, copy=1 << 12, images=600, many=1200, batch=8, clusters=(12, 20), queries=50, neighbors=10,
+             background=32, small=128, small_batch=16, large=8, width=4, files=8, rounds=2, seconds=0.0)
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
@@ -246,7 +248,7 @@ def chunked_half(z: Tensor, bank: Tensor, chunk: int = 16384) -> tuple[Tensor, T
     return output / total, (peak + total.log())[:, 0]
 
 
-def in_heads(operator: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], heads: int) -> Attention:
+def in_heads(operator: Attention, heads: int) -> Attention:
     """Attention with the bank cut into pseudo-heads, so that all multiprocessors have work, merged by LSE.
 
     operator: q, k = v (1, heads, rows, D) -> O (1, heads, B, D) and LSE (1, heads, B or more).
@@ -281,7 +283,7 @@ def cudnn(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     return found[0], found[1]
 
 
-def flex() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def flex() -> Attention:
     from torch.nn.attention.flex_attention import flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False)
@@ -463,8 +465,8 @@ class Step:
         if not plain:
             self.encoder.to(memory_format=torch.channels_last)
         self.augment: Callable[..., Tensor] = npid.augment
-        options = dict(fused=True) if fused else {}
-        self.sgd = torch.optim.SGD(self.encoder.parameters(), 0.03, momentum=0.9, weight_decay=5e-4, **options)
+        self.sgd = torch.optim.SGD(self.encoder.parameters(), 0.03, momentum=0.9, weight_decay=5e-4,
+                                   fused=fused or None)
         self.data = common.ImageSet("bench", size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), torch.zeros(count), [],
                                     torch.arange(count), self.pixels)
         self.index = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -656,17 +658,6 @@ def scripts(bench: Bench) -> None:
                     **{key: last[key] for key in keys if key in last})
 
 
-def checkpoint(bench: Bench) -> None:
-    """A checkpoint of ResNet-18 with its momentum and a bank of 50,000: what each epoch pays for it."""
-    made = Step(bench, "resnet18", bench.sizes.small_batch, 32, bench.sizes.small_batch, bench.sizes.small)
-    made()
-    state = dict(encoder=made.encoder.state_dict(), sgd=made.sgd.state_dict(), bank=made.bank.state_dict())
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "checkpoint.pth"
-        bench.case("ResNet-18", "write_checkpoint", lambda: common.write_checkpoint(path, state))
-        bench.write(case="ResNet-18", way="size", megabytes=path.stat().st_size / 1e6)
-
-
 # ---- decoding --------------------------------------------------------------------------------------------------------
 
 
@@ -708,17 +699,12 @@ def decode(bench: Bench) -> None:
             for path, numbers in zip(few, draw, strict=False):
                 common.random_crops(path, crop, numbers)
 
-        def whole() -> None:
-            for path in few:
-                common.central_square(path, 224)
-
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         per = dict(per=len(few), **facts)
         with unittest.mock.patch.object(JpegImageFile, "draft", lambda *_: None):
             bench.case("training crop, one core", "plain", one_core, **per)
         bench.case("training crop, one core", "draft mode", one_core, **per)
-        bench.case("central crop, one core", "draft mode", whole, **per)
         torch.set_num_threads(threads)
 
         words = ["--data", str(folder), "--batch-size", str(min(64, len(paths))), "--device", bench.device.type,
@@ -812,7 +798,7 @@ def on_meta(arch: str, side: int, batch: int, count: int) -> tuple[float, int, f
         made.encoder.to(torch.bfloat16)
         augment = made.augment
         made.augment = lambda *rest: augment(*rest).bfloat16()
-        made.data = made.data.__class__(**{**vars(made.data), "mean": (0.0,), "std": (1.0,)})
+        made.data = dataclasses.replace(made.data, mean=(0.0,), std=(1.0,))
         made.sgd = torch.optim.SGD(made.encoder.parameters(), 0.03, momentum=0.9, weight_decay=5e-4, foreach=True)
         made.body()  # momentum buffers
         return work_of(made)
@@ -823,7 +809,7 @@ def on_meta(arch: str, side: int, batch: int, count: int) -> tuple[float, int, f
 BENCHMARKS: dict[str, tuple[Callable[[Bench], None], float]] = {  # and seconds that it may take
     "ceilings": (ceilings, 60), "softmax": (softmax, 150), "step": (step, 240), "la-search": (la_search, 60),
     "knn": (knn, 60), "kmeans": (kmeans, 150), "scripts": (scripts, 240), "resnet50": (resnet50, 180),
-    "checkpoint": (checkpoint, 60), "decode": (decode, 180),
+    "decode": (decode, 180),
 }
 
 

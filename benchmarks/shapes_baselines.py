@@ -1,10 +1,10 @@
-"""What `shapes` gives without self-supervision: pixels, colours, gradients, an untrained network, and labels.
+"""What `shapes` gives without self-supervision: colour histograms, oriented gradients, a network trained with labels.
 
-    python benchmarks/shapes_baselines.py --output results/shapes_baselines.jsonl
+    python benchmarks/shapes_baselines.py --output results/shapes-demo/baselines.jsonl
 
-prints one JSON line for each and appends it to the file. `knn20_top1` and `knn200_top1` are weighted kNN
-accuracies in percent (cosine similarity s, weight exp(s / 0.07)); `supervised_top1` is that of the classifier
-itself.
+prints one JSON line for each and appends it to the file; pixels and the untrained network are `eval_knn.py`'s.
+`knn20_top1` and `knn200_top1` are weighted kNN accuracies in percent (cosine similarity s, weight exp(s / 0.07));
+`supervised_top1` is that of the classifier itself.
 """
 
 import argparse
@@ -12,37 +12,31 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
+import npid
 from common import shapes
 
 NEIGHBORS, TEMPERATURE = (20, 200), 0.07
 
 
-def parse_args() -> argparse.Namespace:
-    """Options; the defaults are those of the committed table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=int, default=5000, help="training images, of seed 0")
     parser.add_argument("--test", type=int, default=2000, help="test images, of seed 1")
-    parser.add_argument(
-        "--epochs", type=int, default=30, help="epochs of the supervised ceiling; 0 leaves it out"
-    )
-    parser.add_argument(
-        "--width", type=int, default=16, help="channels of the first ResNet-18 stage (64 is standard)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the networks' weights and the training")
+    parser.add_argument("--epochs", type=int, default=30, help="epochs of the supervised network; 0 leaves it out")
+    parser.add_argument("--width", type=int, default=16, help="channels of the first ResNet-18 stage (64 is standard)")
+    parser.add_argument("--seed", type=int, default=0, help="of the network's weights and the training")
     parser.add_argument("--output", type=Path, help="file to which the lines are appended")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def colour_histogram(images: Tensor) -> Tensor:
@@ -61,27 +55,9 @@ def oriented_gradients(images: Tensor, bins: int = 9, cell: int = 4) -> Tensor:
     offset = (position - torch.arange(bins)[:, None, None]).remainder(bins)
     share = (1 - torch.minimum(offset, bins - offset)).clamp(min=0)  # linear between neighbouring directions
     cells = F.avg_pool2d(share * torch.sqrt(right.square() + down.square()), cell)
-    corners = [
-        cells[:, :, i : cells.shape[2] - 1 + i, j : cells.shape[3] - 1 + j] for i in (0, 1) for j in (0, 1)
-    ]
-    blocks = torch.cat(corners, 1)
-    norm = torch.linalg.vector_norm(blocks, dim=1, keepdim=True)
-    features: Tensor = (blocks / (norm + 1e-3)).flatten(1)
-    return features
-
-
-class Classifier(nn.Module):
-    """A thin ResNet-18 for small images and a linear layer."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.backbone = common.backbone("resnet18", width, small=True)
-        self.head = nn.Linear(self.backbone.dim, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (n, 10)."""
-        logits: Tensor = self.head(self.backbone(images))
-        return logits
+    height, width = cells.shape[2:]
+    blocks = torch.cat([cells[:, :, i : height - 1 + i, j : width - 1 + j] for i in (0, 1) for j in (0, 1)], 1)
+    return (blocks / (torch.linalg.vector_norm(blocks, dim=1, keepdim=True) + 1e-3)).flatten(1)
 
 
 @torch.no_grad()
@@ -90,15 +66,9 @@ def in_parts(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     return torch.cat([function(part) for part in torch.split(images, 500)])
 
 
-def train(
-    model: Classifier,
-    images: Tensor,
-    labels: Tensor,
-    scaled: Callable[[Tensor], Tensor],
-    epochs: int,
-    seed: int,
-) -> None:
-    """Cross-entropy with the scripts' augmentation of small images; SGD, batches of 128, cosine to zero."""
+def train(model: npid.Encoder, images: Tensor, labels: Tensor, scaled: Callable[[Tensor], Tensor], epochs: int,
+          seed: int) -> None:
+    """Cross-entropy with NPID's augmentation of small images; SGD, batches of 128, cosine to zero."""
     batch, steps = 128, epochs * (len(images) // 128)
     source = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
@@ -107,14 +77,11 @@ def train(
     for _ in range(epochs):
         order = torch.randperm(len(images), generator=source)[: len(images) // batch * batch]
         for index in torch.split(order, batch):
-            draw = common.Draw(source, batch, slice(None), torch.device("cpu"))
+            draw = common.Draw(source, batch, slice(None), common.CPU)
             boxes = common.crop_boxes(draw(common.CROP_NUMBERS), *images.shape[2:], (0.2, 1.0))
-            view = common.resized_crop(images[index], boxes, images.shape[-1])
-            view = common.random_color_jitter(view, draw, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4)
-            view = common.random_flip(common.random_grayscale(view, draw, 0.2), draw)
-            loss = F.cross_entropy(model(scaled(view)), labels[index])
+            view = npid.augment(common.resized_crop(images[index], boxes, images.shape[-1]), draw, False, True)
             optimizer.zero_grad()
-            torch.autograd.backward(loss)
+            F.cross_entropy(model(scaled(view)), labels[index]).backward()
             optimizer.step()
             schedule.step()
     model.eval()
@@ -127,29 +94,17 @@ def main(args: argparse.Namespace) -> None:
     pixels = images.float() / 255
     mean, std = pixels.mean((0, 2, 3))[:, None, None], pixels.std((0, 2, 3))[:, None, None]
     torch.manual_seed(args.seed)
-    model = Classifier(args.width).eval()
+    model = npid.Encoder("resnet18", args.width, True, 10).eval()
 
     def scaled(view: Tensor) -> Tensor:
         """Floats in [0, 1], standardised per channel."""
         return (view - mean) / std
 
-    def network(part: Tensor) -> Tensor:
-        """Backbone features of uint8 images."""
-        features: Tensor = model.backbone(scaled(part.float() / 255))
-        return features
-
     def report(name: str, features: Callable[[Tensor], Tensor], **more: float) -> None:
         """Weighted kNN on these features, as a line of JSON."""
         train_rows, test_rows = (F.normalize(in_parts(features, part)) for part in (images, test_images))
-        found = common.knn_accuracy(
-            test_rows,
-            test_labels,
-            train_rows,
-            labels,
-            10,
-            num_neighbors=NEIGHBORS,
-            temperatures=[TEMPERATURE],
-        )
+        found = common.knn_accuracy(test_rows, test_labels, train_rows, labels, 10, num_neighbors=NEIGHBORS,
+                                    temperatures=[TEMPERATURE])
         accuracy = {f"knn{k}_top1": round(found[k, TEMPERATURE][0], 2) for k in NEIGHBORS}
         line = json.dumps(dict(features=name, train=args.train, test=args.test, **accuracy, **more))
         print(line, flush=True)
@@ -158,20 +113,16 @@ def main(args: argparse.Namespace) -> None:
             with args.output.open("a") as file:
                 file.write(line + "\n")
 
-    report("raw pixels", lambda part: scaled(part.float() / 255).flatten(1))
     report("colour histograms", colour_histogram)
     report("HOG", oriented_gradients)
-    report("untrained network", network, width=args.width, seed=args.seed)
     if args.epochs:
         start = time.perf_counter()
         train(model, images, labels, scaled, args.epochs, args.seed)
         seconds = round(time.perf_counter() - start, 1)
         found = in_parts(lambda part: model(scaled(part.float() / 255)).argmax(1), test_images)
         top1 = round(100 * (found == test_labels).float().mean().item(), 2)
-        more = dict(
-            supervised_top1=top1, epochs=args.epochs, width=args.width, seed=args.seed, seconds=seconds
-        )
-        report("supervised network", network, **more)
+        report("supervised network", lambda part: model.backbone(scaled(part.float() / 255)), supervised_top1=top1,
+               epochs=args.epochs, width=args.width, seed=args.seed, seconds=seconds)
 
 
 if __name__ == "__main__":

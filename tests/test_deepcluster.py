@@ -785,17 +785,6 @@ def test_nmi() -> None:
     assert dc.nmi(a, b) == pytest.approx(information / math.sqrt(entropies), abs=1e-4)
 
 
-def test_ratio_edge_intra_class() -> None:
-    """Of the edges that leave a class's images, the share that ends in the class, against a loop over edges."""
-    nearest, labels = torch.randint(60, (60, 10), generator=seeded()), torch.randint(5, (60,), generator=seeded(1))
-    labels[labels == 3] = 2
-    found = dc.ratio_edge_intra_class(nearest, labels)
-    for label in range(5):
-        edges = [(i, int(j)) for i in range(60) for j in nearest[i] if labels[i] == label]
-        inside = sum(int(labels[j]) == label for _, j in edges)
-        assert math.isnan(found[label]) if label == 3 else float(found[label]) == pytest.approx(inside / len(edges))
-
-
 def test_label_figures() -> None:
     """Separate classes: 100 % and 1; the 10 neighbours do not count the image itself, against all distances; images
     without a label take no part, in the NMI none without a cluster; none with a label: no figure."""

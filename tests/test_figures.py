@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import common
-import deepcluster
 import figures
 import npid
 
@@ -361,6 +360,27 @@ def test_mds_panels(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert seen[0].points.shape == (60, 2) and seen[0].images.shape == (60, 3, 32, 32)
 
 
+# untrained networks
+
+
+@pytest.mark.parametrize(("channels", "words"), [(3, []), (3, ["--layer", "backbone"]), (2, [])])
+def test_the_untrained_network_is_like_the_run(run: Path, tmp_path: Path, channels: int, words: list[str]) -> None:
+    """It has a head if the run's network has one, and sees Sobel's gradients if that does, whatever comes first."""
+    name = str(run)
+    if channels == 2:
+        name = str(tmp_path / "sobel.pth")
+        torch.save(common.backbone("resnet18", 4, True, 2).state_dict(), name)
+        words = ["--arch", "resnet18", "--width", "4", "--image-size", "32"]
+    args = figures.parse_args(["gallery", "random", name, *words])
+    args.device = torch.device("cpu")
+    (untrained, own), names = figures.open_networks(args)
+    assert next(iter(names)) == "untrained" and (own.head is None) == (untrained.head is None) == bool(words)
+    images = torch.rand(2, 3, 32, 32)
+    assert untrained.embed(images).shape == own.embed(images).shape
+    for encoder in (untrained, own):
+        assert isinstance(encoder.backbone.front, common.Sobel) == (channels == 2)
+
+
 # filters
 
 
@@ -470,19 +490,6 @@ def test_maximize_shows_the_images_that_fire_most(run: Path, tmp_path: Path, mon
 # edges
 
 
-def test_edge_shares_are_counted() -> None:
-    """The ratio edge intra-class of each class equals a count over all edges, and DeepCluster's own."""
-    source = common.generator("edges")
-    nearest, labels = torch.randint(50, (50, 10), generator=source), torch.randint(3, (50,), generator=source)
-    labels[labels == 1] = 2  # class 1 has no image
-    found = figures.edge_shares(nearest, labels)
-    for label in (0, 2):
-        edges = [(i, j) for i in range(50) for j in nearest[i].tolist() if labels[i] == label]
-        assert found[label] == pytest.approx(100 * sum(labels[j] == label for _, j in edges) / len(edges))
-    assert found[1].isnan()
-    assert torch.allclose(found, 100 * deepcluster.ratio_edge_intra_class(nearest, labels), equal_nan=True)
-
-
 def test_edges_of_networks_and_logs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Boxes of the run and of the untrained network; curves where a figure was measured, by epochs before it."""
     seen = list[Any]()
@@ -564,7 +571,8 @@ def test_queue(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_lowshot_and_semisup(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Labels of each class, or their share; mean and deviation over draws as evaluated; untrained as the baseline."""
+    """Labels of each class, or their share; mean and deviation over draws as evaluated; untrained as the baseline. The
+    classes are those of the evaluated set; those of the run's own, which may have none, where a result has no such."""
     seen = list[dict[str, Any]]()
     drawn = figures.draw_labels
     monkeypatch.setattr(figures, "draw_labels", lambda curves, *rest: (seen.append(curves), drawn(curves, *rest))[1])
@@ -578,6 +586,11 @@ def test_lowshot_and_semisup(run: Path, tmp_path: Path, monkeypatch: pytest.Monk
         image(tmp_path / f"{name}.png")
     assert seen[0] == {"npid smoke": [(4, 20, 1), (16, 80, 1)], "untrained": [(4, 3, 1), (16, 3, 1)]}
     assert seen[1]["npid smoke"] == [(10, 10, 0.5), (40, 40, 0.5)]
+    unlabelled = evaluated(run, tmp_path / "unlabelled", [line | dict(classes=20) for line in lines])
+    log = (unlabelled / "log.jsonl").read_text()
+    (unlabelled / "log.jsonl").write_text(log.replace('"classes": 10', '"classes": 0'))
+    draw("lowshot", unlabelled, "--out", tmp_path / "lowshot.png")
+    assert log.count('"classes": 10') == 1 and seen[2]["npid smoke"] == [(2, 20, 1), (8, 80, 1)]
 
 
 def test_caption_of_what_is_drawn(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -614,12 +627,13 @@ def test_tables_name_presets_that_exist() -> None:
     for key, table in figures.TABLES.items():
         presets = importlib.import_module(table.script).PRESETS
         assert set(table.columns) <= set(figures.MERITS), key
-        for row, (preset, values) in table.rows.items():
+        for row, (preset, *values) in table.rows.items():
             assert preset in presets and len(values) == len(table.columns), (key, row)
 
 
 def test_ablation(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs find their table and row by their preset, thin ones too; seeds are averaged; what was not run says so."""
+    """Runs find their table and row by their preset, thin ones too; seeds are averaged; what was not run says so; of
+    several temperatures the first counts; a run of another table is said to be one."""
     seen = list[Any]()
     drawn = figures.draw_ablation
 
@@ -629,7 +643,8 @@ def test_ablation(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return figure
 
     monkeypatch.setattr(figures, "draw_ablation", spy)
-    entries = [dict(num_neighbors=k, temperature=0.07, top1=top) for k, top in ((200, 60.0), (1, 50.0))]
+    entries = [dict(num_neighbors=k, temperature=tau, top1=top - 50 * (tau > 0.07))
+               for k, top in ((200, 60.0), (1, 50.0)) for tau in (0.07, 0.1)]
     lines = [dict(protocol="knn", knn=entries, data="shapes"), dict(protocol="svm", svm_top1=55.0, data="shapes")]
     lines += [dict(protocol="knn", knn=[row | dict(top1=9.0) for row in entries], data="places205")]  # elsewhere
     runs = [evaluated(run, tmp_path / f"nce{seed}", lines, preset="cifar10-nce10", seed=seed) for seed in (0, 1)]
@@ -643,6 +658,8 @@ def test_ablation(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     thin = evaluated(run, tmp_path / "thin", lines, preset="thin-cifar10-shared", script="cld")
     draw("ablation", thin, "--out", tmp_path / "cld.png")
     assert seen[1][:2] == ("CLD, Table A.2: parts of the method, CIFAR-10", {"knn": {"shared branch": [60.0]}})
+    with pytest.raises(common.Fault, match=r"thin is no row of NPID, Table 1: .*: it is one of CLD, Table A.2: "):
+        draw("ablation", *runs, thin)
     draw("ablation", evaluated(run, tmp_path / "suffix", lines, preset="cifar10-thin"), "--out", tmp_path / "thin.png")
     assert seen.pop()[1]["svm"] == {"exact softmax": [55.0]}
     nearest = evaluated(run, tmp_path / "la", lines, preset="table4-nearest", script="local_aggregation")
@@ -668,7 +685,7 @@ def test_all(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     own = {"gallery", "neighbors", "retrieval", "curves", "density", "mds", "filters", "maximize", "edges", "pca"}
     assert own <= made
     assert made.isdisjoint({"queue", "lowshot", "semisup", "ablation"})
-    for name in figures.parse_args(["all", str(run)]).names:
+    for name in figures.parse_args(["all", str(run)]).commands:
         assert f"![{name}]({name}.png)" in index if name in made else f"* {name}: " in index
     assert not list(folder.glob("*.tmp"))
 
@@ -677,7 +694,7 @@ def test_index_has_the_options(run: Path, tmp_path: Path, monkeypatch: pytest.Mo
     """Each command of the index makes its picture again: it has those of the options typed that its picture knows."""
     named = shutil.copytree(run, tmp_path / "a run")
     words = ["--seed", "3", "--layer=head", *FEW, "--no-amp"]
-    for name in figures.parse_args(["all", str(run)]).names:
+    for name in figures.parse_args(["all", str(run)]).commands:
         monkeypatch.setattr(figures, name, functools.wraps(getattr(figures, name))(lambda args: None))
     draw("all", named, *words, "--out", tmp_path / "figures")
     index = (tmp_path / "figures" / "index.md").read_text()
@@ -693,14 +710,14 @@ def test_index_has_the_options(run: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_legend_and_small_print(run: Path) -> None:
     """Presets if they differ, else options, else folders; the small print has script, data, epochs and commit."""
     source = figures.read_log(str(run))[0]
-    assert figures.legend([source]) == ["npid smoke"]
+    assert list(figures.legend([source])) == ["npid smoke"]
     faster = source._replace(options=source.options | dict(lr=0.1, output="x"))
     untrained = figures.Source("untrained", {}, {}, "", 0)
-    assert figures.legend([source, faster, untrained]) == ["lr 0.03", "lr 0.1", "untrained"]
+    assert list(figures.legend([source, faster, untrained])) == ["lr 0.03", "lr 0.1", "untrained"]
     seed = source._replace(options=source.options | dict(seed=1))
-    assert figures.legend([source, seed]) == ["seed 0", "seed 1"]
-    assert figures.legend([source, source._replace(name="second")]) == ["first", "second"]
-    assert figures.legend([source, source]) == ["first (1)", "first (2)"]
+    assert list(figures.legend([source, seed])) == ["seed 0", "seed 1"]
+    assert list(figures.legend([source, source._replace(name="second")])) == ["first", "second"]
+    assert list(figures.legend([source, source])) == ["first (1)", "first (2)"]
     words = str(source)
     for part in ("npid.py", "preset smoke", "256 images of shapes", "epoch 2 of 2", "seed 0", f"commit {source.git}"):
         assert part in words

@@ -242,6 +242,18 @@ def test_class_scores_are_sums_of_weights() -> None:
     torch.testing.assert_close(scores / scores.sum(), expected / expected.sum(), atol=1e-6, rtol=0)
 
 
+def test_ratio_edge_intra_class() -> None:
+    """Of the edges that leave a class's images, the share that ends in the class, against a loop over edges."""
+    source = torch.Generator().manual_seed(0)
+    nearest, labels = torch.randint(60, (60, 10), generator=source), torch.randint(5, (60,), generator=source)
+    labels[labels == 3] = 2
+    found = common.ratio_edge_intra_class(nearest, labels)
+    for label in range(5):
+        edges = [(i, int(j)) for i in range(60) for j in nearest[i] if labels[i] == label]
+        inside = sum(int(labels[j]) == label for _, j in edges)
+        assert math.isnan(found[label]) if label == 3 else float(found[label]) == pytest.approx(inside / len(edges))
+
+
 def test_ratio_edge_is_that_of_deepcluster(device: str) -> None:
     """The ratio edge intra-class that --retrieval adds is the one in DeepCluster's log, on classes of any size."""
     features = unit(90, 6, 0, device)

@@ -734,6 +734,7 @@ def test_other_protocols(protocol: str, checkpoint: Path) -> None:
     assert found["protocol"] == protocol and 0 <= found[f"{protocol}_top1"] <= 100
     if protocol == "finetune":
         assert found["runs"][0]["labels"] == 30 and found["runs"][0]["head_factor"] in (1, 10)
+        assert found["classes"] == 10
         assert found["finetune_top1"] == pytest.approx(np.mean([row["top1"] for row in found["runs"]]), abs=0.01)
     if protocol == "svm":
         assert [row["size"] for row in found["layers"]] == [32, 128]

@@ -449,10 +449,10 @@ def test_sizes_that_make_no_sense_are_warned_of(options: list[str], words: str) 
 ARCHS = {"A": "alexnet", "V": "vgg16", "R18": "resnet18", "R50": "resnet50"}
 
 
-@pytest.mark.parametrize("row", figures.LA_H_M)
+@pytest.mark.parametrize("row", figures.TABLES["la-supplement-1"].rows)
 def test_presets_of_the_supplements_first_table(row: str) -> None:
     """A preset has the network, H and m that its row of the supplement's Table 1 names, and 4,096 nearest as B_i."""
-    args = la.parse_args(["--preset", figures.LA_H_M[row][0]])
+    args = la.parse_args(["--preset", figures.TABLES["la-supplement-1"].rows[row][0]])
     arch, pair = row.split(" ", 1)
     assert f"({args.H}, {args.m // 1000}k)" == pair and args.m % 1000 == 0 and args.arch == ARCHS[arch]
     assert (args.k, args.background, args.close, args.cluster_on, args.warmup_epochs) == (4096, "nearest", "clusters",

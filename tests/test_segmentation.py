@@ -164,12 +164,15 @@ def test_image_and_mask_stay_together(folder: Path, tmp_path: Path) -> None:
 
 
 def test_run(folder: Path, tmp_path: Path) -> None:
-    """A run leaves log, checkpoint and backbone, and one JSON line, also in eval.jsonl; it is not done again."""
+    """A run leaves log, checkpoint and backbone, and one JSON line, also in eval.jsonl; it is not done again. An
+    untrained network is a ResNet-18 unless --arch says another."""
     words = tiny(folder, tmp_path / "out", "--freeze", 2, "--accumulate", 2)
+    words = [word for word in words if word not in ("--arch", "resnet18")]
     process = run("eval_segmentation", words)
     assert process.code == 0 and process.err == "", process.err
     result = json.loads(process.out.splitlines()[-1])
-    assert result["protocol"] == "segmentation" and (result["train_images"], result["test_images"]) == (7, 3)
+    assert result["protocol"] == "segmentation" and result["arch"] == "resnet18"
+    assert (result["train_images"], result["test_images"]) == (7, 3)
     assert 0 < result["miou"] < 100 and (tmp_path / "out/eval.jsonl").read_text() == json.dumps(result) + "\n"
     assert [row["iteration"] for row in log(tmp_path / "out")[1:]] == [2, 4]
     again = run("eval_segmentation", words)
@@ -271,6 +274,9 @@ def test_tables_do_not_depend_on_ranks(folder: Path) -> None:
     class Rank:
         def __init__(self, rank: int, world: int) -> None:
             self.rank, self.world, self.device = rank, world, common.CPU
+
+        def pause(self, epoch: int, step: int) -> None:
+            pass
 
         def autocast(self) -> torch.autocast:
             return torch.autocast("cpu", torch.bfloat16, enabled=False)
