@@ -54,7 +54,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as ops
@@ -134,22 +133,14 @@ PRESETS |= {f"{name}-queue{size}": dict(row, queue_size=size, **NO_CLD)  # Fig. 
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
-class HostDefaults(NamedTuple):
-    """The crops a host takes (two views, a third for the keys, a fourth for the patches), and its options' defaults."""
-
-    crops: int
-    head: str
-    augment: str
-    key_momentum: float
-
-
-HOSTS = {
-    "npid": HostDefaults(2, "linear", "plain", 0.0),
-    "moco": HostDefaults(3, "linear", "plain", 0.999),
-    "mocov2": HostDefaults(3, "mlp", "mocov2", 0.999),
-    "byol": HostDefaults(2, "bn-mlp", "byol", 0.996),
-    "infomin": HostDefaults(4, "mlp", "infomin", 0.999),
+HOSTS: dict[str, dict[str, Any]] = {  # the defaults of their options
+    "npid": dict(head="linear", augment="plain", key_momentum=0.0),
+    "moco": dict(head="linear", augment="plain", key_momentum=0.999),
+    "mocov2": dict(head="mlp", augment="mocov2", key_momentum=0.999),
+    "byol": dict(head="bn-mlp", augment="byol", key_momentum=0.996),
+    "infomin": dict(head="mlp", augment="infomin", key_momentum=0.999),
 }
+CROPS = dict(npid=2, moco=3, mocov2=3, byol=2, infomin=4)  # two views, a third for the keys, a fourth for the patches
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -193,9 +184,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     made.add_argument("--instances", type=common.COUNT, metavar="N", help="shapes only: crops of N rendered images")
     common.add_training_options(parser)
     args = common.parse(parser, PRESETS, argv)
-    for key in ("head", "augment", "key_momentum"):
+    for key, value in HOSTS[args.host].items():
         if getattr(args, key) is None:
-            setattr(args, key, getattr(HOSTS[args.host], key))
+            setattr(args, key, value)
     return args
 
 
@@ -557,20 +548,15 @@ def group_figures(z: Tensor, groups: Groups) -> dict[str, Tensor]:
                 inter=(pairs / (count * (count - 1)).clamp(min=1)).mean())
 
 
-class Gathered(torch.autograd.Function):
-    """f_G of all ranks, (V, B, D), for groups of the whole batch; each of them sends this rank its gradient."""
+def everywhere(run: common.Run, z: Tensor) -> Tensor:
+    """f_G of all ranks, for groups of the whole batch.
 
-    @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, z)
-        return torch.cat(parts, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total.chunk(dist.get_world_size(), 1)[dist.get_rank()]
+    Each rank takes the same loss of it and has the gradient of its own rows alone, times the number of ranks, since DDP
+    takes their mean.
+    """
+    parts = list(run.gather(z.detach()[None])[0])
+    parts[run.rank] = z.detach() + run.world * (z - z.detach())
+    return torch.cat(parts, 1)
 
 
 # ---- hosts -----------------------------------------------------------------------------------------------------------
@@ -693,13 +679,10 @@ def main(args: argparse.Namespace) -> None:
     data, test = load(args, run)
     rows = args.batch_size // args.accumulate // (1 if args.groups_over == "all" else run.world)
     num_groups, queue_size = min(args.num_groups, rows), min(args.queue_size, len(data))
-    if "bn-mlp" in (args.head, HOSTS[args.host].head) and args.batch_size == run.world * args.accumulate:
-        raise common.Fault("batch normalisation in the head needs two images on each rank and in each part of "
-                           "--accumulate: raise --batch-size")
     if args.group_weight and num_groups == rows and run.rank == 0:
         print(f"warning: {rows} rows are grouped at once: --num-groups {args.num_groups} makes {rows} groups of one "
               "row each; lower it, or see --groups-over", file=sys.stderr)
-    if HOSTS[args.host].crops > 2:  # a crop for the keys: there is a queue
+    if CROPS[args.host] > 2:  # a crop for the keys: there is a queue
         if args.batch_size > args.queue_size:
             raise common.Fault(f"--queue-size {args.queue_size} is less than a batch of {args.batch_size}: raise it")
         if queue_size < args.queue_size and "queue_size" in args.typed:
@@ -737,7 +720,7 @@ def main(args: argparse.Namespace) -> None:
         start = first_step if epoch == first_epoch else 0
         began = time.perf_counter()
         encoder.train()
-        for step, index, crops in data.batches(run, order, crop, epoch, start, HOSTS[args.host].crops):
+        for step, index, crops in data.batches(run, order, crop, epoch, start, CROPS[args.host]):
             lr = common.learning_rate(args, epoch + step / steps) * warm_up(epoch + step / steps, args.warmup_epochs)
             for param_group in optimizer.param_groups:
                 param_group["lr"] = lr
@@ -760,8 +743,8 @@ def main(args: argparse.Namespace) -> None:
                 figures = dict(instance_loss=part_loss, instance_accuracy=accuracy,
                                feature_std=z[0].detach().std(0).mean() * z.shape[2] ** 0.5)
                 if args.group_weight:
-                    if run.world > 1 and args.groups_over == "all":
-                        g = Gathered.apply(g.contiguous())
+                    if args.groups_over == "all":
+                        g = everywhere(run, g)
                     groups = group(g, num_groups, args.kmeans_iterations, args.clustering)
                     cross, accuracy = group_loss(g, groups, args.group_temperature, args.cross_view)
                     part_loss = part_loss + args.group_weight * cross.mean()

@@ -1887,7 +1887,7 @@ class Sobel(nn.Module):
 class PlainNet(nn.Module):
     """AlexNet or VGG16 with batch normalisation after every convolution; the feature is fc7, (B, dim)."""
 
-    def __init__(self, arch: str, width: int, small: bool, input_channels: int, dropout: float) -> None:
+    def __init__(self, arch: str, width: int, small: bool, input_channels: int) -> None:
         super().__init__()
         alexnet, layers, channels = arch == "alexnet", list[nn.Module](), input_channels
         self.front = Sobel() if input_channels == 2 else nn.Identity()
@@ -1909,8 +1909,8 @@ class PlainNet(nn.Module):
         side = (3 if small else 6) if alexnet else (1 if small else 7)
         self.avgpool = nn.AdaptiveAvgPool2d(side)
         fc6, fc7 = nn.Linear(channels * side**2, self.dim), nn.Linear(self.dim, self.dim)
-        first = [nn.Dropout(dropout)] if alexnet else []
-        self.classifier = nn.Sequential(*first, fc6, nn.ReLU(inplace=True), nn.Dropout(dropout), fc7)
+        first = [nn.Dropout(0.0)] if alexnet else []
+        self.classifier = nn.Sequential(*first, fc6, nn.ReLU(inplace=True), nn.Dropout(0.0), fc7)
 
     def forward(self, images: Tensor, relu_last: bool = True) -> Tensor:
         """fc7, (B, dim), with or without its ReLU."""
@@ -1982,17 +1982,15 @@ class ResNet(nn.Module):
         return maps
 
 
-def backbone(
-    arch: str, width: int = 64, small: bool = False, input_channels: int = 3, dropout: float = 0.0
-) -> PlainNet | ResNet:
+def backbone(arch: str, width: int = 64, small: bool = False, input_channels: int = 3) -> PlainNet | ResNet:
     """Network (B, 3, H, W) -> (B, dim), fresh weights. width: 64 is standard, others scale every channel; small:
-    3x3 stem of stride 1, for images under 64 px; input_channels: 3, or 2 for the images' Sobel gradients; dropout:
-    probability before fc6 (AlexNet) and fc7 (AlexNet, VGG16), DeepCluster has 0.5. ValueError for an unknown arch."""
+    3x3 stem of stride 1, for images under 64 px; input_channels: 3, or 2 for the images' Sobel gradients. ValueError
+    for an unknown arch."""
     if arch not in (*PLAIN_STAGES, *RESNET_BLOCKS):
         raise ValueError(f"unknown architecture {arch}: choose {', '.join([*PLAIN_STAGES, *RESNET_BLOCKS])}")
     network: PlainNet | ResNet
     if arch in PLAIN_STAGES:
-        network = PlainNet(arch, width, small, input_channels, dropout)
+        network = PlainNet(arch, width, small, input_channels)
     else:
         network = ResNet(arch, width, small, input_channels)
     if small:  # PyTorch's own start, usual for CIFAR networks: 2.4 times shorter than the one below, which under batch
@@ -2325,12 +2323,10 @@ def _kmeans_torch(x: Tensor, centroids: Tensor, iterations: int, seed: int, sphe
     for iteration in range(iterations + 1):
         before, (labels, total) = labels, assign(x, centroids, low, half if iteration < iterations else None)
         settled = empty == 0 and torch.equal(labels, before)
-        if settled and half:  # float32 decides whether this is a fixed point
-            half, (labels, total) = None, assign(x, centroids, low)
-            settled = torch.equal(labels, before)
         objective.append(total)
-        if settled or iteration == iterations:
+        if iteration == iterations or (settled and half is None):
             break
+        half = None if settled else half  # float32 decides whether this is a fixed point
         sums, counts = cluster_sums(x, labels, k)
         means = sums / counts.clamp(min=1).unsqueeze(1)
         if spherical:

@@ -55,8 +55,6 @@ from torch import Tensor, nn
 
 import common
 
-Encode = Callable[[Tensor], Tensor]  # normalised images (b, 3, S, S) -> descriptors (b, d)
-
 # ---- presets ---------------------------------------------------------------------------------------------------------
 # "imagenet" is the base of all and serves any directory; a preset lists what differs. flickr*: directories of YFCC100M.
 
@@ -227,7 +225,7 @@ class Encoder(nn.Module):
 
     def __init__(self, arch: str, width: int, small: bool, size: int, head: str, sobel: bool, dropout: float) -> None:
         super().__init__()
-        self.backbone = common.backbone(arch, width, small, 2 if sobel else 3, dropout)
+        self.backbone = common.backbone(arch, width, small, 2 if sobel else 3)
         self.head, self.rectified, self.dim = head, head in ("full", "2fc"), self.backbone.dim
         self.mlp, mlp = nn.Sequential(), nn.Sequential()
         if isinstance(self.backbone, common.PlainNet):
@@ -246,10 +244,8 @@ class Encoder(nn.Module):
             del mlp[-3:]
 
     def forward(self, images: Tensor) -> Tensor:
-        if isinstance(self.backbone, common.PlainNet):
+        if isinstance(self.backbone, common.PlainNet) or self.head == "pooled":
             h: Tensor = self.backbone(images, relu_last=False)
-        elif self.head == "pooled":
-            h = self.backbone(images)
         else:
             h = self.mlp(self.backbone.stages(images)[-1].flatten(1))
         return h.float()
@@ -304,6 +300,7 @@ class Clusters:
     def __init__(self, num_images: int) -> None:
         self.pseudo_labels = torch.full((num_images,), -1, dtype=torch.int32)  # -1: in no cluster, not trained on
         self.figures: dict[str, float] = {}
+        self.final: dict[str, Tensor] = {}  # once training has ended, for --assign: centroids, projection, offset
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -390,7 +387,7 @@ def rank0(run: common.Run, tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def describe(
-    run: common.Run, data: common.ImageSet, encode: Encode, width: int, dim: int
+    run: common.Run, data: common.ImageSet, encode: Callable[[Tensor], Tensor], width: int, dim: int
 ) -> tuple[Tensor, Tensor, Tensor, float, dict[str, float]]:
     """x (N, q), projection (width, q), offset (q,), the variance kept, seconds. encode: images -> h (b, width)."""
     began = time.perf_counter()
@@ -466,11 +463,9 @@ def kmeans_half(x: Tensor, k: int, seed: int, iterations: int = 20) -> tuple[Ten
         hurry = half if iteration < iterations else None
         before, (labels, empties) = labels, fill_empty(common.nearest(x, centroids, low, hurry), k, random)
         settled = empties == 0 and torch.equal(labels, before)
-        if settled and half:  # float32 decides whether this is a fixed point, as in common.kmeans
-            half, (labels, empties) = None, fill_empty(common.nearest(x, centroids, low), k, random)
-            settled = empties == 0 and torch.equal(labels, before)
-        if settled or iteration == iterations:
+        if iteration == iterations or (settled and half is None):
             break
+        half = None if settled else half  # float32 decides whether this is a fixed point
         sums, counts = common.cluster_sums(x, labels, k)
         centroids = sums / counts[:, None]
     return labels, empties
@@ -478,8 +473,6 @@ def kmeans_half(x: Tensor, k: int, seed: int, iterations: int = 20) -> tuple[Ten
 
 # ---- power iteration clustering --------------------------------------------------------------------------------------
 # Section 4.6, in float64 on the CPU, where the order of sums is the same in every run.
-
-ALPHA, ITERATIONS = 0.001, 200
 
 
 class Graph(NamedTuple):
@@ -505,7 +498,7 @@ def affinity(x: Tensor, nearest: Tensor, sigma: float | str) -> Graph:
     return Graph(key // n, key % n, weights, nearest.cpu())
 
 
-def power_iteration(graph: Graph, alpha: float = ALPHA, iterations: int = ITERATIONS) -> Tensor:
+def power_iteration(graph: Graph, alpha: float = 0.001, iterations: int = 200) -> Tensor:
     """v (N,) after 200 times v <- alpha W v + (1 - alpha) / N, v <- v / sum(v), from v = 1 / N."""
     n = len(graph.nearest)
     lengths = torch.bincount(graph.rows, minlength=n)
@@ -647,15 +640,6 @@ def partition_figures(pseudo_labels: Tensor, previous: Tensor) -> dict[str, floa
     return figures | (dict(nmi_previous=nmi(pseudo_labels[both], previous[both])) if both.any() else {})
 
 
-def knn(
-    run: common.Run, data: common.ImageSet, test: common.ImageSet, encode: Encode, width: int, dim: int
-) -> dict[str, float]:
-    """Weighted kNN accuracy (K = 200, tau = 0.07) of the whitened descriptors, whose PCA is that of `data`."""
-    x, projection, offset, *_ = describe(run, data, encode, width, dim)
-    queries = common.extract(run, test, lambda images: whiten(encode(images), projection, offset))
-    return common.knn_monitor(x, data, queries, test, temperature=0.07)
-
-
 # ---- assignments -----------------------------------------------------------------------------------------------------
 
 
@@ -684,21 +668,13 @@ def save_assignments(folder: Path, epoch: int, labels: Tensor, names: list[str])
     part.replace(folder / f"epoch{epoch:04d}.npz")
 
 
-CLUSTERS = "clusters.pth"
-
-
 def assign_images(args: argparse.Namespace) -> None:
     """Write path, cluster of each image of --assign: the nearest centroid, by the network in --output."""
     saved, device = common.load_checkpoint(args.output / "checkpoint.pth"), common.pick_device(args.device)
     options, known = argparse.Namespace(**saved["options"]), saved["data"]
-    if options.script != args.script or not (args.output / CLUSTERS).exists():
-        raise common.Fault(f"{args.output} holds no run of {args.script} that has ended: no {CLUSTERS} there")
-    try:
-        clusters = common.load_plain(args.output / CLUSTERS)
-        clusters = {key: clusters[key].to(exact(device)) for key in ("centroids", "projection", "offset")}
-    except Exception:  # garbage makes the unpickler raise almost anything
-        raise common.Fault(f"{args.output / CLUSTERS} is damaged: remove it, and the command that trained the network "
-                           "writes it again") from None
+    if options.script != args.script or not (final := saved["state"]["clusters"].get("final")):
+        raise common.Fault(f"{args.output} holds no run of {args.script} that has ended")
+    projection, offset = final["projection"].to(exact(device)), final["offset"].to(exact(device))
     args.data, args.subset, args.image_size = args.assign, None, known["size"]
     data = common.load(args, "pretrain", device)
     data.mean, data.std = tuple(known["mean"]), tuple(known["std"])
@@ -709,9 +685,9 @@ def assign_images(args: argparse.Namespace) -> None:
     def embed(images: Tensor) -> Tensor:
         h = encoder(images)
         h = encoder.activate(h) if options.descriptors == "after" else h
-        return whiten(h, clusters["projection"], clusters["offset"])
+        return whiten(h, projection, offset)
 
-    labels = common.nearest(common.extract(device, data, embed), clusters["centroids"].to(device))
+    labels = common.nearest(common.extract(device, data, embed), final["centroids"].to(device))
     path, part = args.output / "assigned.csv", args.output / "assigned.tmp"
     with part.open("w", newline="", errors="surrogateescape") as file:
         csv.writer(file).writerows([("path", "cluster"), *zip(image_names(data), labels.tolist(), strict=True)])
@@ -780,36 +756,39 @@ def main(args: argparse.Namespace) -> None:
     state = dict(encoder=encoder, optimizer=optimizer, top=top, clusters=clusters, totals=totals)
     first_epoch, first_step = run.resume(state, steps)
     names = image_names(data) if run.rank == 0 else []
-    if run.rank == 0 and first_epoch < args.epochs:
-        (run.output / CLUSTERS).unlink(missing_ok=True)  # its centroids belong to an earlier network
 
     def encode(images: Tensor) -> Tensor:
         h: Tensor = encoder(images)
         return encoder.activate(h) if args.descriptors == "after" else h
 
-    def monitored(epoch: int) -> bool:
-        """Whether there are figures from labels after so many epochs."""
-        return test is not None and (epoch == args.epochs or epoch % args.knn_every == 0)
+    def described(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, float, dict[str, float]]:
+        """`describe` of these images, by the network in evaluation mode."""
+        encoder.eval()
+        run.broadcast(encoder)
+        chosen = data if len(rows) == len(data) else data.select(rows)  # not a copy of all pixels
+        return describe(run, chosen, encode, encoder.dim, args.feature_dim)
+
+    def knn(test: common.ImageSet) -> dict[str, float]:
+        """Accuracy of the whitened descriptors, whose PCA is that of all training images; K = 200, tau = 0.07."""
+        x, projection, offset, *_ = described(torch.arange(len(data)))
+        queries = common.extract(run, test, lambda images: whiten(encode(images), projection, offset))
+        return common.knn_monitor(x, data, queries, test, temperature=0.07)
 
     crop = training_crop(args, data)
     for epoch in range(first_epoch, args.epochs):
         start = first_step if epoch == first_epoch else 0
         began, seconds = time.perf_counter(), dict(descriptor_seconds=0.0, pca_seconds=0.0, cluster_seconds=0.0)
+        clusters.final = {}
 
         assigned = 0 if args.clustering == "labels" else epoch - epoch % args.reassign_every
-        pool = torch.arange(len(data))
-        if pool_size < len(data):
-            pool = torch.randperm(len(data), generator=run.generator("pool", assigned))[:pool_size].sort().values
+        pool = torch.randperm(len(data), generator=run.generator("pool", assigned))[:pool_size].sort().values
         anew = start == 0 and epoch == assigned
-        judged = start == 0 and ((epoch == 0 and test is not None) or monitored(epoch + 1))  # by true labels
+        monitored = test is not None and (epoch + 1 == args.epochs or (epoch + 1) % args.knn_every == 0)
+        judged = start == 0 and (monitored or (epoch == 0 and test is not None))  # by true labels
         if args.clustering != "labels" and (anew or judged):  # Fig. 4.5: between clusterings too
             if run.rank == 0 and epoch == first_epoch:
                 print(f"descriptors of {pool_size:,} images, before the first step of the epoch", flush=True)
-            encoder.eval()
-            run.broadcast(encoder)
-            chosen = data if pool_size == len(data) else data.select(pool)
-            x, _, _, variance, took = describe(run, chosen, encode, encoder.dim, args.feature_dim)
-            del chosen  # a copy of its pixels
+            x, _, _, variance, took = described(pool)
             seconds |= took
         if anew:
             labels, figures = data.labels[pool], dict[str, float]()
@@ -830,8 +809,6 @@ def main(args: argparse.Namespace) -> None:
                     seconds["cluster_seconds"] = round(time.perf_counter() - clock, 2)
                     figures["pca_variance"] = variance
                 labels = rank0(run, labels.long().to(run.device)).cpu()
-                if judged:
-                    figures |= label_figures(x, labels, data.labels[pool], run)
                 if not (labels >= 0).any():
                     raise common.Fault("every image is a singleton, none is left to train on: try --sigma median")
             previous, clusters.pseudo_labels = clusters.pseudo_labels, torch.full_like(clusters.pseudo_labels, -1)
@@ -841,7 +818,7 @@ def main(args: argparse.Namespace) -> None:
             top.reset(count, run.generator("top", epoch))
             if run.rank == 0:
                 save_assignments(run.output / "assignments", epoch + 1, clusters.pseudo_labels, names)
-        elif judged and args.clustering != "labels":
+        if judged and args.clustering != "labels":
             clusters.figures |= label_figures(x, clusters.pseudo_labels[pool], data.labels[pool], run)
 
         source, count = run.generator("order", epoch), steps * args.batch_size
@@ -882,10 +859,8 @@ def main(args: argparse.Namespace) -> None:
 
         row: dict[str, float] = totals.means(run) | clusters.figures  # waits for the device's last steps
         train_seconds = time.perf_counter() - began_training
-        if monitored(epoch + 1) and test is not None:
-            encoder.eval()
-            run.broadcast(encoder)
-            row |= knn(run, data, test, encode, encoder.dim, args.feature_dim)
+        if monitored and test is not None:
+            row |= knn(test)
             if args.clustering == "labels":  # Table 4.2
                 guesses = common.extract(run, test, lambda images: top(encoder.activate(encoder(images))).argmax(1))
                 row["test_top1"] = round(100 * float((guesses.cpu() == test.labels).double().mean()), 2)
@@ -893,18 +868,12 @@ def main(args: argparse.Namespace) -> None:
                 images_per_second=round((steps - start) * args.batch_size / train_seconds),
                 train_seconds=round(train_seconds, 1), seconds=round(time.perf_counter() - began, 1),
                 memory_gb=common.memory_gb(run.device))
+        if epoch + 1 == args.epochs:  # means of the last clusters among the descriptors of the final network
+            kept = (clusters.pseudo_labels >= 0).nonzero()[:, 0]
+            x, projection, offset, *_ = described(kept)
+            centroids = cluster_means(x, clusters.pseudo_labels[kept])
+            clusters.final = dict(centroids=centroids, projection=projection, offset=offset)
         run.save(state, epoch + 1, 0)
-
-    # For --assign: the means of the last clusters among the descriptors of the final network.
-    if run.agree(not (run.output / CLUSTERS).exists()):  # else the run had ended before
-        encoder.eval()
-        run.broadcast(encoder)
-        kept = (clusters.pseudo_labels >= 0).nonzero()[:, 0]
-        chosen = data if len(kept) == len(data) else data.select(kept)
-        x, projection, offset, *_ = describe(run, chosen, encode, encoder.dim, args.feature_dim)
-        found = dict(centroids=cluster_means(x, clusters.pseudo_labels[kept]), projection=projection, offset=offset)
-        if run.rank == 0:
-            common.write_checkpoint(run.output / CLUSTERS, found)
     run.finish(encoder.backbone)
 
 

@@ -11,12 +11,10 @@ ARCHS = ["alexnet", "vgg16", "resnet18", "resnet34", "resnet50", "resnet101"]
 KINDS = ["alexnet", "vgg16", "resnet18", "resnet50"]
 
 
-def fresh(
-    arch: str, width: int = 8, small: bool = False, dropout: float = 0.0
-) -> common.PlainNet | common.ResNet:
+def fresh(arch: str, width: int = 8, small: bool = False) -> common.PlainNet | common.ResNet:
     """A seeded narrow backbone."""
     torch.manual_seed(0)
-    return common.backbone(arch, width, small, dropout=dropout)
+    return common.backbone(arch, width, small)
 
 
 def random_statistics(network: nn.Module) -> None:
@@ -173,16 +171,6 @@ def test_feature_before_the_last_relu(arch: str) -> None:
         before, after = network(images, relu_last=False), network(images)
     assert torch.equal(before.relu(), after)
     assert bool((before < 0).any()) == (arch != "resnet18")
-
-
-def test_dropout_is_an_option() -> None:
-    """By default training draws nothing; with dropout two passes differ in training, not in evaluation."""
-    images = torch.randn(4, 3, 32, 32)
-    for arch in ("alexnet", "vgg16"):
-        plain, dropping = fresh(arch, small=True), fresh(arch, small=True, dropout=0.5)
-        assert torch.equal(plain(images), plain(images))
-        assert not torch.equal(dropping(images), dropping(images))
-        assert torch.equal(dropping.eval()(images), dropping(images))
 
 
 @pytest.mark.parametrize("arch", KINDS)

@@ -741,13 +741,6 @@ def test_too_many_groups_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFix
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])["num_groups"] == 16
 
 
-def test_head_with_batch_normalisation_needs_two_images(tmp_path: Path) -> None:
-    """BYOL with one image on a rank, or in a part of --accumulate, is refused in one line."""
-    words = [*TINY, "--host", "byol", "--batch-size", "2", "--accumulate", "2", "--output", tmp_path]
-    one_line(run("cld", words), "needs two images", "raise --batch-size")
-
-
-
 def other_value_error() -> None:
     """A ValueError that no option mends."""
 

@@ -972,8 +972,7 @@ def test_resume_is_exact(method: str, tmp_path: Path) -> None:
     assert "resumed" in (tmp_path / "broken-out0").read_text()
     assert [p.name for p in sorted((whole / "assignments").glob("*.npz"))] == [
         p.name for p in sorted((broken / "assignments").glob("*.npz"))]
-    final = [torch.load(output / dc.CLUSTERS, weights_only=True) for output in (whole, broken)]
-    assert same(*final)
+    assert state_of(whole)["clusters"]["final"].keys() == {"centroids", "projection", "offset"}
 
 
 def no_reclustering() -> None:
@@ -988,7 +987,8 @@ def test_no_clustering_within_an_epoch(tmp_path: Path) -> None:
     assert train(tmp_path / "run", "--epochs", "1", before=killed_after(0, 1)) == 9
     saved = state_of(tmp_path / "run")["clusters"]
     assert train(tmp_path / "run", "--epochs", "1", before=no_reclustering) == 0
-    assert same(saved, state_of(tmp_path / "run")["clusters"])
+    ended = state_of(tmp_path / "run")["clusters"]
+    assert same(saved | dict(final=ended["final"]), ended)
 
 
 def batch_statistics_fixed() -> None:
@@ -1161,7 +1161,7 @@ def test_nothing_of_an_earlier_run_is_left(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (80, 16, 16, 3), dtype=np.uint8)
     first, second = folder_of(tmp_path / "first", [*noise[:40]]), folder_of(tmp_path / "second", [*noise[40:]])
     run, options = tmp_path / "run", ["--subset", "40", "--k", "4", "--epochs", "2", "--overwrite", "--data"]
-    assert train(run, *options, str(first)) == 0 and (run / dc.CLUSTERS).exists()
+    assert train(run, *options, str(first)) == 0 and state_of(run)["clusters"]["final"]
     assert train(run, *options, str(second), before=killed_after(0, 1)) == 9
     names = (run / "assignments/images.txt").read_text().splitlines()
     assert names == [str(file) for file in sorted(second.iterdir())]
@@ -1170,14 +1170,24 @@ def test_nothing_of_an_earlier_run_is_left(tmp_path: Path) -> None:
 
 
 def test_finished_run_computes_nothing(tmp_path: Path) -> None:
-    """Started again, a finished run does not describe all images anew, unless clusters.pth is gone: then as it was."""
+    """Started again, a finished run does not describe all images anew, and its centroids are still there."""
     run = tmp_path / "run"
     assert train(run, "--epochs", "1") == 0
-    found = torch.load(run / dc.CLUSTERS, weights_only=True)
-    assert train(run, "--epochs", "1", before=no_description) == 0
-    (run / dc.CLUSTERS).unlink()
-    assert train(run, "--epochs", "1", before=no_description) == 1
-    assert train(run, "--epochs", "1") == 0 and same(found, torch.load(run / dc.CLUSTERS, weights_only=True))
+    saved = state_of(run)
+    assert train(run, "--epochs", "1", before=no_description) == 0 and same(saved, state_of(run))
+    assert train(run, "--assign", "shapes") == 0
+
+
+def test_finished_run_is_trained_on(tmp_path: Path) -> None:
+    """With more --epochs a finished run ends as one that had them from the start; until then it has no centroids."""
+    assert train(tmp_path / "whole", "--epochs", "2") == 0
+    run = tmp_path / "run"
+    assert train(run, "--epochs", "1") == 0
+    assert train(run, "--epochs", "2", before=killed_after(1, 1)) == 9
+    assert train(run, "--assign", "shapes") == 2
+    assert "that has ended" in (tmp_path / "run-out0").read_text()
+    assert train(run, "--epochs", "2") == 0
+    assert same(state_of(tmp_path / "whole"), state_of(run)) and rows_of(tmp_path / "whole") == rows_of(run)
 
 
 def test_equal_images(tmp_path: Path) -> None:
@@ -1230,7 +1240,7 @@ def test_assigned_clusters_are_the_nearest(tmp_path: Path) -> None:
     images = torch.from_numpy(noise).permute(0, 3, 1, 2) / 255
     with torch.no_grad():
         h = encoder(common.normalize(images, common.IMAGENET.mean, common.IMAGENET.std)).relu()
-    found = torch.load(tmp_path / "run" / dc.CLUSTERS, weights_only=True)
+    found = state_of(tmp_path / "run")["clusters"]["final"]
     x = F.normalize(h.to(found["projection"]) @ found["projection"] - found["offset"]).float()
     labels = clusters_of(tmp_path / "run", 1)
     means = torch.stack([x[:32][labels == cluster].mean(0) for cluster in range(6)])

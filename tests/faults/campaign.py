@@ -409,9 +409,7 @@ def hostile(world: World, name: str, draw: random.Random) -> int:
     if name in METHODS or name.startswith("figures"):
         path = out / "checkpoint.pth"
     if name == "deepcluster" and draw.random() < 0.5:
-        world.end(name)
-        shutil.copytree(world.root / "end-deepcluster", out, dirs_exist_ok=True)
-        words, path = ["--assign", "shapes"], out / "clusters.pth"
+        words = ["--assign", "shapes"]
     elif name in ("eval_detection", "eval_segmentation") and draw.random() < 0.5:
         path = out / "checkpoint.pth"
     form, bomb = draw.choice(["zip", "legacy", "pickle", "nested"]), Bomb(out / "executed")
