@@ -317,7 +317,7 @@ def augment(images: Tensor, draw: common.Draw, name: str, view: int, photographs
 @torch.no_grad()
 def random_erase(images: Tensor, draw: common.Draw, probability: float) -> Tensor:
     """Each normalised image (B, 3, S, S) loses, with this probability, a box of 2 to 33 % of its area to zeros."""
-    boxes = common.crop_boxes(draw(22), images.shape[2], images.shape[3], (0.02, 0.33), (0.3, 3.3))
+    boxes = common.crop_boxes(draw(common.CROP_NUMBERS), images.shape[2], images.shape[3], (0.02, 0.33), (0.3, 3.3))
     top, left, height, width = boxes.T[..., None]
     side = torch.arange(images.shape[2], device=images.device)
     down, across = (side >= top) & (side < top + height), (side >= left) & (side < left + width)

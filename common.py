@@ -808,7 +808,7 @@ def amp_default(device: torch.device) -> bool:
     """bfloat16 only where it is faster: GPUs that have it, and CPUs with its instructions (twice as fast there)."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and HAS_BFLOAT16
+    return device.type == "cpu" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
 def keep_freed_memory() -> None:
@@ -1502,21 +1502,8 @@ NUM_CLASSES, MAX_OBJECTS, NUM_WAVES = 10, 3, 5
 # (x, y, radius) of each object.
 
 
-@dataclasses.dataclass
-class Scene:
-    """An image (3, size, size) uint8 and its K objects: boxes (K, 4) x1 y1 x2 y2 in pixels, labels (K,),
-    masks (K, size, size) bool."""
-
-    image: Tensor
-    boxes: Tensor
-    labels: Tensor
-    masks: Tensor
-
-
 # Sums of uniform numbers instead of normal ones, float64 for everything per image, and only + - * / sqrt and
 # comparisons in float32 per pixel: so every machine renders the same bytes.
-
-
 def draw_factors(labels: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
     """Factors of objects of these classes, each (n,) float64, and the nuisances: (n, 27) uniform numbers."""
     uniform = torch.rand(len(labels), 4 * len(FACTORS) + 27, generator=generator, dtype=torch.float64)
@@ -1626,6 +1613,17 @@ def shapes(n: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
+@dataclasses.dataclass
+class Scene:
+    """An image (3, size, size) uint8 and its K objects: boxes (K, 4) x1 y1 x2 y2 in pixels, labels (K,),
+    masks (K, size, size) bool."""
+
+    image: Tensor
+    boxes: Tensor
+    labels: Tensor
+    masks: Tensor
+
+
 def render_scene(labels: Tensor, seed: int, size: int = 96, extent: float = 1.75) -> Scene:
     """One object for each label, (K > 0,), on a canvas of size pixels, extent times as wide as in `shapes`.
 
@@ -1704,7 +1702,7 @@ def interpolation(start: Tensor, length: Tensor, source: int, target: int) -> Te
     return weights.div_(weights.sum(2, keepdim=True))
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
+def exact_matmul(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in their own precision: autocast to bf16 would cost pixels."""
     with torch.autocast(left.device.type, enabled=False):
         return left @ right
@@ -1712,7 +1710,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 def separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """rows @ image @ columns^T. images: (B, 3, H, W); rows: (B or 1, h, H); columns: (B or 1, w, W)."""
-    return product(rows[:, None], product(images, columns.mT[:, None]))
+    return exact_matmul(rows[:, None], exact_matmul(images, columns.mT[:, None]))
 
 
 def resized_crop(images: Tensor, boxes: Tensor, size: int) -> Tensor:
@@ -1794,7 +1792,7 @@ def blur_matrices(sigma: Tensor, kernel_size: int, side: int) -> Tensor:
     place = (pixel + offsets[:, None]).remainder(there_and_back)
     reflected = torch.minimum(place, there_and_back - place)
     taps = (reflected[:, :, None] == pixel).to(weights.dtype)
-    return product(weights, taps.view(kernel_size, -1)).view(-1, side, side)
+    return exact_matmul(weights, taps.view(kernel_size, -1)).view(-1, side, side)
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
@@ -1810,9 +1808,9 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 @torch.no_grad()
-def random_flip(images: Tensor, draw: Uniform, probability: float = 0.5) -> Tensor:
-    """Horizontal flip of each image with this probability."""
-    return choose(draw() < probability, images.flip(3), images)
+def random_flip(images: Tensor, draw: Uniform) -> Tensor:
+    """Horizontal flip of each image with probability 1/2."""
+    return choose(draw() < 0.5, images.flip(3), images)
 
 
 @torch.no_grad()
@@ -1868,6 +1866,7 @@ RESNET_BLOCKS = {
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
     "resnet101": (Bottleneck, (3, 4, 23, 3)),
 }
+ARCHITECTURES = [*PLAIN_STAGES, *RESNET_BLOCKS]
 
 
 class Sobel(nn.Module):
@@ -1936,6 +1935,18 @@ class ThinProjection(nn.Conv2d):
         return F.conv2d(images[:, :, ::down, ::across], self.weight)
 
 
+class Group(nn.Sequential):
+    """Blocks of a ResNet. A map of one pixel passes in float32: oneDNN's bfloat16 gradient of its strided convolution
+    is garbage."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixel = images.shape[2:] == (1, 1)
+        with torch.autocast(images.device.type, enabled=False) if pixel else contextlib.nullcontext():
+            for block in self:
+                images = block(images.float() if pixel else images)
+        return images
+
+
 class ResNet(nn.Module):
     """ResNet, the stride of a bottleneck in its 3x3; the feature is the mean over the last map, (B, dim)."""
 
@@ -1958,7 +1969,7 @@ class ResNet(nn.Module):
                     shortcut = nn.Sequential(projection, nn.BatchNorm2d(planes * block.expansion))
                 blocks.append(block(channels, planes, stride, shortcut))
                 channels, stride = planes * block.expansion, 1
-            groups.append(nn.Sequential(*blocks))
+            groups.append(Group(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = groups
         self.dim = channels
 
@@ -1966,11 +1977,7 @@ class ResNet(nn.Module):
         """Mean over the last map, (B, dim)."""
         images = self.maxpool(F.relu(self.bn1(self.conv1(self.front(images)))))
         for group in (self.layer1, self.layer2, self.layer3, self.layer4):
-            if images.shape[2:] == (1, 1):  # oneDNN's bfloat16 gradient of a strided convolution of a pixel is garbage
-                with torch.autocast(images.device.type, enabled=False):
-                    images = group(images.float())
-            else:
-                images = group(images)
+            images = group(images)
         return images.mean((2, 3))
 
     def stages(self, images: Tensor) -> list[Tensor]:
@@ -1984,10 +1991,7 @@ class ResNet(nn.Module):
 
 def backbone(arch: str, width: int = 64, small: bool = False, input_channels: int = 3) -> PlainNet | ResNet:
     """Network (B, 3, H, W) -> (B, dim), fresh weights. width: 64 is standard, others scale every channel; small:
-    3x3 stem of stride 1, for images under 64 px; input_channels: 3, or 2 for the images' Sobel gradients. ValueError
-    for an unknown arch."""
-    if arch not in (*PLAIN_STAGES, *RESNET_BLOCKS):
-        raise ValueError(f"unknown architecture {arch}: choose {', '.join([*PLAIN_STAGES, *RESNET_BLOCKS])}")
+    3x3 stem of stride 1, for images under 64 px; input_channels: 3, or 2 for the images' Sobel gradients."""
     network: PlainNet | ResNet
     if arch in PLAIN_STAGES:
         network = PlainNet(arch, width, small, input_channels)
@@ -2005,9 +2009,6 @@ def backbone(arch: str, width: int = 64, small: bool = False, input_channels: in
     return network
 
 
-ARCHITECTURES = [*PLAIN_STAGES, *RESNET_BLOCKS]
-
-
 # ---- 9. memory bank and the exact softmax over it --------------------------------------------------------------------
 
 
@@ -2016,12 +2017,10 @@ class MemoryBank(nn.Module):
 
     features: Tensor
 
-    def __init__(
-        self, size: int, dim: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, size: int, dim: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
         rows = torch.randn(size, dim, generator=generator)  # on the CPU: the same on every device and rank
-        self.register_buffer("features", F.normalize(rows, dim=1).to(dtype))
+        self.register_buffer("features", F.normalize(rows, dim=1))
 
     @torch.no_grad()
     def update(self, z: Tensor, index: Tensor, momentum: float) -> None:
@@ -2035,10 +2034,10 @@ class MemoryBank(nn.Module):
         if index.device.type == "cpu" and not 0 <= int(index.min()) <= int(index.max()) < size:
             raise Fault(f"memory bank: an index lies outside 0 ... {size - 1}")
         old = self.features[index]
-        new = momentum * old.float() + (1 - momentum) * z.float()
+        new = momentum * old + (1 - momentum) * z.float()
         norm = new.norm(dim=1, keepdim=True)
         valid = norm.isfinite() & (norm > 1e-12)
-        rows = torch.where(valid, (new / norm).to(old.dtype), old)
+        rows = torch.where(valid, new / norm, old)
         # Sorted by (index, valid, position), the winner of a slot is the last of its run. Every duplicate
         # then writes the same value, so their order does not matter, and nothing here waits for the device.
         order = torch.argsort(2 * index + valid[:, 0], stable=True)
@@ -2067,7 +2066,7 @@ def bank_attention(z: Tensor, bank: Tensor, temperature: float) -> tuple[Tensor,
     query = z / temperature
     peak = query.new_full((len(z), 1), -math.inf)
     total, output = torch.zeros_like(peak), torch.zeros_like(query)
-    # On a CPU products that stay in the cache; on a GPU few launches, and logits of 134 MB at most.
+    # On a CPU products that stay in the cache; on a GPU few launches, and for up to 1,024 queries logits of 134 MB.
     for keys in torch.split(bank, 4096 if z.device.type == "cpu" else max(32768, (1 << 25) // len(z))):
         keys = keys.to(query.dtype)
         logits = products(query, keys)
@@ -2142,23 +2141,20 @@ class KMeans:
 
 @torch.no_grad()
 def kmeans(
-    x: Tensor, k: int, *, iterations: int = 20, seed: int = 0, init: Tensor | None = None, spherical: bool = False,
-    backend: str = "torch",
+    x: Tensor, k: int, *, iterations: int = 20, seed: int = 0, init: Tensor | None = None, backend: str = "torch"
 ) -> KMeans:
-    """Lloyd's k-means from init (k, D) or k random rows. x: (N, D). spherical: rows, centroids normalised."""
+    """Lloyd's k-means from init (k, D) or k random rows. x: (N, D)."""
     if not 1 <= k <= len(x):
         raise Fault(f"k-means: the number of clusters must lie between 1 and the {len(x)} rows, not {k}")
     x = x.detach().float()
     low, high = torch.aminmax(x)
     if not (low.isfinite() and high.isfinite()):
         raise Fault("k-means: the features hold NaN or infinite values")
-    if spherical:
-        x = F.normalize(x, dim=1)
     if init is None:
         init = x[torch.from_numpy(np.random.default_rng(seed).permutation(len(x))[:k]).to(x.device)]
     run = {"torch": _kmeans_torch, "faiss": _kmeans_faiss}[backend]
     with torch.autocast(x.device.type, enabled=False):
-        return run(x, init.to(x).clone(), iterations, seed, spherical)
+        return run(x, init.to(x).clone(), iterations, seed)
 
 
 CHUNK = {"cuda": 16384}  # rows at once; elsewhere 1,024, of 256 to 4,096 the fastest on a CPU
@@ -2220,7 +2216,6 @@ def assign(
     return labels, float(torch.stack(totals).cpu().double().sum())  # mps has no float64
 
 
-HAS_BFLOAT16: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 HAS_INT8: bool = getattr(torch.cpu, "_is_vnni_supported", lambda: False)() and hasattr(torch, "_int_mm")
 
 
@@ -2314,7 +2309,7 @@ def _nearest_screened(x: Tensor, centroids: Tensor, offset: Tensor, low: list[_I
     return labels.scatter_reduce_(0, row, tied, "amin")
 
 
-def _kmeans_torch(x: Tensor, centroids: Tensor, iterations: int, seed: int, spherical: bool) -> KMeans:
+def _kmeans_torch(x: Tensor, centroids: Tensor, iterations: int, seed: int) -> KMeans:
     random = np.random.default_rng([seed, 1])
     k, empty, splits = len(centroids), 0, 0
     objective: list[float] = []
@@ -2329,8 +2324,6 @@ def _kmeans_torch(x: Tensor, centroids: Tensor, iterations: int, seed: int, sphe
         half = None if settled else half  # float32 decides whether this is a fixed point
         sums, counts = cluster_sums(x, labels, k)
         means = sums / counts.clamp(min=1).unsqueeze(1)
-        if spherical:
-            means = F.normalize(means, dim=1)
         centroids = torch.where(counts.unsqueeze(1) > 0, means, centroids)
         empty = split_empty(centroids, counts, random)
         splits += empty
@@ -2370,11 +2363,11 @@ def import_faiss() -> Any:
     return faiss
 
 
-def _kmeans_faiss(x: Tensor, centroids: Tensor, iterations: int, seed: int, spherical: bool) -> KMeans:
+def _kmeans_faiss(x: Tensor, centroids: Tensor, iterations: int, seed: int) -> KMeans:
     faiss = import_faiss()
     rows = np.ascontiguousarray(x.cpu().numpy())
     clustering = faiss.Clustering(rows.shape[1], len(centroids))
-    clustering.niter, clustering.seed, clustering.spherical = iterations, seed, spherical
+    clustering.niter, clustering.seed = iterations, seed
     clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, len(rows) + 1  # never a sub-sample
     faiss.copy_array_to_vector(centroids.cpu().numpy().ravel(), clustering.centroids)
     index, device = faiss.IndexFlatL2(rows.shape[1]), "cpu"
@@ -2392,8 +2385,7 @@ def _kmeans_faiss(x: Tensor, centroids: Tensor, iterations: int, seed: int, sphe
 
 @torch.no_grad()
 def neighbors(
-    queries: Tensor, keys: Tensor, k: int, *, exclude: Tensor | None = None, best_first: bool = True,
-    backend: str = "torch",
+    queries: Tensor, keys: Tensor, k: int, *, exclude: Tensor | None = None, best_first: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The k rows of keys (N, D) of largest inner product, best first: similarity (Q, k) and index (Q, k).
 
@@ -2402,8 +2394,6 @@ def neighbors(
     """
     if not 1 <= k <= len(keys) - (exclude is not None):
         raise Fault(f"neighbours: {k} wanted, but there are {len(keys) - (exclude is not None)} candidates")
-    if backend == "faiss":
-        return _neighbors_faiss(queries, keys, k, exclude)
     queries, keys = queries.detach().float(), keys.detach().float()
     screened = _screens(queries) and len(keys) >= 128 * k
     work = _neighbors_screened if screened else functools.partial(_neighbors, best_first=best_first)
@@ -2499,18 +2489,6 @@ def _neighbors_screened(queries: Tensor, keys: Tensor, k: int, exclude: Tensor |
     return torch.cat([similarity for similarity, _ in found]), torch.cat([index for _, index in found])
 
 
-def _neighbors_faiss(queries: Tensor, keys: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
-    faiss = import_faiss()
-    rows = [np.ascontiguousarray(tensor.detach().float().cpu().numpy()) for tensor in (queries, keys)]
-    found = faiss.knn(*rows, k + (exclude is not None), metric=faiss.METRIC_INNER_PRODUCT)
-    similarity, index = (torch.from_numpy(array).to(queries.device) for array in found)
-    if exclude is not None:  # by id, not by column: with duplicates a row need not be its own first neighbour
-        drop = index == exclude[:, None]
-        drop[:, -1] |= ~drop.any(1)
-        similarity, index = similarity[~drop].view(-1, k), index[~drop].view(-1, k)
-    return similarity, index
-
-
 def knn_scores(similarity: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:
     """Score (Q, C) of each class, the sum of exp(s/tau) over its neighbours, (Q, K) and best first.
 
@@ -2524,14 +2502,12 @@ def knn_scores(similarity: Tensor, labels: Tensor, num_classes: int, temperature
 
 def knn_accuracy(
     queries: Tensor, query_labels: Tensor, train: Tensor, train_labels: Tensor, num_classes: int, *,
-    num_neighbors: Sequence[int] = (200,), temperatures: Sequence[float] = (0.07,), exclude: Tensor | None = None,
-    backend: str = "torch",
+    num_neighbors: Sequence[int] = (200,), temperatures: Sequence[float] = (0.07,)
 ) -> dict[tuple[int, float], tuple[float, float]]:
     """Top-1 and top-5 in percent for each (K, tau) of the weighted kNN, from one search. Rows are unit."""
     hits = {(k, tau): torch.zeros(2, dtype=torch.int64) for k in num_neighbors for tau in temperatures}
     for part in torch.split(torch.arange(len(queries), device=queries.device), 4096):
-        left_out = None if exclude is None else exclude[part]
-        similarity, index = neighbors(queries[part], train, max(num_neighbors), exclude=left_out, backend=backend)
+        similarity, index = neighbors(queries[part], train, max(num_neighbors))
         found, truth = train_labels[index].long(), query_labels[part].long()[:, None]
         for (k, tau), hit in hits.items():
             scores = knn_scores(similarity[:, :k], found[:, :k], num_classes, tau)
@@ -2569,20 +2545,26 @@ def ratio_edge_intra_class(nearest: Tensor, labels: Tensor) -> Tensor:
     return sums / (nearest.shape[1] * torch.bincount(labels))
 
 
-class _InertUnpickler(pickle.Unpickler):
-    """Reads tensors and plain values; every other class in the file becomes an empty stand-in and is never run."""
+class _InertPickle:
+    """As pickle, for torch.load: tensors and plain values; every other class in the file becomes an empty stand-in and
+    is never run."""
 
-    ALLOWED = frozenset({
-        ("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor"),
-        ("torch._utils", "_rebuild_parameter"), ("torch", "Size"), ("torch", "device"),
-        ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"), ("numpy", "dtype"),
-        ("_codecs", "encode"),
-    })
+    class Unpickler(pickle.Unpickler):
+        ALLOWED = frozenset({
+            ("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor"),
+            ("torch._utils", "_rebuild_parameter"), ("torch", "Size"), ("torch", "device"),
+            ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"), ("numpy", "dtype"),
+            ("_codecs", "encode"),
+        })
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.ALLOWED or (module == "torch" and name.endswith("Storage")):
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-        return type(name, (_StandIn,), {})
+        def find_class(self, module: str, name: str) -> Any:
+            if (module, name) in self.ALLOWED or (module == "torch" and name.endswith("Storage")):
+                return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+            return type(name, (_StandIn,), {})
+
+    @staticmethod
+    def load(file: Any, **options: Any) -> Any:
+        return _InertPickle.Unpickler(file, **options).load()
 
 
 class _StandIn:
@@ -2596,16 +2578,6 @@ class _StandIn:
 
     def __setitem__(self, key: Any, value: Any) -> None:
         pass
-
-
-class _InertPickle:
-    """What torch.load takes as a pickle module."""
-
-    Unpickler = _InertUnpickler
-
-    @staticmethod
-    def load(file: Any, **options: Any) -> Any:
-        return _InertUnpickler(file, **options).load()
 
 
 @dataclasses.dataclass
@@ -2687,7 +2659,8 @@ def load_encoder(
     width = width or options.get("width", 64)
     channels = next((w.shape[1] for w in weights.values() if w.ndim == 4), 3)  # 2: DeepCluster's Sobel
     channels = 2 if channels == 2 else 3
-    for stem in [data["small"]] if ours else [False, True] if small is None else [small]:
+    stems = [data["small"]] if ours else [False, True] if small is None else [small]
+    for stem in stems:
         network = backbone(arch, width, stem, channels)
         weights = _strip(weights, network.state_dict())
         if isinstance(network, PlainNet):
@@ -2705,7 +2678,8 @@ def load_encoder(
     head: nn.Module | None = None
     neck = _neck(weights, network.dim) if layer != "backbone" else None
     inputs = network.dim if neck is None else len(weights["neck.0.weight"])
-    for name in ("head", "fc", "linear") if layer == "head" else ("head",) * (layer == "auto" and ours):
+    names = dict(head=["head", "fc", "linear"], auto=["head"] if ours else [], backbone=[])[layer]
+    for name in names:
         found = {key: weights[f"{name}.{key}"] for key in ("weight", "bias") if f"{name}.{key}" in weights}
         if f"{name}.direction" in weights:  # CLD's normalised head; its length does not survive that of the feature
             found = dict(weight=F.normalize(weights[f"{name}.direction"]))
@@ -2723,7 +2697,7 @@ def load_encoder(
                     f"Missing {', '.join(missing[:3]) or 'none'} ...; left over "
                     f"{', '.join(list(dict.fromkeys(other + unexpected))[:3])} ...")
     if head is None and layer == "head":
-        raise Fault(f"{path} has no linear layer on the {network.dim} features of {arch}: use --layer backbone")
+        raise Fault(f"{path} has no linear layer on the {network.dim} features of {arch}: take backbone, not head")
     network.load_state_dict(matched, strict=False)
     for part in (network, head):
         if part is not None:
@@ -3000,8 +2974,8 @@ def _clip_boxes(images: list[VocImage]) -> list[VocImage]:
     for row, image in enumerate(images):
         limit = torch.tensor([*image.size, *image.size], dtype=torch.float32)
         inside = image.boxes.clamp(min=0).minimum(limit)
-        kept = (inside[:, 2:] - inside[:, :2]).amin(1) > 0 if len(inside) else torch.zeros(0, dtype=torch.bool)
-        outside = (inside - image.boxes).abs().amax(1) > 1 if len(inside) else kept  # some tools count from 0
+        kept = (inside[:, 2:] - inside[:, :2]).amin(1) > 0
+        outside = (inside - image.boxes).abs().amax(1) > 1  # some tools count from 0
         if outside.any() or not kept.all():
             first = first or image.path.name
         cut, gone = cut + int((outside & kept).sum()), gone + int((~kept).sum())
@@ -3022,8 +2996,6 @@ def render_voc(root: Path, train: int, test: int, size: int = 96) -> None:
     """Write a set in VOC's layout: scenes of one to three objects of `shapes`, lists trainval, test and those of each
     class. Objects of which under 3 % of the image is seen are difficult; masks have a void outline of 1 px.
     """
-    if root.exists():
-        raise Fault(f"{root} exists: choose another folder")
     root.parent.mkdir(parents=True, exist_ok=True)
     # Seen only when it is complete. Each process has a place of its own; only one that is killed leaves it behind.
     with tempfile.TemporaryDirectory(prefix=f"{root.name}.", suffix=".tmp", dir=root.parent) as place:
@@ -3092,9 +3064,10 @@ def average_precision(scores: Tensor, right: Tensor, total: int, eleven_points: 
     if not total:
         return math.nan
     _, precision = precision_recall(scores, right, total)
-    best = precision.flip(0).cummax(0).values.flip(0) if len(precision) else precision
+    best = precision.flip(0).cummax(0).values.flip(0)
     hits = right[scores.argsort(descending=True, stable=True)]
     if not eleven_points:
         return 100 * best[hits].sum().item() / total
-    reached = [10 * hits.cumsum(0) >= tenth * total for tenth in range(11)]  # in whole numbers: 3 of 10 are 0.3
-    return 100 * sum(best[some].amax().item() if some.any() else 0.0 for some in reached) / 11
+    tenths = torch.arange(11, device=hits.device)
+    first = torch.searchsorted(10 * hits.cumsum(0), total * tenths)  # in whole numbers: 3 of 10 are 0.3
+    return 100 * F.pad(best, (0, 1))[first].sum().item() / 11

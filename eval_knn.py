@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
     if max(args.num_neighbors) > known.sum():
         raise common.Fault(f"--k {max(args.num_neighbors)} is more than the {known.sum()} training images")
     queries = common.extract(device, test, embed, args.batch_size)
-    features = common.extract(device, train, embed, args.batch_size) if bank is None else bank.to(device).float()
+    features = common.extract(device, train, embed, args.batch_size) if bank is None else bank.to(device)
     features, labels = features[known.to(device)], train.labels[known].to(device)
 
     accuracy = common.knn_accuracy(queries, test.labels.to(device), features, labels, len(train.classes),

@@ -1277,8 +1277,6 @@ def main(args: argparse.Namespace) -> None:
                                       "head" if "head" in args.layers else "auto")
         if os.environ.get("RANK", "0") == "0":
             print(f"{path}: {encoder.describe()}", flush=True)
-        if "head" in args.layers and encoder.head is None:
-            raise common.Fault(f"{path} has no head: --layers takes {', '.join(LAYERS[:-1])}")
     # Of its own: a protocol trains several times --epochs, and a batch may be smaller.
     run = common.Run(argparse.Namespace(**vars(args) | dict(output=folder_of(args, encoder))))
     task = open_task(args, encoder, device)

@@ -16,20 +16,10 @@ all N images cancels. The first epochs train with NPID's loss, so that the first
     python local_aggregation.py --preset table5-3-10k                  # a row of an ablation
 
 Choosing k and m. On ImageNet (N = 1.28 million) m = 30,000 makes clusters of 43 images and k = 4096 is 0.3 % of all. On
-50,000 images the same numbers mean clusters of 1.7 images and 8 %. Measured on CIFAR-10 with a thin network, by the kNN
-accuracy of held-out training images (results/la-choice/sweep.jsonl, PAPERS.md): 40,000 images, 30 epochs, of which the
-warm start takes 20, where NPID alone ends at 53.6; and, in brackets, 5,000 images, 37 of 50 epochs, where it has 39.1.
-  * H and m: 51.1 with clusters of 40 and H = 10, 51.9 with H = 3 (38.3); 53.3 with clusters of five and H = 3 (38.8 to
-    39.1), 53.9 with H = 1 (39.1); and 54.4 with no close neighbour at all, `--close self` (39.2). So weak are the
-    features that a cluster's images are of one class to 26 to 31 % (20 %), of ten classes, whatever its size: small C_i
-    only have fewer strangers in them.
-  * k: 50.8 with 4,096, 51.9 with 512 (H = 3, clusters of 40).
-  * Warm start: 53.8 with 10 of 30 epochs, 53.9 with 20. Of few images clusters are pure to 13 % after 12 epochs, and LA
-    from the 25th of 50 ends 1.1 below NPID.
-  * `--cluster-on center-crop` makes purer clusters (of 5,000 images: 23 %), but ends 2.6 below NPID.
-Hence H = 1, m = N/5, k = N/100 for whole sets of small images, with a third of the epochs as warm start, and three
-quarters for few images. Differences of half a point are no more than seeds make, and features of 200 epochs may bear
-larger clusters: look at `nmi` and the kNN monitor. Defaults that do not fit N or --epochs are scaled, and printed.
+50,000 images the same numbers mean clusters of 1.7 images and 8 %; there small C_i do better (PAPERS.md has the
+sweeps): H = 1, m = N/5, k = N/100 for whole sets of small images, with a third of the epochs as warm start, and three
+quarters for few images. Longer runs may bear larger clusters: look at `nmi` and the kNN monitor. Defaults that do not
+fit N or --epochs are scaled, and printed.
 
 Differences from the paper and from the existing codes:
   * The warm start uses the exact softmax; `--warmup-loss nce` is the paper's, whose once-estimated Z fails on small
@@ -257,7 +247,7 @@ def nearest(z: Tensor, index: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Ten
     """
     similarity, slots = common.neighbors(z, bank, k, best_first=False)
     missing = (slots != index[:, None]).all(1)
-    last, own = similarity.argmin(1, keepdim=True), (z * bank[index].float()).sum(1)
+    last, own = similarity.argmin(1, keepdim=True), (z * bank[index]).sum(1)
     slots.scatter_(1, last, torch.where(missing, index, slots.gather(1, last)[:, 0])[:, None])
     similarity.scatter_(1, last, torch.where(missing, own, similarity.gather(1, last)[:, 0])[:, None])
     return slots, similarity, missing
@@ -287,7 +277,7 @@ def local_aggregation(z: Tensor, slots: Tensor, similarity: Tensor, close: Tenso
     scores = similarity.detach() / tau
     close_scores = scores.masked_fill(~close, -math.inf)
     weights = scores.softmax(1) - close_scores.softmax(1)
-    gradient = F.embedding_bag(slots, bank.float(), mode="sum", per_sample_weights=weights) / tau
+    gradient = F.embedding_bag(slots, bank, mode="sum", per_sample_weights=weights) / tau
     return with_gradient(z, scores.logsumexp(1) - close_scores.logsumexp(1), gradient)
 
 
@@ -302,7 +292,7 @@ def local_aggregation_dense(
     chunk = chunk or (8192 if z.device.type == "cpu" else max(8192, (1 << 25) // len(z)))
     for start in range(0, len(bank), chunk):
         slots = torch.arange(start, min(start + chunk, len(bank)), device=z.device)
-        rows = bank[slots].float()
+        rows = bank[slots]
         inside = background.same(index, slots)
         both = inside & close.same(index, slots)
         scores = (query @ rows.T).masked_fill(~torch.stack([inside, both]), -math.inf)
@@ -320,8 +310,8 @@ def noise_scores(z: Tensor, noise: Tensor, bank: Tensor, tau: float) -> Tensor:
     """v_j . f / tau of the noise slots (B, m), for the paper's warm start."""
     # Many draws: all products at once beat gathering rows, on a GPU where they are fewer bytes.
     if (16 if z.device.type == "cpu" else z.shape[1]) * noise.shape[1] > len(bank):
-        return (z @ bank.float().T).gather(1, noise) / tau
-    return torch.einsum("bd,bmd->bm", z, bank[noise].float()) / tau
+        return (z @ bank.T).gather(1, noise) / tau
+    return torch.einsum("bd,bmd->bm", z, bank[noise]) / tau
 
 
 def nce(positive: Tensor, noise: Tensor, log_z: Tensor, num_images: int) -> Tensor:
@@ -347,13 +337,13 @@ class Constant(nn.Module):
 
 
 def cluster(
-    run: common.Run, features: Tensor, num_clusterings: int, num_clusters: int, key: Sequence[int | str], method: str,
-    **options: Any,
+    run: common.Run, features: Tensor, num_clusterings: int, num_clusters: int, key: Sequence[int | str],
+    iterations: int = 20, backend: str = "torch", radius: float | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Labels (H, N) int32 of H clusterings of features (N, D), shared out over the ranks, and k-means' figures of them.
 
-    The seeds follow from `key` and the number of the clustering. method: "kmeans", with common.kmeans' options, or
-    "dbscan".
+    The seeds follow from `key` and the number of the clustering. radius: that of DBSCAN, which then takes the place of
+    k-means.
     """
     if not features.isfinite().all():
         raise common.Fault("the memory bank is not finite: nothing can be clustered; start again from "
@@ -365,11 +355,11 @@ def cluster(
         number = turn * run.world + run.rank
         if number >= num_clusterings:
             continue
-        if method == "dbscan":
-            labels[turn] = dbscan(features, **options)
+        if radius is not None:
+            labels[turn] = dbscan(features, radius)
         else:
             seed = int(torch.randint(2**31, (), generator=run.generator("cluster", *key, number)))
-            found = common.kmeans(features, num_clusters, seed=seed, **options)
+            found = common.kmeans(features, num_clusters, iterations=iterations, seed=seed, backend=backend)
             labels[turn] = found.labels
             figures[turn] = torch.tensor([found.objective[-1] / len(features), found.empty, found.splits])
     all_labels, all_figures = run.gather(labels[None], figures[None])  # (world, share, ...)
@@ -382,7 +372,7 @@ def dbscan(features: Tensor, radius: float) -> Tensor:
     """Labels (N,) int32 by density; what DBSCAN calls noise is alone. Quadratic in N."""
     from sklearn.cluster import DBSCAN
 
-    labels = torch.from_numpy(DBSCAN(eps=radius, min_samples=5, n_jobs=-1).fit_predict(features.float().cpu().numpy()))
+    labels = torch.from_numpy(DBSCAN(eps=radius, min_samples=5, n_jobs=-1).fit_predict(features.cpu().numpy()))
     alone = labels.max() + (labels < 0).cumsum(0)
     return torch.where(labels < 0, alone, labels).to(features.device, torch.int32)
 
@@ -399,7 +389,7 @@ def health(clusters: Clusters, before: Tensor, bank: Tensor, rows: Tensor) -> di
     for part in torch.split(rows, 64):
         close = clusters.same(part, torch.arange(len(bank), device=bank.device)).float()
         sizes.append(close.sum(1))
-        distances.append((close @ bank.float() / sizes[-1][:, None] - bank[part].float()).norm(dim=1))
+        distances.append((close @ bank / sizes[-1][:, None] - bank[part]).norm(dim=1))
     figures = dict(close_size=round(torch.cat(sizes).mean().item(), 2),
                    skewness=round(torch.cat(distances).mean().item(), 4))
     if int(before[0].max()) + 1 < len(bank):
@@ -417,7 +407,7 @@ def density(bank: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     same shares.
     """
     first, last = (max(2, round(rank * min(1, (len(bank) - 1) / 4096))) for rank in (1000, 4096))
-    similarity = common.neighbors(bank[rows].float(), bank.float(), last, exclude=rows)[0]
+    similarity = common.neighbors(bank[rows], bank, last, exclude=rows)[0]
     return similarity[:, : min(30, first - 1)].mean(1), similarity[:, first - 1 :].mean(1)
 
 
@@ -450,7 +440,7 @@ def main(args: argparse.Namespace) -> None:
                  constant=constant, totals=totals)
     first_epoch, first_step = run.resume(state, steps)
     sample = torch.randperm(len(data), generator=run.generator("sample"))[:1000].to(run.device)  # for health figures
-    kmeans: dict[str, Any] = dict(method="kmeans", iterations=args.kmeans_iterations, backend=args.kmeans)
+    radius = args.dbscan_radius if args.clustering == "dbscan" else None
 
     def embed(images: Tensor) -> Tensor:
         with run.autocast():
@@ -480,12 +470,12 @@ def main(args: argparse.Namespace) -> None:
                 figures = dict[str, float]()
                 if args.background == "clusters":
                     count, number = args.background_clusters
-                    background.labels, _ = cluster(run, features, count, number, ("background", *key), **kmeans)
+                    background.labels, _ = cluster(run, features, count, number, ("background", *key),
+                                                   args.kmeans_iterations, args.kmeans)
                 if args.close == "clusters":
-                    how: dict[str, Any] = (dict(method="dbscan", radius=args.dbscan_radius)
-                                           if args.clustering == "dbscan" else kmeans)
                     before = clusters.labels
-                    clusters.labels, figures = cluster(run, features, args.H, args.m, ("close", *key), **how)
+                    clusters.labels, figures = cluster(run, features, args.H, args.m, ("close", *key),
+                                                       args.kmeans_iterations, args.kmeans, radius)
                     figures |= health(clusters, before, bank.features, sample)
                 figures["cluster_seconds"] = round(time.perf_counter() - clustering_began, 2)
                 totals.add(**{name: torch.tensor(value, device=run.device) for name, value in figures.items()})
@@ -506,7 +496,7 @@ def main(args: argparse.Namespace) -> None:
                 if warming and args.warmup_loss == "softmax":
                     losses = common.bank_softmax(f, i, bank.features, args.temperature)
                 elif warming:
-                    positive = (f * bank.features[i].float()).sum(1) / args.temperature
+                    positive = (f * bank.features[i]).sum(1) / args.temperature
                     negative = noise_scores(f, j, bank.features, args.temperature)
                     estimate = negative.detach().flatten().logsumexp(0) + math.log(len(data) / negative.numel())
                     log_z = constant.first(run.gather(estimate.view(1))[0].logsumexp(0) - math.log(run.world))

@@ -171,13 +171,13 @@ def noise_scores(z: Tensor, noise: Tensor, bank: Tensor, temperature: float) -> 
     """v_j . f / tau for each image's own noise draws: (B, m)."""
     # Many draws: all products at once beat gathering rows, on a GPU where they are fewer bytes.
     if (16 if z.device.type == "cpu" else z.shape[1]) * noise.shape[1] > len(bank):
-        return (z @ bank.float().T).gather(1, noise) / temperature
-    return torch.einsum("bd,bmd->bm", z, bank[noise].float()) / temperature
+        return (z @ bank.T).gather(1, noise) / temperature
+    return torch.einsum("bd,bmd->bm", z, bank[noise]) / temperature
 
 
 def positive_scores(z: Tensor, index: Tensor, bank: Tensor, temperature: float) -> Tensor:
     """v_i . f_i / tau: (B,)."""
-    return (z * bank[index].float()).sum(1) / temperature
+    return (z * bank[index]).sum(1) / temperature
 
 
 def nce(positive: Tensor, noise: Tensor, log_z: Tensor, num_images: int) -> Tensor:
@@ -211,7 +211,7 @@ def chance_loss(loss: str, m: int, num_images: int) -> float:
 
 def proximal(z: Tensor, index: Tensor, bank: Tensor) -> Tensor:
     """|f_i - v_i|^2 of eq. (9), (B,): the pull towards the image's feature of the last visit."""
-    return (z - bank[index].float()).square().sum(1)
+    return (z - bank[index]).square().sum(1)
 
 
 class Normalizer(nn.Module):

@@ -265,7 +265,6 @@ def test_neutral_parameters_change_no_bit() -> None:
     draw = draws(30)
     assert torch.equal(common.random_color_jitter(images, draw, 0.4, 0.4, 0.4, 0.4, probability=0), images)
     assert torch.equal(common.random_color_jitter(images, draw, 0, 0, 0, 0), images)
-    assert torch.equal(common.random_flip(images, draw, 0), images)
     assert torch.equal(common.random_grayscale(images, draw, 0), images)
     assert torch.equal(common.random_blur(images, draw, (0.1, 2.0), 5, 0), images)
 
@@ -275,7 +274,6 @@ def test_probability_one_changes_every_image() -> None:
     images = random_images(30, 16, 16)[1::3]
     images = images[images.flatten(1).std(1) > 0]
     draw = draws(len(images))
-    assert torch.equal(common.random_flip(images, draw, 1), images.flip(3))
     assert torch.equal(common.random_grayscale(images, draw, 1), common.luma(images).expand_as(images))
     for result in (
         common.random_blur(images, draw, (1.0, 2.0), 5, 1),

@@ -220,12 +220,6 @@ def test_images_of_other_sizes() -> None:
                 assert network(torch.randn(1, 3, 96, 96)).shape == (1, network.dim)
 
 
-def test_unknown_architecture_is_named() -> None:
-    """An unknown name is a ValueError that lists the known ones."""
-    with pytest.raises(ValueError, match=r"resnet19.*resnet18"):
-        common.backbone("resnet19")
-
-
 def test_thin_projection_is_the_strided_convolution() -> None:
     """Output and gradients of the projection of thin networks are those of a convolution in float64 at 96 px."""
     torch.manual_seed(0)
@@ -242,9 +236,11 @@ def test_thin_projection_is_the_strided_convolution() -> None:
     torch.testing.assert_close(projection.weight.grad.double(), reference.weight.grad, atol=1e-1, rtol=1e-5)
 
 
+@pytest.mark.parametrize("last_map", [False, True])
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_gradients_of_one_pixel(arch: str) -> None:
-    """Of a map of one pixel only the middle tap of a strided convolution has a gradient, in bfloat16 too."""
+def test_gradients_of_one_pixel(arch: str, last_map: bool) -> None:
+    """Of a map of one pixel only the middle tap of a strided convolution has a gradient, in bfloat16 too, whether the
+    feature or the last map is trained on."""
     torch.manual_seed(0)
     network = common.backbone(arch, 32, True).to(memory_format=torch.channels_last)
     images = torch.rand(144, 3, 4, 4).to(memory_format=torch.channels_last)  # one pixel at the start of layer4
@@ -254,7 +250,7 @@ def test_gradients_of_one_pixel(arch: str) -> None:
         rest = [torch.full((1 << size,), float("nan")) for size in range(4, 20)]  # of memory that is not cleared
         del rest
         with torch.autocast("cpu", torch.bfloat16):
-            output = network(images)
+            output = network.stages(images)[-1] if last_map else network(images)
         (gradient,) = torch.autograd.grad(output.float().square().sum(), weight)
         middle = gradient[:, :, 1, 1].clone()
         gradient[:, :, 1, 1] = 0

@@ -148,12 +148,9 @@ def test_assignment_commutes_with_permutation(device: str) -> None:
     assert torch.equal(common.assign(x[order], x[:50])[0], common.assign(x, x[:50])[0][order])
 
 
-@pytest.mark.parametrize("spherical", [False, True])
-def test_objective_never_rises(spherical: bool, backend: str, device: str) -> None:
+def test_objective_never_rises(backend: str, device: str) -> None:
     """Without a split no iteration makes the sum of squared distances larger."""
-    found = common.kmeans(
-        cloud(4000, 32, device=device), 40, iterations=12, spherical=spherical, backend=backend
-    )
+    found = common.kmeans(cloud(4000, 32, device=device), 40, iterations=12, backend=backend)
     assert found.splits == 0 and 2 < len(found.objective) <= 13
     assert all(
         after <= before * (1 + 1e-6)
@@ -197,23 +194,13 @@ def test_blobs_are_recovered(backend: str, device: str) -> None:
     assert torch.equal(found.labels.cpu(), truth.int())
 
 
-@pytest.mark.parametrize("spherical", [False, True])
-def test_torch_and_faiss_reach_the_same_objective(spherical: bool) -> None:
+def test_torch_and_faiss_reach_the_same_objective() -> None:
     """From the same start both begin at the same value and end within 0.1 % of each other."""
     pytest.importorskip("faiss")
     x = cloud(6000, 64)
-    ours, theirs = (common.kmeans(x, 100, seed=1, spherical=spherical, backend=name) for name in BACKENDS)
+    ours, theirs = (common.kmeans(x, 100, seed=1, backend=name) for name in BACKENDS)
     assert ours.objective[0] == pytest.approx(theirs.objective[0], rel=1e-5)
     assert ours.objective[-1] == pytest.approx(theirs.objective[-1], rel=1e-3)
-
-
-def test_spherical_centroids_are_unit(backend: str) -> None:
-    """Spherical: rows and centroids are normalised, so that the objective is the sum of 2 - 2 cos."""
-    x = 5 * cloud(2000, 16)
-    found = common.kmeans(x, 20, spherical=True, backend=backend)
-    torch.testing.assert_close(found.centroids.norm(dim=1), torch.ones(20))
-    cosine = F.normalize(x, dim=1) @ found.centroids.T
-    assert found.objective[-1] == pytest.approx(float((2 - 2 * cosine.amax(1)).sum()), rel=1e-4)
 
 
 def test_same_seed_same_result(backend: str) -> None:
@@ -232,20 +219,19 @@ HALF = {
 }
 
 
-@pytest.mark.parametrize("spherical", [False, True])
 @pytest.mark.parametrize("case", HALF)
-def test_half_precision_only_leads_the_way(case: str, spherical: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_precision_only_leads_the_way(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: iterations in float16 end as low as those in float32, with float32's nearest centroids as labels."""
     x, used = HALF[case](cloud(4000, 64)), list[Tensor]()
-    exact = common.kmeans(x, 60, seed=1, spherical=spherical)
+    exact = common.kmeans(x, 60, seed=1)
     monkeypatch.setattr(common, "TENSOR_CORES", {"cpu"})
     rough = common._Half.nearest
     monkeypatch.setattr(common._Half, "nearest", lambda *args: used.append(rough(*args)) or used[-1])
-    found = common.kmeans(x, 60, seed=1, spherical=spherical)
+    found = common.kmeans(x, 60, seed=1)
     assert len(used) > 10 and all(labels.dtype == torch.int64 for labels in used)
     assert found.objective[0] == pytest.approx(exact.objective[0], rel=1e-4)
     assert found.objective[-1] == pytest.approx(exact.objective[-1], rel=3e-3)
-    labels, total = common.assign(F.normalize(x, dim=1) if spherical else x, found.centroids)
+    labels, total = common.assign(x, found.centroids)
     assert torch.equal(found.labels.long(), labels) and found.objective[-1] == total
 
 
@@ -323,15 +309,14 @@ DEGENERATE = {
 }
 
 
-@pytest.mark.parametrize("spherical", [False, True])
 @pytest.mark.parametrize("case", DEGENERATE)
-def test_degenerate_input(case: str, spherical: bool, backend: str, device: str) -> None:
+def test_degenerate_input(case: str, backend: str, device: str) -> None:
     """Odd input ends, without NaN, with labels in range; k = N leaves no distance."""
     x, k = DEGENERATE[case]
-    found = common.kmeans(x.to(device), k, spherical=spherical, backend=backend)
+    found = common.kmeans(x.to(device), k, backend=backend)
     assert found.centroids.isfinite().all() and np.isfinite(found.objective).all()
     assert found.labels.min() >= 0 and found.labels.max() < k
-    if len(x.unique(dim=0)) <= k and not spherical:
+    if len(x.unique(dim=0)) <= k:
         assert found.objective[-1] < 1e-2
 
 

@@ -982,7 +982,7 @@ def test_faults(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     backbone = common.load_encoder(checkpoint, None, None, None, CPU, "auto").backbone.state_dict()
     torch.save(backbone, tmp_path / "backbone.pth")
     one_line(run("eval_linear", [tmp_path / "backbone.pth", *SMALL, tmp_path, "--arch", "resnet18", "--width", "4",
-                                 "--layers", "head"]), "--layer backbone")
+                                 "--layers", "head"]), "no linear layer", "take backbone, not head")
     for words in ([], ["a", "--weights", "b"], ["a", "--labels", "0.1"], ["a", "--protocol", "mlp", "--layers", "conv1",
                                                                           "conv2"]):
         with pytest.raises(SystemExit) as stop:

@@ -168,7 +168,8 @@ def test_half_loaded_is_refused(resnet: dict[str, Tensor], trained: Path, tmp_pa
     one_line(run("eval_knn", [tmp_path / "none.pth", "--arch", "resnet18"]), "holds no weights")
     no_head = {name: value for name, value in resnet.items() if not name.startswith("fc.")}
     torch.save(no_head, tmp_path / "headless.pth")
-    one_line(run("eval_knn", [tmp_path / "headless.pth", "--arch", "resnet18", "--layer", "head"]), "--layer backbone")
+    one_line(run("eval_knn", [tmp_path / "headless.pth", "--arch", "resnet18", "--layer", "head"]),
+             "no linear layer", "take backbone, not head")
 
 
 def evaluate(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> dict[str, Any]:

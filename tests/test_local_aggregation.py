@@ -314,7 +314,7 @@ def test_a_bank_that_is_not_finite_is_not_clustered() -> None:
         rank, world = 0, 1
 
     with pytest.raises(common.Fault, match="not finite"):
-        la.cluster(OneRank(), torch.full((10, 4), math.nan), 1, 2, (), method="kmeans")  # type: ignore[arg-type]
+        la.cluster(OneRank(), torch.full((10, 4), math.nan), 1, 2, ())  # type: ignore[arg-type]
 
 
 def test_health_figures_equal_their_definitions() -> None:
@@ -364,13 +364,13 @@ def test_clusterings_are_shared_out_over_the_ranks(monkeypatch: pytest.MonkeyPat
 
     def seeds(rank: int, world: int) -> list[int]:
         made.clear()
-        la.cluster(Rank(rank, world), unit(N, D), 4, 5, (), method="kmeans")  # type: ignore[arg-type]
+        la.cluster(Rank(rank, world), unit(N, D), 4, 5, ())  # type: ignore[arg-type]
         return list(made)
 
     alone, shares = seeds(0, 1), [seeds(rank, 3) for rank in range(3)]
     assert shares == [[alone[0], alone[3]], [alone[1]], [alone[2]]]
     x = torch.cat([unit(20, D), unit(20, D)])  # twins: of k-means with as many clusters some stay empty
-    labels, figures = la.cluster(Rank(0, 1), x, 4, 30, (), method="kmeans", iterations=1)  # type: ignore[arg-type]
+    labels, figures = la.cluster(Rank(0, 1), x, 4, 30, (), iterations=1)  # type: ignore[arg-type]
     found = [kmeans(x, 30, seed=seed, iterations=1) for seed in made[-4:]]
     assert torch.equal(labels, torch.stack([one.labels for one in found])) and sum(one.splits for one in found) > 0
     expected = [sum(one.objective[-1] for one in found) / 40 / 4, sum(one.empty for one in found) / 4,

@@ -109,7 +109,7 @@ def grey(images: Tensor, draw: common.Draw) -> Tensor:
 
 
 def flip(images: Tensor, draw: common.Draw) -> Tensor:
-    return common.random_flip(images, draw, 0.5)
+    return common.random_flip(images, draw)
 
 
 def jitter(
