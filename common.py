@@ -385,7 +385,7 @@ class Draw:
 FREE_OPTIONS = {
     "output", "overwrite", "preset", "typed", "data", "data_dir", "val_dir", "cache", "workers", "max_bad_images",
     "device", "compile", "save_minutes", "knn_every", "knn_features", "test_subset", "epochs", "checkpoint",
-    "log_every", "test_list", "shard_bank",
+    "log_every", "test_list", "shard_bank", "memory", "features", "image_batch",
 }
 NEVER = 2**62  # a step
 
@@ -2606,26 +2606,30 @@ class Encoder:
                  for what, part in (("missing", missing), ("unexpected", unexpected))]
         return f"{found} tensors matched, {', '.join(names)}; " + ("with" if self.head else "without") + " head"
 
-    def load_data(self, args: argparse.Namespace, split: str, device: torch.device) -> tuple[ImageSet, ImageSet]:
-        """Train and test images: those the encoder was trained on unless --data names others; its size, mean, std."""
-        if "data" not in args.typed and self.options:
-            args.data = self.options["data"]
-            if "data_dir" not in args.typed and Path(self.options["data_dir"]).is_dir():
-                args.data_dir = Path(self.options["data_dir"])
-            if args.val_dir is None and self.options["val_dir"]:
-                args.val_dir = Path(self.options["val_dir"])
-        args.image_size = args.image_size or self.data.get("size")
-        chosen = argparse.Namespace(**vars(args))
-        if split == "pretrain":  # just the images of the run
-            chosen.subset, chosen.seed = self.options.get("subset"), self.options.get("seed", 0)
-            chosen.cache = args.cache or self.options.get("cache")
-        train = load(chosen, split, device)
-        args.image_size = train.size
-        test = load(args, "test", device)
-        if self.data:
-            train.mean, train.std = tuple(self.data["mean"]), tuple(self.data["std"])
-        test.mean, test.std = train.mean, train.std
-        return train, test
+
+def load_sets(
+    args: argparse.Namespace, encoder: Encoder | None, split: str, device: torch.device
+) -> tuple[ImageSet, ImageSet]:
+    """Train and test images: those the encoder was trained on unless --data names others; its size, mean, std."""
+    options, data = (encoder.options, encoder.data) if encoder else ({}, {})
+    if "data" not in args.typed and options:
+        args.data = options["data"]
+        if "data_dir" not in args.typed and Path(options["data_dir"]).is_dir():
+            args.data_dir = Path(options["data_dir"])
+        if args.val_dir is None and options["val_dir"]:
+            args.val_dir = Path(options["val_dir"])
+    args.image_size = args.image_size or data.get("size")
+    chosen = argparse.Namespace(**vars(args))
+    if split == "pretrain":  # just the images of the run
+        chosen.subset, chosen.seed = options.get("subset"), options.get("seed", 0)
+        chosen.cache = args.cache or options.get("cache")
+    train = load(chosen, split, device)
+    args.image_size = train.size
+    test = load(args, "test", device)
+    if data:
+        train.mean, train.std = tuple(data["mean"]), tuple(data["std"])
+    test.mean, test.std = train.mean, train.std
+    return train, test
 
 
 def load_encoder(

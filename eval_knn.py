@@ -69,9 +69,7 @@ def main(args: argparse.Namespace) -> None:
     path = Path(args.checkpoint)
     untrained = args.checkpoint in ("random", "pixels")
     if untrained:
-        train = common.load(args, "train", device)
-        args.image_size = train.size
-        test = common.load(args, "test", device)
+        train, test = common.load_sets(args, None, "train", device)
         torch.manual_seed(args.seed)
         encoder = common.untrained_encoder(args.arch or "resnet18", args.width or 64, train.small, device)
         encoder.head = None if args.layer == "backbone" else encoder.head
@@ -80,7 +78,8 @@ def main(args: argparse.Namespace) -> None:
         print(f"{path}: {encoder.describe()}", flush=True)
         if args.train_features == "bank" and encoder.bank is None:
             raise common.Fault(f"{path} has no memory bank: use --train-features clean")
-        train, test = encoder.load_data(args, "pretrain" if args.train_features == "bank" else "train", device)
+        split = "pretrain" if args.train_features == "bank" else "train"
+        train, test = common.load_sets(args, encoder, split, device)
 
     def embed(images: Tensor) -> Tensor:
         if args.checkpoint == "pixels":

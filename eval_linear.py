@@ -45,7 +45,6 @@ import os
 import shutil
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,7 +61,9 @@ import common
 
 CONV = [f"conv{i}" for i in range(1, 6)]
 LAYERS = [*CONV, "pool5", "backbone", "head"]
-VOC = dict(data="voc07", train_crops=1)
+VOC_TUNED = dict(data="voc07", protocol="voc07", train_crops=1, batch_size=16, weight_decay=[1e-6], schedule="step",
+                 crop_scale=[0.1, 0.5])
+VOC_SVM = dict(data="voc07", protocol="voc07-svm", train_crops=1, test_crops=1, normalize="l2", positive_weight=2.0)
 FINETUNE = dict(protocol="finetune", lr=[0.01], weight_decay=[1e-4], schedule="step", train_crops=1)
 PRESETS: dict[str, dict[str, Any]] = {
     # Thesis, Tables 5.3 and 5.4. Its grid: one rate, decays from 1e-7 to 1e-4.
@@ -83,16 +84,12 @@ PRESETS: dict[str, dict[str, Any]] = {
                     holdout=0.25),
     # 80,000 steps of 16 images, the rate halved each 5,000; the 150,000 of the published "all" with its own solver
     # likewise. Of the conv part the batch statistics are fixed.
-    "voc07": dict(VOC, protocol="voc07", trainable="fc", epochs=256, batch_size=16, lr=[0.003], weight_decay=[1e-6],
-                  schedule="step", lr_drops=list(range(16, 256, 16)), lr_drop_factor=0.5, crop_scale=[0.1, 0.5]),
-    "voc07-all": dict(VOC, protocol="voc07", trainable="all", epochs=479, batch_size=16, lr=[0.001],
-                      weight_decay=[1e-6], schedule="step", lr_drops=list(range(64, 479, 64)), lr_drop_factor=0.1,
-                      crop_scale=[0.1, 0.5]),
-    "voc07-svm": dict(VOC, protocol="voc07-svm", normalize="l2", positive_weight=2.0, test_crops=1,
-                      layers=[*CONV, "backbone"],
+    "voc07": dict(VOC_TUNED, trainable="fc", epochs=256, lr=[0.003], lr_drops=list(range(16, 256, 16)),
+                  lr_drop_factor=0.5),
+    "voc07-all": dict(VOC_TUNED, epochs=479, lr=[0.001], lr_drops=list(range(64, 479, 64))),
+    "voc07-svm": dict(VOC_SVM, layers=[*CONV, "backbone"],
                       cost=[0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0]),
-    "voc07-lowshot": dict(VOC, protocol="voc07-svm", normalize="l2", positive_weight=2.0, test_crops=1,
-                          layers=["conv5", "backbone"], cost=[0.1, 1.0, 10.0],
+    "voc07-lowshot": dict(VOC_SVM, layers=["conv5", "backbone"], cost=[0.1, 1.0, 10.0],
                           per_class=[1, 2, 4, 8, 16, 32, 64, 96], draws=5),
     "smoke": dict(layers=["conv1", "conv5"], layer_size=64, train_crops=1, test_crops=1, epochs=2, batch_size=16,
                   subset=60, test_subset=40),
@@ -101,22 +98,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 
-MACHINE = {"memory", "features", "image_batch", "checkpoint", "weights"}  # how, not what
-
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = common.parser(__doc__)
+    parser = common.parser(__doc__)  # what the preset "linear" says has no default of its own
     common.add_network_options(parser, nargs="?")
     what = parser.add_argument_group("protocol")
     what.add_argument("--weights", metavar="FILE|random", help="the same as the first argument")
-    what.add_argument("--protocol", choices=list(PROTOCOLS), default="linear", help="linear probes; linear svm; mlp on "
+    what.add_argument("--protocol", choices=list(PROTOCOLS), help="linear probes; linear svm; mlp on "
                       "frozen convolutions; finetune; voc07: several classes an image; voc07-svm")
-    what.add_argument("--layers", choices=LAYERS, nargs="+", default=CONV, help="features to classify; pool5: what "
+    what.add_argument("--layers", choices=LAYERS, nargs="+", help="features to classify; pool5: what "
                       "fc6 of AlexNet and VGG16 sees, else conv5; backbone: its output, of ResNets the mean of the "
                       "last map; head: the unit embedding")
     what.add_argument("--layer-size", type=common.COUNT, default=10_000, metavar="N", help="average a stage's map "
                       "until it has at most N numbers, or one for each channel")
-    what.add_argument("--train-crops", type=int, choices=[1, 2, 10], default=2, help="the centre, with its mirror "
+    what.add_argument("--train-crops", type=int, choices=[1, 2, 10], help="the centre, with its mirror "
                       "image, or ten crops; each epoch draws one of them for each image")
     what.add_argument("--test-crops", type=int, choices=[1, 10], help="10: mean of the answers to ten; default: 10, "
                       "but 1 for small images")
@@ -139,21 +134,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--train-batchnorm", action="store_true", help="voc07 fc: also scale and shift of the batch "
                       "normalisation below, as in the thesis's first figures")
     optim = parser.add_argument_group("optimization")
-    optim.add_argument("--epochs", type=common.COUNT, default=90, help="passes over the training images")
-    optim.add_argument("--batch-size", type=common.COUNT, default=256, metavar="B", help="fewer labelled images than "
-                       "that are one batch")
+    optim.add_argument("--epochs", type=common.COUNT, help="passes over the training images")
+    optim.add_argument("--batch-size", type=common.COUNT, metavar="B", help="fewer labelled images than that are one "
+                       "batch")
     optim.add_argument("--accumulate", type=common.COUNT, default=1, metavar="N", help="fine-tuning: forward and "
                        "backward in N parts")
-    optim.add_argument("--lr", type=common.POSITIVE, nargs="+", default=[0.01], help="learning rates to choose from; "
-                       "a fine-tuning whose loss is not finite ends the run")
-    optim.add_argument("--weight-decay", type=common.NOT_NEGATIVE, nargs="+", default=[1e-4], help="to choose from")
+    optim.add_argument("--lr", type=common.POSITIVE, nargs="+", help="learning rates to choose from; a fine-tuning "
+                       "whose loss is not finite ends the run")
+    optim.add_argument("--weight-decay", type=common.NOT_NEGATIVE, nargs="+", help="to choose from")
     optim.add_argument("--head-factor", type=common.POSITIVE, nargs="+", default=[1.0], metavar="X", help="finetune: "
                        "the new last layer learns X times faster; to choose from")
     optim.add_argument("--momentum", type=common.SHARE, default=0.9, help="of SGD")
-    optim.add_argument("--schedule", choices=["inverse-sqrt", "step", "cosine", "constant"], default="step",
-                       help="inverse-sqrt: lr / sqrt(1 + lr wd t) after t steps; step: at each of --lr-drops")
-    optim.add_argument("--lr-drops", type=common.COUNT, nargs="*", default=[], metavar="EPOCH", help="for step")
-    optim.add_argument("--lr-drop-factor", type=common.number(float, 0, 1, open_low=True), default=0.1, metavar="X",
+    optim.add_argument("--schedule", choices=["inverse-sqrt", "step", "cosine", "constant"], help="inverse-sqrt: lr / "
+                       "sqrt(1 + lr wd t) after t steps; step: at each of --lr-drops")
+    optim.add_argument("--lr-drops", type=common.COUNT, nargs="*", metavar="EPOCH", help="for step")
+    optim.add_argument("--lr-drop-factor", type=common.number(float, 0, 1, open_low=True), metavar="X",
                        help="lr <- X lr at a drop")
     optim.add_argument("--hidden", type=common.SIZE, metavar="N", help="mlp: units of its two hidden layers; default: "
                        "4096 at width 64")
@@ -197,11 +192,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if (args.checkpoint is None) == (args.weights is None):
         parser.error("name one checkpoint: a file, or random")
     args.checkpoint = args.checkpoint or args.weights
+    del args.weights
     if args.protocol in ("linear", "mlp") and (args.labels or args.per_class or args.label_list):
         parser.error(f"--labels, --per-class and --label-list are for fine-tuning and SVMs, not for {args.protocol}: "
                      "use --subset")
     if args.protocol == "voc07" and args.per_class:
         parser.error("--per-class is for one class an image, and for voc07-svm: use --labels")
+    if args.protocol not in ("finetune", "voc07") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        parser.error(f"--protocol {args.protocol} takes one process: start it without a launcher, or with one GPU")
     if args.protocol == "mlp" and len(args.layers) > 1:
         parser.error("--protocol mlp takes one of --layers")
     if "output" not in args.typed:
@@ -253,24 +251,12 @@ def open_task(args: argparse.Namespace, encoder: common.Encoder | None, device: 
         train, targets = voc_images(args, "train", None, spec)
         test, test_targets = voc_images(args, "test", train.classes, spec)
         return Task(train, test, targets, test_targets)
-    if encoder is not None:
-        train, test = encoder.load_data(args, "train", device)
-    else:
-        train = common.load(args, "train", device)
-        args.image_size = train.size
-        test = common.load(args, "test", device)
+    train, test = common.load_sets(args, encoder, "train", device)
     labelled = (train.labels >= 0).nonzero()[:, 0]
     if not len(labelled) or (test.labels < 0).any():
         raise common.Fault(f"{train.name} has no classes: classification needs a folder for each class")
     train = train if len(labelled) == len(train) else train.select(labelled)
     return Task(train, test, train.labels, test.labels)
-
-
-def draw_labels(labels: Tensor, count: int, balanced: bool, *key: int | str) -> Tensor:
-    """`count` of the positions of labels (N,), sorted, drawn by `key`; balanced: as many of each class, give or take
-    one. Of (N, C) targets any are drawn."""
-    classes = labels if balanced and labels.ndim == 1 else torch.zeros(len(labels), dtype=torch.long)
-    return common.balanced(classes, count, *key)
 
 
 def hold_out(labels: Tensor, share: float, seed: int) -> Tensor:
@@ -313,8 +299,9 @@ def draws(args: argparse.Namespace, task: Task) -> list[tuple[dict[str, Any], Te
     for name, count, balanced in wanted:
         if not 1 <= count <= len(targets):
             raise common.Fault(f"--labels {name}: {task.train.name} has {len(targets)} labelled images here")
+        labels = targets if balanced and targets.ndim == 1 else torch.zeros(len(targets), dtype=torch.long)
         for draw in range(args.draws):
-            rows = draw_labels(targets, count, balanced, args.seed, "labels", name, draw)
+            rows = common.balanced(labels, count, args.seed, "labels", name, draw)
             found.append((say_draw(f"labels, {name}", targets, rows, args.seed, draw), rows))
     return found
 
@@ -410,26 +397,20 @@ class FeatureFile(NamedTuple):
     def bytes(self) -> int:
         return math.prod(self.shape) * self.kind.itemsize
 
-    def rows_done(self, values: Tensor) -> int:
-        """How many rows are there; none if they are not of this key, or have changed since."""
+    def rows_done(self) -> int:
+        """How many rows are there; none if they are not of this key."""
         try:
             found = json.loads(self.path.with_suffix(".json").read_text())
-            rows = int(found["rows"]) if found["key"] == self.key else 0
-            untouched = rows == len(values) and found.get("mtime_ns") == self.path.stat().st_mtime_ns
-            if not rows or untouched or found["crc"] == checksum(values[:rows]):
-                return rows
-            print(f"note: {self.path} is damaged and made anew", file=sys.stderr, flush=True)
+            return int(found["rows"]) if found["key"] == self.key else 0
         except (OSError, ValueError, KeyError, TypeError):
-            pass
-        return 0
+            return 0
 
-    def mark(self, rows: int, crc: int) -> None:
+    def mark(self, rows: int) -> None:
         """Note that so many rows are done, once the disk has them."""
         with self.path.open("rb+") as file:
             os.fsync(file.fileno())
-        written = self.path.stat().st_mtime_ns  # with the size, which the key gives, the mark of a file as it was left
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(dict(rows=rows, crc=crc, mtime_ns=written, key=self.key)))
+        temporary.write_text(json.dumps(dict(rows=rows, key=self.key)))
         temporary.replace(self.path.with_suffix(".json"))
 
 
@@ -442,8 +423,7 @@ def cached_features(
     made if they are not there.
 
     A file belongs to one set of weights, images, crops and one layer: its name is a checksum of these, the .json beside
-    it spells them out and says how many rows are done, with their checksum: a killed pass goes on, a damaged one is
-    made anew. A whole file that nobody has written to since is not read for its checksum again: 242 GB take minutes.
+    it spells them out and says how many rows are done: a killed pass goes on behind them.
     """
     amp = common.amp_default(device) if args.amp is None else args.amp
     kind = args.feature_type or ("bfloat16" if amp else "float32")
@@ -476,7 +456,7 @@ def cached_features(
             # torch.from_file takes no names of other bytes than UTF-8
             mapped = [torch.from_numpy(np.memmap(file.path, np.uint8, "r+")).view(file.kind).view(file.shape)
                       for file in files]
-            done = [file.rows_done(values) for file, values in zip(files, mapped, strict=True)]
+            done = [file.rows_done() for file in files]
             todo = [number for number, rows in enumerate(done) if rows < len(data)]
             if todo:
                 layers, first = [args.layers[number] for number in todo], min(done[number] for number in todo)
@@ -498,13 +478,6 @@ def both_features(
     train, test = cached_features(args, encoder, [(task.train, "train", args.train_crops),
                                                   (task.test, "test", args.test_crops)], device)
     return train, test
-
-
-def checksum(rows: Tensor, crc: int = 0) -> int:
-    """CRC-32 of rows (N, V, d), after those of which `crc` is."""
-    for part in torch.split(rows, 1024):
-        crc = zlib.crc32(part.contiguous().view(torch.uint8).numpy().data, crc)
-    return crc
 
 
 def make_room(files: Sequence[FeatureFile], folder: Path) -> None:
@@ -539,19 +512,17 @@ def fill(
     from tqdm import tqdm
 
     def mark() -> None:
-        for (file, _), crc in zip(parts, sums, strict=True):
-            file.mark(row, crc)
+        for file, _ in parts:
+            file.mark(row)
 
-    row, marked, sums = first, time.monotonic(), [checksum(values[:first]) for _, values in parts]
+    row, marked = first, time.monotonic()
     bar = tqdm(total=len(parts[0][1]), initial=first, unit="image", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     try:
         for views in batches:
-            count, after = len(views), list[int]()
-            for (_, values), found, crc in zip(parts, encode(views.flatten(0, 1)), sums, strict=True):
-                values[row : row + count] = found.view(count, *values.shape[1:])
-                after.append(checksum(values[row : row + count], crc))
-            row, sums = row + count, after  # together: an interrupt must not come between rows and their checksum
-            bar.update(count)
+            for (_, values), found in zip(parts, encode(views.flatten(0, 1)), strict=True):
+                values[row : row + len(views)] = found.view(len(views), *values.shape[1:])
+            row += len(views)
+            bar.update(len(views))
             if time.monotonic() - marked > 30:
                 mark()
                 marked = time.monotonic()
@@ -566,6 +537,8 @@ class Layer:
     def __init__(self, values: Tensor, args: argparse.Namespace, device: torch.device, like: "Layer | None" = None):
         budget = 1e9 * args.memory if args.memory else free_memory(device) / 4
         self.values = values.to(device, copy=True) if values.nbytes <= budget else values
+        views, self.size = values.shape[1:]  # numbers of a feature
+        self.center = 4 if views == 10 else 0  # which crop is the central one
         self.device, self.unit = device, args.normalize == "l2"
         self.mean: Tensor | None = like.mean if like else None
         self.scale: Tensor | None = like.scale if like else None
@@ -581,16 +554,6 @@ class Layer:
 
     def __len__(self) -> int:
         return len(self.values)
-
-    @property
-    def size(self) -> int:
-        """Numbers of a feature."""
-        return self.values.shape[2]
-
-    @property
-    def center(self) -> int:
-        """Which crop is the central one."""
-        return 4 if self.values.shape[1] == 10 else 0
 
     def normal(self, x: Tensor) -> Tensor:
         """(..., d) as stored -> float32, normalised."""
@@ -675,7 +638,7 @@ class Ledger:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state.get("test", self.test) != self.test:
+        if state["test"] != self.test:
             raise common.Fault("the test images are not those that this run began with: use --overwrite, or another "
                                "--output")
         vars(self).update(state)
@@ -764,20 +727,21 @@ def linear(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, t
     jobs = [(layer, search) for layer in args.layers for search in (True, False)]
     run.args.epochs = len(jobs) * args.epochs
     run.args.batch_size = min(args.batch_size, len(fitted))
-    run.describe(task.train, **describe(args, encoder), grid=len(grid), held_out=len(held))
     train, test = both_features(args, encoder, task, run.device)
     probes, ledger = Probes(), Ledger(task.test)
     state: dict[str, Any] = dict(probes=probes, ledger=ledger)
     first_epoch, first_step = run.resume(state, run.steps_per_epoch(len(every)))
     probes.load_state_dict({name: value.to(run.device) for name, value in probes.state_dict().items()})
     truths = labels.to(run.device)
-    name, here, there, began = "", None, None, time.perf_counter()
+    here: Any = None
+    there: Any = None
+    began = time.perf_counter()
 
     for epoch in range(first_epoch, run.args.epochs):
         job, local = divmod(epoch, args.epochs)
-        wanted, search = jobs[job]
-        if wanted != name or here is None or there is None:
-            name, here, there = wanted, None, None  # what they take is free before the next are made
+        name, search = jobs[job]
+        if epoch == first_epoch or (search and local == 0):  # the first epoch of this process or of a layer
+            here = there = None  # what they take is free before the next are made
             here = Layer(train[name], args, run.device)
             there = Layer(test[name], args, run.device, here)
         rows = fitted if search else every
@@ -801,7 +765,7 @@ def linear(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, t
         if search:
             ledger.history.append(probe_accuracy(probes, len(grid), here, held, labels))
             if last:
-                ledger.chosen = choose(torch.tensor(ledger.history), grid, args.lr, classes, name)
+                ledger.chosen = choose(torch.tensor(ledger.history), grid, classes, name)
         else:
             if local + 1 == ledger.chosen["best"][2]:
                 ledger.best = probe_figures(probes, 0, there, task.test_targets)
@@ -820,19 +784,16 @@ def linear(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, t
     return dict(linear_top1=best["top1"], linear_top5=best["top5"], layer=best["layer"], layers=ledger.rows)
 
 
-def choose(
-    history: Tensor, grid: Sequence[tuple[float, float]], rates: Sequence[float], classes: int, name: str
-) -> dict[str, list[float]]:
+def choose(history: Tensor, grid: Sequence[tuple[float, float]], classes: int, name: str) -> dict[str, list[float]]:
     """Of held-out accuracies (epochs, G) the best setting, [lr, decay, epoch, accuracy], of all and of the last epoch.
 
     Of equal ones the earliest epoch, then the first in the grid.
     """
-    history = history.nan_to_num(-1.0)
     found = dict[str, list[float]]()
     for key, table, first in (("best", history, 0), ("last", history[-1:], len(history) - 1)):
         row, column = divmod(int(table.flatten().argmax()), len(grid))
         found[key] = [*grid[column], first + row + 1, round(table[row, column].item(), 2)]
-    top = found["best"]
+    top, rates = found["best"], {lr for lr, _ in grid}
     if top[3] <= 120 / classes:
         print(f"note: {name} is near chance ({top[3]} % of held-out images): features of another scale need other "
               "--lr, or --normalize", file=sys.stderr)
@@ -844,25 +805,25 @@ def choose(
 # ---- linear SVM ------------------------------------------------------------------------------------------------------
 
 
-def fit_svm(x: Tensor, y: Tensor, cost: Tensor, tolerance: float = 1e-3, iterations: int = 100) -> Tensor:
+def fit_svm(x: Tensor, y: Tensor, cost: Tensor) -> Tensor:
     """K support vector machines of the same x (N, d): the w (K, d) of least |w|^2 / 2 + sum_i cost_i max(0, 1 - y_i
     w.x_i)^2, LIBLINEAR's primal with squared hinge. y: (N, K), 1 or -1; cost: (N, K), 0 leaves an image out.
 
     Newton's method on the active images (Keerthi and DeCoste, 2005): conjugate gradients for the step, an exact line
     search along it; all K at once, each product with x serves all. The error of w is at most its gradient: done when
-    that is under `tolerance` |w|, or rounding.
+    that is under |w| / 1000, or rounding.
     """
     if len(x) < x.shape[1]:  # the solution lies in the span of the images: solve in its coordinates
         basis, coordinates = torch.linalg.qr(x.T)
-        w: Tensor = fit_svm(coordinates.T.contiguous(), y, cost, tolerance, iterations) @ basis.T
+        w: Tensor = fit_svm(coordinates.T.contiguous(), y, cost) @ basis.T
         return w
     w = x.new_zeros(y.shape[1], x.shape[1])
     outputs = torch.zeros_like(y)
     rounding = 4 * torch.finfo(x.dtype).eps * (2 * (cost * y).T @ x).norm(dim=1)
-    for _ in range(iterations):
+    for _ in range(100):
         slack = (1 - y * outputs).clamp_(min=0)
         gradient = w - 2 * (cost * y * slack).T @ x
-        open_ = (gradient.norm(dim=1) > torch.maximum(tolerance * w.norm(dim=1), rounding)).nonzero()[:, 0]
+        open_ = (gradient.norm(dim=1) > torch.maximum(1e-3 * w.norm(dim=1), rounding)).nonzero()[:, 0]
         if not len(open_):
             break
         active = 2 * cost[:, open_] * (slack[:, open_] > 0)
@@ -874,12 +835,12 @@ def fit_svm(x: Tensor, y: Tensor, cost: Tensor, tolerance: float = 1e-3, iterati
     return w
 
 
-def newton_step(x: Tensor, active: Tensor, target: Tensor, iterations: int = 100) -> Tensor:
+def newton_step(x: Tensor, active: Tensor, target: Tensor) -> Tensor:
     """(I + X^T diag(active_k) X) p_k = target_k for all k, by conjugate gradients to a tenth of the target."""
     p, residual, direction = torch.zeros_like(target), target.clone(), target.clone()
     size = residual.square().sum(1)
     goal = 0.01 * size
-    for _ in range(iterations):
+    for _ in range(100):
         if (size <= goal).all():
             break
         product = direction + (active * (x @ direction.T)).T @ x
@@ -1011,24 +972,25 @@ def svm(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task
     found, several = svm_draws(args, task), task.train_targets.ndim == 2
     jobs = [(layer, number) for layer in args.layers for number in range(len(found))]
     run.args.epochs = len(jobs)
-    run.describe(task.train, **describe(args, encoder))
     train, test = both_features(args, encoder, task, run.device)
     ledger = Ledger(task.test)
     state: dict[str, Any] = dict(ledger=ledger)
     first, _ = run.resume(state, 1)
-    name, here, there = "", None, None
+    here: Any = None
+    there: Any = None
 
     def pause() -> None:
         """A signal does not wait for the end of a layer, on ImageNet an hour: the layer is begun anew."""
         if run.signal:
-            run.after_step(state, epoch, -1, torch.zeros(()))
+            run.save(state, epoch, 0)
+            run.stop(run.signal, epoch, 0)
 
     for epoch in range(first, len(jobs)):
-        run.after_step(state, epoch, -1, torch.zeros(()))
+        pause()
         began = time.perf_counter()
-        wanted, number = jobs[epoch]
-        if wanted != name or here is None or there is None:
-            name, here, there = wanted, None, None  # what they take is free before the next are made
+        name, number = jobs[epoch]
+        if epoch == first or number == 0:  # the first of this process or of a layer
+            here = there = None  # what they take is free before the next are made
             here = Layer(train[name], args, run.device)
             there = Layer(test[name], args, run.device, here)
         facts, rows, targets = found[number]
@@ -1043,6 +1005,8 @@ def svm(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task
                    **merit(scores, task.test_targets))
         ledger.rows.append(row)
         run.log(**row, seconds=round(time.perf_counter() - began, 1))
+        if run.bar is not None:
+            run.bar.update()
         run.save(state, epoch + 1, 0)
     means = spread(ledger.rows, ("layer", "per_class" if "per_class" in ledger.rows[-1] else "labels"))
     end = means[-1]
@@ -1097,7 +1061,7 @@ Batches = Callable[[Tensor, int, int], Iterator[tuple[int, Tensor, Tensor]]]  # 
 
 
 def train_networks(
-    args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task: Task, model: Classifier,
+    args: argparse.Namespace, run: common.Run, task: Task, model: Classifier,
     found: list[tuple[dict[str, Any], Tensor]], batches: Batches, crops: Callable[[bool, Tensor], Iterator[Tensor]],
     reset: Callable[[int], None], every_epoch: bool,
 ) -> list[dict[str, Any]]:
@@ -1130,7 +1094,6 @@ def train_networks(
     # Trainings: each draw with each setting of the grid (rate, decay, factor), then, None, with what was best.
     jobs = list(itertools.product(found, [*(grid if search else ()), None]))
     run.args.epochs = len(jobs) * args.epochs
-    run.describe(task.train, **describe(args, encoder), trainings=len(jobs))
     start = {name: value.clone() for name, value in model.state_dict().items()}
     body = [w for w in model.body.parameters() if w.requires_grad]  # none where only the last layer trains
     groups = [dict(params=part) for part in (body, list(model.last.parameters())) if part]
@@ -1233,8 +1196,8 @@ def mlp(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task
             if isinstance(layer, nn.Linear):
                 layer.reset_parameters()
 
-    (row,) = train_networks(args, run, encoder, task, model, [({}, torch.arange(len(task.train_targets)))], batches,
-                            crops, reset, every_epoch=True)
+    (row,) = train_networks(args, run, task, model, [({}, torch.arange(len(task.train_targets)))], batches, crops,
+                            reset, every_epoch=True)
     return dict(mlp_top1=row["top1"], mlp_top5=row["top5"], hidden=hidden, layer=args.layers[0], runs=[row])
 
 
@@ -1272,8 +1235,7 @@ def finetune(args: argparse.Namespace, run: common.Run, encoder: common.Encoder,
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.constant_(layer.bias, 0.1 if multi else 0.0)
 
-    rows = train_networks(args, run, encoder, task, model, draws(args, task), batches, crops, reset,
-                          every_epoch=False)
+    rows = train_networks(args, run, task, model, draws(args, task), batches, crops, reset, every_epoch=False)
     means = spread(rows, ["labels"])
     if multi:
         return dict(map_voc07_classification=means[-1]["map_11_points"], trainable=args.trainable, draws=means,
@@ -1283,22 +1245,16 @@ def finetune(args: argparse.Namespace, run: common.Run, encoder: common.Encoder,
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
 
-Protocol = Callable[[argparse.Namespace, common.Run, common.Encoder, Task], dict[str, Any]]
-PROTOCOLS: dict[str, Protocol] = {
+PROTOCOLS: dict[str, Callable[[argparse.Namespace, common.Run, common.Encoder, Task], dict[str, Any]]] = {
     "linear": linear, "svm": svm, "mlp": mlp, "finetune": finetune, "voc07": finetune, "voc07-svm": svm,
 }
-
-
-def describe(args: argparse.Namespace, encoder: common.Encoder) -> dict[str, Any]:
-    """What goes into the first line of the log."""
-    return dict(checkpoint=args.checkpoint, checkpoint_sha256=encoder.sha256, epochs_each=args.epochs)
 
 
 def folder_of(args: argparse.Namespace, encoder: common.Encoder | None) -> Path:
     """The folder of this protocol with these settings and weights: others lie beside it."""
     source = {} if encoder is None else encoder.options
     options = {key: value for key, value in common.plain_options(args).items()
-               if key not in common.FREE_OPTIONS | MACHINE or key in ("epochs", "test_subset")}
+               if key not in common.FREE_OPTIONS or key in ("epochs", "test_subset")}
     options |= dict(data=args.data if "data" in args.typed or args.protocol.startswith("voc07") or not source
                     else source["data"], weights=encoder.sha256 if encoder else "random")
     if args.val_dir:  # other test images, other figures
@@ -1311,8 +1267,6 @@ def folder_of(args: argparse.Namespace, encoder: common.Encoder | None) -> Path:
 
 def main(args: argparse.Namespace) -> None:
     device = common.pick_device(args.device)
-    if args.protocol not in ("finetune", "voc07") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise common.Fault(f"--protocol {args.protocol} takes one process: start it without a launcher")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     encoder, path = None, Path(args.checkpoint)
@@ -1321,15 +1275,15 @@ def main(args: argparse.Namespace) -> None:
                                       "head" if "head" in args.layers else "auto")
         if common.first_rank():
             print(f"{path}: {encoder.describe()}", flush=True)
-    settings = argparse.Namespace(**{key: value for key, value in vars(args).items() if key not in MACHINE})
-    settings.output = folder_of(args, encoder)
-    run = common.Run(settings)
+    # Of its own: a protocol trains several times --epochs, and a batch may be smaller.
+    run = common.Run(argparse.Namespace(**vars(args) | dict(output=folder_of(args, encoder))))
     task = open_task(args, encoder, device)
     if encoder is None:
         torch.manual_seed(args.seed)
         encoder = common.untrained_encoder(args.arch or "resnet18", args.width or 64, task.train.small, device)
     args.test_crops = run.args.test_crops = args.test_crops or (1 if task.train.small else 10)
     encoder.backbone.to(memory_format=torch.channels_last)
+    run.describe(task.train, checkpoint_sha256=encoder.sha256)
     result = PROTOCOLS[args.protocol](args, run, encoder, task)
     run.close()
     if run.rank:

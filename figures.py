@@ -191,7 +191,7 @@ def load_data(encoder: common.Encoder, args: argparse.Namespace) -> tuple[common
     """The train and test images of the encoder's own run, unless --data or --subset names others."""
     split = "train" if {"data", "subset"} & set(args.typed) else "pretrain"
     return keep(args, ("images", encoder.sha256),
-                lambda: encoder.load_data(argparse.Namespace(**vars(args)), split, args.device))
+                lambda: common.load_sets(argparse.Namespace(**vars(args)), encoder, split, args.device))
 
 
 def extract(

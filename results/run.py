@@ -199,9 +199,9 @@ def make(name: str, args: argparse.Namespace, deadline: float) -> bool:
     if state.exists():
         facts = json.loads(state.read_text())
         publish(name, facts, args)  # the last call may have been killed before it did, or its results be gone
-    train = row.train.replace("data/", f"{args.data_dir}/").split()
+    train = [word.replace("data/", f"{args.data_dir}/") for word in row.train.split()]
     train += ["--data-dir", str(args.data_dir), "--output", str(folder), *args.added]
-    steps = [train, *(step.format(run=folder).split() for step in row.steps)]
+    steps = [train, *([word.format(run=folder) for word in step.split()] for step in row.steps)]
     if importlib.util.find_spec("matplotlib") is None:
         print(f"{name}: without pictures, which need matplotlib", flush=True)
         steps = [step for step in steps if step[0] != "figures.py"]
@@ -210,7 +210,7 @@ def make(name: str, args: argparse.Namespace, deadline: float) -> bool:
             continue
         print(f"{name}: {shlex.join(step)}", flush=True)
         began = time.monotonic()
-        code = stopped_at(deadline, step)
+        code = run_step(step, deadline)
         facts["minutes"] = round(facts["minutes"] + (time.monotonic() - began) / 60, 2)
         if code == 0:
             facts["steps"].append(shlex.join(["python", *step]))
@@ -226,9 +226,9 @@ def make(name: str, args: argparse.Namespace, deadline: float) -> bool:
     return True
 
 
-def stopped_at(deadline: float, step: list[str]) -> int:
-    """Run a script; at the deadline, or when this program is ended, it is told to save and stop, and after two more
-    minutes killed."""
+def run_step(step: list[str], deadline: float) -> int:
+    """Run a script, and return its exit code; at the deadline, or when this program is ended, it is told to save and
+    stop, and after two more minutes killed."""
     if time.monotonic() >= deadline:
         return 128 + signal.SIGTERM
     process = subprocess.Popen([sys.executable, str(ROOT / step[0]), *step[1:]])
@@ -252,7 +252,7 @@ HEAD = ("paper", "data, network", "kNN, paper", "kNN, ours", "SVM, paper", "SVM,
         "log")
 
 
-def figures(name: str, results: Path) -> dict[str, str]:
+def accuracies(name: str, results: Path) -> dict[str, str]:
     """knn, svm and linear accuracy of a finished row in percent, from the last line of each in its eval.jsonl."""
     found: dict[str, str] = {}
     path = results / name / "eval.jsonl"
@@ -271,11 +271,11 @@ def table(results: Path) -> str:
         state, ours, log = results / name / "row.json", dict[str, str](), ""
         facts = json.loads(state.read_text()) if state.exists() else dict(finished=False)
         if facts["finished"]:
-            ours = figures(name, results)
+            ours = accuracies(name, results)
             images = "" if facts["images"] == "original" else f", {facts['images']}"
             log = f"[{facts['device']}, {facts['minutes']:.0f} min{images}](results/{name}/log.jsonl)"
-        cells = (ours.get(key, "none" if facts["finished"] else "not run") for key in ("knn", "svm", "linear"))
-        knn, svm, linear = cells
+        missing = "none" if facts["finished"] else "not run"
+        knn, svm, linear = (ours.get(key, missing) for key in ("knn", "svm", "linear"))
         lines.append((row.title, row.data, row.knn, knn, row.svm, svm, linear, f"`{shown(row)}`", log))
     return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |") for line in lines)
 

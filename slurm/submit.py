@@ -75,6 +75,12 @@ def pair(text: str) -> tuple[str, str]:
     return key.replace("-", "_"), value
 
 
+def follower(text: str) -> list[str]:
+    """An argparse type: the words of a --then command, with {output} in them."""
+    script, *argv = shlex.split(text)
+    return [Path(script).name, *(argv if "{output}" in text else ["{output}/checkpoint.pth", *argv])]
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     words = list(sys.argv[1:] if argv is None else argv)
     parser = common.parser(__doc__)
@@ -99,8 +105,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                              "also setup=COMMAND, before the tasks start, and array_parallelism=N")
     parser.add_argument("--sweep", type=pair, nargs="+", action="extend", default=[], metavar="KEY=V1,V2",
                         help="all combinations as a job array")
-    parser.add_argument("--then", action="append", default=[], metavar="COMMAND", help="a script and its options, once "
-                        "the run has succeeded; may be given again")
+    parser.add_argument("--then", type=follower, action="append", default=[], metavar="COMMAND", help="a script and "
+                        "its options, once the run has succeeded; may be given again")
     # The first word that is a script ends the options: --sweep and --slurm take as many words as there are.
     before = ["", *words]
     end = next((i for i, word in enumerate(words) if re.fullmatch(r"[^-].*\.py", word) and before[i] != "--then"),
@@ -121,7 +127,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 # ---- what is submitted -----------------------------------------------------------------------------------------------
 
 
-class Run(NamedTuple):
+class Command(NamedTuple):
     """Options of a script, and the folder that they give its output."""
 
     argv: list[str]
@@ -147,9 +153,10 @@ def snapshot(folder: Path, place: Path) -> None:
 
 # Runs in a process of its own, from the snapshot: what is missing there, or mistyped, shows before the job waits.
 CHECK = """
-import importlib, json, sys
+import importlib, json, os, sys
 sys.path[0], found = sys.argv[1], []
-for script, commands in json.loads(sys.argv[2]):
+for script, tasks, commands in json.loads(sys.argv[2]):
+    os.environ["WORLD_SIZE"] = str(tasks)
     try:
         module = importlib.import_module(script[:-3])
     except ImportError as error:
@@ -162,7 +169,7 @@ for script, commands in json.loads(sys.argv[2]):
         trains, output = hasattr(args, "knn_every"), getattr(args, "output", None)
         output = str(output) if output and (trains or "output" in args.typed) else None
         found.append([trains, output, getattr(args, "batch_size", None) or 0, getattr(args, "accumulate", 0)])
-print(json.dumps(found))
+print("\\n" + json.dumps(found))  # after whatever the script has printed
 """
 
 
@@ -175,35 +182,30 @@ class Facts(NamedTuple):
     parts: int  # of a batch; 0: the script runs as one task
 
 
-def check(code: Path, scripts: list[tuple[str, list[list[str]]]]) -> list[Facts]:
-    """Facts of each command; options that are wrong end the submission."""
+def check(code: Path, scripts: list[tuple[str, int, list[list[str]]]]) -> list[Facts]:
+    """Facts of each command of (script, tasks, commands); options that are wrong end the submission."""
     done = subprocess.run([sys.executable, "-c", CHECK, str(code), json.dumps(scripts)], stdout=subprocess.PIPE,
                           text=True, check=False)
-    if done.returncode or not done.stdout.startswith("[["):  # what is wrong has been said; or --help
+    last = done.stdout.splitlines()[-1:]
+    if done.returncode or not last or not last[0].startswith("[["):  # what is wrong has been said; or --help
         print(done.stdout, end="", flush=True)
         sys.exit(2 if done.returncode else 0)
-    return [Facts(*row) for row in json.loads(done.stdout)]
+    return [Facts(*row) for row in json.loads(last[0])]
 
 
-def follower(command: str) -> list[str]:
-    """The words of a --then command, with {output} in them."""
-    words = shlex.split(command)
-    return words if "{output}" in command else [*words[:1], "{output}/checkpoint.pth", *words[1:]]
-
-
-def runs_of(code: Path, args: argparse.Namespace, ranks: int) -> list[tuple[str, list[Run]]]:
+def runs_of(code: Path, args: argparse.Namespace, ranks: int) -> list[tuple[str, list[Command]]]:
     """What is to run: the script, once or once for each combination of the sweep, then each --then command for each."""
-    script, added, then = args.script.name, combinations(args.sweep), [follower(command) for command in args.then]
-    tried = [[word.replace("{output}", str(code)) for word in words] for words in then]  # a folder, as it will be then
-    for name in (Path(words[0]).name for words in then):
+    script, added = args.script.name, combinations(args.sweep)
+    tried = []  # with another folder for {output}, which will be one then
+    for name, *argv in args.then:
         if not (code / name).is_file():
             raise common.Fault(f"--then {name}: there is no such script beside {script}")
-    found = check(code, [(script, [args.argv + words for words in added]),
-                         *((Path(words[0]).name, [words[1:]]) for words in tried)])
+        tried.append((name, 1, [[word.replace("{output}", str(code)) for word in argv]]))
+    found = check(code, [(script, ranks, [args.argv + words for words in added]), *tried])
     runs = []
     for words, facts in zip(added, found[: len(added)], strict=True):
         argv, output = args.argv + words, facts.output
-        if then and not facts.trains:
+        if args.then and not facts.trains:
             raise common.Fault(f"--then is for what comes after training, and {script} does not train")
         if ranks > 1 and not facts.parts:
             raise common.Fault(f"{script} runs as one task, not as {ranks}: use --nodes 1 --gpus 1")
@@ -217,14 +219,14 @@ def runs_of(code: Path, args: argparse.Namespace, ranks: int) -> list[tuple[str,
             names = [f"{key[2:]}={value}" for key, value in options if key not in told]
             output = str(Path(output).with_name("-".join([Path(output).name, *names]).replace("/", "_")))
             argv = [*argv, "--output", output]
-        runs.append(Run(argv, output))
+        runs.append(Command(argv, output))
     named = [run.output for run in runs if run.output]
     if len(set(named)) < len(named) or len({tuple(run.argv) for run in runs}) < len(runs):
         raise common.Fault("two runs of the sweep have the same output: is there a value twice, or --output swept?")
     groups = [(script, runs)]
-    for name, *argv in then:
-        some = [Run([word.replace("{output}", run.output or "") for word in argv], None) for run in runs]
-        groups.append((Path(name).name, some))
+    for name, *argv in args.then:
+        some = [Command([word.replace("{output}", run.output or "") for word in argv], None) for run in runs]
+        groups.append((name, some))
     return groups
 
 
@@ -273,7 +275,7 @@ def ending(
 class Job(submitit.helpers.Checkpointable):
     """A script and its options, run from a snapshot. Back from the queue the script itself finds its checkpoint."""
 
-    def __init__(self, code: Path, script: str, run: Run, again: str) -> None:
+    def __init__(self, code: Path, script: str, run: Command, again: str) -> None:
         self.code, self.script, self.run, self.again = str(code), script, run, again
         self.attempt = 1
 
@@ -326,7 +328,7 @@ class Job(submitit.helpers.Checkpointable):
 # ---- submission ------------------------------------------------------------------------------------------------------
 
 
-def executor(args: argparse.Namespace, folder: Path, nodes: int, gpus: int, tasks: int) -> Any:
+def make_executor(args: argparse.Namespace, folder: Path, nodes: int, gpus: int, tasks: int) -> Any:
     """submitit's executor of jobs of this size."""
     if args.cluster == "debug":
         return submitit.DebugExecutor(folder)
@@ -380,8 +382,8 @@ def main(args: argparse.Namespace) -> None:
     again = shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
     jobs = [[Job(folder / "code", name, run, again) for run in some] for name, some in groups]
     try:
-        first = executor(args, folder, args.nodes, args.gpus, tasks)
-        then = executor(args, folder, 1, min(1, args.gpus), 1)
+        first = make_executor(args, folder, args.nodes, args.gpus, tasks)
+        then = make_executor(args, folder, 1, min(1, args.gpus), 1)
         if args.cluster == "slurm":
             return submit(folder, first, then, jobs)
     except BaseException:
@@ -425,7 +427,7 @@ def submit(folder: Path, first: Any, then: Any, jobs: list[list[Job]]) -> None:
 
 def run_here(folder: Path, executor: Any, job: Job) -> None:
     """Run a job on this machine to its end, which Ctrl-C and TERM bring about after a checkpoint."""
-    print(f"{shlex.join([job.script, *job.run.argv])}")
+    print(shlex.join([job.script, *job.run.argv]))
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by what starts now
     started = executor.submit(job)
     signal.signal(signal.SIGINT, handler)

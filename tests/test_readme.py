@@ -39,7 +39,7 @@ def test_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         args = module.parse_args(options)
         if script == "slurm/submit.py":  # it parses the script's options when it submits
-            for inner in [[str(args.script), *args.argv], *map(module.follower, args.then)]:
+            for inner in [[str(args.script), *args.argv], *args.then]:
                 importlib.import_module(Path(inner[0]).stem).parse_args(inner[1:])
     except SystemExit as stop:
         assert stop.code == 0 and "--help" in options

@@ -96,6 +96,18 @@ def test_rows_are_made_in_order_and_once(run: ModuleType, fake: list[str], tmp_p
     assert capfd.readouterr().out.split("\n")[:2] == ["one: finished", "two: finished"]
 
 
+def test_paths_may_have_blanks(run: ModuleType, fake: list[str], tmp_path: Path,
+                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row is trained and evaluated where --work and --data-dir say, whatever characters their names have."""
+    row = run.ROWS["one"]
+    monkeypatch.setitem(run.ROWS, "one", row._replace(train=f"{row.train} --data data/tiny32"))
+    work, data = tmp_path / "my {runs}", tmp_path / "my data"
+    assert call(run, [*fake, "one", "--work", str(work), "--data-dir", str(data)]) == 0
+    assert len((work / "one/eval.jsonl").read_text().splitlines()) == 2
+    (trained, *_) = json.loads((work / "one/row.json").read_text())["steps"]
+    assert f" --data '{data}/tiny32' --data-dir '{data}' " in trained
+
+
 def test_a_finished_row_is_published_again(run: ModuleType, fake: list[str], tmp_path: Path) -> None:
     """A call that was killed after its last step, or results that are gone, cost nothing: the next call publishes."""
     assert call(run, [*fake, "one"]) == 0
@@ -232,6 +244,6 @@ def test_a_real_row(run: ModuleType, fake: list[str], tmp_path: Path, monkeypatc
     assert code == 0 and facts(tmp_path, "mini")["finished"]
     log = (tmp_path / "results/mini/log.jsonl").read_text()
     assert [json.loads(line)["epoch"] for line in log.splitlines()[1:]] == list(range(1, 41))
-    assert run.figures("mini", tmp_path / "results").keys() == {"knn", "linear", "svm"}
+    assert run.accuracies("mini", tmp_path / "results").keys() == {"knn", "linear", "svm"}
     assert (tmp_path / "results/mini/curves.png").exists()
     assert str(tmp_path) not in log + (tmp_path / "results/mini/eval.jsonl").read_text()

@@ -28,21 +28,24 @@ SUBMIT = [sys.executable, str(ROOT / "slurm" / "submit.py")]
 # before the queue
 
 
+AFTER = ["eval_knn.py", "{output}/checkpoint.pth"]  # --then eval_knn.py
+
 def test_options_of_submission_and_script() -> None:
     """The first script named ends the submission's options, whatever stands in --then; the rest is the script's."""
     args = submit.parse_args(["--nodes", "2", "--then", "eval_knn.py", "--sweep", "lr=1,2", "seed=0", "npid.py", "--lr",
                               "1", "other.py"])
-    assert (args.nodes, args.then, args.sweep) == (2, ["eval_knn.py"], [("lr", "1,2"), ("seed", "0")])
+    assert (args.nodes, args.then, args.sweep) == (2, [AFTER], [("lr", "1,2"), ("seed", "0")])
     assert (args.script, args.argv) == (Path("npid.py"), ["--lr", "1", "other.py"])
     args = submit.parse_args(["--then=eval_knn.py", "--then", "eval_linear.py", "npid.py"])
-    assert (args.then, args.script) == (["eval_knn.py", "eval_linear.py"], Path("npid.py"))
+    assert (args.then, args.script) == ([AFTER, ["eval_linear.py", "{output}/checkpoint.pth"]], Path("npid.py"))
     assert args.grace == submit.GRACE and submit.parse_args(["--hours", "0.1", "npid.py"]).grace == 90
 
 
 WRONG = [([], "which script"), (["--hours", "0", "npid.py"], "--hours"), (["--slurm", "qos", "npid.py"], "KEY=VALUE"),
          (["--hours", "1", "--grace", "3600", "npid.py"], "--grace"), (["--nodes", "0", "npid.py"], "--nodes"),
          (["--slurm", "qos=high", "time=12:00:00", "npid.py"], "--slurm time: use --hours"),
-         (["--slurm", "ntasks-per-node=2", "npid.py"], "--slurm ntasks_per_node: use --tasks")]
+         (["--slurm", "ntasks-per-node=2", "npid.py"], "--slurm ntasks_per_node: use --tasks"),
+         (["--then", "eval_knn.py 'a", "npid.py"], "--then")]
 
 
 @pytest.mark.parametrize(("argv", "words"), WRONG, ids=[words for _, words in WRONG])
@@ -62,12 +65,14 @@ def test_combinations() -> None:
 
 
 def test_what_follows_is_tried_on_a_folder(tmp_path: Path) -> None:
-    """{output} in --then is a folder when the options are looked at, as it will be, and the run's own in the job."""
+    """{output} in --then is a folder when the options are looked at, as it will be, and the run's own in the job; what
+    a script prints meanwhile changes nothing."""
     script = "import argparse, pathlib\nparse_args = lambda argv: argparse.Namespace({})\nmain = print\n"
+    script += "print('imported', end='')\n"
     (tmp_path / "mine.py").write_text(script.format("knn_every=1, output='runs/x'"))
     (tmp_path / "after.py").write_text(script.format("out=next(pathlib.Path(argv[1]).parent.iterdir())"))
     args = submit.parse_args(["--then", "after.py --out {output}/curves.png", "mine.py"])
-    assert submit.runs_of(tmp_path, args, 1)[1] == ("after.py", [submit.Run(["--out", "runs/x/curves.png"], None)])
+    assert submit.runs_of(tmp_path, args, 1)[1] == ("after.py", [submit.Command(["--out", "runs/x/curves.png"], None)])
 
 
 def submitted(argv: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -84,6 +89,7 @@ REFUSED = [
     (["--nodes", "3", "--gpus", "5", NPID], "--batch-size 128 must divide by ranks x accumulate = 15 x 1"),
     (["--sweep", "tau=0.1,0.1", "--cluster", "slurm", NPID], "same output"),
     (["--gpus", "2", str(ROOT / "eval_knn.py"), "random"], "eval_knn.py runs as one task, not as 2"),
+    (["--gpus", "8", str(ROOT / "eval_linear.py"), "random"], "eval_linear.py: error: --protocol linear takes one"),
     (["missing.py"], "no script missing.py"),
     (["--cluster", "local", "--nodes", "2", NPID], "--cluster local has one node"),
     (["--then", "eval_nothing.py", NPID], "there is no such script beside npid.py"),

@@ -8,7 +8,6 @@ Some versions of Python, 3.11 among them, take `--m` wherever it stands for a sh
 --max-restarts and others, and call it ambiguous. `make install` puts this file in the place of .venv/bin/torchrun.
 """
 
-import argparse
 from collections.abc import Sequence
 
 from torch.distributed import run
@@ -16,20 +15,13 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    get_args_parser = run.get_args_parser
-
-    def without_abbreviations() -> argparse.ArgumentParser:
-        parser = get_args_parser()
-        parser.allow_abbrev = False
-        return parser
-
-    run.get_args_parser = without_abbreviations
+    parser = run.get_args_parser()
+    parser.allow_abbrev = False
+    run.get_args_parser = lambda: parser
     try:
         run.main(argv)
     except SignalException as error:
         raise SystemExit(128 + error.sigval) from None
-    finally:
-        run.get_args_parser = get_args_parser
 
 
 if __name__ == "__main__":
