@@ -183,6 +183,7 @@ def append_result(folder: Path, line: str) -> None:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
+        time.sleep(float(not first_rank()))  # all ranks meet it: one speaks, and the launcher ends the others
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
@@ -2983,8 +2984,8 @@ def _clip_boxes(images: list[VocImage]) -> list[VocImage]:
         cut, gone = cut + int((outside & kept).sum()), gone + int((~kept).sum())
         images[row] = image._replace(boxes=inside[kept], labels=image.labels[kept], difficult=image.difficult[kept])
     if cut or gone:
-        print(f"note: {cut} boxes reach outside their image and are cut off there, {gone} have no pixel in it and are "
-              f"left out; the first in {first}", file=sys.stderr, flush=True)
+        note(f"note: {cut} boxes reach outside their image and are cut off there, {gone} have no pixel in it and are "
+             f"left out; the first in {first}")
     return images
 
 

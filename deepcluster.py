@@ -671,7 +671,8 @@ def assign_images(args: argparse.Namespace) -> None:
     saved, device = common.load_checkpoint(args.output / "checkpoint.pth"), common.pick_device(args.device)
     options, known = argparse.Namespace(**saved["options"]), saved["data"]
     if options.script != args.script or not (final := saved["state"]["clusters"].get("final")):
-        raise common.Fault(f"{args.output} holds no run of {args.script} that has ended")
+        raise common.Fault(f"{args.output} holds no run of {args.script} that has ended: let the command that trains "
+                           "it come to its end")
     projection, offset = final["projection"].to(exact(device)), final["offset"].to(exact(device))
     args.data, args.subset, args.image_size = args.assign, None, known["size"]
     data = common.load(args, "pretrain", device)
@@ -866,12 +867,14 @@ def main(args: argparse.Namespace) -> None:
                 images_per_second=round((steps - start) * args.batch_size / train_seconds),
                 train_seconds=round(train_seconds, 1), seconds=round(time.perf_counter() - began, 1),
                 memory_gb=common.memory_gb(run.device))
-        if epoch + 1 == args.epochs:  # means of the last clusters among the descriptors of the final network
-            kept = (clusters.pseudo_labels >= 0).nonzero()[:, 0]
-            x, projection, offset, *_ = described(kept)
-            centroids = cluster_means(x, clusters.pseudo_labels[kept])
-            clusters.final = dict(centroids=centroids, projection=projection, offset=offset)
         run.save(state, epoch + 1, 0)
+
+    if not clusters.final:  # means of the last clusters among the descriptors of the final network
+        kept = (clusters.pseudo_labels >= 0).nonzero()[:, 0]
+        x, projection, offset, *_ = described(kept)
+        centroids = cluster_means(x, clusters.pseudo_labels[kept])
+        clusters.final = dict(centroids=centroids, projection=projection, offset=offset)
+        run.save(state, args.epochs, 0)
     run.finish(encoder.backbone)
 
 

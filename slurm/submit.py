@@ -77,7 +77,10 @@ def pair(text: str) -> tuple[str, str]:
 
 def follower(text: str) -> list[str]:
     """An argparse type: the words of a --then command, with {output} in them."""
-    script, *argv = shlex.split(text)
+    try:
+        script, *argv = shlex.split(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no command: a script and its options, quotes in pairs") from None
     return [Path(script).name, *(argv if "{output}" in text else ["{output}/checkpoint.pth", *argv])]
 
 
@@ -186,8 +189,8 @@ def check(code: Path, scripts: list[tuple[str, int, list[list[str]]]]) -> list[F
     """Facts of each command of (script, tasks, commands); options that are wrong end the submission."""
     done = subprocess.run([sys.executable, "-c", CHECK, str(code), json.dumps(scripts)], stdout=subprocess.PIPE,
                           text=True, check=False)
-    last = done.stdout.splitlines()[-1:]
-    if done.returncode or not last or not last[0].startswith("[["):  # what is wrong has been said; or --help
+    last = [line for line in done.stdout.splitlines() if line.startswith("[[")][-1:]
+    if done.returncode or not last:  # what is wrong has been said; or --help
         print(done.stdout, end="", flush=True)
         sys.exit(2 if done.returncode else 0)
     return [Facts(*row) for row in json.loads(last[0])]

@@ -1176,6 +1176,27 @@ def test_finished_run_computes_nothing(tmp_path: Path) -> None:
     assert train(run, "--assign", "shapes") == 0
 
 
+def killed_before_the_centroids() -> None:
+    save = common.Run.save
+
+    def deadly(self: common.Run, *words: Any) -> None:
+        save(self, *words)
+        self.written()
+        os._exit(9)
+
+    common.Run.save = deadly  # type: ignore[method-assign]
+
+
+def test_last_epoch_is_saved_before_the_centroids(tmp_path: Path) -> None:
+    """Killed while the images are described for --assign, a run has its last epoch, and makes up for the centroids."""
+    for name in ("whole", "broken"):
+        if name == "broken":
+            assert train(tmp_path / name, "--epochs", "1", before=killed_before_the_centroids) == 9
+        assert train(tmp_path / name, "--epochs", "1") == 0
+    assert "already finished" in (tmp_path / "broken-out0").read_text()
+    assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "broken"))
+
+
 def test_finished_run_is_trained_on(tmp_path: Path) -> None:
     """With more --epochs a finished run ends as one that had them from the start; until then it has no centroids."""
     assert train(tmp_path / "whole", "--epochs", "2") == 0

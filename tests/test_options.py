@@ -39,6 +39,18 @@ def test_preset_by_data() -> None:
     assert (args.preset, args.data, args.loss, args.num_negatives) == ("cifar10-nce512", "cifar100", "nce", 512)
 
 
+def test_one_rank_says_what_is_mistyped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An option that all ranks refuse: the first says so at once, the others leave the launcher time to end them."""
+    waits = list[float]()
+    monkeypatch.setattr(common.time, "sleep", waits.append)
+    for rank in ("0", "3"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stop:
+            npid.parse_args(["--lr", "fast"])
+        assert stop.value.code == 2
+    assert waits == [0, 1]
+
+
 def test_default_output() -> None:
     """runs/<script>-<preset>-seed<seed>, unless named."""
     args = npid.parse_args(["--data", "cifar10", "--seed", "3"])

@@ -45,7 +45,7 @@ WRONG = [([], "which script"), (["--hours", "0", "npid.py"], "--hours"), (["--sl
          (["--hours", "1", "--grace", "3600", "npid.py"], "--grace"), (["--nodes", "0", "npid.py"], "--nodes"),
          (["--slurm", "qos=high", "time=12:00:00", "npid.py"], "--slurm time: use --hours"),
          (["--slurm", "ntasks-per-node=2", "npid.py"], "--slurm ntasks_per_node: use --tasks"),
-         (["--then", "eval_knn.py 'a", "npid.py"], "--then")]
+         (["--then", "eval_knn.py 'a", "npid.py"], "--then: \"eval_knn.py 'a\" is no command")]
 
 
 @pytest.mark.parametrize(("argv", "words"), WRONG, ids=[words for _, words in WRONG])
@@ -68,7 +68,7 @@ def test_what_follows_is_tried_on_a_folder(tmp_path: Path) -> None:
     """{output} in --then is a folder when the options are looked at, as it will be, and the run's own in the job; what
     a script prints meanwhile changes nothing."""
     script = "import argparse, pathlib\nparse_args = lambda argv: argparse.Namespace({})\nmain = print\n"
-    script += "print('imported', end='')\n"
+    script += "print('imported', end='')\nimport atexit\natexit.register(print, 'ended')\n"
     (tmp_path / "mine.py").write_text(script.format("knn_every=1, output='runs/x'"))
     (tmp_path / "after.py").write_text(script.format("out=next(pathlib.Path(argv[1]).parent.iterdir())"))
     args = submit.parse_args(["--then", "after.py --out {output}/curves.png", "mine.py"])
