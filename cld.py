@@ -18,8 +18,9 @@ bit for bit.
     python cld.py --preset cifar10 --help          # every value of that preset
 
 Differences from the paper and from the authors' code:
-  * k-means is spherical, as eq. (1) writes it; `--clustering euclidean` is the code's, with plain means as centroids.
-    As in the code it starts from the first rows, and the gradient reaches the centroids but not the assignments.
+  * k-means is spherical, as the supplement's eq. (1) writes it; `--clustering euclidean` is the code's, with plain
+    means as centroids. As in the code it starts from the first rows, and the gradient reaches the centroids but not the
+    assignments.
   * Spectral clustering takes the k smallest eigenvectors of the Laplacian; the largest, as the text has it, do not
     separate two blobs. The affinity is |cosine|, with an empty diagonal.
   * An empty group keeps its centroid while k-means runs and is no class in the loss; the code has a class of logit 0.
@@ -89,7 +90,7 @@ ABLATION: dict[str, dict[str, Any]] = {
 PRESETS |= {f"thin-{data}{part}": dict(THIN, data=data, **row) for data in ("cifar10", "shapes")
             for part, row in ABLATION.items()}
 
-# Released scripts, which multiply their rate of 0.03 by B / 128.
+# Settings of the released scripts; their rate, 0.03 x B / 128, is 0.06 at B = 256.
 NPID = dict(schedule="cosine", warmup_epochs=5, temperature=0.1, lr=0.06, weight_decay=7e-4, group_weight=1.0)
 MOCO = dict(NPID, host="moco", head="norm-linear", temperature=0.07)
 CIFAR: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -156,25 +157,28 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--k", "--num-groups", dest="num_groups", type=common.COUNT, default=120, metavar="K",
                         help="groups of a view; at most its rows; fewer for highly correlated data")
     method.add_argument("--clustering", choices=["spherical", "euclidean", "spectral"], default="spherical",
-                        help="spherical: k-means by eq. (1); euclidean: the authors' code; spectral: section 3")
+                        help="spherical: k-means by the supplement's eq. (1); euclidean: the authors' code; spectral: "
+                        "the supplement's section 3")
     method.add_argument("--kmeans-iterations", type=common.COUNT, default=5, metavar="N", help="EM steps in each step")
     method.add_argument("--groups-over", choices=["all", "local"], default="all",
                         help="all: groups of the batch of all ranks; local: of each rank's own part, as in the code; "
-                        "both of each part of --accumulate")
+                        "either way, of one part of --accumulate at a time")
     method.add_argument("--branches", choices=["separate", "shared"], default="separate",
                         help="f_G has a head of its own or is f_I (Table A.2)")
     method.add_argument("--cross-view", action=argparse.BooleanOptionalAction, default=True,
-                        help="compare a view with the groups of the other, or with its own (Table A.2)")
+                        help="compare a view with the other's groups; --no-cross-view: with its own (Table A.2)")
     method.add_argument("--head", choices=["linear", "norm-linear", "mlp", "norm-mlp", "bn-mlp"],
                         help="of both branches, which share the hidden layer of an MLP; default: the host's")
     method.add_argument("--bank-momentum", type=common.SHARE, default=0.5, metavar="SHARE",
                         help="npid: share of the old feature in v_i <- normalize(share * v_i + (1 - share) * f_i)")
     method.add_argument("--queue-size", type=common.COUNT, default=65536, metavar="N", help="moco, infomin: keys kept")
-    method.add_argument("--key-momentum", type=common.SHARE, metavar="M", help="of the encoder that follows; byol's "
+    method.add_argument("--key-momentum", type=common.SHARE, metavar="M", help="of the momentum encoder; byol's "
                         "grows to 1 at --epochs; default: 0.999, byol 0.996")
     method.add_argument("--augment", choices=list(RECIPES), help="default: the host's")
-    method.add_argument("--erase", type=common.SHARE, default=0.0, metavar="P", help="share of views that lose a box")
-    method.add_argument("--warmup-epochs", type=common.COUNT_OR_ZERO, default=0, metavar="N", help="lr / 100 to lr")
+    method.add_argument("--erase", type=common.SHARE, default=0.0, metavar="P", help="how often a view is randomly "
+                        "erased")
+    method.add_argument("--warmup-epochs", type=common.COUNT_OR_ZERO, default=0, metavar="N", help="first epochs, in "
+                        "which the rate rises from lr / 100 to lr")
     made = parser.add_argument_group("training set; labels, if used, only choose which images are trained on")
     made.add_argument("--imbalance", type=common.number(float, 1), metavar="R", help="long tail: the sizes of the "
                       "classes fall exponentially, that of the last is 1/R of the first's")
@@ -207,7 +211,7 @@ def long_tailed(data: common.ImageSet, ratio: float, seed: int) -> common.ImageS
 def listed(data: common.ImageSet, path: Path) -> common.ImageSet:
     """The images of a folder that a list names, such as ImageNet-100's or ImageNet-LT's; lines: path [class].
 
-    A path is the end of an image's, or the name of the folder it lies in, or of the first one on the way to it.
+    A path is the end of an image's path (up to four parts), or its folder's name, or that of its top folder.
     """
     text = path.read_text(errors="surrogateescape")  # as names of files are read
     lines = [re.fullmatch(r"(.+?)(?:\s+(\d+))?", line.strip()) for line in text.splitlines()]
@@ -217,7 +221,7 @@ def listed(data: common.ImageSet, path: Path) -> common.ImageSet:
         raise common.Fault(f"{path} names files, and {data.name} has none: lists are for folders of images")
     for row in range(len(data)):
         file = data.path(row)
-        folders = [*os.fsdecode(data.files[row]).split("/")[:-1][:1], file.parent.name]
+        folders = [*os.fsdecode(data.files[row]).split("/")[:-1][:1], file.parent.name]  # the top one, if any
         names = [name for name in [*folders, *("/".join(file.parts[-n:]) for n in range(1, 5))] if name in wanted]
         for name in names:
             if name not in folders and found.get(name, file) != file:
@@ -298,19 +302,19 @@ RECIPES = {
 
 def augment(images: Tensor, draw: common.Draw, name: str, view: int, photographs: bool) -> Tensor:
     """Crops (B, 3, S, S) in [0, 1] -> the same, augmented by a recipe, for view 0, 1, ... of the images."""
-    recipe, second = RECIPES[name], min(view, 1)
+    recipe, which = RECIPES[name], min(view, 1)  # the keys' crop and the patches': as view 2
     grey_first = name == "plain" and photographs  # as NPID and MoCo have it
     if grey_first:
         images = common.random_grayscale(images, draw, 0.2)
     images = common.random_color_jitter(images, draw, *recipe.jitter, probability=recipe.jittered)
-    if recipe.blurred[second]:
-        images = common.random_blur(images, draw, (0.1, 2.0), kernel_size=23, probability=recipe.blurred[second])
+    if recipe.blurred[which]:
+        images = common.random_blur(images, draw, (0.1, 2.0), kernel_size=23, probability=recipe.blurred[which])
     if name == "infomin":
         images = rand_augment(images, draw)
     if not grey_first:
         images = common.random_grayscale(images, draw, 0.2)
-    if recipe.solarized[second]:
-        images = common.choose(draw() < recipe.solarized[second], torch.minimum(images, 1 - images), images)
+    if recipe.solarized[which]:
+        images = common.choose(draw() < recipe.solarized[which], torch.minimum(images, 1 - images), images)
     return common.random_flip(images, draw)
 
 
@@ -490,7 +494,7 @@ def group_means(z: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def nearest(z: Tensor, centroids: Tensor, spherical: bool) -> Tensor:
-    """The centroid of largest cosine, eq. (1), or of least Euclidean distance, for each row: (V, B)."""
+    """The centroid of largest cosine (supplement, eq. 1) or of least Euclidean distance for each row: (V, B)."""
     scores = z @ centroids.mT
     return (scores if spherical else scores - 0.5 * centroids.square().sum(2)[:, None]).max(2).indices
 
@@ -509,7 +513,7 @@ def em_labels(z: Tensor, k: int, iterations: int, spherical: bool = True, start:
 
 @torch.no_grad()
 def spectral_embedding(z: Tensor, k: int) -> Tensor:
-    """Rows (V, B, k) of the k smallest eigenvectors of the normalised Laplacian, eq. (2), normalised.
+    """Rows (V, B, k) of the k smallest eigenvectors of the normalised Laplacian, eq. (2) there, normalised.
 
     The affinity is |cosine| without the diagonal: plain cosines can have negative degrees.
     """
@@ -531,7 +535,7 @@ def group(z: Tensor, k: int, iterations: int, clustering: str = "spherical", sta
 
 def group_loss(z: Tensor, groups: Groups, temperature: float, cross_view: bool = True) -> tuple[Tensor, Tensor]:
     """Cross-level loss (B,): CE(f_G(x) . M' / T_G, g'), mean over the views x; and the share of right groups, ()."""
-    labels, centroids, alive = (part.flip(0) if cross_view else part for part in groups)
+    labels, centroids, alive = (part.flip(0) if cross_view else part for part in groups)  # x meets M', g'
     logits = (z @ centroids.mT / temperature).masked_fill(~alive[:, None], -math.inf)
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
     return losses.mean(0), (logits.argmax(2) == labels).float().mean()
@@ -543,26 +547,26 @@ def group_figures(z: Tensor, groups: Groups) -> dict[str, Tensor]:
     unit = F.normalize(groups.centroids, dim=2) * groups.alive[..., None]
     own = unit.gather(1, groups.labels[..., None].expand_as(z))
     count = groups.alive.sum(1).float()
-    pairs = unit.sum(1).square().sum(1) - count
+    pairs = unit.sum(1).square().sum(1) - count  # |sum|^2 less the squares: of all ordered pairs
     return dict(groups_alive=count.mean(), intra=(z * own).sum(2).mean(),
                 inter=(pairs / (count * (count - 1)).clamp(min=1)).mean())
 
 
-def everywhere(run: common.Run, z: Tensor) -> Tensor:
-    """f_G of all ranks, for groups of the whole batch.
+def gather_branch(run: common.Run, z: Tensor) -> Tensor:
+    """f_G of all ranks, for groups of the whole batch: (V, B of this rank, D) -> (V, B of all, D).
 
-    Each rank takes the same loss of it and has the gradient of its own rows alone, times the number of ranks, since DDP
-    takes their mean.
+    All ranks compute the same loss from it, but each has the gradient of its own rows alone: times the number of ranks,
+    by which DDP divides.
     """
     parts = list(run.gather(z.detach()[None])[0])
-    parts[run.rank] = z.detach() + run.world * (z - z.detach())
+    parts[run.rank] = z.detach() + run.world * (z - z.detach())  # the value is z
     return torch.cat(parts, 1)
 
 
 # ---- hosts -----------------------------------------------------------------------------------------------------------
 # Each has
 #   state                                     parts of the checkpoint
-#   targets(views)                            features of the encoder that follows, unit rows, without gradient
+#   targets(views)                            features of the momentum encoder, unit rows, without gradient
 #   instance_loss(z, jigsaw, targets, index)  unit f_I (2, B, D), jigsaw feature, slots -> losses (B,), accuracy ()
 #   after_step(encoder, gather, progress)     after the optimiser's step: what outlives a step is written, once
 
@@ -619,7 +623,7 @@ def info_nce(z: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> tupl
 
 
 class Moco:
-    """A queue of keys, made by an encoder that follows slowly. InfoMin: the patches have to find the key as well."""
+    """A queue of keys made by a momentum encoder. InfoMin: the patches have to find the key as well."""
 
     def __init__(self, keys: Encoder, queue: Queue, temperature: float, momentum: float) -> None:
         self.keys, self.queue, self.temperature, self.momentum = keys, queue, temperature, momentum
@@ -628,7 +632,7 @@ class Moco:
 
     @torch.no_grad()
     def targets(self, views: Tensor) -> Tensor:
-        features: Tensor = self.keys(views[2:])[0][0]
+        features: Tensor = self.keys(views[2:])[0][0]  # f_I of the third crop, (B, D)
         return features
 
     def instance_loss(self, z: Tensor, jigsaw: Tensor | None, targets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -646,7 +650,7 @@ class Moco:
 
 
 class Byol:
-    """No negatives: the prediction from a view has to match the other view's feature by an encoder that follows."""
+    """No negatives: a view's prediction has to match the momentum encoder's feature of the other view."""
 
     def __init__(self, keys: Encoder, momentum: float) -> None:
         self.keys, self.momentum = keys, momentum
@@ -655,7 +659,7 @@ class Byol:
     @torch.no_grad()
     def targets(self, views: Tensor) -> Tensor:
         features: Tensor = self.keys(views)[0]
-        return features.flip(0)
+        return features.flip(0)  # a view's target is the other view
 
     def instance_loss(self, z: Tensor, jigsaw: Tensor | None, targets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         found = (z.detach() @ targets.mT).argmax(2)  # among the batch, to have a figure
@@ -744,7 +748,7 @@ def main(args: argparse.Namespace) -> None:
                                feature_std=z[0].detach().std(0).mean() * z.shape[2] ** 0.5)
                 if args.group_weight:
                     if args.groups_over == "all":
-                        g = everywhere(run, g)
+                        g = gather_branch(run, g)
                     groups = group(g, num_groups, args.kmeans_iterations, args.clustering)
                     cross, accuracy = group_loss(g, groups, args.group_temperature, args.cross_view)
                     part_loss = part_loss + args.group_weight * cross.mean()

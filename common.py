@@ -388,7 +388,7 @@ FREE_OPTIONS = {
     "device", "compile", "save_minutes", "knn_every", "knn_features", "test_subset", "epochs", "checkpoint",
     "log_every", "test_list", "shard_bank", "memory", "features", "image_batch",
 }
-NEVER = 2**62  # a step
+NEVER = 2**62  # a step that no run reaches
 
 
 class Run:
@@ -668,7 +668,8 @@ class Run:
         first = -self.agree(-int(self.first_bad.item()))
         if first < NEVER:
             raise Fault(f"the loss is not finite (epoch {first // self.steps + 1}, step {first % self.steps + 1}): "
-                        f"lower --lr; the last checkpoint in {self.output}, if any, is good")
+                        f"lower --lr, with --overwrite or another --output; the last checkpoint in {self.output}, if "
+                        "any, is good")
 
     def stop(self, number: int, epoch: int, step: int) -> None:
         """End after a checkpoint, because of a signal: everything is given back, and a launcher is told."""
@@ -682,7 +683,7 @@ class Run:
         sys.exit(128 + number)
 
     def pause(self, epoch: int, step: int) -> None:
-        """Between steps: a signal ends the run here; its checkpoint is that after so much."""
+        """Where no step runs: a signal ends the run here; its last checkpoint has to be that of (epoch, step)."""
         if number := self.agree(self.signal):
             self.stop(number, epoch, step)
 
@@ -694,8 +695,8 @@ class Run:
         self.check_finite()
         weights = [w for part in state.values() if isinstance(part, nn.Module) for w in part.parameters()]
         if weights and not torch.stack([w.detach().isfinite().all() for w in weights]).all():
-            raise Fault(f"weights are not finite after {epoch} epochs and {step} steps: lower --lr; the last "
-                        f"checkpoint in {self.output}, if any, is good")
+            raise Fault(f"weights are not finite after {epoch} epochs and {step} steps: lower --lr, with "
+                        f"--overwrite or another --output; the last checkpoint in {self.output}, if any, is good")
         for part in state.values():  # what the ranks have in parts
             if hasattr(part, "collect"):
                 part.collect(self)
@@ -1122,7 +1123,7 @@ def ignore_signals(worker: int) -> None:
 
 
 class _Decoder(torch.utils.data.Dataset[tuple[int, Tensor, bool]]):
-    """(row, more...) -> row; read(path, more...), uint8 of `shape`, grey where that fails; and whether it failed."""
+    """Item (row, *more) -> row; read(path, *more), uint8 of `shape`, grey if unreadable; whether it was unreadable."""
 
     def __init__(self, data: ImageSet, read: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
         self.data, self.read, self.shape = data, read, shape
@@ -1155,7 +1156,7 @@ def shorter_side(size: int, source: int) -> int:
 
 
 def shortened(path: Path, side: int) -> Tensor:
-    """The whole image, its shorter side scaled to `side` px: (3, H, W). Of one 16 times as long as wide, the middle."""
+    """The whole image, its shorter side scaled to `side` px: (3, H, W). Of one over 16 times as long, the middle."""
     with Image.open(path) as image:
         least = min(image.size)
         width, height = (side * min(length, 16 * least) // least for length in image.size)
@@ -1251,8 +1252,8 @@ def load_monitor(args: argparse.Namespace, data: ImageSet, device: torch.device)
 
 
 def balanced(labels: Tensor, count: int, *key: int | str, share: bool = False) -> Tensor:
-    """`count` of the positions of labels (N,), sorted, drawn by `key`, the same number, or `share`, of each class (plus
-    or minus one); unlabelled images, -1, are one class."""
+    """`count` positions of labels (N,), sorted, drawn by `key`: as many of each class or, with `share`, the same share
+    of each, plus or minus one; images without a label, -1, are one class."""
     order, labels = torch.randperm(len(labels), generator=generator(*key)), labels + 1
     by_class = order[labels[order].argsort(stable=True)]
     sizes = torch.bincount(labels)
@@ -1669,7 +1670,7 @@ def per_image(values: Tensor) -> Tensor:
 
 
 def choose(where: Tensor, changed: Tensor, images: Tensor) -> Tensor:
-    """`changed` for the images marked in `where` (B,) bool, else `images`; either to the bit."""
+    """`changed` for the images marked in `where` (B,) bool, else `images`; both bit for bit."""
     return torch.lerp(images, changed, per_image(where).to(images.dtype))  # torch.where is slow on CPUs
 
 
@@ -2000,7 +2001,7 @@ def backbone(arch: str, width: int = 64, small: bool = False, input_channels: in
         network = PlainNet(arch, width, small, input_channels)
     else:
         network = ResNet(arch, width, small, input_channels)
-    if small:  # PyTorch's own start, usual for CIFAR networks: 2.4 times shorter than the one below, which under batch
+    if small:  # PyTorch's own initialisation, usual for CIFAR: weights 2.4 times smaller than below, which under batch
         return network  # normalisation makes the same learning rate worth six times as much
     for module in network.modules():
         if isinstance(module, nn.Conv2d):

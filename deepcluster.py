@@ -16,8 +16,8 @@ clusterings) builds on that: cluster the descriptors of all images, then learn t
     python deepcluster.py --output runs/deepcluster-cifar10-seed0 --assign DIR  # clusters of new images, as CSV
 
 Differences from the thesis and from the authors' code:
-  * The code's sampler takes positions in one order of the images for positions in another and so delivers what uniform
-    sampling over images would. Here each cluster has N/K draws, plus or minus one; `--sampling released` is the code's.
+  * The code's sampler uses positions in data set order as positions in the order by cluster, so in effect it samples
+    uniformly over images. Here each cluster has N/K draws, plus or minus one; `--sampling released` is the code's.
   * Empty clusters take half of a random other one after each assignment, as the thesis says (`--empties half`);
     `split` perturbs centroids while training, as Faiss does; `--kmeans faiss` is Faiss itself.
   * PIC runs in float64. In float32 its kernel vanishes beyond a squared distance of 0.39, in float64 beyond 1.19; where
@@ -99,8 +99,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     **{f"imagenet-{arch}-a": dict(IMAGENET, arch=arch, head="map", lr=0.05) for arch in ("resnet18", "resnet50")},
     **{f"imagenet-{arch}-b": dict(IMAGENET, arch=arch, head="full", lr=0.05) for arch in ("resnet18", "resnet50")},
     "imagenet-vgg16": dict(IMAGENET, arch="vgg16", lr=0.05),
-    # Small images: ten clusters a class, as the thesis has for ImageNet. On CIFAR-10 30 are nearly as good, and
-    # 1,000 six points of kNN worse (held-out training images: results/dc-choice, PAPERS.md).
+    # Small images: ten clusters a class, as the thesis has for ImageNet. On CIFAR-10 k = 30 is nearly as good as 100,
+    # and k = 1,000 six points of kNN worse (held-out training images: results/dc-choice, PAPERS.md).
     "cifar10": dict(CIFAR, data="cifar10", num_clusters=100),
     "cifar100": dict(CIFAR, data="cifar100", num_clusters=1000),
     "stl10": dict(CIFAR, data="stl10", num_clusters=100),
@@ -126,8 +126,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--sobel", action=argparse.BooleanOptionalAction, default=True,
                         help="the network sees the gradients of the grey image, not RGB")
     method.add_argument("--head", choices=["full", "2fc", "no-relu", "map", "pooled"],
-                        help="section 4.2: FC-ReLU-FC-ReLU-FC, FC-ReLU-FC, FC-ReLU-FC-FC; a ResNet has these "
-                             "on its unpooled last map, or one FC on the map or on its mean; default: full, pooled")
+                        help="section 4.2: full FC-ReLU-FC-ReLU-FC, 2fc FC-ReLU-FC, no-relu FC-ReLU-FC-FC, of a ResNet "
+                             "on its unpooled last map; map, pooled: one FC on a ResNet's map or on its mean; default: "
+                             "full, of ResNets pooled")
     method.add_argument("--descriptors", choices=["before", "after"], default="before", help="the last ReLU")
     method.add_argument("--dropout", type=common.SHARE, default=0.5, help="before hidden FCs")
     method = parser.add_argument_group("method: clustering")
@@ -227,21 +228,21 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone = common.backbone(arch, width, small, 2 if sobel else 3)
         self.head, self.rectified, self.dim = head, head in ("full", "2fc"), self.backbone.dim
-        self.mlp, mlp = nn.Sequential(), nn.Sequential()
+        self.mlp, mlp = nn.Sequential(), nn.Sequential()  # mlp: the hidden layers, of the backbone or self.mlp
         if isinstance(self.backbone, common.PlainNet):
             mlp = self.backbone.classifier  # fc6 and fc7
             for place, layer in enumerate(mlp):
                 if isinstance(layer, nn.Dropout):
                     mlp[place] = Dropout(dropout)
         elif head != "pooled":
-            self.dim *= (-(-size // (8 if small else 32))) ** 2
+            self.dim *= (-(-size // (8 if small else 32))) ** 2  # pixels of the last map, whose stride is 8 or 32
             if head != "map":
                 hidden = 4096 * width // 64
                 mlp = self.mlp = nn.Sequential(Dropout(dropout), nn.Linear(self.dim, hidden), nn.ReLU(inplace=True),
                                                Dropout(dropout), nn.Linear(hidden, hidden))
                 self.dim = hidden
         if head == "2fc":
-            del mlp[-3:]
+            del mlp[-3:]  # ReLU, dropout and the second hidden layer
 
     def forward(self, images: Tensor) -> Tensor:
         if isinstance(self.backbone, common.PlainNet) or self.head == "pooled":
@@ -325,7 +326,7 @@ def moments(
 ) -> tuple[Tensor, Tensor, int]:
     """Sum (dim,) and second moment (dim, dim), in float64, and number of the rows (b, dim) that stream by.
 
-    dtype: of the products within a batch, made of what is left of the rows without the first batch's mean.
+    dtype: of the products within a batch, of rows less the first batch's mean; that shift is undone at the end.
     """
     device = exact(device)
     shift = torch.zeros(dim, device=device)
@@ -348,7 +349,7 @@ def pca_whiten(total: Tensor, square: Tensor, count: int, dim: int) -> tuple[Ten
 
     total: (d,) and square: (d, d) of `count` rows; q = min(dim, d, count - 1). Directions whose variance is nothing but
     the rounding of float32 descriptors are projected to zero. Variance kept: its share. Span: the length of descriptors
-    over their deviation in the smallest direction kept; float32 is off by 6e-8 of the former.
+    over the smallest deviation kept; float32's error is 6e-8 of that length.
     """
     if not square.isfinite().all():
         raise common.Fault("the descriptors are not finite, or very large: lower --lr")
@@ -363,7 +364,7 @@ def pca_whiten(total: Tensor, square: Tensor, count: int, dim: int) -> tuple[Ten
     return projection, mean @ projection, float(values[:keep].sum() / values.sum().clamp(min=1e-300)), span
 
 
-MILD = 500  # spans up to which products of float32 will do: they change a deviation by 1 % at most
+MILD = 500  # spans up to this are safe in float32: a deviation changes by 1 % at most
 
 
 def pca_of(h: Tensor, dim: int) -> tuple[Tensor, Tensor, float, float]:
@@ -402,18 +403,18 @@ def describe(
     held = None
     if 4 * len(data) * width <= ONE_PASS:
         held = common.extract(run, data, short)
-        described = time.perf_counter()
+        extracted = time.perf_counter()
         projection, offset, variance, span = pca_of(held, dim)
     else:
         centers = data.centers(torch.arange(len(data))[run.rows(len(data))], 256, run.device)
         total, square, _ = moments((short(data.normalize(images)) for images in centers), width, run.device)
         total, square = run.mean(total) * run.world, run.mean(square) * run.world
-        described = time.perf_counter()
+        extracted = time.perf_counter()
         projection, offset, variance, span = pca_whiten(total, square, len(data), dim)
     projection, offset = rank0(run, projection), rank0(run, offset)
     if float(rank0(run, torch.tensor([span], device=run.device))) < MILD:
         projection, offset = projection.float(), offset.float()
-    pca = time.perf_counter() - described
+    pca = time.perf_counter() - extracted
     if held is not None:
         x = torch.cat([whiten(rows, projection, offset) for rows in torch.split(held, 4096)])
     else:
@@ -457,15 +458,15 @@ def kmeans_half(x: Tensor, k: int, seed: int, iterations: int = 20) -> tuple[Ten
     """Lloyd's k-means from k random rows of x (N, D), no cluster left empty: labels (N,), empties of the last step."""
     random = np.random.default_rng(seed)
     centroids = x[torch.from_numpy(random.permutation(len(x))[:k]).to(x.device)]
-    low, half = common.low_chunks(x, k), common.half_rows(x)
+    int8, float16 = common.low_chunks(x, k), common.half_rows(x)  # the rows again, for fast first products
     labels, empties = torch.full((len(x),), -1, device=x.device), 0
     for iteration in range(iterations + 1):
-        hurry = half if iteration < iterations else None
-        before, (labels, empties) = labels, fill_empty(common.nearest(x, centroids, low, hurry), k, random)
+        fast = float16 if iteration < iterations else None
+        before, (labels, empties) = labels, fill_empty(common.nearest(x, centroids, int8, fast), k, random)
         settled = empties == 0 and torch.equal(labels, before)
-        if iteration == iterations or (settled and half is None):
+        if iteration == iterations or (settled and float16 is None):
             break
-        half = None if settled else half  # float32 decides whether this is a fixed point
+        float16 = None if settled else float16  # float32 decides whether this is a fixed point
         sums, counts = common.cluster_sums(x, labels, k)
         centroids = sums / counts[:, None]
     return labels, empties
@@ -489,9 +490,9 @@ def affinity(x: Tensor, nearest: Tensor, sigma: float | str) -> Graph:
     n, k = nearest.shape
     x = x.to(exact(x.device))
     parts = zip(torch.split(x, 4096), torch.split(nearest.to(x.device), 4096), strict=True)
-    distances = torch.cat([(rows[:, None].double() - x[near]).square().sum(2) for rows, near in parts]).cpu()
-    squared = distances.flatten().median() if sigma == "median" else torch.tensor(float(sigma) ** 2)
-    weights = (-distances / squared.clamp(min=1e-30)).exp().flatten()
+    squares = torch.cat([(rows[:, None].double() - x[near]).square().sum(2) for rows, near in parts]).cpu()
+    sigma2 = squares.flatten().median() if sigma == "median" else torch.tensor(float(sigma) ** 2)
+    weights = (-squares / sigma2.clamp(min=1e-30)).exp().flatten()
     i, j = torch.arange(n).repeat_interleave(k), nearest.cpu().flatten()
     key, place = torch.unique(torch.cat([i * n + j, j * n + i]), return_inverse=True)
     weights = weights.new_zeros(len(key)).index_add_(0, place, torch.cat([weights, weights]))
@@ -527,7 +528,7 @@ def basins(graph: Graph, v: Tensor) -> Tensor:
 def treat_singletons(labels: Tensor, nearest: Tensor, how: str) -> tuple[Tensor, int]:
     """Clusters of one image redistributed, kept or dropped (-1). labels: (N,) -> (N,), and how many there were.
 
-    redistribute: to the cluster of the nearest of the 5 neighbours that is no singleton; if all are, it stays one.
+    redistribute: to the cluster of its nearest neighbour that is no singleton; if all are, it stays alone.
     """
     single = torch.bincount(labels)[labels] == 1
     if how == "redistribute":
@@ -557,7 +558,7 @@ def pic(x: Tensor, nearest: Tensor, sigma: float | str, singletons: str) -> tupl
 
 
 def cluster_means(x: Tensor, labels: Tensor) -> Tensor:
-    """Centroids (K, D) of unit rows x (N, D); labels: (N,). That of an empty cluster is out of reach."""
+    """Centroids (K, D) of unit rows x (N, D); labels: (N,). An empty cluster's lies at 1e3, out of reach."""
     sums, counts = common.cluster_sums(x, labels.to(x.device).long(), int(labels.max()) + 1)
     return torch.where(counts[:, None] > 0, sums / counts[:, None], 1e3)
 
@@ -576,7 +577,7 @@ def uniform_order(labels: Tensor, count: int, source: torch.Generator) -> Tensor
     clusters, sizes = torch.unique_consecutive(labels[members], return_counts=True)
     quota = torch.full((len(clusters),), count // len(clusters))
     quota[torch.randperm(len(clusters), generator=source)[: count % len(clusters)]] += 1
-    turn = torch.arange(count) - (quota.cumsum(0) - quota).repeat_interleave(quota)
+    turn = torch.arange(count) - (quota.cumsum(0) - quota).repeat_interleave(quota)  # 0, 1, 2, ... in each quota
     starts = sizes.cumsum(0) - sizes
     order = members[starts.repeat_interleave(quota) + turn % sizes.repeat_interleave(quota)]
     return order[torch.randperm(count, generator=source)]
@@ -588,7 +589,7 @@ def training_order(labels: Tensor, count: int, sampling: str, source: torch.Gene
         return uniform_order(torch.where(labels >= 0, 0, -1), count, source)
     order = uniform_order(labels, count, source)
     if sampling == "released":
-        # Positions of the original order, applied to the images sorted by cluster.
+        # The code's mistake: positions in data set order index the images sorted by cluster.
         kept = (labels >= 0).nonzero()[:, 0]
         order = kept[labels[kept].argsort(stable=True)][torch.searchsorted(kept, order)]
     return order
@@ -598,7 +599,7 @@ def target_rows(targets: Tensor, num_clusters: int, count: int, source: torch.Ge
     """Clusters whose weights a step uses and moves, ascending: its targets' and random others, `count` in all."""
     present = torch.unique(targets)
     draw = torch.rand(num_clusters, generator=source)
-    draw[present] = -1
+    draw[present] = -1  # below all draws: among the smallest
     count = min(num_clusters, max(count, len(present)))
     return draw.topk(count, largest=False).indices.sort().values
 
@@ -760,7 +761,7 @@ def main(args: argparse.Namespace) -> None:
         h: Tensor = encoder(images)
         return encoder.activate(h) if args.descriptors == "after" else h
 
-    def described(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, float, dict[str, float]]:
+    def descriptors_of(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, float, dict[str, float]]:
         """`describe` of these images, by the network in evaluation mode."""
         encoder.eval()
         run.broadcast(encoder)
@@ -769,7 +770,7 @@ def main(args: argparse.Namespace) -> None:
 
     def knn(test: common.ImageSet) -> dict[str, float]:
         """Accuracy of the whitened descriptors, whose PCA is that of all training images; K = 200, tau = 0.07."""
-        x, projection, offset, *_ = described(torch.arange(len(data)))
+        x, projection, offset, *_ = descriptors_of(torch.arange(len(data)))
         queries = common.extract(run, test, lambda images: whiten(encode(images), projection, offset))
         return common.knn_monitor(x, data, queries, test, temperature=0.07)
 
@@ -787,14 +788,14 @@ def main(args: argparse.Namespace) -> None:
         if args.clustering != "labels" and (anew or judged):  # Fig. 4.5: between clusterings too
             if run.rank == 0 and epoch == first_epoch:
                 print(f"descriptors of {pool_size:,} images, before the first step of the epoch", flush=True)
-            x, _, _, variance, took = described(pool)
+            x, _, _, variance, took = descriptors_of(pool)
             seconds |= took
         if anew:
             labels, figures = data.labels[pool], dict[str, float]()
             if args.clustering != "labels":
                 clock = time.perf_counter()
-                seed = run.generator("clustering", epoch).initial_seed() % 2**31  # Faiss takes no longer one
-                labels = torch.zeros(pool_size)
+                seed = run.generator("clustering", epoch).initial_seed() % 2**31  # Faiss's seeds have 31 bits
+                labels = torch.zeros(pool_size)  # rank 0's take their place
                 if args.clustering == "pic":
                     nearest = own_neighbors(x, args.num_neighbors, run)
                 if run.rank == 0:
@@ -820,10 +821,10 @@ def main(args: argparse.Namespace) -> None:
         if judged and args.clustering != "labels":
             clusters.figures |= label_figures(x, clusters.pseudo_labels[pool], data.labels[pool], run)
 
-        source, count = run.generator("order", epoch), steps * args.batch_size
-        order = training_order(clusters.pseudo_labels.long(), count, args.sampling, source)
+        source, draws = run.generator("order", epoch), steps * args.batch_size
+        order = training_order(clusters.pseudo_labels.long(), draws, args.sampling, source)
         pseudo_labels = clusters.pseudo_labels.long().to(run.device)
-        head = run.parallel(top)
+        classifier = run.parallel(top)
         encoder.train()
         began_training = time.perf_counter()
         for step, index, (images,) in data.batches(run, order, crop, epoch, start):
@@ -848,7 +849,7 @@ def main(args: argparse.Namespace) -> None:
                 encoder.seed_dropout(dropout_numbers(run, epoch, step, number))
                 with run.autocast():
                     h = model(part)
-                part_loss = F.cross_entropy(head(encoder.activate(h), rows), target) / args.accumulate
+                part_loss = F.cross_entropy(classifier(encoder.activate(h), rows), target) / args.accumulate
                 part_loss.backward()
                 loss += part_loss.detach()
             optimizer.step()
@@ -871,7 +872,7 @@ def main(args: argparse.Namespace) -> None:
 
     if not clusters.final:  # means of the last clusters among the descriptors of the final network
         kept = (clusters.pseudo_labels >= 0).nonzero()[:, 0]
-        x, projection, offset, *_ = described(kept)
+        x, projection, offset, *_ = descriptors_of(kept)
         centroids = cluster_means(x, clusters.pseudo_labels[kept])
         clusters.final = dict(centroids=centroids, projection=projection, offset=offset)
         run.save(state, args.epochs, 0)

@@ -3,11 +3,12 @@
 Like NPID there is a memory bank with one feature v_i for each image; but instead of pushing all other images away, an
 image is drawn to its close neighbours C_i and pushed from the rest of its background neighbours B_i:
 
-    L_i = -log P(C_i and B_i | f_i) / P(B_i | f_i),    P(A | f) = sum of exp(v_j . f / tau) over j in A
+    L_i = -log [P(C_i & B_i | f_i) / P(B_i | f_i)],    P(A | f) = sum over j in A of exp(v_j . f / tau) / Z       (3, 2)
 
 B_i are the k images nearest to f_i in the bank, found anew in each step. C_i are those that share a cluster with image
-i in at least one of H k-means clusterings of the bank into m clusters, found anew in each epoch. The normaliser over
-all N images cancels. The first epochs train with NPID's loss, so that the first clustering has something to find.
+i in at least one of H k-means clusterings of the bank into m clusters, found anew in each epoch. & is their
+intersection; Z, the sum over all N images, cancels. The first epochs train with NPID's loss, so that the first
+clustering has something to find.
 
     python local_aggregation.py --arch resnet18 --H 10 --m 30000       # on rendered shapes, for want of other data
     python local_aggregation.py --data cifar10                         # no published row
@@ -32,7 +33,7 @@ Differences from the paper and from the existing codes:
   * AlexNet and VGG16 have batch normalisation after convolutions, the paper's after fully connected layers too.
 
 log.jsonl has, beside NPID's keys: npid_loss and la_loss, each of its epochs; close_size, mean |C_i|; skewness, mean
-distance of v_i to the centre of C_i (section 5.2); intersection, mean |B_i and C_i|, and alone, the share of images
+distance of v_i to the centre of C_i (section 5.2); intersection, mean |B_i & C_i|, and alone, the share of images
 with nothing but themselves in it; forced, the share that had to be put into their own B_i; objective, empty and splits
 of the k-means; nmi with the clustering before; cluster_seconds; and, each --knn-every epochs and after the last,
 local_density and background_density (Fig. 2: mean similarity to the 30 nearest, and to ranks 1000 to 4096, or the same
@@ -96,7 +97,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smoke": dict(SMALL, data="shapes", subset=256, test_subset=100, width=4, epochs=3, warmup_epochs=1, batch_size=32,
                   m=16, k=64, H=3, knn_every=1),
 }
-IMAGES = dict(cifar10=50_000, cifar100=50_000, shapes=50_000, stl10=105_000, imagenet=1_281_167)  # that m is meant for
+IMAGES = dict(cifar10=50_000, cifar100=50_000, shapes=50_000, stl10=105_000, imagenet=1_281_167)  # N for which m is
 NOISE = 4096  # noise images of --warmup-loss nce, as the paper
 
 
@@ -113,7 +114,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--k", "--num-neighbors", dest="k", type=common.COUNT, default=4096, metavar="K",
                         help="k, size of B_i")
     method.add_argument("--tau", "--temperature", dest="temperature", type=common.POSITIVE, default=0.07, metavar="TAU",
-                        help="tau of eq. (2)")
+                        help="tau of eq. (1)")
     method.add_argument("--bank-momentum", type=common.SHARE, default=0.5, metavar="SHARE",
                         help="1 - t of eq. (5), the share of the old feature")
     method.add_argument("--warmup-epochs", type=common.COUNT_OR_ZERO, default=10, metavar="N",
@@ -159,13 +160,12 @@ def fit_to(count: int, args: argparse.Namespace) -> list[str]:
     """
     notes, preset = list[str](), PRESETS["imagenet"] | PRESETS[args.preset]
     whole = preset.get("subset", IMAGES[preset.get("data", "imagenet")])
-    fitting = dict(m=(max(2, round(preset["m"] * count / whole)), 2 * count < whole),
-                   k=(max(2, count // 10), args.k > count // 4))
-    for name, (value, small) in fitting.items():
+    for name, value, too_large in (("m", max(2, round(preset["m"] * count / whole)), 2 * count < whole),
+                                   ("k", max(2, count // 10), args.k > count // 4)):
         given = getattr(args, name)
         if given > count and name in args.typed:
             raise common.Fault(f"--{name} {given} is more than the {count} images; {value} would fit")
-        if small and name not in args.typed:
+        if too_large and name not in args.typed:
             notes.append(f"--{name} {value}, scaled from {given} to {count:,} images")
             setattr(args, name, value)
     if 1 < args.epochs <= args.warmup_epochs and "warmup_epochs" not in args.typed:
@@ -246,11 +246,11 @@ def nearest(z: Tensor, index: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Ten
     whether i had to be put in (B,).
     """
     similarity, slots = common.neighbors(z, bank, k, best_first=False)
-    missing = (slots != index[:, None]).all(1)
+    forced = (slots != index[:, None]).all(1)
     last, own = similarity.argmin(1, keepdim=True), (z * bank[index]).sum(1)
-    slots.scatter_(1, last, torch.where(missing, index, slots.gather(1, last)[:, 0])[:, None])
-    similarity.scatter_(1, last, torch.where(missing, own, similarity.gather(1, last)[:, 0])[:, None])
-    return slots, similarity, missing
+    slots.scatter_(1, last, torch.where(forced, index, slots.gather(1, last)[:, 0])[:, None])
+    similarity.scatter_(1, last, torch.where(forced, own, similarity.gather(1, last)[:, 0])[:, None])
+    return slots, similarity, forced
 
 
 def most_similar(similarity: Tensor, count: int) -> Tensor:
@@ -260,8 +260,8 @@ def most_similar(similarity: Tensor, count: int) -> Tensor:
 
 
 # ---- loss ------------------------------------------------------------------------------------------------------------
-# The bank takes no gradient, so that of L_i is known: (mean of v over B_i - mean of v over C_i and B_i) / tau, the
-# means weighted by the softmax of v.f / tau over the set. No graph of the (B, k) or (B, N) similarities is kept.
+# The bank takes no gradient, so that of L_i with respect to f_i has a closed form: (mean of v over B_i - mean over
+# C_i & B_i) / tau, weighted by the softmax of v.f / tau in each set. No graph of (B, k) or (B, N) similarities is kept.
 
 
 def with_gradient(z: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
@@ -270,7 +270,7 @@ def with_gradient(z: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
 
 
 def local_aggregation(z: Tensor, slots: Tensor, similarity: Tensor, close: Tensor, bank: Tensor, tau: float) -> Tensor:
-    """L_i of eq. (4), (B,), with B_i listed.
+    """L(C_i, B_i) of eq. (3), (B,), with B_i listed.
 
     z: (B, D); slots of B_i, their similarity to z, and which are in C_i: (B, k).
     """
@@ -284,10 +284,10 @@ def local_aggregation(z: Tensor, slots: Tensor, similarity: Tensor, close: Tenso
 def local_aggregation_dense(
     z: Tensor, index: Tensor, background: Clusters, close: Clusters, bank: Tensor, tau: float, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """L_i of eq. (4), (B,), and |B_i and C_i|, (B,), with B_i too given by clusters, of any size: chunk by chunk."""
+    """L(C_i, B_i) of eq. (3) and |B_i & C_i|, both (B,), with B_i given by clusters too, of any size: in chunks."""
     query = z.detach() / tau
     peak = torch.full((2, len(z), 1), -math.inf, device=z.device)
-    total, mean = torch.zeros_like(peak), torch.zeros(2, *z.shape, device=z.device)
+    total, mean = torch.zeros_like(peak), torch.zeros(2, *z.shape, device=z.device)  # of B_i, and of C_i & B_i
     size = torch.zeros(len(z), device=z.device)
     chunk = chunk or (8192 if z.device.type == "cpu" else max(8192, (1 << 25) // len(z)))
     for start in range(0, len(bank), chunk):
@@ -308,7 +308,7 @@ def local_aggregation_dense(
 
 def noise_scores(z: Tensor, noise: Tensor, bank: Tensor, tau: float) -> Tensor:
     """v_j . f / tau of the noise slots (B, m), for the paper's warm start."""
-    # Many draws: all products at once beat gathering rows, on a GPU where they are fewer bytes.
+    # With many draws one product with the whole bank is faster: on a CPU from m = N / 16, on a GPU from m = N / D.
     if (16 if z.device.type == "cpu" else z.shape[1]) * noise.shape[1] > len(bank):
         return (z @ bank.T).gather(1, noise) / tau
     return torch.einsum("bd,bmd->bm", z, bank[noise]) / tau
@@ -321,11 +321,11 @@ def nce(positive: Tensor, noise: Tensor, log_z: Tensor, num_images: int) -> Tens
 
 
 class Constant(nn.Module):
-    """The first value it is given, kept from then on, in checkpoints too."""
+    """NPID's log Z: the first estimate, kept from then on, in checkpoints too."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("value", torch.tensor(math.nan))
+        self.register_buffer("value", torch.tensor(math.nan))  # no estimate yet
         self.value: Tensor
 
     def first(self, value: Tensor) -> Tensor:
@@ -381,7 +381,7 @@ def dbscan(features: Tensor, radius: float) -> Tensor:
 def health(clusters: Clusters, before: Tensor, bank: Tensor, rows: Tensor) -> dict[str, float]:
     """Figures of a clustering, over the sampled images `rows` (R,) where not over all.
 
-    before: the labels (H, N) of last time; there is no NMI with images that were all alone.
+    before: the previous labels (H, N); no NMI if every image was still alone.
     """
     from sklearn.metrics import normalized_mutual_info_score
 
@@ -481,7 +481,7 @@ def main(args: argparse.Namespace) -> None:
                 totals.add(**{name: torch.tensor(value, device=run.device) for name, value in figures.items()})
 
             images = data.normalize(augment(images, run.draw(epoch, step), not data.small, args.flip))
-            noise = index[:, None]
+            noise = index[:, None]  # stands in where no noise is drawn
             if warming and args.warmup_loss == "nce":
                 source = run.generator("noise", epoch, step, device=run.device)
                 shape = (args.batch_size, NOISE)
@@ -502,13 +502,13 @@ def main(args: argparse.Namespace) -> None:
                     log_z = constant.first(run.gather(estimate.view(1))[0].logsumexp(0) - math.log(run.world))
                     losses = nce(positive, negative, log_z, len(data))
                 elif args.background == "nearest":
-                    slots, similarity, missing = nearest(f.detach(), i, bank.features, args.k)
-                    close = clusters.same(i, slots)
+                    slots, similarity, forced = nearest(f.detach(), i, bank.features, args.k)
+                    close = clusters.same(i, slots)  # of --close self and nearest: i alone
                     if args.close == "nearest":
                         close |= most_similar(similarity, args.close_neighbors)
                     losses = local_aggregation(f, slots, similarity, close, bank.features, args.temperature)
                     size = close.sum(1)
-                    totals.add(forced=missing.float().mean())
+                    totals.add(forced=forced.float().mean())
                 else:
                     losses, size = local_aggregation_dense(f, i, background, clusters, bank.features, args.temperature)
                 if warming:

@@ -18,8 +18,8 @@ is then one attention call. `--loss nce` is the paper's, `--loss parametric` the
 Differences from the paper and from the authors' code:
   * The paper damps the bank's change by a proximal term (eq. 9), the authors' code by averaging the bank. They are not
     the same gradient; both are here: `--proximal-weight` (the paper prints no value) and `--bank-momentum`.
-  * The bank is written once, after the optimiser's step, with the feature of before it; all slots are unit from the
-    start.
+  * The bank is written once, after the optimiser's step, with the features computed before it; all slots are unit
+    vectors from the start.
   * NCE is computed in the log domain, without the 1e-7 of the code. Z is the mean over the noise draws of the first
     step (`--z first`, the paper's); a network whose features start out alike makes that a bad estimate: see `--z ema`.
   * CIFAR's recipe is the code's: jitter before grey, no flip, tau 0.1, batch 128, weight decay 5e-4; the paper gives
@@ -28,8 +28,8 @@ Differences from the paper and from the authors' code:
     after fully connected layers too, Local Aggregation's authors found 34.9 and 42.1.
 
 log.jsonl has, in its first line, chance_loss, that of equal probabilities (ln N for the softmax); for each epoch:
-loss; z_over_n for NCE, with 2.2 what a random bank gives at tau 0.07 and D 128; knn_top1 each --knn-every epochs
-(K = 200, temperature tau).
+loss; z_over_n for NCE, Z / N (a random bank gives 2.2 at tau 0.07, D 128); knn_top1 each --knn-every epochs (K = 200,
+temperature tau).
 """
 
 import argparse
@@ -45,7 +45,8 @@ from torch import Tensor, nn
 import common
 
 # ---- presets ---------------------------------------------------------------------------------------------------------
-# "imagenet" is the base of all and serves any directory; a preset lists what differs. The paper's rows use NCE there.
+# "imagenet" is the base of all and serves any directory; a preset lists what differs. The paper's
+# ImageNet rows use NCE, the base does not.
 
 NCE = dict(data="imagenet", loss="nce", num_negatives=4096)
 CIFAR = dict(temperature=0.1, batch_size=128, weight_decay=5e-4, flip=False)
@@ -169,7 +170,7 @@ def parametric_softmax(features: Tensor, index: Tensor, weights: Tensor) -> Tens
 
 def noise_scores(z: Tensor, noise: Tensor, bank: Tensor, temperature: float) -> Tensor:
     """v_j . f / tau for each image's own noise draws: (B, m)."""
-    # Many draws: all products at once beat gathering rows, on a GPU where they are fewer bytes.
+    # With many draws one product with the whole bank is faster: on a CPU from m = N / 16, on a GPU from m = N / D.
     if (16 if z.device.type == "cpu" else z.shape[1]) * noise.shape[1] > len(bank):
         return (z @ bank.T).gather(1, noise) / temperature
     return torch.einsum("bd,bmd->bm", z, bank[noise]) / temperature
@@ -186,10 +187,10 @@ def nce(positive: Tensor, noise: Tensor, log_z: Tensor, num_images: int) -> Tens
     positive: (B,) and noise: (B, m) scores; log_z: () or (B,). log h = -softplus(log(m / N) - log p), and 1 - h
     likewise.
     """
-    offset = math.log(noise.shape[1] / num_images)
-    data = F.softplus(offset - (positive - log_z))
-    other = F.softplus((noise - log_z.view(-1, 1)) - offset).sum(1)
-    return data + other
+    offset = math.log(noise.shape[1] / num_images)  # log(m / N)
+    image_term = F.softplus(offset - (positive - log_z))  # -log h(i)
+    noise_term = F.softplus((noise - log_z.view(-1, 1)) - offset).sum(1)  # -sum of log(1 - h(j))
+    return image_term + noise_term
 
 
 def estimate_log_z(noise: Tensor, num_images: int) -> Tensor:
@@ -219,7 +220,7 @@ class Normalizer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("log_z", torch.tensor(math.nan))
+        self.register_buffer("log_z", torch.tensor(math.nan))  # no estimate yet
         self.log_z: Tensor
 
     @torch.no_grad()
@@ -236,7 +237,7 @@ class Normalizer(nn.Module):
 
 
 class ShardedBank(common.MemoryBank):
-    """The bank with each rank's share of the rows alone, for more images than a GPU holds; in checkpoints it is whole.
+    """A bank of which each rank holds its share of the rows, for more images than fit one GPU; whole in checkpoints.
 
     features: (rows, D) from `start` on, of `size` in all: the same rows as in the whole bank.
     """
@@ -256,12 +257,13 @@ class ShardedBank(common.MemoryBank):
                 self.features[first - rows.start : last - rows.start] = part[first - begin : last - begin]
 
     def update(self, z: Tensor, index: Tensor, momentum: float) -> None:
-        """Those of the whole batch, z (B, D) and index (B,), whose slots are here."""
+        """Write those rows of the whole batch, z (B, D) and index (B,), whose slots are here."""
         own = (index >= self.start) & (index < self.start + len(self.features))
         super().update(z[own], index[own] - self.start, momentum)
 
     def gathered(self, whole: Tensor) -> Tensor:
-        """Fill `whole` (size, D) with all rows, wherever it is; where it is empty, help the other ranks to."""
+        """Copy all rows into `whole` (size, D), on any device. All ranks call it; one with an empty `whole` only sends.
+        """
         world, share = self.run.world, -(-self.size // self.run.world)
         for begin in range(0, share, self.CHUNK):
             rows = self.features[begin : min(begin + self.CHUNK, share)]
@@ -273,7 +275,7 @@ class ShardedBank(common.MemoryBank):
         return whole
 
     def collect(self, run: common.Run) -> None:
-        """Before state_dict, on all ranks: the rows come to the memory of the first one's processor."""
+        """Before state_dict, on all ranks: the whole bank comes to the first one's host memory."""
         self.whole = self.gathered(torch.empty(self.size if run.rank == 0 else 0, self.features.shape[1]))
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
@@ -294,7 +296,8 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 def sharded_softmax(z: Tensor, index: Tensor, bank: ShardedBank, temperature: float) -> Tensor:
     """common.bank_softmax, exact, over a bank in parts: z (B, D) and index (B,) of this rank; returns (B,).
 
-    Each rank attends with the queries of all to its own rows. The parts merge by their log-sum-exp.
+    Each rank attends to its own rows for the queries of all; the parts merge by their log-sum-exp. The gradient is
+    (O - v_i) / tau.
     """
     run, batch = bank.run, len(z)
     queries, slots = run.gather(z.detach().float(), index)
@@ -304,11 +307,12 @@ def sharded_softmax(z: Tensor, index: Tensor, bank: ShardedBank, temperature: fl
     here = (place >= 0) & (place < len(bank.features))
     positive = bank.features[place.clamp(0, len(bank.features) - 1)] * here[:, None]
     (parts,) = run.gather(torch.cat([output, lse[:, None], positive], 1)[None])
-    outputs, lses, positives = torch.split(parts[:, run.rank * batch :][:, :batch], [z.shape[1], 1, z.shape[1]], 2)
+    parts = parts[:, run.rank * batch : (run.rank + 1) * batch]  # the answers to this rank's queries
+    outputs, lses, positives = torch.split(parts, [z.shape[1], 1, z.shape[1]], 2)
     output, lse = merge(list(zip(outputs, lses[..., 0], strict=True)))
     own = positives.sum(0)
     loss = lse - (z.detach() * own).sum(1) / temperature
-    value: Tensor = loss + ((z - z.detach()) * (output - own) / temperature).sum(1)
+    value: Tensor = loss + ((z - z.detach()) * (output - own) / temperature).sum(1)  # adds 0, and the gradient
     return value
 
 
@@ -357,7 +361,7 @@ def main(args: argparse.Namespace) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             images = data.normalize(augment(images, run.draw(epoch, step), not data.small, args.flip))
-            noise = index[:, None]
+            noise = index[:, None]  # stands in where no noise is drawn
             if args.loss in ("nce", "sampled"):
                 source = run.generator("noise", epoch, step, device=run.device)
                 shape = (args.batch_size, args.num_negatives)
@@ -386,7 +390,7 @@ def main(args: argparse.Namespace) -> None:
                         totals.add(z_over_n=log_z.exp().mean() / len(data))
                     else:
                         (estimates,) = run.gather(estimate_log_z(negative, len(data)).view(1))
-                        estimate = estimates.logsumexp(0) - math.log(run.world)
+                        estimate = estimates.logsumexp(0) - math.log(run.world)  # log of the mean over ranks
                         momentum = 1.0 if args.z == "first" else 0.99 ** (1 / args.accumulate)
                         log_z = normalizer.update(estimate, momentum)
                         losses = nce(positive, negative, log_z, len(data))
