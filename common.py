@@ -76,7 +76,7 @@ def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], 
     """Run a script: bad input, a full disk or too little memory end with one line and exit code 2, not a traceback."""
     code, wait = 2, float(not first_rank())
     args = argparse.Namespace()
-    for stream in (sys.stdout, sys.stderr):  # names of files may hold what the terminal's encoding has not
+    for stream in (sys.stdout, sys.stderr):  # file names may hold characters that the terminal cannot encode
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -118,7 +118,7 @@ def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], 
 
 
 def first_rank() -> bool:
-    """Whether this process says what all ranks would say, or does what one has to do; also before there is a Run."""
+    """Whether this is rank 0, which speaks and acts for all ranks; works before there is a Run, too."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -129,7 +129,7 @@ def note(text: str) -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Of the host, of the GPU or of a library; "overflowed": so much that its bytes cannot be counted."""
+    """Whether host, GPU or a library ran out of memory ("overflowed": a size too large to count in bytes)."""
     words = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "calculation overflowed")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
@@ -280,8 +280,8 @@ def add_run_options(options: argparse.ArgumentParser, output: str) -> argparse._
     run.add_argument("--output", type=Path, metavar="DIR", help="log, checkpoint and weights; a checkpoint found there "
                      f"is resumed; default: {output}")
     run.add_argument("--overwrite", action="store_true", help="start anew in an --output that holds a run")
-    run.add_argument("--save-minutes", type=NOT_NEGATIVE, default=10, metavar="MIN", help="a checkpoint each "
-                     "MIN minutes, beside those of each epoch and of the end (0: none)")
+    run.add_argument("--save-minutes", type=NOT_NEGATIVE, default=10, metavar="MIN", help="a checkpoint every "
+                     "MIN minutes, besides those after each epoch (0: only those)")
     return run
 
 
@@ -307,12 +307,12 @@ def add_training_options(options: argparse.ArgumentParser) -> None:
     optim.add_argument("--batch-size", type=COUNT, default=256, metavar="B", help="B, the sum over all ranks")
     optim.add_argument("--accumulate", type=COUNT, default=1, metavar="N", help="forward and backward in N parts, for "
                        "small devices; batch statistics are then those of a part")
-    optim.add_argument("--lr", type=POSITIVE, default=0.03, help="learning rate, for just this batch size")
+    optim.add_argument("--lr", type=POSITIVE, default=0.03, help="learning rate, never rescaled by B")
     optim.add_argument("--schedule", choices=["step", "cosine", "constant"], default="step",
                        help="step: x0.1 at each of --lr-drops; cosine: to zero at --epochs")
     optim.add_argument("--lr-drops", type=COUNT, nargs="*", default=[120, 160], metavar="EPOCH", help="for step")
     optim.add_argument("--momentum", type=SHARE, default=0.9, help="of SGD")
-    optim.add_argument("--weight-decay", type=NOT_NEGATIVE, default=1e-4, help="of SGD, the number itself")
+    optim.add_argument("--weight-decay", type=NOT_NEGATIVE, default=1e-4, help="of SGD")
     optim.add_argument("--seed", type=COUNT_OR_ZERO, default=0, help="of weights, bank, order, draws")
     add_device_options(options)
     run = add_run_options(options, "runs/<script>-<preset>-seed<seed>")
@@ -329,7 +329,7 @@ def parse(
     """Defaults < preset `base` < preset (by --preset, else by --data) < command line. Bad presets are errors."""
     default = options.get_default("data")
     options.add_argument("--preset", choices=list(presets), metavar="NAME", help="a row of a paper's table (README.md, "
-                         f"PAPERS.md), one of {', '.join(presets)}; default: the one that carries the data set's name")
+                         f"PAPERS.md), one of {', '.join(presets)}; default: the one named like --data, else {base}")
     first = _Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
     first.add_argument("--data", default=default)
@@ -382,7 +382,7 @@ class Draw:
 
 # ---- 4. the run ------------------------------------------------------------------------------------------------------
 
-# Options that do not change what is learnt: a resumed run may have others.
+# A resumed run may change these: they do not change what is learnt; of the data `ImageSet.identity` is compared.
 FREE_OPTIONS = {
     "output", "overwrite", "preset", "typed", "data", "data_dir", "val_dir", "cache", "workers", "max_bad_images",
     "device", "compile", "save_minutes", "knn_every", "knn_features", "test_subset", "epochs", "checkpoint",
@@ -448,11 +448,11 @@ class Run:
         self.agree(0)
 
     def rows(self, count: int) -> slice:
-        """This rank's part of `count` things, as even as can be."""
+        """This rank's part of `count` things; parts may differ by one. To gather them, use `share`."""
         return slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
 
     def share(self, count: int) -> Tensor:
-        """Positions of this rank's equal share of `count` things, the last shares padded with the last thing."""
+        """Positions of this rank's share of `count` things; shares are equally long, padded with the last thing."""
         size = -(-count // self.world)
         return torch.arange(self.rank * size, (self.rank + 1) * size).clamp_(max=count - 1)
 
@@ -482,7 +482,7 @@ class Run:
                 dist.broadcast(buffer, 0)
 
     def agree(self, wish: int) -> int:
-        """The greatest wish of all ranks."""
+        """The largest `wish` of all ranks; -agree(-wish) is the smallest."""
         if self.world > 1:
             tensor = torch.tensor(wish)
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
@@ -542,7 +542,7 @@ class Run:
         key = int.from_bytes(hashlib.blake2b(repr(self.data).encode(), digest_size=7).digest(), "big")
         if self.agree(key) != -self.agree(-key):  # the greatest of all ranks is not the least
             raise Fault(f"ranks see different images of {data.name}: its files have to be the same on every node")
-        # Where workers decode there is nothing to gain, and they are better forked from a process without threads.
+        # Not where workers decode: it gains nothing there, and to fork while another thread writes is unsafe.
         self.in_background = isinstance(data, ImageSet) and data.pixels is not None
         self.header = dict(
             command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), options=plain_options(self.args), data=self.data,
@@ -551,8 +551,8 @@ class Run:
         )
         if self.rank == 0:
             default = data.name == "shapes" and not {"data", "preset"} & set(self.args.typed)
-            note = " (only the default: rendered, not photographs)" if default else ""
-            print(f"data {data.name}{note}: {len(data):,} images at {data.size} px; preset {self.args.preset}; "
+            hint = " (only the default: rendered, not photographs)" if default else ""
+            print(f"data {data.name}{hint}: {len(data):,} images at {data.size} px; preset {self.args.preset}; "
                   f"{self.header['device']}, {self.world} rank(s); output {self.output}", flush=True)
 
     def log(self, **row: Any) -> None:
@@ -639,7 +639,7 @@ class Run:
         if self.signal == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        if self.rank == 0:  # print could meet itself here
+        if self.rank == 0:  # not by print, which this signal may have interrupted
             os.write(2, f"\n{signal.Signals(number).name}: saving at the next step boundary\n".encode())
 
     def after_step(self, state: dict[str, Any], epoch: int, step: int, loss: Tensor) -> None:
@@ -657,7 +657,7 @@ class Run:
                   f"{now - self.start:.1f} s after the start of training", flush=True)
             self.spoken = now
         due = self.rank == 0 and now - self.saved_at > 60 * self.args.save_minutes > 0
-        wish = self.agree(self.signal or -int(not due))  # a signal, 0: save and go on, -1: go on
+        wish = self.agree(self.signal or (0 if due else -1))  # signal > 0: save and stop; 0: save; -1: go on
         if wish >= 0:
             self.save(state, epoch, step + 1)
         if wish > 0:
@@ -683,14 +683,14 @@ class Run:
         sys.exit(128 + number)
 
     def pause(self, epoch: int, step: int) -> None:
-        """Where no step runs: a signal ends the run here; its last checkpoint has to be that of (epoch, step)."""
+        """Stop here if a signal has come; for places between steps, with the checkpoint of (epoch, step) just saved."""
         if number := self.agree(self.signal):
             self.stop(number, epoch, step)
 
     def save(self, state: dict[str, Any], epoch: int, step: int) -> None:
         """Write checkpoint.pth: all of `state`, and where to go on. Atomic: a kill leaves the old or the new one.
 
-        In the background where it can, from a copy: training does not wait for the disk. `written` does.
+        In the background where possible, from a copy, so that training does not wait for the disk: see `written`.
         """
         self.check_finite()
         weights = [w for part in state.values() if isinstance(part, nn.Module) for w in part.parameters()]
@@ -736,17 +736,17 @@ class Run:
             self.barrier()
             atexit.register(release_group, [dist.group.WORLD])
             dist.destroy_process_group()
-        for number, handler in self.previous.items():  # only now: a launcher's may end this rank, others still need it
+        for number, handler in self.previous.items():  # last: a launcher's handler may end a rank others still need
             signal.signal(number, handler)
         if self.rank == 0:
             self.lock.close()
 
 
 def release_group(held: list[Any]) -> None:
-    """Drop the group of ranks, all that is held, when all else is gone, and before Python is.
+    """Drop the last reference to the group of ranks at exit, after the model and before Python itself.
 
-    Freed with the model, PyTorch 2.11 waits with Python's lock for a thread of gloo that may be waiting for the lock;
-    freed with Python itself, such a thread ends the process by abort.
+    Were it freed with the model, PyTorch 2.11 could deadlock: it holds the GIL while it waits for a thread of gloo that
+    may be waiting for the GIL. Were it freed with Python itself, such a thread would abort the process.
     """
     gc.collect()  # the model, which holds the group too
     held.clear()
@@ -765,13 +765,13 @@ class Totals:
             self.sums[name] = self.sums.get(name, self.zero) + value.detach().float()
 
     def means(self) -> dict[str, float]:
-        """The mean of each figure over its additions and the ranks; starts anew."""
+        """The mean of each figure over its additions and the ranks; then all are reset."""
         means = {name: self.run.mean(total).item() / self.counts[name] for name, total in self.sums.items()}
         self.counts, self.sums = {}, {}
         return means
 
     def collect(self, run: Run) -> None:
-        """Before state_dict, on all ranks: sums of (ranks,), so that each goes on with its own."""
+        """Before state_dict, on all ranks: one sum per rank, (ranks,), so that each resumes with its own."""
         self.collected = {name: run.gather(total[None])[0] for name, total in self.sums.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -932,7 +932,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 class DataSet(NamedTuple):
-    """What belongs to a named data set, and no hyper-parameter."""
+    """Facts of a named data set; its images are an ImageSet."""
 
     size: int  # px: what the network sees
     mean: tuple[float, float, float]
@@ -949,7 +949,7 @@ DATASETS = {
     "imagenet100": IMAGENET,
     "places205": IMAGENET,
 }
-DATASETS["kitchen-hc"] = DATASETS["cifar10"]  # as CLD has it
+DATASETS["kitchen-hc"] = DATASETS["cifar10"]  # 32 px: CLD's supplement; mean and std: our choice
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 SMALL = 64  # px; networks for images below it take a 3x3 stem
 CROP_NUMBERS = 22  # uniform numbers that crop_boxes takes for an image
@@ -1074,7 +1074,7 @@ class ImageSet:
                 yield images
 
     def _decoded(self, decoder: _Decoder, items: Any, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of `items`, read by workers: index and images in [0, 1] on the device."""
+        """(index, images in [0, 1]) on the device for each batch: `items` yields lists of _Decoder's items."""
         loader = torch.utils.data.DataLoader(
             decoder, batch_sampler=items, num_workers=self.workers, pin_memory=device.type == "cuda",
             worker_init_fn=ignore_signals,
@@ -1123,7 +1123,7 @@ def ignore_signals(worker: int) -> None:
 
 
 class _Decoder(torch.utils.data.Dataset[tuple[int, Tensor, bool]]):
-    """Item (row, *more) -> row; read(path, *more), uint8 of `shape`, grey if unreadable; whether it was unreadable."""
+    """(row, *more) -> (row, image, bad): read(path of row, *more), uint8 of `shape`; grey and bad if unreadable."""
 
     def __init__(self, data: ImageSet, read: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
         self.data, self.read, self.shape = data, read, shape
@@ -1364,8 +1364,8 @@ def _download(args: argparse.Namespace, name: str, folder: Path, **what: str) ->
             try:
                 getattr(torchvision.datasets, name)(str(args.data_dir), download=True, **what)
             except (OSError, RuntimeError) as error:
-                raise Fault(f"{name} is not in {args.data_dir} and could not be downloaded ({error}): name its folder "
-                            "with --data-dir, or use --data shapes") from None
+                raise Fault(f"{name} is not in {args.data_dir} and could not be downloaded ({error}): name its "
+                            "parent folder with --data-dir, or use --data shapes") from None
         if dist.is_initialized():
             dist.barrier()
 
@@ -1390,14 +1390,14 @@ def _folder(args: argparse.Namespace, split: str) -> tuple[ImageSet, bool]:
     """Any directory of images, its files sorted, none decoded yet; and whether they are small."""
     named, root, val = args.data in DATASETS, image_root(args), validation_folder(args)
     if not root.is_dir():
-        way = "put it there, or name another place with --data-dir" if named else "--data takes a name or a folder"
-        raise Fault(f"no directory {root}: {way} ({', '.join(DATASETS)})")
+        way = "put it there, or name its parent folder with --data-dir" if named else "--data takes a folder or a name"
+        raise Fault(f"no directory {root}: {way}" + f" ({', '.join(DATASETS)})" * (not named))
     train = root / "train" if (root / "train").is_dir() else root
     if split == "test" and (val is None or not val.is_dir()):
-        raise Fault(f"no directory {val or root / 'val'} with validation images for kNN: name it with --val-dir "
+        raise Fault(f"no directory {val or root / 'val'} with validation images: name another with --val-dir "
                     "(in training --knn-every 0 does without)")
     place = val if split == "test" and val else train
-    # Where train/ is missing, no other split is trained on, whatever it is called there.
+    # Without train/, all of root is trained on, except val/, test/ and --val-dir.
     others = {f.resolve() for f in (args.val_dir, root / "val", root / "test") if f is not None and train == root}
     classes = sorted(f.name for f in train.iterdir()
                      if f.is_dir() and f.resolve() not in others and not f.name.startswith("."))
@@ -1457,7 +1457,7 @@ def _decode_small(data: ImageSet, small: bool, cache: str | None) -> None:
         note(f"--cache {cache}: large images are kept as their central square at {side} px; crops come from it")
 
     data.pixels = torch.full((len(data), 3, side, side), 128, dtype=torch.uint8)
-    pixels = data.pixels.numpy()  # a copy by torch would start more threads in each of these
+    pixels = data.pixels.numpy()  # written through torch, each thread of the pool would start more
 
     def decode(row: int) -> bool:
         try:
@@ -1859,7 +1859,7 @@ def random_blur(
 
 # Stages of AlexNet and VGG16: filters, convolutions, kernel size, whether max-pooling follows. AlexNet is the
 # original's and DeepCluster's, without response normalisation. LA's code has 64 and 192 filters where this
-# has 96 and 256; its paper does not say. To compare, edit the two: one name should not mean two networks.
+# has 96 and 256; its paper does not say. No option for them: edit the two numbers here to compare.
 PLAIN_STAGES = {
     "alexnet": ((96, 1, 11, True), (256, 1, 5, True), *2 * [(384, 1, 3, False)], (256, 1, 3, True)),
     "vgg16": ((64, 2, 3, True), (128, 2, 3, True), (256, 3, 3, True), *2 * [(512, 3, 3, True)]),
@@ -1912,7 +1912,7 @@ class PlainNet(nn.Module):
         side = (3 if small else 6) if alexnet else (1 if small else 7)
         self.avgpool = nn.AdaptiveAvgPool2d(side)
         fc6, fc7 = nn.Linear(channels * side**2, self.dim), nn.Linear(self.dim, self.dim)
-        first = [nn.Dropout(0.0)] if alexnet else []
+        first = [nn.Dropout(0.0)] if alexnet else []  # idle, for torchvision's indices; DeepCluster sets the rate
         self.classifier = nn.Sequential(*first, fc6, nn.ReLU(inplace=True), nn.Dropout(0.0), fc7)
 
     def forward(self, images: Tensor, relu_last: bool = True) -> Tensor:
@@ -1964,7 +1964,7 @@ class ResNet(nn.Module):
         block, depths = RESNET_BLOCKS[arch]
         channels, groups = width, list[nn.Module]()
         for group, depth in enumerate(depths):
-            planes, stride, blocks = width * 2**group, min(group, 1) + 1, list[nn.Module]()
+            planes, stride, blocks = width * 2**group, 2 if group else 1, list[nn.Module]()
             for _ in range(depth):
                 shortcut = None
                 if stride == 2 or channels != planes * block.expansion:
@@ -2099,7 +2099,7 @@ class _BankSoftmax(torch.autograd.Function):
 
 
 def bank_softmax(z: Tensor, index: Tensor, bank: Tensor, temperature: float) -> Tensor:
-    """-log P(i|z) of eq. (2), exact over all N slots. z: (B, D); index: (B,); bank: (N, D); returns (B,).
+    """-log P(i|z), NPID's eq. (2), exact over all N slots. z: (B, D); index: (B,); bank: (N, D); returns (B,).
 
     The bank takes no gradient. With attention's O, LSE: loss = LSE - z.v_i/tau, dloss/dz = (O - v_i)/tau.
     """
@@ -2253,8 +2253,8 @@ def _worst(keys: _Int8) -> tuple[float, float, float]:
 def _reach(rows: _Int8, scale: float, error: float, norm: float) -> Tensor:
     """How far below a score, in units of the product of both scales, an equal one can lie in 8 bits, (N,) int32.
 
-    A product is off by |x| |c - c~| + |x - x~| |c~| at most. Rounding moves each number by scale / sqrt(12) as a
-    standard deviation; six of them are allowed for, of the difference of two such errors.
+    At most: twice the error of a product, |x| |c - c~| + |x - x~| |c~|. Likely: rounding deviates by scale / sqrt(12),
+    the difference of two products by sqrt(2) times as much, and six such deviations are taken for certain.
     """
     most = (rows.norm * error).add_(rows.error, alpha=norm).mul_(2)
     likely = torch.hypot(rows.norm * scale, torch.tensor(rows.scale * norm)).mul_(6 / math.sqrt(6))
@@ -2284,10 +2284,14 @@ def _nearest_screened(x: Tensor, centroids: Tensor, offset: Tensor, low: list[_I
     columns = F.pad(keys.values, (0, 0, 0, 16 * strips - k)).T
     room = torch.empty(len(low[0].values), 16 * strips, dtype=torch.int32)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
+    lowest, highest, largest = float(offset.min()), float(offset.max()), 127**2 * x.shape[1]  # product
     for rows in low:
-        if not math.isfinite(rows.scale * keys.scale):
+        unit = rows.scale * keys.scale
+        # Offsets below -2^24, up to where float32 holds them exactly, are raised to it: only of centroids that are too
+        # far to be nearest, whatever their product.
+        if not math.isfinite(unit) or (lowest < -(2**24) * unit and highest < (2 * largest - 2**24) * unit):
             return None
-        addend = (offset / (rows.scale * keys.scale)).clamp_(min=-(2**24)).round_().int()  # float32 holds them exactly
+        addend = (offset / unit).clamp_(min=-(2**24)).round_().int()
         scores = torch._int_mm(rows.values, columns, out=room[: len(rows.values)])
         scores = scores.add_(F.pad(addend, (0, 16 * strips - k), value=-(2**30))).view(-1, 16, strips)
         peaks = scores.amax(1)
@@ -2496,8 +2500,8 @@ def _neighbors_screened(queries: Tensor, keys: Tensor, k: int, exclude: Tensor |
 def knn_scores(similarity: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:
     """Score (Q, C) of each class, the sum of exp(s/tau) over its neighbours, (Q, K) and best first.
 
-    Relative to the best neighbour, in units of 2^-48, of more than 16,384 neighbours larger ones that cannot overflow:
-    integers have the same sum in any order, ties stay.
+    Weights are relative to the best neighbour's and rounded to units of 2^-48 (larger from 16,384 neighbours on, lest
+    the sum overflow): integers have the same sum in any order, so ties stay ties.
     """
     weights = ((similarity - similarity[:, :1]) / temperature).exp() * 2.0 ** min(48, 62 - labels.shape[1].bit_length())
     scores = torch.zeros(len(labels), num_classes, dtype=torch.int64, device=labels.device)
@@ -2653,7 +2657,7 @@ def load_encoder(
     ours = isinstance(saved, dict) and {"options", "data", "state"} <= saved.keys()
     options, data = (saved["options"], saved["data"]) if ours else ({}, {})
     if ours and "encoder" not in saved["state"]:
-        raise Fault(f"{path} was written by {options.get('script')}: take the backbone.pth beside it")
+        raise Fault(f"{path} was written by {options.get('script')}: take the backbone.pth beside it, if there is one")
     weights = saved["state"]["encoder"] if ours else _state_dict(saved, path)
     if not all(isinstance(weight, Tensor) for weight in weights.values()):
         raise Fault(f"{path} is damaged: among its weights is something else")
@@ -2670,7 +2674,7 @@ def load_encoder(
         if isinstance(network, PlainNet):
             *_, fc6, fc7 = (name for name in network.state_dict() if name.endswith(".weight"))
             if fc6 in weights and fc7 not in weights:
-                del network.classifier[-3:]
+                del network.classifier[-3:]  # ReLU, dropout, fc7
         target = network.state_dict()
         if all(weights[name].shape == value.shape for name, value in target.items() if name in weights):
             break
@@ -2685,7 +2689,7 @@ def load_encoder(
     names = dict(head=["head", "fc", "linear"], auto=["head"] if ours else [], backbone=[])[layer]
     for name in names:
         found = {key: weights[f"{name}.{key}"] for key in ("weight", "bias") if f"{name}.{key}" in weights}
-        if f"{name}.direction" in weights:  # CLD's normalised head; its length does not survive that of the feature
+        if f"{name}.direction" in weights:  # cld.NormLinear; the input's length that it divides by cancels in embed
             found = dict(weight=F.normalize(weights[f"{name}.direction"]))
         if "weight" in found and found["weight"].shape[1:] == (inputs,):
             linear = nn.Linear(inputs, len(found["weight"]), bias="bias" in found)
@@ -2848,7 +2852,7 @@ def load_voc(args: argparse.Namespace, split: str, task: str = "Main", classes: 
         for year, name in VOC_LISTS[args.data][test]:
             root = args.data_dir / "VOCdevkit" / f"VOC{year}"
             lists = [root / "ImageSets" / task / f"{one}.txt" for one in (wanted or name, name)]
-            # Where the set's own list is, a download brings no other.
+            # Either list shows that the set is there; only without both is it downloaded.
             there = next((path for path in lists if path.exists()), lists[1])
             _download(args, "VOCDetection", there, year=year, image_set=name)
             places.append((root, wanted or name))
@@ -2992,7 +2996,7 @@ def _clip_boxes(images: list[VocImage]) -> list[VocImage]:
 
 def voc_palette() -> list[int]:
     """The 256 colours of VOC's masks: the bits of the index, three at a time, from the highest bit of R, G, B on."""
-    return [sum((index >> 3 * bit + channel & 1) << 7 - bit for bit in range(3)) for index in range(256)
+    return [sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3)) for index in range(256)
             for channel in range(3)]
 
 
@@ -3050,7 +3054,7 @@ def _render_voc(root: Path, train: int, test: int, size: int) -> None:
             (root / "ImageSets" / "Main" / f"{name}_{split}.txt").write_text(lines)
 
 
-def precision_recall(scores: Tensor, right: Tensor, total: int) -> tuple[Tensor, Tensor]:
+def recall_precision(scores: Tensor, right: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """Recall and precision (M,) float64 after each of M answers, highest score first; equal scores in their order.
 
     right (M,) bool: whether an answer is; total: how many right ones there are to be found.
@@ -3062,12 +3066,12 @@ def precision_recall(scores: Tensor, right: Tensor, total: int) -> tuple[Tensor,
 def average_precision(scores: Tensor, right: Tensor, total: int, eleven_points: bool) -> float:
     """VOC's average precision in percent, of images for classification, of boxes for detection; nan if total is 0.
 
-    scores (M,), right (M,) bool, total: see `precision_recall`. The precision at a recall is the best at that recall
+    scores (M,), right (M,) bool, total: see `recall_precision`. The precision at a recall is the best at that recall
     or above. eleven_points: its mean at recalls 0, 0.1, ... 1 (VOC2007); else the area below it (VOC2010 and later).
     """
     if not total:
         return math.nan
-    _, precision = precision_recall(scores, right, total)
+    _, precision = recall_precision(scores, right, total)
     best = precision.flip(0).cummax(0).values.flip(0)
     hits = right[scores.argsort(descending=True, stable=True)]
     if not eleven_points:

@@ -107,6 +107,7 @@ STRUCTURED = {
     "one-hot": lambda: (torch.eye(64).repeat(9, 1), torch.eye(64)),
     "whole numbers": lambda: (torch.randint(-9, 10, (700, 16)).float(), torch.randint(-9, 10, (90, 16)).float()),
     "norms over six decades": lambda: (cloud(700, 32) * torch.logspace(-3, 3, 700)[:, None], cloud(90, 32, 1)),
+    "tiny rows": lambda: (1e-4 * cloud(700, 32), cloud(90, 32, 1) * torch.linspace(1, 3, 90)[:, None]),
     "far centroids": lambda: (cloud(700, 32), torch.cat([1e4 * cloud(40, 32, 1), cloud(50, 32, 2)])),
     "large offset": lambda: (cloud(700, 32) + 100, cloud(90, 32, 1) + 100),
     "one sign": lambda: (cloud(700, 32).abs(), cloud(90, 32, 1).abs()),

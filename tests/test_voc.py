@@ -207,7 +207,7 @@ def test_download(rendered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert {image.path.parts[-3] for image in data.images} == {"VOC2007", "VOC2012"}
     common.load_voc(wanted, "train")
     assert len(common.load_voc(wanted, "test")) == 6 and len(asked) == 2
-    with pytest.raises(common.Fault, match=r"could not be downloaded .no network.: name its folder"):
+    with pytest.raises(common.Fault, match=r"could not be downloaded .no network.: name its parent"):
         asked.append(("", ""))
         common.load_voc(options("voc12", data_dir=tmp_path / "other"), "train")
 
@@ -272,7 +272,7 @@ def test_curve_equals_sklearns() -> None:
     """Without ties, precision and recall are scikit-learn's at its thresholds."""
     source = torch.Generator().manual_seed(0)
     scores, right = torch.rand(50, generator=source), torch.rand(50, generator=source) < 0.4
-    recall, precision = common.precision_recall(scores, right, int(right.sum()))
+    recall, precision = common.recall_precision(scores, right, int(right.sum()))
     theirs = precision_recall_curve(right.numpy(), scores.numpy())
     assert precision.flip(0).numpy() == pytest.approx(theirs[0][:-1])
     assert recall.flip(0).numpy() == pytest.approx(theirs[1][:-1])
