@@ -16,9 +16,9 @@ there is nothing else to install. The preset is the protocol.
                                                                                               # iterations; says so
 Data: voc07, voc12 and voc0712 lie in --data-dir as VOCdevkit/VOC2007 and VOC2012, or are downloaded; any other folder
 needs JPEGImages/, Annotations/ and ImageSets/Main/; `shapes` is rendered. Images without boxes are trained on as
-ground. Boxes are cut off at the border of their image, and go if nothing is left; one line says how many. A class that
-training does not have, broken XML and an unreadable image are errors that name the file. Difficult objects count
-neither way in the test.
+background. Boxes are clipped at the border of their image, and dropped if nothing is left; one line says how many. A
+class that training does not have, broken XML and an unreadable image are errors that name the file. In the test an
+object marked as difficult is neither a hit nor a miss.
 
 --proposals takes files of boxes for Fast R-CNN, together for all images of both lists. Text: a line an image,
 `ID x1 y1 x2 y2 x1 y1 x2 y2 ...`, pixels counted from 1 and the last one included, as in VOC's XML. MATLAB's .mat: the
@@ -31,12 +31,12 @@ by its own library, difficult objects ignored. The last line of the output is th
 eval.jsonl in --output and beside the checkpoint. detections.pth has the boxes, for figures.py; backbone.pth the network
 as fine-tuned.
 
-Differences: boxes are pulled by smooth L1 with beta 1/9 (torchvision), by plain L1 in MoCo's code, and in that of the
-older protocols with beta 1 where they are of regions; RoIAlign everywhere, where the older protocols pooled; of the
-proposals in files the first 2,000 of an image, where Fast R-CNN took all; regions that overlap an object by under 0.1
-are ground too; biases have the rate and decay of weights; images of a batch are not grouped by shape. AlexNet and VGG16
-are those of these scripts, with batch normalisation. What is drawn in a step follows from (seed, step) and the position
-in the batch; only which anchors and regions are trained on depends on the number of ranks, too.
+Differences: the box loss is smooth L1 with beta 1/9 (torchvision's), where MoCo's code has plain L1 and the older
+protocols have beta 1 for regions; RoIAlign everywhere, where the older protocols pooled; of the proposals in files the
+first 2,000 of an image, where Fast R-CNN took all; regions that overlap an object by under 0.1 are background too;
+biases have the rate and decay of weights; images of a batch are not grouped by shape. AlexNet and VGG16 are those of
+these scripts, with batch normalisation. What is drawn in a step follows from (seed, step) and the position in the
+batch; only which anchors and regions are trained on depends on the number of ranks, too.
 
 log.jsonl has, each --log-every iterations: the losses of anchors (objectness, rpn_box_reg) and regions (classifier,
 box_reg), their sum, the rate, time and memory.
@@ -103,8 +103,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     model = common.add_network_options(parser)
     model.add_argument("--small", action=argparse.BooleanOptionalAction, default=False, help="3x3 stem of a random "
                        "network; files show what they have")
-    model.add_argument("--freeze", type=int, choices=range(6), default=0, help="stages of the network that stay as "
-                       "they are: stem or conv1, layer1 or conv2, ...; layer4 of a ResNet never does")
+    model.add_argument("--freeze", type=int, choices=range(6), default=0, help="how many stages, the first ones, stay "
+                       "as they are: 1 the stem or conv1, 2 layer1 or conv2 too, ...; never layer4 of a ResNet")
     model.add_argument("--bn", choices=["frozen", "tuned"], default="tuned", help="frozen: statistics, scale and shift "
                        "stay, and --extra-bn has no effect; tuned: batch statistics")
     model.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, default=True, help="batch statistics over "
@@ -124,12 +124,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     regions.add_argument("--train-proposals", type=common.COUNT, metavar="N", help="best regions of an image, training")
     regions.add_argument("--test-proposals", type=common.COUNT, metavar="N", help="best regions of an image, test")
     regions.add_argument("--test-candidates", type=common.COUNT, metavar="N", help="best anchors of an image, test, of "
-                         "which those regions are (default: 6 x --test-proposals)")
-    regions.add_argument("--rois", type=common.COUNT, metavar="N", help="regions of an image that are trained on, a "
-                         "quarter of them on objects")
+                         "which those regions are chosen (default: 6 x --test-proposals)")
+    regions.add_argument("--rois", type=common.COUNT, metavar="N", help="regions of an image that are trained on, at "
+                         "most a quarter of them on objects")
     regions.add_argument("--roi-size", type=common.SIZE, metavar="CELLS", help="side of RoIAlign (ResNets; AlexNet and "
                          "VGG16 take what fc6 was trained on)")
-    regions.add_argument("--nms", type=common.SHARE, help="overlap above which the lower of two boxes of a class goes")
+    regions.add_argument("--nms", type=common.SHARE, help="of two boxes of a class that overlap by more, the one of "
+                         "lower score goes")
     regions.add_argument("--min-score", type=common.SHARE, help="least score of a detection")
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="shapes", metavar="NAME|DIR", help=f"shapes, {', '.join(common.VOC_LISTS)}, or "
@@ -159,7 +160,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     optim.add_argument("--seed", type=common.COUNT_OR_ZERO, default=0, help="of new layers, order, draws")
     common.add_device_options(parser)
     run = common.add_run_options(parser, "detection-<preset>-seed<seed> beside the checkpoint")
-    run.add_argument("--log-every", type=common.COUNT, default=100, metavar="N", help="a line of the log each N "
+    run.add_argument("--log-every", type=common.COUNT, default=100, metavar="N", help="a line of the log every N "
                      "iterations")
     args = common.parse(parser, PRESETS, argv, base="voc07")
     if "output" not in args.typed:
@@ -529,7 +530,8 @@ class Detections(NamedTuple):
 
 
 def match(found: Detections, data: common.VocSet) -> tuple[Tensor, Tensor]:
-    """The object of its class that a box overlaps most: (overlap (M,), its number in the set (M,), -1 for none)."""
+    """For each box the object of its class that it overlaps most: (overlap (M,), the object's number in the set (M,),
+    -1 for none)."""
     overlap, partner = torch.zeros(len(found.scores)), torch.full((len(found.scores),), -1)
     counts = torch.bincount(found.image, minlength=len(data)).tolist()
     start = first = 0

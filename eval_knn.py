@@ -6,7 +6,7 @@ their features. Nothing is trained. The paper's setting is K = 200, tau = 0.07, 
     python eval_knn.py runs/npid-cifar10-seed0/checkpoint.pth
     python eval_knn.py runs/npid-cifar10-seed0/checkpoint.pth --k 1 20 200 --tau 0.07 0.1   # all in one pass
     python eval_knn.py runs/npid-cifar10-seed0/checkpoint.pth --train-features bank         # the bank as it was left
-    python eval_knn.py runs/npid-imagenet-seed0/checkpoint.pth --data places205             # transfer, Tables 2 and 3
+    python eval_knn.py runs/npid-imagenet-seed0/checkpoint.pth --data places205             # transfer, Table 3
     python eval_knn.py resnet50.pth --arch resnet50 --data imagenet                 # torchvision's or timm's names
     python eval_knn.py lemniscate_resnet18.pth.tar --arch resnet18 --layer head --data imagenet   # the authors' own
     python eval_knn.py random --arch resnet18 --data cifar10                                # an untrained network
@@ -47,7 +47,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     protocol.add_argument("--retrieval", action="store_true", help="precision among the 1 and 10 nearest, "
                           "ratio edge intra-class")
     protocol.add_argument("--clustering", action="store_true", help="NMI and AMI of k-means on the test features")
-    protocol.add_argument("--num-clusters", type=common.COUNT, metavar="N", help="for --clustering (the classes)")
+    protocol.add_argument("--num-clusters", type=common.COUNT, metavar="N", help="of --clustering (as many as classes)")
     common.add_data_options(parser)
     parser.add_argument("--seed", type=common.COUNT_OR_ZERO, default=0, help="of subset, clustering, random weights")
     parser.add_argument("--batch-size", type=common.COUNT, default=256, help="images in one forward pass")

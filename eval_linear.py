@@ -19,11 +19,11 @@ groups of a ResNet, after batch normalisation and ReLU and before max-pooling, a
 (AlexNet at 224 px: the thesis's kernels, 9,600 or 9,216 numbers; else the largest square that fits). The network runs
 once over --train-crops and --test-crops of each image; what it says is kept below OUTPUT/features, named by weights,
 data, crops and layer, and used again by every other protocol. A layer that takes more than --memory stays on the disk,
-but for SVMs, which hold it in float32.
+except for SVMs, which hold it in memory as float32.
 
 Choice. Rates, decays and the best epoch are chosen on --holdout of the training images, then what was chosen is trained
-again on all of them. "top1" is the accuracy at the chosen epoch, "last_top1" that of the last epoch with what was best
-there. The test images decide nothing.
+again on all of them; C of an SVM by --folds. "top1" is the accuracy at the chosen epoch, "last_top1" that at the last
+epoch, with the setting that is best there. The test images decide nothing.
 
 Differences from the papers' code: probes see fixed crops (the centre, with its mirror image, or ten) where the papers
 draw a new crop each time, so that one pass is enough; probes start at zero; the authors choose the best epoch on the
@@ -82,8 +82,8 @@ PRESETS: dict[str, dict[str, Any]] = {
                          lr_drop_factor=0.2, test_crops=1),
     "lowshot": dict(FINETUNE, per_class=[4, 16, 64], draws=10, lr=[0.001, 0.01], epochs=70, lr_drops=[30, 60],
                     holdout=0.25),
-    # 80,000 steps of 16 images, the rate halved each 5,000; the 150,000 of the published "all" with its own solver
-    # likewise. Of the conv part the batch statistics are fixed.
+    # fc6-8: 80,000 steps of 16 images, the rate halved every 5,000. All: 150,000 as in the published solver, divided
+    # by 10 every 20,000. Batch statistics of the convolutions are fixed.
     "voc07": dict(VOC_TUNED, trainable="fc", epochs=256, lr=[0.003], lr_drops=list(range(16, 256, 16)),
                   lr_drop_factor=0.5),
     "voc07-all": dict(VOC_TUNED, epochs=479, lr=[0.001], lr_drops=list(range(64, 479, 64))),
@@ -100,7 +100,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = common.parser(__doc__)  # what the preset "linear" says has no default of its own
+    parser = common.parser(__doc__)  # options without a default here have one in the preset "linear"
     common.add_network_options(parser, nargs="?")
     what = parser.add_argument_group("protocol")
     what.add_argument("--weights", metavar="FILE|random", help="the same as the first argument")
@@ -178,7 +178,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the "
                      "network that is fine-tuned")
     run.add_argument("--sync-bn", action="store_true", help="batch statistics over all GPUs")
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)  # of these --protocol X alone takes the preset X
     flat = [part for word in words for part in word.split("=", 1)]
     if "--preset" not in flat and "--protocol" in flat[:-1] and flat[flat.index("--protocol") + 1] in PRESETS:
         words += ["--preset", flat[flat.index("--protocol") + 1]]
@@ -260,8 +260,8 @@ def open_task(args: argparse.Namespace, encoder: common.Encoder | None, device: 
 
 
 def hold_out(labels: Tensor, share: float, seed: int) -> Tensor:
-    """Positions of a share, 0.5 at most, of labels (N,) or targets (N, C), one at least. Each class gives as much
-    of what it has, to half an image or so, and of two or more images keeps one."""
+    """Positions to hold out: a share, 0.5 at most, of labels (N,) or targets (N, C), but at least one. Of labels each
+    class gives that share, give or take half an image, and keeps one of two or more."""
     classes = labels if labels.ndim == 1 else torch.zeros(len(labels), dtype=torch.long)
     return common.balanced(classes, max(1, round(share * len(labels))), seed, "holdout", share=True)
 
@@ -311,11 +311,11 @@ def listed(path: Path, data: common.ImageSet) -> Tensor:
     try:
         names = {Path(line.strip()).name for line in path.read_text().splitlines() if line.strip()}
     except (OSError, UnicodeDecodeError) as error:
-        raise common.Fault(f"cannot read {path} ({getattr(error, 'strerror', None) or 'no text'})") from None
+        raise common.Fault(f"cannot read {path} ({getattr(error, 'strerror', None) or 'not text'})") from None
     if data.files is None:
         raise common.Fault(f"--label-list is for directories of large images, and {data.name} is held decoded")
     if not names:
-        raise common.Fault(f"{path} names no image: a line each is needed")
+        raise common.Fault(f"{path} names no image: one file name a line is needed")
     rows = [row for row in range(len(data)) if data.path(row).name in names]
     if len(rows) != len(names):
         raise common.Fault(f"{path} names {len(names)} images, of which {data.name} has {len(rows)}")
@@ -325,7 +325,7 @@ def listed(path: Path, data: common.ImageSet) -> Tensor:
 # ---- features --------------------------------------------------------------------------------------------------------
 
 ALEXNET_SIDES = [55, 27, 13, 13, 13]  # of its maps at 224 px
-ALEXNET_POOLS = [(6, 3), (4, 0), (3, 1), (3, 1), (2, 0)]  # kernel = stride, padding, which counts: thesis's code
+ALEXNET_POOLS = [(6, 3), (4, 0), (3, 1), (3, 1), (2, 0)]  # kernel = stride, padding (the mean counts it): thesis's code
 
 
 def pool(maps: Sequence[Tensor], stage: int, layer_size: int) -> Tensor:
@@ -716,13 +716,13 @@ def probe_figures(probes: Probes, which: int, layer: Layer, labels: Tensor) -> d
 
 
 def linear(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task: Task) -> dict[str, Any]:
-    """Linear probes on every layer (section 5.3 of the thesis; Table 1 of LA): all rates and decays at once."""
+    """Linear probes on every layer (thesis, section 5.1; Local Aggregation, Table 1): all rates and decays at once."""
     classes, labels = len(task.train.classes), task.train_targets
     every = torch.arange(len(labels))
     held = hold_out(labels, args.holdout, args.seed)
     fitted = every[~torch.isin(every, held)]
     if not len(fitted):
-        raise common.Fault("one labelled image is too few to choose by: take more")
+        raise common.Fault("one labelled image is too few to choose by: raise --subset")
     grid = list(itertools.product(args.lr, args.weight_decay))
     jobs = [(layer, search) for layer in args.layers for search in (True, False)]
     run.args.epochs = len(jobs) * args.epochs
@@ -794,7 +794,7 @@ def choose(history: Tensor, grid: Sequence[tuple[float, float]], classes: int, n
         row, column = divmod(int(table.flatten().argmax()), len(grid))
         found[key] = [*grid[column], first + row + 1, round(table[row, column].item(), 2)]
     top, rates = found["best"], {lr for lr, _ in grid}
-    if top[3] <= 120 / classes:
+    if top[3] <= 120 / classes:  # 1.2 times chance, in percent
         print(f"note: {name} is near chance ({top[3]} % of held-out images): features of another scale need other "
               "--lr, or --normalize", file=sys.stderr)
     elif len(rates) > 2 and top[0] in (min(rates), max(rates)):
@@ -810,8 +810,8 @@ def fit_svm(x: Tensor, y: Tensor, cost: Tensor) -> Tensor:
     w.x_i)^2, LIBLINEAR's primal with squared hinge. y: (N, K), 1 or -1; cost: (N, K), 0 leaves an image out.
 
     Newton's method on the active images (Keerthi and DeCoste, 2005): conjugate gradients for the step, an exact line
-    search along it; all K at once, each product with x serves all. The error of w is at most its gradient: done when
-    that is under |w| / 1000, or rounding.
+    search along it; all K at once, each product with x serves all. The error of w is at most the norm of the gradient
+    (the problem is strongly convex): done when that is under |w| / 1000, or rounding.
     """
     if len(x) < x.shape[1]:  # the solution lies in the span of the images: solve in its coordinates
         basis, coordinates = torch.linalg.qr(x.T)
@@ -924,7 +924,7 @@ def cross_validate(
                 merits[number] += (scores.argmax(1) == truth.argmax(1)).sum().item() / len(rows)
     best: Tensor = costs[merits.argmax(0)]
     if len(costs) > 2 and best.mode().values in costs[[0, -1]]:
-        print(f"note: the best cost, {best.mode().values.item():g}, is at the end of the grid: widen --C, or "
+        print(f"note: the best cost, {best.mode().values.item():g}, is at the end of the grid: widen --C, or try "
               "--normalize", file=sys.stderr)
     return best
 
@@ -980,7 +980,7 @@ def svm(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task
     there: Any = None
 
     def pause() -> None:
-        """A signal does not wait for the end of a layer, on ImageNet an hour: the layer is begun anew."""
+        """On a signal save and stop at once, not at the end of a layer, on ImageNet an hour; it is then begun anew."""
         if run.signal:
             run.save(state, epoch, 0)
             run.stop(run.signal, epoch, 0)

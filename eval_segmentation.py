@@ -61,8 +61,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                        "network; files show what they have")
     model.add_argument("--output-stride", type=int, choices=[1, 2, 4, 8, 16, 32], metavar="PX", help="of the last map "
                        "of a ResNet: dilations in place of the last strides")
-    model.add_argument("--freeze", type=int, choices=range(6), default=0, help="stages of the network that stay as "
-                       "they are: stem or conv1, layer1 or conv2, ...")
+    model.add_argument("--freeze", type=int, choices=range(6), default=0, help="how many stages, the first ones, stay "
+                       "as they are: 1 the stem or conv1, 2 layer1 or conv2 too, ...")
     model.add_argument("--bn", choices=["frozen", "tuned"], default="tuned", help="of the network; frozen: statistics, "
                        "scale and shift stay; tuned: batch statistics")
     model.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, default=True, help="batch statistics over "
@@ -93,7 +93,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     optim.add_argument("--seed", type=common.COUNT_OR_ZERO, default=0, help="of new layers, order, draws")
     common.add_device_options(parser)
     run = common.add_run_options(parser, "segmentation-<preset>-seed<seed> beside the checkpoint")
-    run.add_argument("--log-every", type=common.COUNT, default=100, metavar="N", help="a line of the log each N "
+    run.add_argument("--log-every", type=common.COUNT, default=100, metavar="N", help="a line of the log every N "
                      "iterations")
     args = common.parse(parser, PRESETS, argv, base="voc12")
     if "output" not in args.typed:
@@ -127,7 +127,7 @@ def read_mask(image: common.VocImage, num_classes: int) -> Image.Image:
         reason = getattr(error, "strerror", None) or "damaged or empty"
         raise common.Fault(f"cannot read the mask {image.mask} ({reason})") from None
     if mask.mode not in ("P", "L"):
-        raise common.Fault(f"{image.mask} is no mask of VOC's: it needs 8 bits a pixel, each the number of a class")
+        raise common.Fault(f"{image.mask} is no mask as VOC's are: it needs 8 bits a pixel, the number of its class")
     if mask.size != image.size:
         raise common.Fault(f"{image.mask} has {mask.size[0]} x {mask.size[1]} px, its image {image.path.name} "
                            f"{image.size[0]} x {image.size[1]}")
@@ -213,8 +213,8 @@ def training_batches(
 
 
 def dilate(layer: nn.Module, before: int, after: int) -> None:
-    """Take the stride out of a ResNet's layer. Where it was, holes as `before`; where it is felt, `after`: the weights
-    then see the same pixels as with the stride, at more places."""
+    """Take the stride out of a ResNet's layer: the 3x3 convolution that had it is dilated by `before`, those behind it
+    by `after`; the weights then see the same pixels as with the stride, at more places."""
     for module in layer.modules():
         if isinstance(module, nn.Conv2d):
             if module.kernel_size == (3, 3):
@@ -241,7 +241,8 @@ class Segmenter(nn.Module):
                 else:
                     stride *= 2
             if stride != args.output_stride:
-                raise common.Fault(f"--output-stride {args.output_stride}: this network has {stride}")
+                raise common.Fault(f"--output-stride {args.output_stride}: this network has {stride} down to "
+                                   f"{1 if small else 4}")
             stem = nn.Sequential(network.front, network.conv1, network.bn1, nn.ReLU(inplace=True), network.maxpool)
             stages = [stem, network.layer1, network.layer2, network.layer3, network.layer4]
             head = FCNHead(network.dim, 1 + num_classes)

@@ -1373,7 +1373,7 @@ def class_curves(saved: dict[str, Any]) -> Tensor:
         total = int(((truth["labels"] == label) & ~truth["difficult"]).sum())
         some = found["counted"] & (found["labels"] == label)
         if total:
-            recall, precision = common.precision_recall(found["scores"][some], found["right"][some], total)
+            recall, precision = common.recall_precision(found["scores"][some], found["right"][some], total)
             reached = recall[:, None] >= torch.linspace(0, 1, 101, dtype=torch.float64)
             best = torch.cat([torch.where(reached, precision[:, None], 0.0), torch.zeros(1, 101)])
             curves.append(100 * best.amax(0))

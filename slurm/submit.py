@@ -109,7 +109,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sweep", type=pair, nargs="+", action="extend", default=[], metavar="KEY=V1,V2",
                         help="all combinations as a job array")
     parser.add_argument("--then", type=follower, action="append", default=[], metavar="COMMAND", help="a script and "
-                        "its options, once the run has succeeded; may be given again")
+                        "its options, to run once the run has succeeded; may be repeated")
     # The first word that is a script ends the options: --sweep and --slurm take as many words as there are.
     before = ["", *words]
     end = next((i for i, word in enumerate(words) if re.fullmatch(r"[^-].*\.py", word) and before[i] != "--then"),
@@ -199,7 +199,7 @@ def check(code: Path, scripts: list[tuple[str, int, list[list[str]]]]) -> list[F
 def runs_of(code: Path, args: argparse.Namespace, ranks: int) -> list[tuple[str, list[Command]]]:
     """What is to run: the script, once or once for each combination of the sweep, then each --then command for each."""
     script, added = args.script.name, combinations(args.sweep)
-    tried = []  # with another folder for {output}, which will be one then
+    tried = []  # {output} does not exist yet: this folder stands in for it
     for name, *argv in args.then:
         if not (code / name).is_file():
             raise common.Fault(f"--then {name}: there is no such script beside {script}")
@@ -211,7 +211,7 @@ def runs_of(code: Path, args: argparse.Namespace, ranks: int) -> list[tuple[str,
         if args.then and not facts.trains:
             raise common.Fault(f"--then is for what comes after training, and {script} does not train")
         if ranks > 1 and not facts.parts:
-            raise common.Fault(f"{script} runs as one task, not as {ranks}: use --nodes 1 --gpus 1")
+            raise common.Fault(f"{script} runs as one task, not as {ranks}: use --nodes 1 --gpus 1 --tasks 1")
         if facts.parts and facts.batch_size % (ranks * facts.parts):
             raise common.Fault(f"--batch-size {facts.batch_size} must divide by ranks x accumulate = "
                                f"{ranks} x {facts.parts}")
@@ -249,7 +249,7 @@ def state() -> str:
 def ending(
     cluster: str, script: str, again: str, rank: int, requeue: Any
 ) -> Callable[[int, FrameType | None], None]:
-    """What a signal does, and what a script does with it after its checkpoint, then without a frame.
+    """The handler of a signal; a script calls it too, after its checkpoint, with None as the frame.
 
     TERM is a pre-emption only on SLURM: a local job within an allocation of SLURM's is not that allocation's job.
     """
@@ -264,7 +264,7 @@ def ending(
             signal.signal(other, signal.SIG_IGN)
         if number == signal.SIGTERM and (cluster != "slurm" or state() != "RUNNING"):  # cancelled
             raise SystemExit(128 + number)
-        if rank:  # an error code would end rank 0 before it has asked
+        if rank:  # an error code would end rank 0 before it requeues
             raise SystemExit(0)
         try:
             requeue(signal.SIGUSR2, frame)
@@ -316,8 +316,8 @@ class Job(submitit.helpers.Checkpointable):
             shared.launch(script.main, script.parse_args)
         except SystemExit as stop:
             if stop.code == 2 and world.rank == 0 and env.num_nodes > 1:
-                # Where the other nodes live their ranks end too, and srun ends this one at once. For a node that died
-                # srun would wait until SLURM has noticed, for minutes.
+                # If the other nodes live, their ranks end too, and srun ends this one within the sleep. If one has
+                # died, srun would wait for minutes, until SLURM notices.
                 time.sleep(5)
                 subprocess.run(["scancel", "--batch", "--signal=KILL", env.raw_job_id], check=False)
             raise

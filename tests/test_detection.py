@@ -249,7 +249,7 @@ def test_agrees_with_coco() -> None:
         for label in range(2):
             some = counted & (found.labels == label)
             total = int(((labels == label) & ~difficult).sum())
-            recall, precision = common.precision_recall(found.scores[some], right[some], total)
+            recall, precision = common.recall_precision(found.scores[some], right[some], total)
             best = precision.flip(0).cummax(0).values.flip(0)
             means.append(np.mean([float(best[recall >= t].max()) if (recall >= t).any() else 0.0
                                   for t in np.linspace(0, 1, 101)]))
