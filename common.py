@@ -58,6 +58,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_linear_bn_eval
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.transforms.functional import pil_to_tensor, ten_crop
 
@@ -298,7 +299,8 @@ def add_training_options(options: argparse.ArgumentParser) -> None:
     """Model, optimisation and run, the same in the four methods. Defaults come from the presets."""
     add_data_options(options)
     model = options.add_argument_group("model")
-    model.add_argument("--arch", choices=ARCHITECTURES, default="resnet18", help="3x3 stem below 64 px; BN variants")
+    model.add_argument("--arch", choices=ARCHITECTURES, default="resnet18", help="3x3 stem below 64 px; of "
+                       "AlexNet and VGG16 _bn: batch normalisation after convolutions, _bn_fc: after fc6 and fc7 too")
     model.add_argument("--width", type=SIZE, default=64, help="channels of the first stage; 64 is standard, less is "
                        "for small machines")
     model.add_argument("--feature-dim", type=SIZE, default=128, metavar="D", help="D, size of the embedding")
@@ -1857,7 +1859,9 @@ def random_blur(
 #   stages(images)              five maps for linear probes, each after BN and ReLU and before max-pooling
 #   front                       Sobel where input_channels is 2, else nothing: images come as RGB in any case
 
-# Stages of AlexNet and VGG16: filters, convolutions, kernel size, whether max-pooling follows. AlexNet is the
+# Stages of AlexNet and VGG16: filters, convolutions, kernel size, whether max-pooling follows. Batch normalisation
+# stands nowhere (NPID), after convolutions (_bn: DeepCluster; torchvision's vgg16_bn), or after fully connected layers
+# too (_bn_fc: Local Aggregation, which names NPID's networks so "IR with BN"). AlexNet is the
 # original's and DeepCluster's, without response normalisation. LA's code has 64 and 192 filters where this
 # has 96 and 256; its paper does not say. No option for them: edit the two numbers here to compare.
 PLAIN_STAGES = {
@@ -1870,7 +1874,7 @@ RESNET_BLOCKS = {
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
     "resnet101": (Bottleneck, (3, 4, 23, 3)),
 }
-ARCHITECTURES = [*PLAIN_STAGES, *RESNET_BLOCKS]
+ARCHITECTURES = [*(f"{name}{norm}" for name in PLAIN_STAGES for norm in ("", "_bn", "_bn_fc")), *RESNET_BLOCKS]
 
 
 class Sobel(nn.Module):
@@ -1888,10 +1892,11 @@ class Sobel(nn.Module):
 
 
 class PlainNet(nn.Module):
-    """AlexNet or VGG16 with batch normalisation after every convolution; the feature is fc7, (B, dim)."""
+    """AlexNet or VGG16, with batch normalisation or without; the feature is fc7, (B, dim)."""
 
     def __init__(self, arch: str, width: int, small: bool, input_channels: int) -> None:
         super().__init__()
+        arch, _, norm = arch.partition("_")
         alexnet, layers, channels = arch == "alexnet", list[nn.Module](), input_channels
         self.front = Sobel() if input_channels == 2 else nn.Identity()
         self.stage_ends, self.dim = list[int](), 4096 * width // 64
@@ -1903,7 +1908,7 @@ class PlainNet(nn.Module):
                 # The bias is idle before a normalisation; released weights have it.
                 layers.append(nn.Conv2d(channels, filters * width // 64, kernel, stride, padding))
                 channels = filters * width // 64
-                layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+                layers += [*[nn.BatchNorm2d(channels)] * bool(norm), nn.ReLU(inplace=True)]
             self.stage_ends.append(len(layers) - 1)
             if pooled:
                 layers.append(nn.MaxPool2d(3 if alexnet else 2, 2))
@@ -1913,7 +1918,8 @@ class PlainNet(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(side)
         fc6, fc7 = nn.Linear(channels * side**2, self.dim), nn.Linear(self.dim, self.dim)
         first = [nn.Dropout(0.0)] if alexnet else []  # idle, for torchvision's indices; DeepCluster sets the rate
-        self.classifier = nn.Sequential(*first, fc6, nn.ReLU(inplace=True), nn.Dropout(0.0), fc7)
+        norm6, norm7 = ([nn.BatchNorm1d(self.dim)] if norm == "bn_fc" else [] for _ in range(2))
+        self.classifier = nn.Sequential(*first, fc6, *norm6, nn.ReLU(inplace=True), nn.Dropout(0.0), fc7, *norm7)
 
     def forward(self, images: Tensor, relu_last: bool = True) -> Tensor:
         """fc7, (B, dim), with or without its ReLU."""
@@ -1997,12 +2003,14 @@ def backbone(arch: str, width: int = 64, small: bool = False, input_channels: in
     """Network (B, 3, H, W) -> (B, dim), fresh weights. width: 64 is standard, others scale every channel; small:
     3x3 stem of stride 1, for images under 64 px; input_channels: 3, or 2 for the images' Sobel gradients."""
     network: PlainNet | ResNet
-    if arch in PLAIN_STAGES:
-        network = PlainNet(arch, width, small, input_channels)
-    else:
+    if arch in RESNET_BLOCKS:
         network = ResNet(arch, width, small, input_channels)
-    if small:  # PyTorch's own initialisation, usual for CIFAR: weights 2.4 times smaller than below, which under batch
-        return network  # normalisation makes the same learning rate worth six times as much
+    else:
+        network = PlainNet(arch, width, small, input_channels)
+    # PyTorch's own initialisation, usual for CIFAR: weights 2.4 times smaller than below, which under batch
+    # normalisation makes the same learning rate worth six times as much; without it they would let nothing through.
+    if small and arch not in PLAIN_STAGES:
+        return network
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -2672,9 +2680,10 @@ def load_encoder(
         network = backbone(arch, width, stem, channels)
         weights = _strip(weights, network.state_dict())
         if isinstance(network, PlainNet):
-            *_, fc6, fc7 = (name for name in network.state_dict() if name.endswith(".weight"))
-            if fc6 in weights and fc7 not in weights:
-                del network.classifier[-3:]  # ReLU, dropout, fc7
+            fc6 = network.classifier[: [type(layer) for layer in network.classifier].index(nn.ReLU)]
+            given = {name for name in weights if name.startswith("classifier.")}
+            if given and given <= {f"classifier.{name}" for name in fc6.state_dict()}:
+                network.classifier = fc6
         target = network.state_dict()
         if all(weights[name].shape == value.shape for name, value in target.items() if name in weights):
             break
@@ -2699,8 +2708,8 @@ def load_encoder(
             break
     unexpected = sorted(weights.keys() - matched.keys())
     other = [name for name in missing if name in weights] + [name for name in unexpected if name.startswith("layer")]
-    other += [name for name in missing if target[name].ndim == 4]
-    if share < 0.95 or other:  # of another shape, of a deeper ResNet, or a whole convolution
+    other += [name for name in missing if target[name].ndim == 4 or name.endswith("running_mean")]
+    if share < 0.95 or other:  # of another shape, of a deeper ResNet, or a whole convolution or normalisation
         raise Fault(f"{path} has {100 * share:.0f} % of the weights of {arch}, width {width}: wrong --arch or --width? "
                     f"Missing {', '.join(missing[:3]) or 'none'} ...; left over "
                     f"{', '.join(list(dict.fromkeys(other + unexpected))[:3])} ...")
@@ -2710,6 +2719,7 @@ def load_encoder(
     for part in (network, head):
         if part is not None:
             part.eval().requires_grad_(False).to(device)
+    _fold_norms(network)
     bank = saved["state"]["bank"]["features"] if ours and "bank" in saved["state"] else None
     report = dict(matched=len(matched), missing=missing, unexpected=unexpected)
     return Encoder(network, head, options, data, bank, hashlib.sha256(content).hexdigest(), report)
@@ -2784,7 +2794,18 @@ def untrained_encoder(
     head = nn.Linear(network.dim, feature_dim)
     for part in (network, head):
         part.eval().requires_grad_(False).to(device)
+    _fold_norms(network)
     return Encoder(network, head, {}, {}, None, "", dict(matched=0, missing=[], unexpected=[]))
+
+
+def _fold_norms(network: PlainNet | ResNet) -> None:
+    """Make the batch normalisations of fc6 and fc7 part of them: all evaluations see two linear layers."""
+    layers = network.classifier if isinstance(network, PlainNet) else nn.Sequential()
+    for place, norm in reversed(list(enumerate(layers))):
+        linear = layers[place - 1]
+        if isinstance(norm, nn.BatchNorm1d) and isinstance(linear, nn.Linear):
+            layers[place - 1] = fuse_linear_bn_eval(linear, norm)
+            del layers[place]
 
 
 # ---- 12. PASCAL VOC --------------------------------------------------------------------------------------------------

@@ -67,8 +67,9 @@ CIFAR = dict(arch="resnet18", sobel=False, batch_size=128, lr=0.05, weight_decay
 # Few images give few updates: small batches, and two epochs for each new last layer to learn.
 THIN = dict(CIFAR, num_clusters=250, subset=5000, width=16, epochs=30, batch_size=32, reassign_every=2, knn_every=5)
 PRESETS: dict[str, dict[str, Any]] = {
-    "imagenet": dict(arch="alexnet", clustering="kmeans", num_clusters=10_000, sobel=True, feature_dim=256, dropout=0.5,
-                     batch_size=256, lr=0.02, schedule="constant", weight_decay=1e-5, epochs=500, min_crop=0.08),
+    "imagenet": dict(arch="alexnet_bn", clustering="kmeans", num_clusters=10_000, sobel=True, feature_dim=256,
+                     dropout=0.5, batch_size=256, lr=0.02, schedule="constant", weight_decay=1e-5, epochs=500,
+                     min_crop=0.08),
     # Table 5.1. Flickr's epochs are as long as three of ImageNet's, so that all five models have as many updates.
     "pic-imagenet-sobel": PIC,
     "kmeans-imagenet-sobel": IMAGENET,
@@ -84,8 +85,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     **{f"fig4.4-{flip}-flip": dict(PIC, flip=flip, epochs=50) for flip in ("no", "horizontal", "vertical")},
     **{f"fig4.4-{crop}-crop": dict(PIC, crop=crop, epochs=50) for crop in ("random", "central")},
     **{f"fig4.5-{n}": dict(PIC, reassign_every=n) for n in (1, 3, 10, 30)},
-    **{f"fig4.6-{arch}-{'sobel' if sobel else 'rgb'}": dict(PIC, arch=arch, sobel=sobel, epochs=50)
-       for arch in ("alexnet", "vgg16", "resnet101") for sobel in (True, False)},
+    **{f"fig4.6-{arch}-{'sobel' if sobel else 'rgb'}": dict(PIC, arch=net, sobel=sobel, epochs=50)
+       for arch, net in (("alexnet", "alexnet_bn"), ("vgg16", "vgg16_bn"), ("resnet101", "resnet101"))
+       for sobel in (True, False)},
     **{f"fig4.7-{how}": dict(PIC, sobel=False, singletons=how, epochs=20) for how in ("redistribute", "keep", "drop")},
     "table4.2": LABELS,
     **{f"table4.2-{n}": dict(LABELS, targets_per_step=n) for n in (256, 512)},
@@ -98,7 +100,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Local Aggregation's DC-ResNets, on the unpooled map: -A without hidden layers, -B with two
     **{f"imagenet-{arch}-a": dict(IMAGENET, arch=arch, head="map", lr=0.05) for arch in ("resnet18", "resnet50")},
     **{f"imagenet-{arch}-b": dict(IMAGENET, arch=arch, head="full", lr=0.05) for arch in ("resnet18", "resnet50")},
-    "imagenet-vgg16": dict(IMAGENET, arch="vgg16", lr=0.05),
+    "imagenet-vgg16": dict(IMAGENET, arch="vgg16_bn", lr=0.05),
     # Small images: ten clusters a class, as the thesis has for ImageNet. On CIFAR-10 k = 30 is nearly as good as 100,
     # and k = 1,000 six points of kNN worse (held-out training images: results/dc-choice, PAPERS.md).
     "cifar10": dict(CIFAR, data="cifar10", num_clusters=100),
@@ -164,7 +166,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         "centroids in --output to its assigned.csv")
     common.add_training_options(parser)
     args = common.parse(parser, PRESETS, argv)
-    plain = args.arch in common.PLAIN_STAGES
+    plain = args.arch not in common.RESNET_BLOCKS
     args.head = args.head or ("full" if plain else "pooled")
     if plain and args.head in ("map", "pooled"):
         raise common.Fault(f"--head {args.head} is for ResNets: {args.arch} has its own hidden layers")
@@ -242,7 +244,7 @@ class Encoder(nn.Module):
                                                Dropout(dropout), nn.Linear(hidden, hidden))
                 self.dim = hidden
         if head == "2fc":
-            del mlp[-3:]  # ReLU, dropout and the second hidden layer
+            del mlp[[type(layer) for layer in mlp].index(nn.ReLU) :]  # it, dropout and the second hidden layer
 
     def forward(self, images: Tensor) -> Tensor:
         if isinstance(self.backbone, common.PlainNet) or self.head == "pooled":

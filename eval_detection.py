@@ -9,8 +9,9 @@ there is nothing else to install. The preset is the protocol.
     python eval_detection.py resnet50.pth --arch resnet50 --preset voc0712    # CLD, MoCo: trainval07+12, 24k iterations
     python eval_detection.py runs/cld-imagenet-seed0/checkpoint.pth --preset voc07           # trainval07, 9k iterations
     torchrun --nproc-per-node 8 eval_detection.py runs/cld-imagenet-seed0/checkpoint.pth --preset voc0712
-    python eval_detection.py vgg16_bn.pth --preset voc07-la-vgg16             # Local Aggregation: Faster R-CNN, VGG16
-    python eval_detection.py alexnet.pth --preset voc07-fast-alexnet --proposals voc_2007_trainval.mat voc_2007_test.mat
+    python eval_detection.py vgg16_bn.pth --arch vgg16_bn --preset voc07-la-vgg16       # LA: Faster R-CNN, VGG16
+    python eval_detection.py runs/npid-imagenet-alexnet-seed0/checkpoint.pth --preset voc07-fast-alexnet \
+        --proposals voc_2007_trainval.mat voc_2007_test.mat
     python eval_detection.py runs/npid-shapes-seed0/checkpoint.pth --data my_folder      # any folder in VOC's layout
     python eval_detection.py resnet50.pth --arch resnet50 --preset voc0712 --batch-size 8     # half the rate, twice the
                                                                                               # iterations; says so
@@ -84,11 +85,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "voc0712": dict(data="voc0712", iterations=24_000, lr_drops=[18_000, 22_000]),
     "voc12": dict(data="voc12"),  # train -> val
     "voc07-la-resnet50": dict(OLD, arch="resnet50", freeze=4),  # LA, Table 3: 69.1
-    "voc07-la-vgg16": dict(OLD, arch="vgg16", freeze=2),  # 68.4
-    "voc07-la-alexnet": dict(OLD, arch="alexnet"),  # 53.5
+    "voc07-la-vgg16": dict(OLD, freeze=2),  # 68.4
+    "voc07-la-alexnet": dict(OLD),  # 53.5
     "voc07-npid-resnet50": dict(NPID, arch="resnet50", freeze=3),  # NPID, Table 6: 65.4
-    "voc07-fast-vgg16": dict(FAST, arch="vgg16"),  # 60.5; DeepCluster 65.9
-    "voc07-fast-alexnet": dict(FAST, arch="alexnet"),  # 48.1; thesis, Table 5.5: 53.9
+    "voc07-fast-vgg16": dict(FAST),  # 60.5; DeepCluster 65.9
+    "voc07-fast-alexnet": dict(FAST),  # 48.1; thesis, Table 5.5: 53.9
     "shapes": dict(data="shapes", small=True, train_sizes=[56, 64, 72], test_size=64, max_size=128, batch_size=8,
                    lr=0.02, iterations=1000, lr_drops=[800, 950], precise_bn=50, rois=32, roi_size=8,
                    anchor_sizes=[12, 18, 24], train_proposals=200, test_proposals=50, log_every=50),
@@ -439,7 +440,7 @@ class Detector(nn.Module):
         if args.freeze > len(stages):
             raise common.Fault(f"--freeze {args.freeze}: this network has {len(stages)} stages that see the image")
         self.trunk, self.freeze, self.frozen_bn = nn.Sequential(*stages), args.freeze, args.bn == "frozen"
-        channels = [layer.num_features for layer in self.trunk.modules() if isinstance(layer, nn.BatchNorm2d)][-1]
+        channels = [layer.out_channels for layer in self.trunk.modules() if isinstance(layer, nn.Conv2d)][-1]
         self.proposals: Proposals | None = None
         if not args.proposals:
             anchors = Anchors(args.anchor_sizes, stride)

@@ -30,7 +30,6 @@ Differences from the paper and from the existing codes:
   * Clusters are there before the first step that needs them, and are renewed at the first step of each epoch, whether
     or not N divides by B. The k-means seeds follow from --seed: the same each epoch, or `--cluster-seeds redrawn`.
   * DBSCAN collapses, as the paper says: kept for Table 5's discussion as `--clustering dbscan`.
-  * AlexNet and VGG16 have batch normalisation after convolutions, the paper's after fully connected layers too.
 
 log.jsonl has, beside NPID's keys: npid_loss and la_loss, each of its epochs; close_size, mean |C_i|; skewness, mean
 distance of v_i to the centre of C_i (section 5.2); intersection, mean |B_i & C_i|, and alone, the share of images
@@ -63,8 +62,8 @@ SMALL = dict(temperature=0.1, batch_size=128, weight_decay=5e-4, H=1, m=10_000, 
 PRESETS: dict[str, dict[str, Any]] = {
     "imagenet": dict(arch="resnet18", H=10, m=30_000, k=4096, temperature=0.07, batch_size=128, lr=0.03,
                      schedule="step", lr_drops=[160, 187], epochs=200, warmup_epochs=10, weight_decay=1e-4, flip=True),
-    "imagenet-alexnet": dict(data="imagenet", arch="alexnet", H=3, epochs=160, lr_drops=[119, 142]),  # Table 1
-    "imagenet-vgg16": dict(data="imagenet", arch="vgg16", H=6, m=10_000, epochs=178, lr_drops=[136, 158]),
+    "imagenet-alexnet": dict(data="imagenet", arch="alexnet_bn_fc", H=3, epochs=160, lr_drops=[119, 142]),  # Table 1
+    "imagenet-vgg16": dict(data="imagenet", arch="vgg16_bn_fc", H=6, m=10_000, epochs=178, lr_drops=[136, 158]),
     "imagenet-resnet50": dict(data="imagenet", arch="resnet50", lr_drops=[152, 189]),
     "table4-all": dict(ABLATION, background="all"),
     "table4-clusters": dict(ABLATION, background="clusters"),
@@ -76,10 +75,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "supplement1-1-1k": dict(ABLATION, m=1000),
     "supplement1-1-20k": dict(ABLATION, m=20_000),
     "supplement1-6-10k": dict(ABLATION, H=6),
-    "supplement1-alexnet-1-10k": dict(ABLATION, arch="alexnet"),
-    "supplement1-alexnet-3-10k": dict(ABLATION, arch="alexnet", H=3),
-    "supplement1-alexnet-6-10k": dict(ABLATION, arch="alexnet", H=6),
-    "supplement1-vgg16-1-10k": dict(ABLATION, arch="vgg16"),
+    "supplement1-alexnet-1-10k": dict(ABLATION, arch="alexnet_bn_fc"),
+    "supplement1-alexnet-3-10k": dict(ABLATION, arch="alexnet_bn_fc", H=3),
+    "supplement1-alexnet-6-10k": dict(ABLATION, arch="alexnet_bn_fc", H=6),
+    "supplement1-vgg16-1-10k": dict(ABLATION, arch="vgg16_bn_fc"),
     "supplement1-resnet50-1-10k": dict(ABLATION, arch="resnet50"),
     "supplement1-resnet50-6-10k": dict(ABLATION, arch="resnet50", H=6),
     "supplement1-resnet50-10-10k": dict(ABLATION, arch="resnet50", H=10),

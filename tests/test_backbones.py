@@ -7,8 +7,10 @@ from torch import nn
 
 import common
 
-ARCHS = ["alexnet", "vgg16", "resnet18", "resnet34", "resnet50", "resnet101"]
-KINDS = ["alexnet", "vgg16", "resnet18", "resnet50"]
+PLAIN = ["alexnet", "alexnet_bn", "alexnet_bn_fc", "vgg16", "vgg16_bn", "vgg16_bn_fc"]
+RESNETS = ["resnet18", "resnet34", "resnet50", "resnet101"]
+ARCHS = [*PLAIN, *RESNETS]
+KINDS = [*PLAIN, "resnet18", "resnet50"]
 
 
 def fresh(arch: str, width: int = 8, small: bool = False) -> common.PlainNet | common.ResNet:
@@ -20,7 +22,7 @@ def fresh(arch: str, width: int = 8, small: bool = False) -> common.PlainNet | c
 def random_statistics(network: nn.Module) -> None:
     """Normalisations get random running statistics and scales, so that none acts as the identity."""
     for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             for values in (module.weight, module.bias, module.running_mean, module.running_var):
                 assert values is not None
                 nn.init.uniform_(values, 0.5, 1.5)
@@ -32,7 +34,7 @@ def shapes(network: nn.Module, prefix_left_out: tuple[str, ...] = ()) -> dict[st
     return {name: tuple(value.shape) for name, value in state.items() if not name.startswith(prefix_left_out)}
 
 
-@pytest.mark.parametrize("arch", ARCHS[2:])
+@pytest.mark.parametrize("arch", RESNETS)
 def test_resnet_has_torchvisions_layout(arch: str) -> None:
     """Names, their order and shapes are torchvision's without fc."""
     with torch.device("meta"):
@@ -54,19 +56,20 @@ def test_resnet_has_torchvisions_features(arch: str) -> None:
         torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
 
 
-def test_vgg16_is_torchvisions() -> None:
-    """Names, order and shapes are those of vgg16_bn without its last layer; features are its fc7."""
+@pytest.mark.parametrize("arch", ["vgg16", "vgg16_bn"])
+def test_vgg16_is_torchvisions(arch: str) -> None:
+    """Names, order and shapes are torchvision's without the last layer; features are its fc7."""
     with torch.device("meta"):
         whole, theirs = (
-            shapes(common.backbone("vgg16")),
-            shapes(torchvision.models.vgg16_bn(), ("classifier.6",)),
+            shapes(common.backbone(arch)),
+            shapes(torchvision.models.get_model(arch), ("classifier.6",)),
         )
         assert list(whole.items()) == list(theirs.items())
         filters = [4, 4, "M", 8, 8, "M", 16, 16, 16, "M", 32, 32, 32, "M", 32, 32, 32, "M"]
-        narrow = torchvision.models.VGG(torchvision.models.vgg.make_layers(filters, batch_norm=True))
+        narrow = torchvision.models.VGG(torchvision.models.vgg.make_layers(filters, arch == "vgg16_bn"))
         fc6, fc7 = nn.Linear(32 * 7 * 7, 256), nn.Linear(256, 256)
         narrow.classifier = nn.Sequential(fc6, nn.ReLU(), nn.Dropout(), fc7, nn.ReLU(), nn.Dropout())
-    ours = fresh("vgg16", 4).eval()
+    ours = fresh(arch, 4).eval()
     random_statistics(ours)
     narrow.load_state_dict(ours.state_dict(), assign=True)
     images = torch.randn(1, 3, 224, 224)
@@ -74,10 +77,11 @@ def test_vgg16_is_torchvisions() -> None:
         torch.testing.assert_close(ours(images), narrow.eval()(images))
 
 
-def test_alexnet_keeps_torchvisions_classifier_names() -> None:
+@pytest.mark.parametrize("arch", ["alexnet", "alexnet_bn"])
+def test_alexnet_keeps_torchvisions_classifier_names(arch: str) -> None:
     """fc6 and fc7 are classifier.1 and classifier.4, with the sizes of the original network at 224 px."""
     with torch.device("meta"):
-        ours, theirs = shapes(common.backbone("alexnet")), shapes(torchvision.models.alexnet())
+        ours, theirs = shapes(common.backbone(arch)), shapes(torchvision.models.alexnet())
     names = [f"classifier.{layer}.{kind}" for layer in (1, 4) for kind in ("weight", "bias")]
     assert {name: ours[name] for name in names} == {name: theirs[name] for name in names}
     filters = [shape for name, shape in ours.items() if name.startswith("features") and len(shape) == 4]
@@ -98,6 +102,21 @@ def test_stages_at_224(arch: str, expected: list[tuple[int, int]]) -> None:
     with torch.device("meta"):
         maps = common.backbone(arch).stages(torch.empty(1, 3, 224, 224))
     assert [tuple(stage.shape) for stage in maps] == [(1, size, side, side) for size, side in expected]
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("arch", PLAIN)
+def test_where_plain_networks_normalise(arch: str, small: bool) -> None:
+    """Nowhere, between each convolution and its ReLU, or also between each fully connected layer and its ReLU."""
+    network, (_, _, norm) = fresh(arch, 4, small), arch.partition("_")
+    for layers, kind, normalised in ((network.features, nn.Conv2d, norm != ""),
+                                     (network.classifier, nn.Linear, norm == "bn_fc")):
+        names = [type(layer).__name__ for layer in [*layers, nn.ReLU()]]  # after fc7 forward has it
+        after = ["BatchNorm2d" if kind is nn.Conv2d else "BatchNorm1d"] * normalised
+        for place in (place for place, layer in enumerate(layers) if isinstance(layer, kind)):
+            found = [name for name in names[place + 1 : place + 3 + normalised] if name != "Dropout"]
+            assert found[: 1 + normalised] == [*after, "ReLU"]
+        assert sum("BatchNorm" in name for name in names) == normalised * sum(isinstance(n, kind) for n in layers)
 
 
 @pytest.mark.parametrize("small", [False, True])
@@ -141,7 +160,7 @@ def test_small_networks_train_at_32_px(arch: str) -> None:
 
 @pytest.mark.parametrize(
     ("arch", "dim"),
-    list(zip(ARCHS, [4096, 4096, 512, 512, 2048, 2048], strict=True)),
+    list(zip(ARCHS, [*[4096] * 6, 512, 512, 2048, 2048], strict=True)),
 )
 def test_width_scales_every_channel(arch: str, dim: int) -> None:
     """A quarter of the width is a quarter of every channel and of the feature, but not of the input."""
@@ -162,7 +181,7 @@ def test_input_channels(arch: str) -> None:
     assert [name for name in three if three[name] != two[name]] == [next(iter(three))]
 
 
-@pytest.mark.parametrize("arch", ["alexnet", "vgg16", "resnet18"])
+@pytest.mark.parametrize("arch", [*PLAIN, "resnet18"])
 def test_feature_before_the_last_relu(arch: str) -> None:
     """ReLU of the feature before its last ReLU is the feature; before, fc7 has negative values too."""
     network = fresh(arch, small=True).eval()
@@ -173,19 +192,19 @@ def test_feature_before_the_last_relu(arch: str) -> None:
     assert bool((before < 0).any()) == (arch != "resnet18")
 
 
-@pytest.mark.parametrize("arch", KINDS)
+@pytest.mark.parametrize("arch", [arch for arch in KINDS if arch not in common.PLAIN_STAGES])
 def test_small_networks_start_as_pytorch_does(arch: str) -> None:
-    """Behind the 3x3 stem convolutions are uniform with deviation 1 / sqrt(3 fan in), PyTorch's default."""
+    """Behind the 3x3 stem normalised convolutions are uniform with deviation 1 / sqrt(3 fan in), PyTorch's default."""
     for module in fresh(arch, 16, small=True).modules():
         if isinstance(module, nn.Conv2d):
             deviation = (1 / (3 * module.in_channels * module.kernel_size[0] ** 2)) ** 0.5
             assert float(module.weight.detach().std()) == pytest.approx(deviation, rel=0.15)
 
 
-@pytest.mark.parametrize("arch", KINDS)
-def test_initial_weights(arch: str) -> None:
+@pytest.mark.parametrize(("arch", "small"), [*((arch, False) for arch in KINDS), ("alexnet", True), ("vgg16", True)])
+def test_initial_weights(arch: str, small: bool) -> None:
     """Convolutions are Kaiming (fan out), linear layers N(0, 0.01), biases 0, normalisations 1 and 0."""
-    for module in fresh(arch, 16, small=False).modules():
+    for module in fresh(arch, 16, small).modules():
         if isinstance(module, nn.Conv2d):
             deviation = (2 / (module.out_channels * module.kernel_size[0] ** 2)) ** 0.5
             assert float(module.weight.detach().std()) == pytest.approx(deviation, rel=0.15)
@@ -193,7 +212,7 @@ def test_initial_weights(arch: str) -> None:
             assert float(module.weight.detach().std()) == pytest.approx(0.01, rel=0.05)
         if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
             assert not module.bias.any()
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             assert bool((module.weight == 1).all()) and not module.bias.any()
 
 
@@ -213,7 +232,7 @@ def test_channels_last_changes_nothing(arch: str) -> None:
 
 def test_images_of_other_sizes() -> None:
     """96 px images go through the small and the large AlexNet and VGG16: the last map is averaged."""
-    for arch in ("alexnet", "vgg16"):
+    for arch in PLAIN:
         for small in (False, True):
             network = fresh(arch, 4, small).eval()
             with torch.no_grad():

@@ -264,7 +264,7 @@ def options(**more: object) -> argparse.Namespace:
     return argparse.Namespace(**vars(args) | more)
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "vgg16", "alexnet"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "vgg16_bn", "alexnet_bn", "alexnet"])
 @pytest.mark.parametrize("small", [True, False])
 def test_trunk_and_head(arch: str, small: bool) -> None:
     """The trunk ends with layer3, or the last convolution; its stride is so; the head takes RoIAlign's map to dim."""
@@ -516,7 +516,7 @@ def write_proposals(folder: Path, path: Path) -> None:
     path.write_text("\n".join(lines))
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "vgg16", "alexnet"])
+@pytest.mark.parametrize("arch", ["resnet18", "vgg16_bn_fc", "alexnet"])
 def test_fast_rcnn(arch: str, folder: Path, tmp_path: Path) -> None:
     """With --proposals there is no proposal network, and the run ends with figures."""
     write_proposals(folder, tmp_path / "boxes.txt")

@@ -103,7 +103,7 @@ def test_sizes_of_others(arch: str) -> None:
 
 def test_pool5_is_what_fc6_sees() -> None:
     """Of AlexNet and VGG16: with fc6 and fc7 on top of it, the network's own output."""
-    for arch in ("alexnet", "vgg16"):
+    for arch in ("alexnet", "vgg16_bn", "alexnet_bn_fc"):
         torch.manual_seed(0)
         encoder = common.untrained_encoder(arch, 4, True, CPU)
         images = torch.randn(2, 3, 32, 32)

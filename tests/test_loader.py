@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import sys
@@ -83,6 +84,37 @@ def test_alexnet_of_data_parallel(tmp_path: Path) -> None:
     assert found.report["missing"] == [] and found.report["unexpected"] == ["top_layer.weight"]
     for name, value in found.backbone.state_dict().items():
         assert torch.equal(value, weights[name])
+
+
+@pytest.mark.parametrize("arch", ["alexnet_bn_fc", "vgg16_bn_fc"])
+def test_norms_of_fully_connected_layers_are_folded(arch: str, tmp_path: Path) -> None:
+    """A loaded network has them in fc6 and fc7: the same features, and just the layers that evaluations know."""
+    torch.manual_seed(0)
+    network = common.backbone(arch, 4, True).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            for values in (module.weight, module.bias, module.running_mean, module.running_var):
+                assert values is not None
+                nn.init.uniform_(values, 0.5, 1.5)
+    torch.save(network.state_dict(), tmp_path / "file.pth")
+    found = common.load_encoder(tmp_path / "file.pth", arch, 4, None, CPU, "auto")
+    assert found.report["missing"] == found.report["unexpected"] == []
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(found.backbone(images), network(images), atol=1e-6, rtol=1e-4)
+    names = [type(layer) for layer in common.backbone(arch.removesuffix("_fc"), 4, True).modules()]
+    for encoder in (found, common.untrained_encoder(arch, 4, True, CPU)):
+        layers = list(encoder.backbone.modules())
+        assert [type(layer) for layer in layers[1:]] == names[1:]
+        assert not any(layer.training or weight.requires_grad for layer in layers for weight in layer.parameters())
+
+
+def test_plain_network_of_another_kind_is_refused(tmp_path: Path) -> None:
+    """Of an AlexNet or VGG16 file with batch normalisation, the name without it takes nothing, nor the reverse."""
+    for saved, asked in itertools.permutations(("vgg16", "vgg16_bn", "vgg16_bn_fc"), 2):
+        torch.save(common.backbone(saved, 4, True).state_dict(), tmp_path / "file.pth")
+        with pytest.raises(common.Fault, match=f"of the weights of {asked}"):
+            common.load_encoder(tmp_path / "file.pth", asked, 4, True, CPU, "auto")
 
 
 def test_timms_vgg(tmp_path: Path) -> None:

@@ -446,7 +446,7 @@ def test_sizes_that_make_no_sense_are_warned_of(options: list[str], words: str) 
 
 
 
-ARCHS = {"A": "alexnet", "V": "vgg16", "R18": "resnet18", "R50": "resnet50"}
+ARCHS = {"A": "alexnet_bn_fc", "V": "vgg16_bn_fc", "R18": "resnet18", "R50": "resnet50"}
 
 
 @pytest.mark.parametrize("row", figures.TABLES["la-supplement-1"].rows)

@@ -25,7 +25,7 @@ TABLE1 = dict(NPID, loss="softmax", arch="resnet18", width=64, temperature=0.1, 
 LA = dict(k=4096, temperature=0.07, batch_size=128, lr=0.03, schedule="step", weight_decay=1e-4, momentum=0.9,
           bank_momentum=0.5, feature_dim=128, warmup_epochs=10, flip=True, close="clusters", background="nearest",
           clustering="kmeans", cluster_on="bank", recluster_every=0)
-DEEPCLUSTER = dict(arch="alexnet", head="full", sobel=True, descriptors="before", feature_dim=256, batch_size=256,
+DEEPCLUSTER = dict(arch="alexnet_bn", head="full", sobel=True, descriptors="before", feature_dim=256, batch_size=256,
                    schedule="constant", momentum=0.9, weight_decay=1e-5, dropout=0.5, epochs=500, reassign_every=1,
                    sampling="clusters", crop="random-sized", min_crop=0.08, empties="half", num_neighbors=5, sigma=0.2,
                    singletons="redistribute")
@@ -40,6 +40,7 @@ CLD_IMAGENET = dict(CLD, arch="resnet50", batch_size=512, lr=0.2, schedule="cosi
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "npid imagenet-resnet50": ("1.2", dict(NPID, arch="resnet50")),
     "npid imagenet-alexnet": ("1.2", dict(NPID, arch="alexnet")),
+    "npid imagenet-vgg16-bn": ("LA, Table 1", dict(NPID, arch="vgg16_bn_fc")),
     "npid imagenet": ("exact instead of NCE", dict(NPID, loss="softmax")),
     "npid cifar10": ("Table 1", TABLE1),
     "npid cifar10-nce1": ("Table 1", dict(TABLE1, loss="nce", num_negatives=1)),
@@ -50,9 +51,9 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "npid imagenet-30percent": ("Table 5", dict(NPID, arch="resnet18", subset=0.3)),
     "local_aggregation imagenet": ("Table 1", dict(LA, arch="resnet18", H=10, m=30_000, epochs=200,
                                                    lr_drops=[160, 187])),
-    "local_aggregation imagenet-alexnet": ("Table 1", dict(LA, arch="alexnet", H=3, m=30_000, epochs=160,
+    "local_aggregation imagenet-alexnet": ("Table 1", dict(LA, arch="alexnet_bn_fc", H=3, m=30_000, epochs=160,
                                                            lr_drops=[119, 142])),
-    "local_aggregation imagenet-vgg16": ("Table 1", dict(LA, arch="vgg16", H=6, m=10_000, epochs=178,
+    "local_aggregation imagenet-vgg16": ("Table 1", dict(LA, arch="vgg16_bn_fc", H=6, m=10_000, epochs=178,
                                                          lr_drops=[136, 158])),
     "local_aggregation imagenet-resnet50": ("Table 1", dict(LA, arch="resnet50", H=10, m=30_000, epochs=200,
                                                             lr_drops=[152, 189])),

@@ -108,7 +108,8 @@ def test_dilation_equals_torchvisions() -> None:
 
 
 @pytest.mark.parametrize("arch, small, stride", [
-    ("resnet18", True, 2), ("resnet18", False, 32), ("resnet34", False, 8), ("alexnet", False, 32), ("vgg16", True, 32),
+    ("resnet18", True, 2), ("resnet18", False, 32), ("resnet34", False, 8), ("alexnet", False, 32),
+    ("vgg16_bn", True, 32),
 ])
 def test_strides(arch: str, small: bool, stride: int) -> None:
     """The scores have the stride that is asked for, AlexNet's and VGG16's that of their last pooling."""
@@ -223,7 +224,7 @@ def test_frozen_normalisations_stay_on_several_gpus() -> None:
     assert model.training and norms and not any(module.training for module in norms)
 
 
-@pytest.mark.parametrize("arch", ["alexnet", "vgg16"])
+@pytest.mark.parametrize("arch", ["alexnet_bn", "vgg16_bn"])
 def test_plain_networks(arch: str, folder: Path, tmp_path: Path) -> None:
     """FCN-32s of AlexNet and VGG16 runs, normalisations frozen, and its backbone has torchvision's names, with what fc6
     and fc7 have learnt as convolutions."""
