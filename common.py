@@ -1250,7 +1250,9 @@ def load_monitor(args: argparse.Namespace, data: ImageSet, device: torch.device)
     if not data.classes:
         note(f"{data.name} has no folders that could be classes: no kNN monitor")
         return None
-    return load(argparse.Namespace(**vars(args) | dict(image_size=data.size)), "test", device)
+    test = load(argparse.Namespace(**vars(args) | dict(image_size=data.size)), "test", device)
+    test.mean, test.std = data.mean, data.std
+    return test
 
 
 def balanced(labels: Tensor, count: int, *key: int | str, share: bool = False) -> Tensor:
@@ -2621,29 +2623,38 @@ class Encoder:
         return f"{found} tensors matched, {', '.join(names)}; " + ("with" if self.head else "without") + " head"
 
 
-def load_sets(
-    args: argparse.Namespace, encoder: Encoder | None, split: str, device: torch.device
-) -> tuple[ImageSet, ImageSet]:
-    """Train and test images: those the encoder was trained on unless --data names others; its size, mean, std."""
-    options, data = (encoder.options, encoder.data) if encoder else ({}, {})
+def _images_of_run(args: argparse.Namespace, options: dict[str, Any]) -> None:
+    """What --data, --data-dir and --val-dir leave open is that of the run."""
     if "data" not in args.typed and options:
         args.data = options["data"]
         if "data_dir" not in args.typed and Path(options["data_dir"]).is_dir():
             args.data_dir = Path(options["data_dir"])
         if args.val_dir is None and options["val_dir"]:
             args.val_dir = Path(options["val_dir"])
+
+
+def load_train(args: argparse.Namespace, encoder: Encoder | None, split: str, device: torch.device) -> ImageSet:
+    """Training images: those the encoder was trained on unless --data names others; its size, mean, std."""
+    options, data = (encoder.options, encoder.data) if encoder else ({}, {})
+    _images_of_run(args, options)
     args.image_size = args.image_size or data.get("size")
     chosen = argparse.Namespace(**vars(args))
     if split == "pretrain":  # just the images of the run
         chosen.subset, chosen.seed = options.get("subset"), options.get("seed", 0)
         chosen.cache = args.cache or options.get("cache")
     train = load(chosen, split, device)
-    args.image_size = train.size
-    test = load(args, "test", device)
     if data:
         train.mean, train.std = tuple(data["mean"]), tuple(data["std"])
+    return train
+
+
+def load_test(args: argparse.Namespace, encoder: Encoder | None, train: ImageSet, device: torch.device) -> ImageSet:
+    """Test images of the same set, at the size and with the mean and std of the training images."""
+    _images_of_run(args, encoder.options if encoder else {})
+    args.image_size = train.size
+    test = load(args, "test", device)
     test.mean, test.std = train.mean, train.std
-    return train, test
+    return test
 
 
 def load_encoder(

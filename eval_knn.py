@@ -69,7 +69,8 @@ def main(args: argparse.Namespace) -> None:
     path = Path(args.checkpoint)
     untrained = args.checkpoint in ("random", "pixels")
     if untrained:
-        train, test = common.load_sets(args, None, "train", device)
+        train = common.load_train(args, None, "train", device)
+        test = common.load_test(args, None, train, device)
         torch.manual_seed(args.seed)
         encoder = common.untrained_encoder(args.arch or "resnet18", args.width or 64, train.small, device)
         encoder.head = None if args.layer == "backbone" else encoder.head
@@ -79,7 +80,8 @@ def main(args: argparse.Namespace) -> None:
         if args.train_features == "bank" and encoder.bank is None:
             raise common.Fault(f"{path} has no memory bank: use --train-features clean")
         split = "pretrain" if args.train_features == "bank" else "train"
-        train, test = common.load_sets(args, encoder, split, device)
+        train = common.load_train(args, encoder, split, device)
+        test = common.load_test(args, encoder, train, device)
 
     def embed(images: Tensor) -> Tensor:
         if args.checkpoint == "pixels":

@@ -251,7 +251,8 @@ def open_task(args: argparse.Namespace, encoder: common.Encoder | None, device: 
         train, targets = voc_images(args, "train", None, spec)
         test, test_targets = voc_images(args, "test", train.classes, spec)
         return Task(train, test, targets, test_targets)
-    train, test = common.load_sets(args, encoder, "train", device)
+    train = common.load_train(args, encoder, "train", device)
+    test = common.load_test(args, encoder, train, device)
     labelled = (train.labels >= 0).nonzero()[:, 0]
     if not len(labelled) or (test.labels < 0).any():
         raise common.Fault(f"{train.name} has no classes: classification needs a folder for each class")

@@ -187,11 +187,11 @@ def open_networks(args: argparse.Namespace) -> tuple[list[common.Encoder], dict[
     return list(encoders), legend(sources)
 
 
-def load_data(encoder: common.Encoder, args: argparse.Namespace) -> tuple[common.ImageSet, common.ImageSet]:
-    """The train and test images of the encoder's own run, unless --data or --subset names others."""
+def load_train(encoder: common.Encoder, args: argparse.Namespace) -> common.ImageSet:
+    """The training images of the encoder's own run, unless --data or --subset names others."""
     split = "train" if {"data", "subset"} & set(args.typed) else "pretrain"
     return keep(args, ("images", encoder.sha256),
-                lambda: common.load_sets(argparse.Namespace(**vars(args)), encoder, split, args.device))
+                lambda: common.load_train(argparse.Namespace(**vars(args)), encoder, split, args.device))
 
 
 def extract(
@@ -216,6 +216,16 @@ def extract(
     return make() if describe else keep(args, ("features", id(encoder), id(data)), make)
 
 
+def moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and scatter matrix (D, D) of rows (N, D), in float64."""
+    parts = torch.split(features, 8192)  # in float64 all rows of ImageNet would take tens of GB
+    mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / len(features)
+    scatter = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
+    for part in parts:
+        scatter.addmm_((part.double() - mean).T, part.double() - mean)
+    return mean, scatter
+
+
 # ---- images beside images -------------------------------------------------------------------------------------------
 
 
@@ -224,31 +234,34 @@ class Strip(NamedTuple):
 
     title: str
     images: Tensor
-    right: Tensor
+    right: Tensor | None  # None: they have no classes
     names: list[list[str]]
     notes: Sequence[str] = ()  # at the end of each row; default: how many are right
 
 
-def labelled(encoder: common.Encoder, args: argparse.Namespace) -> list[common.ImageSet]:
-    """Train and test images of the encoder's run that have a class."""
+def labelled(encoder: common.Encoder, args: argparse.Namespace, split: str) -> common.ImageSet:
+    """Train or test images of the encoder's run, those that have a class."""
 
-    def choose() -> list[common.ImageSet]:
-        known = [(data, data.labels >= 0) for data in load_data(encoder, args)]
-        return [data if some.all() else data.select(some.nonzero()[:, 0]) for data, some in known]
+    def choose() -> common.ImageSet:
+        train = load_train(encoder, args)
+        own = argparse.Namespace(**vars(args))
+        data = train if split == "train" else common.load_test(own, encoder, train, args.device)
+        known = data.labels >= 0
+        return data if known.all() else data.select(known.nonzero()[:, 0])
 
-    sets = keep(args, ("labelled", encoder.sha256), choose)
-    if not all(len(data) for data in sets):
-        raise common.Fault(f"{sets[0].name} has no classes: the picture needs a folder for each class")
-    return sets
+    data = keep(args, (split, encoder.sha256), choose)
+    if not len(data):
+        raise common.Fault(f"{data.name} has no classes: the picture needs a folder for each class")
+    return data
 
 
 def pictures(data: common.ImageSet, rows: Tensor, args: argparse.Namespace) -> tuple[Tensor, list[str]]:
     """Images at `rows` (R, 3, S, S) in [0, 1], and the names of their classes."""
     images = torch.cat(list(data.centers(rows, args.batch_size, args.device))).cpu()
-    return images, [data.classes[label][:9] for label in data.labels[rows].tolist()]
+    return images, [data.classes[label][:9] if label >= 0 else "" for label in data.labels[rows].tolist()]
 
 
-def strip(title: str, train: common.ImageSet, index: Tensor, right: Tensor, args: argparse.Namespace) -> Strip:
+def strip(title: str, train: common.ImageSet, index: Tensor, right: Tensor | None, args: argparse.Namespace) -> Strip:
     """The images at `index` (R, K) of `train`, right where `right` (R, K)."""
     images, names = pictures(train, index.flatten(), args)
     k = index.shape[1]
@@ -285,11 +298,11 @@ def spread_out(order: list[int], labels: Tensor, rows: int) -> list[int]:
 
 
 def draw_gallery(queries: Tensor, names: list[str], strips: list[Strip], parts: dict[str, int]) -> Figure:
-    """Queries (R, 3, S, S), to their right the neighbours, framed by whether the class is right.
+    """Queries (R, 3, S, S), to their right the neighbours, framed by whether the class is right, if they have one.
 
     parts: headings, each with the number of rows below it.
     """
-    k = strips[0].right.shape[1]
+    k = strips[0].images.shape[1]
     pitch, start = 1.08 * k + 0.9 + 0.7 * bool(strips[0].notes), 1.5  # in widths of an image
     tops, headings = list[float](), dict[str, float]()
     for heading, rows in parts.items():
@@ -313,6 +326,10 @@ def draw_gallery(queries: Tensor, names: list[str], strips: list[Strip], parts: 
         left = start + number * pitch
         axes.text(left, -0.6, strip.title, va="bottom")
         for row, y in enumerate(tops):
+            if strip.right is None:
+                for column in range(k):
+                    show(strip.images[row, column], left + 1.08 * column, y, "black", "")
+                continue
             for column, right in enumerate(strip.right[row].tolist()):
                 text = "✓" if right else f"✗ {strip.names[row][column]}"
                 show(strip.images[row, column], left + 1.08 * column, y, RIGHT if right else WRONG, text)
@@ -326,16 +343,16 @@ def compare(
 ) -> tuple[dict[str, Source], common.ImageSet, common.ImageSet, list[int], list[Strip]]:
     """Runs, training and test images, which of the latter are queries, and a strip of their neighbours in each network.
 
-    choose: labels (Q,) of all test images, whether their neighbours in the first network are right (Q, K) -> queries.
+    choose: labels (Q,) of all test images, how many of their neighbours in the first network are right (Q,) -> queries.
     """
     encoders, runs = open_networks(args)
-    train, test = labelled(encoders[0], args)
+    train, test = labelled(encoders[0], args, "train"), labelled(encoders[0], args, "test")
     chosen, strips = list[int](), list[Strip]()
     for encoder, title in zip(encoders, runs, strict=True):
         queries, keys = extract(encoder, test, args), extract(encoder, train, args)
         index = common.neighbors(queries, keys, args.num_neighbors)[1].cpu()
         right = train.labels[index] == test.labels[:, None]
-        chosen = chosen or choose(test.labels, right)
+        chosen = chosen or choose(test.labels, right.sum(1))
         title += f": {100 * right.float().mean():.1f} % right over all {len(test):,} test images"
         strips.append(strip(title, train, index[chosen], right[chosen], args))
     return runs, train, test, chosen, strips
@@ -344,11 +361,13 @@ def compare(
 def gallery(args: argparse.Namespace) -> None:
     """Test images and their nearest training images, best and worst cases (NPID, Fig. 5)."""
     runs, train, test, chosen, strips = compare(
-        args, lambda labels, right: pick_queries(right.sum(1), labels, args.rows, args.seed))
+        args, lambda labels, right: pick_queries(right, labels, args.rows, args.seed))
     k = args.num_neighbors
     parts = dict[str, int]()
+    right = strips[0].right
+    assert right is not None
     for word, half in (("best", slice(args.rows)), ("worst", slice(args.rows, None))):
-        counts = sorted(set(strips[0].right[half].sum(1).tolist()))
+        counts = sorted(set(right[half].sum(1).tolist()))
         span = " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
         parts[f"{word} cases: {span} of {k} right"] = args.rows
     note = (f"Left: test images of {test.name}, chosen by neighbours in the first network, seed {args.seed}. Right: "
@@ -370,10 +389,9 @@ def votes(queries: Tensor, keys: Tensor, train: common.ImageSet) -> tuple[Tensor
 
 
 def neighbors(args: argparse.Namespace) -> None:
-    """Sure and unsure test images and their neighbours, trained and untrained (Local Aggregation, Fig. 3; DeepCluster,
-    Fig. 5.3)."""
+    """Sure and unsure test images and their neighbours, trained and untrained (Local Aggregation, Fig. 3)."""
     encoders, runs = open_networks(args)
-    train, test = labelled(encoders[0], args)
+    train, test = labelled(encoders[0], args, "train"), labelled(encoders[0], args, "test")
     if args.num_neighbors > len(train):
         raise common.Fault(f"--k {args.num_neighbors} is more than the {len(train)} training images")
     chosen, parts, strips = list[int](), dict[str, int](), list[Strip]()
@@ -402,20 +420,33 @@ def neighbors(args: argparse.Namespace) -> None:
 
 
 def retrieval(args: argparse.Namespace) -> None:
-    """Retrievals of two networks side by side, for queries drawn at random (CLD, Fig. A.3)."""
+    """Retrievals of two networks side by side, for queries drawn at random (CLD, Fig. A.3); images without classes are
+    each other's queries (DeepCluster, Fig. 5.3)."""
     if len(args.runs) != 2:
         raise common.Fault(f"retrieval compares two networks, not {len(args.runs)}: name two runs, or one")
 
     def choose(labels: Tensor, right: Tensor) -> list[int]:
         if args.rows > len(labels):
-            raise common.Fault(f"--rows {args.rows} is more than the {len(labels)} test images")
+            raise common.Fault(f"--rows {args.rows} is more than the {len(labels)} images to choose from")
         order = torch.randperm(len(labels), generator=common.generator(args.seed, "retrieval")).tolist()
-        return sorted(spread_out(order, labels, args.rows), key=lambda query: -int(right[query].sum()))
+        return sorted(spread_out(order, labels, args.rows), key=lambda query: -int(right[query]))
 
-    runs, train, test, chosen, strips = compare(args, choose)
-    note = (f"Left: test images of {test.name}, drawn by seed {args.seed}, a class at most once more than any other, "
-            f"sorted by the first network. Right: the {args.num_neighbors} nearest of {len(train):,} training images; "
-            "green and ✓: the class is right.")
+    encoders, runs = open_networks(args)
+    train = load_train(encoders[0], args)
+    if (train.labels >= 0).any():
+        runs, train, test, chosen, strips = compare(args, choose)
+        note = (f"Left: test images of {test.name}, drawn by seed {args.seed}, a class at most once more than any "
+                f"other, sorted by the first network. Right: the {args.num_neighbors} nearest of {len(train):,} "
+                "training images; green and ✓: the class is right.")
+    else:
+        test, chosen, strips = train, choose(train.labels, train.labels), list[Strip]()
+        rows = torch.tensor(chosen, device=args.device)
+        for encoder, title in zip(encoders, runs, strict=True):
+            features = extract(encoder, train, args)
+            index = common.neighbors(features[rows], features, args.num_neighbors, exclude=rows)[1].cpu()
+            strips.append(strip(title, train, index, None, args))
+        note = (f"Left: images of {train.name}, drawn by seed {args.seed}. Right: of all {len(train):,} but itself the "
+                f"{args.num_neighbors} nearest.")
     figure = draw_gallery(*pictures(test, torch.tensor(chosen), args), strips, {"random queries": args.rows})
     save(figure, "Retrievals side by side", note, runs, args.out)
 
@@ -560,7 +591,7 @@ def density(args: argparse.Namespace) -> None:
     encoders, runs = open_networks(args)
     banks = all(encoder.bank is not None for encoder in encoders) and not {"data", "subset"} & set(args.typed)
     kind = args.features or ("bank" if banks else "clean")
-    data = load_data(encoders[0], args)[0] if kind == "clean" else None
+    data = load_train(encoders[0], args) if kind == "clean" else None
     near, far, ranks, counts = dict[str, Tensor](), dict[str, Tensor](), set[tuple[int, int, int]](), set[str]()
     for encoder, (label, source) in zip(encoders, runs.items(), strict=True):
         features = encoder.bank if data is None else extract(encoder, data, args)
@@ -647,7 +678,7 @@ def draw_mds(clouds: list[Cloud]) -> Figure:
 def mds(args: argparse.Namespace) -> None:
     """Training images of classes with high and with low kNN accuracy in the plane (Local Aggregation, Fig. 4)."""
     encoders, runs = open_networks(args)
-    train, test = labelled(encoders[0], args)
+    train, test = labelled(encoders[0], args, "train"), labelled(encoders[0], args, "test")
     clouds = list[Cloud]()
     present = (torch.bincount(train.labels) > 2).nonzero()[:, 0].tolist()
     count = min(args.classes, len(present) // 2)
@@ -839,7 +870,7 @@ def maximize(args: argparse.Namespace) -> None:
     if len(encoders) > 1:
         raise common.Fault("maximize looks into one network: name one run")
     network: Any = encoders[0].backbone
-    data = load_data(encoders[0], args)[0]
+    data = load_train(encoders[0], args)
     data = data.select(torch.randperm(len(data), generator=common.generator(args.seed, "images"))[: args.images])
     wanted = [STAGES.index(stage) for stage in args.stages]
 
@@ -920,6 +951,21 @@ def draw_edges(boxes: dict[str, Tensor], chance: float, curves: dict[str, list[t
     return figure
 
 
+def descriptors(encoder: common.Encoder, data: common.ImageSet, args: argparse.Namespace) -> Tensor:
+    """Unit rows (N, D) of all images; of DeepCluster's networks what it clusters: of the backbone's output before its
+    last ReLU the whitened principal components."""
+    if encoder.options.get("script") != "deepcluster":
+        return extract(encoder, data, args)
+    features = extract(encoder, data, args, functools.partial(encoder.backbone, relu_last=False)).cpu()
+    mean, scatter = moments(features)
+    values, vectors = torch.linalg.eigh(scatter / len(features))  # from small to large
+    kept = values > 1e-10 * values[-1]  # the others are rounding
+    kept[: -encoder.options["feature_dim"]] = False
+    white = vectors[:, kept] / values[kept].sqrt()
+    return torch.cat([F.normalize((part.double() - mean) @ white).float()
+                      for part in torch.split(features, 8192)]).to(args.device)
+
+
 def edges(args: argparse.Namespace) -> None:
     """Ratio edge intra-class, box plots and curves (DeepCluster, Fig. 4.1, 4.2, 4.4 to 4.7, 4.9, 4.10)."""
     sources, points = list[Source](), list[list[tuple[int, float]]]()
@@ -936,17 +982,17 @@ def edges(args: argparse.Namespace) -> None:
     if drawn:
         named = [name for name in args.runs if name in (*drawn, "random")]
         encoders, runs = open_networks(argparse.Namespace(**vars(args) | dict(runs=named)))
-        data = labelled(encoders[0], args)[0]
+        data = labelled(encoders[0], args, "train")
         itself = torch.arange(len(data), device=args.device)
         for encoder, name in zip(encoders, runs, strict=True):
-            features = extract(encoder, data, args)
+            features = descriptors(encoder, data, args)
             nearest = common.neighbors(features, features, args.num_neighbors, exclude=itself)[1].cpu()
             boxes[name] = 100 * common.ratio_edge_intra_class(nearest, data.labels)
         sizes = torch.bincount(data.labels).double()
         chance = float((100 * (sizes[sizes > 0] - 1) / (len(data) - 1)).mean())
         notes.append(f"Box plots: {args.num_neighbors} nearest neighbours among {len(data):,} training images of "
-                     f"{data.name}, by unit features; orange: median, diamond and number: mean, box: quartiles, "
-                     "whiskers: 1.5 times their distance.")
+                     f"{data.name}, of DeepCluster's networks by whitened features before the last ReLU; orange: "
+                     "median, diamond and number: mean, box: quartiles, whiskers: 1.5 times their distance.")
     if points:
         notes.append("Curves: from the logs, 10 neighbours, by the descriptors that are clustered.")
     logs = legend(sources)
@@ -959,12 +1005,7 @@ def edges(args: argparse.Namespace) -> None:
 
 def variance_kept(features: Tensor) -> Tensor:
     """Share in percent of the variance of rows (N, D) that the 1, 2, ... D largest eigenvalues have, (D,)."""
-    parts = torch.split(features, 8192)  # in float64 all rows of ImageNet would take tens of GB
-    mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / len(features)
-    scatter = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
-    for part in parts:
-        scatter.addmm_((part.double() - mean).T, part.double() - mean)
-    values: Tensor = torch.linalg.eigvalsh(scatter).flip(0).clamp(min=0)
+    values: Tensor = torch.linalg.eigvalsh(moments(features)[1]).flip(0).clamp(min=0)
     return 100 * values.cumsum(0) / values.sum().clamp(min=1e-300)
 
 
@@ -988,7 +1029,7 @@ def draw_pca(curves: dict[str, Tensor]) -> Figure:
 def pca(args: argparse.Namespace) -> None:
     """Share of the variance that the largest eigenvalues keep, before whitening (DeepCluster, Fig. 4.3)."""
     encoders, runs = open_networks(args)
-    data = load_data(encoders[0], args)[0]
+    data = load_train(encoders[0], args)
     curves = dict[str, Tensor]()
     for encoder, name in zip(encoders, runs, strict=True):
         network: Any = encoder.backbone

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import common
+import deepcluster
 import figures
 import npid
 
@@ -310,8 +311,38 @@ def test_neighbors_and_retrieval(run: Path, tmp_path: Path, monkeypatch: pytest.
     shares = [int(note.split()[-2]) for note in strips[0].notes]
     assert shares[:3] == sorted(shares[:3], reverse=True) and shares[3:] == sorted(shares[3:], reverse=True)
     assert all(note.split("\n")[0] == name for note, name in zip(strips[0].notes[:3], names, strict=False))
+    assert found[0].right is not None
     counts = found[0].right.sum(1).tolist()
     assert len(set(queries)) == 3 and counts == sorted(counts, reverse=True) and random == {"random queries": 3}
+
+
+def test_retrieval_without_classes_or_test_images(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a folder of images alone: queries are some of them, beside each of both networks' nearest others."""
+    seen = list[tuple[torch.Tensor, list[str], list[figures.Strip]]]()
+    drawn = figures.draw_gallery
+    monkeypatch.setattr(figures, "draw_gallery", lambda *found: (seen.append(found[:3]), drawn(*found))[1])
+    (tmp_path / "flat").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)
+    for number, picture in enumerate(pixels):
+        Image.fromarray(picture).save(tmp_path / f"flat/{number}.png")
+    words = ["--data", tmp_path / "flat", "--rows", 3, "--k", 4, "--batch-size", 50]
+    draw("retrieval", run, *words, "--out", tmp_path / "retrieval.png")
+    image(tmp_path / "retrieval.png")
+    queries, names, strips = seen[0]
+    assert names == ["", "", ""] and [strip.title for strip in strips] == ["npid smoke", "untrained"]
+    args = figures.parse_args(["retrieval", *map(str, [run, *words])])
+    args.device = torch.device("cpu")
+    (encoder, _), _ = figures.open_networks(args)
+    every = torch.cat(list(figures.load_train(encoder, args).centers(torch.arange(50), 50, args.device)))
+    features = figures.extract(encoder, figures.load_train(encoder, args), args).double()
+    for query, shown in zip(queries, strips[0].images, strict=True):
+        itself = int((every - query).abs().amax((1, 2, 3)).argmin())
+        nearest = (features @ features[itself]).argsort(descending=True).tolist()
+        nearest.remove(itself)
+        assert torch.equal(shown, every[nearest[:4]]) and strips[0].right is None
+    draw("pca", run, "--data", tmp_path / "flat", "--out", tmp_path / "pca.png")
+    with pytest.raises(common.Fault, match="no classes"):
+        draw("gallery", run, "--data", tmp_path / "flat", "--out", tmp_path / "gallery.png")
 
 
 # mds
@@ -476,7 +507,7 @@ def test_maximize_shows_the_images_that_fire_most(run: Path, tmp_path: Path, mon
     network: Any = encoder.backbone
     args = figures.parse_args(["maximize", str(run)])
     args.device = torch.device("cpu")
-    data = figures.load_data(encoder, args)[0]
+    data = figures.load_train(encoder, args)
     pixels = torch.cat(list(data.centers(torch.arange(256), 256, torch.device("cpu"))))
     maps = network.stages(data.normalize(pixels))
     for stage, channels in zip((0, 2), seen[0].values(), strict=True):
@@ -516,6 +547,22 @@ def test_edges_of_networks_and_logs(run: Path, tmp_path: Path, monkeypatch: pyte
     assert list(seen[1][2].values()) == [every, each_second]
     for name in ("boxes", "curves"):
         image(tmp_path / f"{name}.png")
+
+
+def test_edges_of_deepcluster_are_of_its_descriptors(run: Path) -> None:
+    """Rows of a run of deepcluster.py are those that it clusters, up to signs; of other runs the unit features."""
+    args = figures.parse_args(["edges", str(run)])
+    args.device = torch.device("cpu")
+    (encoder, _), _ = figures.open_networks(args)
+    data = figures.load_train(encoder, args)
+    assert torch.equal(figures.descriptors(encoder, data, args), figures.extract(encoder, data, args))
+    encoder.options |= dict(script="deepcluster", feature_dim=16)
+    network: Any = encoder.backbone
+    h = figures.extract(encoder, data, args, functools.partial(network, relu_last=False))
+    projection, offset, *_ = deepcluster.pca_of(h, 16)
+    expected, found = deepcluster.whiten(h, projection, offset), figures.descriptors(encoder, data, args)
+    assert found.shape == (len(data), 16)
+    torch.testing.assert_close(found @ found.T, expected @ expected.T, atol=1e-3, rtol=1e-3)
 
 
 # pca

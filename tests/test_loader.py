@@ -238,8 +238,10 @@ def test_the_bank_leaves_the_test_images_alone(trained: Path) -> None:
     """With the bank as training features the run's own seed chooses its images, --seed still the test images."""
     args = eval_knn.parse_args([str(trained / "checkpoint.pth"), "--test-subset", "7", "--seed", "5"])
     found = encoder(trained / "checkpoint.pth")
-    tests = [common.load_sets(argparse.Namespace(**vars(args)), found, split, CPU)[1]
-             for split in ("train", "pretrain")]
+    tests = list[common.ImageSet]()
+    for split in ("train", "pretrain"):
+        own = argparse.Namespace(**vars(args))
+        tests.append(common.load_test(own, found, common.load_train(own, found, split, CPU), CPU))
     assert torch.equal(tests[0].ids, tests[1].ids) and args.seed == 5
 
 
