@@ -95,7 +95,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fig4.9-flickr1m": dict(PIC | FLICKR, data="flickr1m", updates_per_epoch=5005),
     "fig4.9-flickr2m": dict(PIC | FLICKR | PART, data="flickr2m", updates_per_epoch=5005),
     "fig4.9-flickr2m-pool": dict(PIC | FLICKR | PART, data="flickr2m", updates_per_epoch=5005, cluster_pool=True),
-    **{f"fig4.10-{pool}-{n}": dict(PIC | FLICKR, data=f"flickr{pool}", images_per_epoch=n, updates_per_epoch=11_700)
+    # A point of the figure every 11,700 updates: each epoch of three passes over 1M images, each tenth over 100,000.
+    **{f"fig4.10-{pool}-{n}": dict(PIC | FLICKR, data=f"flickr{pool}", images_per_epoch=n,
+                                   updates_per_epoch=n * 117 // 10_000)
        for pool, n in (("100k", 100_000), ("1m", 100_000), ("1m", 1_000_000), ("10m", 100_000), ("10m", 1_000_000))},
     # Local Aggregation's DC-ResNets, on the unpooled map: -A without hidden layers, -B with two
     **{f"imagenet-{arch}-a": dict(IMAGENET, arch=arch, head="map", lr=0.05) for arch in ("resnet18", "resnet50")},
