@@ -151,16 +151,18 @@ def way_out(error: OSError) -> str:
 def append_line(path: Path, line: str) -> None:
     """Add a JSON line to a file, or nothing of it. Half a line, left by a kill, goes; a whole one is ended first."""
     with path.open("ab+") as file:
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            fcntl.lockf(file, fcntl.LOCK_EX)  # two evaluations of a network may end together
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - (1 << 20)))
         last = file.read().rpartition(b"\n")[2]
         try:
-            json.loads(last)
+            if last:
+                json.loads(last)
+                line = f"\n{line}"
         except ValueError:
             size -= len(last)
             file.truncate(size)
-        else:
-            line = f"\n{line}"
         try:
             file.write(line.encode() + b"\n")
             file.flush()
@@ -532,7 +534,7 @@ class Run:
         torch.manual_seed(self.generator("step", epoch, step, self.rank).initial_seed())
 
     def draw(self, epoch: int, step: int) -> Draw:
-        """The random numbers of a step's augmentation."""
+        """The random numbers of a step's augmentation, for all its views: a second call repeats them."""
         size = self.args.batch_size
         return Draw(self.generator("augment", epoch, step), size, self.rows(size), self.device)
 
@@ -593,8 +595,8 @@ class Run:
                 for name, part in state.items():
                     part.load_state_dict(saved["state"][name])
             except (KeyError, RuntimeError, ValueError) as error:
-                raise Fault(f"{path} does not fit this code ({str(error).splitlines()[0]}): choose another "
-                            "--output") from None
+                raise Fault(f"{path} does not fit this code ({str(error).splitlines()[-1].strip()}): choose another "
+                            "--output or --overwrite") from None
             if self.rank == 0:
                 if log.exists():
                     with log.open("rb+") as file:  # a log that something else has cut ends with a whole line
@@ -610,7 +612,7 @@ class Run:
 
             done = epoch * steps + step
             self.bar = tqdm(total=self.args.epochs * steps, initial=done, unit="step", dynamic_ncols=True)
-        if epoch == step == 0 or (self.rank == 0 and not (log.exists() and log.stat().st_size)):
+        if self.rank == 0 and not (log.exists() and log.stat().st_size):
             self.log(**self.header)
         self.previous = {number: signal.signal(number, self._on_signal)
                          for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
@@ -1204,7 +1206,10 @@ def random_crops(path: Path, uniform: Tensor, crop: Crop) -> Tensor:
 def extract(
     run_or_device: Run | torch.device, data: ImageSet, encode: Callable[[Tensor], Tensor], batch_size: int = 256
 ) -> Tensor:
-    """Features (N, D) float32 of all images without augmentation, in their order; shared out over the ranks."""
+    """Features (N, D) float32 of all images without augmentation, in their order; shared out over the ranks.
+
+    encode: normalised images (b, 3, S, S) -> (b, D).
+    """
     run = None if isinstance(run_or_device, torch.device) else run_or_device
     device = run_or_device if isinstance(run_or_device, torch.device) else run_or_device.device
     rows = torch.arange(len(data)) if run is None else run.share(len(data))
@@ -1442,13 +1447,17 @@ def _image_files(place: Path, without: set[Path]) -> list[str]:
 
 def _largest_side(data: ImageSet) -> int:
     """The longest side among some 64 images, in px; 0 if none can be read."""
-    side = 0
+    side, grey = 0, list[float]()
     for row in range(0, len(data), max(1, len(data) // 64)):
         try:
             with Image.open(data.path(row)) as image:
                 side = max(side, *image.size)
+                grey += np.ravel(image.getextrema()) if image.mode[0] in "IF" else ()
         except UNREADABLE:
             data.bad.add(data.path(row), all_ranks=True)
+    if grey and not (min(grey) >= 0 and 2**15 <= max(grey) < 2**16):
+        note(f"warning: {data.name} has grey values from {min(grey):g} to {max(grey):g}: integers are divided by 257, "
+             "floats cut off above 255. Convert the images to 8 bits, or to 0 to 65,535")
     return side
 
 
@@ -1860,6 +1869,8 @@ def random_blur(
 #                               DeepCluster clusters (no difference for a ResNet: it ends with a mean)
 #   stages(images)              five maps for linear probes, each after BN and ReLU and before max-pooling
 #   front                       Sobel where input_channels is 2, else nothing: images come as RGB in any case
+# One of your own is a name in ARCHITECTURES and a branch of `backbone` that returns it before weights are drawn. kNN,
+# SVMs and probes of its output need `forward` and `dim` alone; detection and segmentation take only these.
 
 # Stages of AlexNet and VGG16: filters, convolutions, kernel size, whether max-pooling follows. Batch normalisation
 # stands nowhere (NPID), after convolutions (_bn: DeepCluster; torchvision's vgg16_bn), or after fully connected layers
@@ -2096,6 +2107,8 @@ def bank_attention(z: Tensor, bank: Tensor, temperature: float) -> tuple[Tensor,
 class _BankSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, index: Tensor, bank: Tensor, temperature: float) -> Tensor:
+        if any(ctx.needs_input_grad[1:]):
+            raise ValueError("bank_softmax: only z takes a gradient, neither the bank nor the temperature")
         with torch.autocast(z.device.type, enabled=False):
             output, lse = bank_attention(z, bank, temperature)
             positive = bank[index].to(z.dtype)
@@ -2686,7 +2699,8 @@ def load_encoder(
     width = width or options.get("width", 64)
     channels = next((w.shape[1] for w in weights.values() if w.ndim == 4), 3)  # 2: DeepCluster's Sobel
     channels = 2 if channels == 2 else 3
-    stems = [data["small"]] if ours else [False, True] if small is None else [small]
+    # Ours had the stem of its images' size, unless its script was changed.
+    stems = [data["small"], not data["small"]] if ours else [False, True] if small is None else [small]
     for stem in stems:
         network = backbone(arch, width, stem, channels)
         weights = _strip(weights, network.state_dict())
@@ -2707,6 +2721,8 @@ def load_encoder(
     neck = _neck(weights, network.dim) if layer != "backbone" else None
     inputs = network.dim if neck is None else len(weights["neck.0.weight"])
     names = dict(head=["head", "fc", "linear"], auto=["head"] if ours else [], backbone=[])[layer]
+    if neck is None and any(name.startswith("neck.") for name in weights):  # what lies behind it is no use alone
+        names = []
     for name in names:
         found = {key: weights[f"{name}.{key}"] for key in ("weight", "bias") if f"{name}.{key}" in weights}
         if f"{name}.direction" in weights:  # cld.NormLinear; the input's length that it divides by cancels in embed
@@ -2743,7 +2759,7 @@ def _neck(weights: dict[str, Tensor], dim: int) -> nn.Sequential | None:
     outputs = len(weights["neck.0.weight"])
     norm = [nn.BatchNorm1d(outputs)] if "neck.1.running_mean" in weights else []
     neck = nn.Sequential(nn.Linear(dim, outputs), *norm, nn.ReLU())
-    if any(f"neck.{key}" not in weights for key in neck.state_dict()):
+    if {name for name in weights if name.startswith("neck.")} != {f"neck.{key}" for key in neck.state_dict()}:
         return None
     neck.load_state_dict({key: weights[f"neck.{key}"] for key in neck.state_dict()})
     return neck
@@ -2789,7 +2805,7 @@ def _strip(weights: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, T
             if name[i:] in target:
                 votes[name[:i]] = votes.get(name[:i], 0) + 1
                 break
-    prefix = max(sorted(votes, reverse=True), key=lambda p: votes[p], default="")
+    prefix = max(sorted(votes, reverse=True), key=lambda p: (votes[p], p == "backbone."), default="")
     outer = prefix.removesuffix("backbone.")  # the head lies beside the backbone
     kept = {name.removeprefix(prefix): value for name, value in plain.items() if name.startswith(prefix)}
     beside = {name.removeprefix(outer): value for name, value in plain.items()

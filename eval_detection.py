@@ -7,7 +7,7 @@ there is nothing else to install. The preset is the protocol.
     python eval_detection.py runs/npid-shapes-seed0/checkpoint.pth            # a rendered set: no data needed
     python eval_detection.py random --arch resnet18 --width 16                # the untrained network beside it
     python eval_detection.py resnet50.pth --arch resnet50 --preset voc0712    # CLD, MoCo: trainval07+12, 24k iterations
-    python eval_detection.py runs/cld-imagenet-mocov2-cld-seed0/checkpoint.pth --preset voc07   # trainval07, 9k iterations
+    python eval_detection.py runs/cld-imagenet-mocov2-cld-seed0/checkpoint.pth --preset voc07    # 9,000 iterations
     torchrun --nproc-per-node 8 eval_detection.py runs/cld-imagenet-mocov2-cld-seed0/checkpoint.pth --preset voc0712
     python eval_detection.py vgg16_bn.pth --arch vgg16_bn --preset voc07-la-vgg16       # LA: Faster R-CNN, VGG16
     python eval_detection.py runs/npid-imagenet-alexnet-seed0/checkpoint.pth --preset voc07-fast-alexnet \

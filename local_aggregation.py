@@ -163,7 +163,7 @@ def fit_to(count: int, args: argparse.Namespace) -> list[str]:
     than C_i, where it is over a quarter; the warm start to a third of the epochs. Returns what to tell the user.
     """
     notes, preset = list[str](), PRESETS["imagenet"] | PRESETS[args.preset]
-    whole = preset.get("subset", IMAGES[preset.get("data", "imagenet")])
+    whole = preset.get("subset", IMAGES.get(preset.get("data", "imagenet"), count))
     for name, value, too_large in (("m", max(2, round(preset["m"] * count / whole)), 2 * count < whole),
                                    ("k", max(2, count // 10), args.k > count // 4)):
         given = getattr(args, name)
@@ -527,7 +527,7 @@ def main(args: argparse.Namespace) -> None:
             optimizer.step()
             all_z, all_index = run.gather(torch.cat(z), index)
             bank.update(all_z, all_index, args.bank_momentum)
-            totals.add(loss=loss)
+            totals.add(loss=loss, feature_std=all_z.std(0).mean() * args.feature_dim**0.5)
             run.after_step(state, epoch, step, loss)
 
         row: dict[str, float] = totals.means()  # waits for the device's last steps

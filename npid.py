@@ -24,12 +24,10 @@ Differences from the paper and from the authors' code:
     step (`--z first`, the paper's); a network whose features start out alike makes that a bad estimate: see `--z ema`.
   * CIFAR's recipe is the code's: jitter before grey, no flip, tau 0.1, batch 128, weight decay 5e-4; the paper gives
     none.
-  * AlexNet and VGG16 have batch normalisation after convolutions. The paper's had none (kNN 31.3 and 33.9); with it,
-    after fully connected layers too, Local Aggregation's authors found 34.9 and 42.1.
 
 log.jsonl has, in its first line, chance_loss, that of equal probabilities (ln N for the softmax); for each epoch:
-loss; z_over_n for NCE, Z / N (a random bank gives 2.2 at tau 0.07, D 128); knn_top1 each --knn-every epochs (K = 200,
-temperature tau).
+loss; feature_std (1: features spread over the sphere, 0: all alike); z_over_n for NCE, Z / N (a random bank gives 2.2
+at tau 0.07, D 128); knn_top1 each --knn-every epochs (K = 200, temperature tau).
 """
 
 import argparse
@@ -58,10 +56,10 @@ THIN = dict(subset=5000, width=16, temperature=0.2, batch_size=32, lr=0.03, sche
 PRESETS: dict[str, dict[str, Any]] = {
     "imagenet": dict(loss="softmax", temperature=0.07, batch_size=256, lr=0.03, schedule="step", lr_drops=[120, 160],
                      epochs=200, weight_decay=1e-4, flip=True),
-    "imagenet-alexnet": dict(NCE, arch="alexnet"),  # Tables 2 and 3
-    "imagenet-vgg16": dict(NCE, arch="vgg16"),
-    "imagenet-alexnet-bn": dict(NCE, arch="alexnet_bn_fc"),  # "IR (with BN)" of Local Aggregation's tables
-    "imagenet-vgg16-bn": dict(NCE, arch="vgg16_bn_fc"),
+    "imagenet-alexnet": dict(NCE, arch="alexnet"),  # Tables 2 and 3; kNN 31.3
+    "imagenet-vgg16": dict(NCE, arch="vgg16"),  # 33.9
+    "imagenet-alexnet-bn": dict(NCE, arch="alexnet_bn_fc"),  # "IR (with BN)" of Local Aggregation's tables, 34.9
+    "imagenet-vgg16-bn": dict(NCE, arch="vgg16_bn_fc"),  # 42.1
     "imagenet-resnet18": dict(NCE, arch="resnet18"),
     "imagenet-resnet50": dict(NCE, arch="resnet50"),
     "imagenet-resnet50-sampled": dict(NCE, arch="resnet50", loss="sampled",
@@ -406,7 +404,7 @@ def main(args: argparse.Namespace) -> None:
             optimizer.step()
             all_z, all_index = run.gather(torch.cat(z), index)
             bank.update(all_z, all_index, args.bank_momentum)
-            totals.add(loss=loss)
+            totals.add(loss=loss, feature_std=all_z.std(0).mean() * args.feature_dim**0.5)
             run.after_step(state, epoch, step, loss)
 
         row: dict[str, float] = totals.means()  # waits for the device's last steps

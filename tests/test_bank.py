@@ -53,6 +53,9 @@ def test_softmax_is_cross_entropy(
 ) -> None:
     """Value and gradient, also times upstream gradients, equal float64 cross-entropy for any N."""
     z, index, bank = make(size, 128, batch, device, dtype)
+    for wrong in ((bank.clone().requires_grad_(), temperature), (bank, torch.tensor(temperature, requires_grad=True))):
+        with pytest.raises(ValueError, match="only z takes a gradient"):
+            common.bank_softmax(z, index, *wrong)
     upstream = torch.linspace(-2, 2, batch, device=device)
     z.requires_grad_()
     loss = common.bank_softmax(z, index, bank, temperature)

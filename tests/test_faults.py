@@ -3,6 +3,7 @@
 import argparse
 import errno
 import functools
+import json
 import os
 import pickle
 import subprocess
@@ -303,6 +304,17 @@ def test_lines_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     path.write_text(path.read_text() + '{"half')
     common.append_line(path, "6")
     assert path.read_text() == '1\n{"whole": 2}\n3\n5\n6\n'
+
+
+def test_lines_of_two_writers(tmp_path: Path) -> None:
+    """Two processes that add lines to one file at a time lose none of them, and tear none."""
+    script = ("import sys, pathlib, common\n"
+              "for i in range(40): common.append_line(pathlib.Path(sys.argv[1]), '\"' + 20_000 * sys.argv[2] + '\"')")
+    writers = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "lines"), letter], cwd=common.ROOT)
+               for letter in "ab"]
+    assert [writer.wait(60) for writer in writers] == [0, 0]
+    lines = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
+    assert sorted(lines) == [*40 * [20_000 * "a"], *40 * [20_000 * "b"]]
 
 
 def test_result_that_cannot_be_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -143,6 +143,27 @@ def test_foreign_necks_and_heads_are_left_over(resnet: dict[str, Tensor], tmp_pa
             assert found.head is None and found.report["missing"] == []
 
 
+def test_other_heads_and_stems_of_ours(trained: Path, tmp_path: Path) -> None:
+    """A neck of two hidden layers is refused whole, head included; of two backbones the one without a prefix counts; a
+    stem that the images' size does not imply is found by the weights."""
+    saved = torch.load(trained / "checkpoint.pth")
+    weights = saved["state"]["encoder"]
+    dim = weights["head.weight"].shape[1]
+    more = {f"neck.{place}.{kind}": torch.rand(dim, *[dim] * (kind == "weight")) for place in (0, 2)
+            for kind in ("weight", "bias")}
+    torch.save(saved | dict(state=dict(encoder=weights | more)), tmp_path / "file.pth")
+    found = common.load_encoder(tmp_path / "file.pth", None, None, None, CPU, "auto")
+    assert found.head is None and set(more) < set(found.report["unexpected"])
+    copy = {f"teacher_{name}": torch.zeros_like(value) for name, value in weights.items() if "backbone" in name}
+    torch.save(saved | dict(state=dict(encoder=weights | copy)), tmp_path / "file.pth")
+    found = common.load_encoder(tmp_path / "file.pth", None, None, None, CPU, "auto")
+    assert found.head is not None and len(found.report["unexpected"]) == len(copy)
+    assert torch.equal(found.backbone.state_dict()["conv1.weight"], weights["backbone.conv1.weight"])
+    torch.save(saved | dict(data=saved["data"] | dict(small=False)), tmp_path / "file.pth")
+    found = common.load_encoder(tmp_path / "file.pth", None, None, None, CPU, "auto")
+    assert found.report["missing"] == [] and found.head is not None
+
+
 def test_a_missing_convolution_is_no_trifle(resnet: dict[str, Tensor], tmp_path: Path) -> None:
     """95 of 100 tensors are not enough where the stem is among the five."""
     torch.save({name: value for name, value in resnet.items() if not name.startswith(("conv1", "bn1"))},

@@ -282,6 +282,13 @@ def test_defaults_shrink_to_the_data_and_typed_values_do_not() -> None:
     assert (args.m, args.k) == (6000, 1000)
 
 
+def test_a_preset_for_another_set_is_meant_for_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The m of a preset whose set is unknown here stays."""
+    monkeypatch.setitem(la.PRESETS, "mine", dict(data="mine", m=500, k=64))
+    args = la.parse_args(["--preset", "mine"])
+    assert la.fit_to(5000, args) == [] and args.m == 500
+
+
 @pytest.mark.parametrize(("preset", "images", "m"), [
     ("cifar10", 50_000, 10_000), ("cifar10", 20_000, 4000), ("cifar10-thin", 5000, 1000), ("cifar10-thin", 1000, 200),
     ("imagenet", 126_689, 2967), ("imagenet", 119_999, 2810), ("imagenet", 700_000, 30_000),
