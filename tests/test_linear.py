@@ -819,6 +819,48 @@ def test_batch_normalisation_may_train(trained: Path, voc: Path, tmp_path: Path)
         assert torch.equal(weights[f"body.{name}"], before[name])
 
 
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    """What a training does: the rates of each step's groups, the length of its gradient, and the crops."""
+    found = argparse.Namespace(rates=[], lengths=[], crops=[])
+    step, batches = torch.optim.SGD.step, common.ImageSet.batches
+
+    def stepped(self: torch.optim.SGD, *args: Any) -> Any:
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        found.rates.append([group["lr"] for group in self.param_groups])
+        found.lengths.append(torch.cat([weight.grad.flatten() for weight in weights]).norm().item())
+        return step(self, *args)
+
+    def cropped(self: common.ImageSet, run: common.Run, order: Tensor, crop: common.Crop, *rest: Any) -> Any:
+        found.crops.append((crop.scale, crop.ratio))
+        return batches(self, run, order, crop, *rest)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", stepped)
+    monkeypatch.setattr(common.ImageSet, "batches", cropped)
+    return found
+
+
+def test_the_new_layer_learns_faster(checkpoint: Path, seen: argparse.Namespace) -> None:
+    """The last layer's rate is --head-factor times that of the others, also after drops; crops are pretraining's."""
+    evaluate(checkpoint, "--preset", "finetune-cld", "--data", "shapes", "--subset", 60, "--test-subset", 40,
+             "--labels", 30, "--epochs", 3, "--lr-drops", 1, 2)
+    assert seen.rates == [pytest.approx([rate, 100 * rate]) for rate in (0.01, 0.002, 0.0004)]
+    assert seen.crops == [((0.2, 1.0), (3 / 4, 4 / 3))] * 3
+
+
+def test_voc07_clips_gradients_and_crops_squares(
+    trained: Path, voc: Path, tmp_path: Path, seen: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training on VOC07 sees squares of 10 to 50 % of an image, and a gradient longer than 10 becomes as long."""
+    loss = eval_linear.masked_bce
+    monkeypatch.setattr(eval_linear, "masked_bce", lambda *args: 1000 * loss(*args))
+    path = Path(shutil.copy(trained, tmp_path / "checkpoint.pth"))
+    evaluate(path, "--preset", "voc07-all", "--data", "shapes", "--subset", 60, "--test-subset", 40, "--epochs", 1,
+             "--test-crops", 1, "--workers", 0, data_dir=voc)
+    assert seen.lengths == [pytest.approx(10, rel=1e-3)] * 3
+    assert seen.crops == [((0.1, 0.5), (1, 1))]
+
+
 @pytest.mark.parametrize("shots", [[], ["--per-class", "1", "2", "--draws", "2"],
                                    ["--labels", "40", "50", "--draws", "2"]])
 def test_voc07_svm(shots: list[str], trained: Path, voc: Path, tmp_path: Path) -> None:
