@@ -1,4 +1,4 @@
-"""Ratios of our kernels to what they replace, measured in turn in one process.
+"""Ratios of our kernels to what they replace, measured in turn in one process, and times and memory of our own.
 
     python benchmarks/bench.py [NAME ...]      # into results/bench.jsonl
 """
@@ -74,6 +74,18 @@ def race(
     }
 
 
+def extra_memory(function: Callable[[], Any]) -> int:
+    """The most bytes that a call's tensors take at a time, beside what was there before."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is talkative
+    with tempfile.TemporaryDirectory() as folder:
+        with torch.profiler.profile(profile_memory=True) as profile:
+            function()
+        profile.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    changes = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
+    return max(itertools.accumulate(event["args"]["Bytes"] for event in changes))
+
+
 def unit_rows(rows: int, dim: int, device: str, seed: int) -> Tensor:
     """Random directions, (rows, dim)."""
     generator = torch.Generator().manual_seed(seed)
@@ -116,7 +128,8 @@ def batch(size: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def bench_softmax(args: argparse.Namespace) -> list[Record]:
-    """Exact softmax against cross-entropy on logits, B = 128, D = 128."""
+    """Exact softmax against cross-entropy on logits, B = 128, D = 128: time, and memory as a share of B x N floats;
+    bound: a tenth."""
     records = []
     for size in (50_000, 400_000):
         inputs = batch(size, args.device)
@@ -124,6 +137,9 @@ def bench_softmax(args: argparse.Namespace) -> list[Record]:
         difference = (softmax_ours(*inputs) - expected).norm() / expected.norm()
         record = race(f"N={size}", partial(softmax_logits, *inputs), partial(softmax_ours, *inputs), args)
         records.append(record | {"gradient_difference": float(difference)})
+    for name, way, limit in (("ours", softmax_ours, 0.1), ("logits", softmax_logits, None)):
+        share = extra_memory(partial(way, *inputs)) / (4 * 128 * size)
+        records.append({"case": f"extra memory, {name}, N={size}", "share_of_logits": round(share, 4), "limit": limit})
     return records
 
 
@@ -232,6 +248,24 @@ def bench_deepcluster(args: argparse.Namespace) -> list[Record]:
     """The clustering of a DeepCluster epoch against Faiss. With 500 groups k-means is at a fixed point after about 13
     iterations, where ours ends and Faiss does not; with as many groups as rows it never is."""
     return [record for groups in (500, 50_000) for record in clustering(args, 50_000, 1000, groups)]
+
+
+def bench_pic(args: argparse.Namespace) -> list[Record]:
+    """Seconds of PIC's parts, N = 50,000, d = 256: graph of 5 neighbours, affinity, 200 iterations, basins."""
+    x, took = whitened(descriptors(50_000, 512, 500).to(args.device)), dict[str, list[float]]()
+
+    def timed(name: str, part: Callable[..., Any], *inputs: Any) -> Any:
+        made = list[Any]()
+        took.setdefault(f"{name}_seconds", []).append(seconds(lambda: made.append(part(*inputs)), x.device))
+        return made[0]
+
+    for _ in range(min(args.repeats, 5) + 1):
+        nearest = timed("graph", deepcluster.own_neighbors, x, 5)
+        graph = timed("affinity", deepcluster.affinity, x, nearest, "median")
+        v = timed("iterations", deepcluster.power_iteration, graph)
+        labels = timed("basins", deepcluster.basins, graph, v)
+    medians = {name: round(statistics.median(each[1:]), 3) for name, each in took.items()}  # the first warms up
+    return [{"case": "PIC N=50000 d=256", **medians, "edges": len(graph.rows), "clusters": int(labels.max()) + 1}]
 
 
 # ---- a whole training step ---------------------------------------------------------------------------------
@@ -473,6 +507,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Record]]] = {
     "kmeans": bench_kmeans,
     "knn": bench_knn,
     "deepcluster": bench_deepcluster,
+    "pic": bench_pic,
     "step": bench_step,
     "la-step": bench_la_step,
     "cld": bench_cld,
