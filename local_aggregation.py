@@ -30,6 +30,8 @@ Differences from the paper and from the existing codes:
   * Clusters are there before the first step that needs them, and are renewed at the first step of each epoch, whether
     or not N divides by B. The k-means seeds follow from --seed: the same each epoch, or `--cluster-seeds redrawn`.
   * DBSCAN collapses, as the paper says: kept for Table 5's discussion as `--clustering dbscan`.
+  * Rows of the bank are unit vectors after each update, as in both codes; eq. (5) does not say so. All weights decay;
+    the codes leave batch normalisation out. One of them has a pre-activation ResNet-18; here it is the standard one.
 
 log.jsonl has, beside NPID's keys: npid_loss and la_loss, each of its epochs; close_size, mean |C_i|; skewness, mean
 distance of v_i to the centre of C_i (section 5.2); intersection, mean |B_i & C_i|, and alone, the share of images
@@ -55,8 +57,8 @@ import common
 # "imagenet" is the base of all: ResNet-18's row of Table 1. The tables' rows change one thing of (H, m) = (1, 10k).
 
 ABLATION = dict(data="imagenet", H=1, m=10_000)
-# Epochs and drops of each network are the authors' configurations'; the paper has "about 200", and drops when the
-# validation accuracy rests.
+# Epochs and drops of each network are the authors' configurations', VGG16's of one with batches of 256; the paper has
+# batches of 128, "about 200" epochs, and drops when the validation accuracy rests.
 ALEXNET = dict(data="imagenet", arch="alexnet_bn_fc", epochs=160, lr_drops=[119, 142])
 VGG16 = dict(data="imagenet", arch="vgg16_bn_fc", epochs=178, lr_drops=[136, 158])
 RESNET50 = dict(data="imagenet", arch="resnet50", lr_drops=[152, 189])
@@ -132,7 +134,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="clusterings and clusters for --background clusters")
     method.add_argument("--close", choices=["clusters", "self", "nearest"], default="clusters",
                         help="C_i: by clusterings; only i; or the --close-neighbors nearest, which collapses (Table 5)")
-    method.add_argument("--close-neighbors", type=common.COUNT, default=43, metavar="K", help="k' for --close nearest")
+    method.add_argument("--close-neighbors", type=common.COUNT, default=43, metavar="K", help="k' for --close nearest; the paper prints none")
     method.add_argument("--clustering", choices=["kmeans", "dbscan"], default="kmeans",
                         help="how C_i's clusters are found")
     method.add_argument("--dbscan-radius", type=common.POSITIVE, default=0.5,
