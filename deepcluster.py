@@ -30,12 +30,12 @@ Differences from the thesis and from the authors' code:
   * DeepCluster-v2 would be another script: classifier, descriptors, clustering and optimiser are all different.
 
 log.jsonl has, for each epoch: loss; chance_loss, ln of the number of clusters; clusters; empties before they were
-filled; singletons before they were redistributed; largest_share of the images; nmi_previous, NMI with the last
-clustering; pca_variance, the share that is kept; seconds of each part, 0 where a resumed epoch did not repeat it. From
-labels, each --knn-every epochs: ratio_edge, the ratio edge intra-class of section 4.1 in percent, by the network before
-the epoch (in the first row: untrained); nmi_labels of the last clustering; knn_top1 of descriptors after the epoch, and
-test_top1 of the last layer with --clustering labels. Epochs between clusterings have the figures of the row above.
-assignments/epochNNNN.npz holds `cluster`, a number for each line of assignments/images.txt.
+filled, splits of Faiss's way; singletons before they were redistributed; largest_share of the images; nmi_previous, NMI
+with the last clustering; pca_variance, the share that is kept; seconds of each part, 0 where a resumed epoch did not
+repeat it. From labels, each --knn-every epochs: ratio_edge, the ratio edge intra-class of section 4.1 in percent, by
+the network before the epoch (in the first row: untrained); nmi_labels of the last clustering; knn_top1 of descriptors
+after the epoch, and test_top1 of the last layer with --clustering labels. Epochs between clusterings have the figures
+of the row above. assignments/epochNNNN.npz holds `cluster`, a number for each line of assignments/images.txt.
 """
 
 import argparse
@@ -810,7 +810,7 @@ def main(args: argparse.Namespace) -> None:
                         labels, figures["empties"] = kmeans_half(x, args.num_clusters, seed)
                     else:
                         result = common.kmeans(x, args.num_clusters, seed=seed, backend=args.kmeans)
-                        labels, figures["empties"] = result.labels, result.empty
+                        labels, figures["empties"], figures["splits"] = result.labels, result.empty, result.splits
                     seconds["cluster_seconds"] = round(time.perf_counter() - clock, 2)
                     figures["pca_variance"] = variance
                 labels = rank0(run, labels.long().to(run.device)).cpu()

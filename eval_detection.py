@@ -37,7 +37,7 @@ protocols have beta 1 for regions; RoIAlign everywhere, where the older protocol
 first 2,000 of an image, where Fast R-CNN took all; regions that overlap an object by under 0.1 are background too;
 biases have the rate and decay of weights; images of a batch are not grouped by shape. AlexNet and VGG16 are those of
 these scripts. What is drawn in a step follows from (seed, step) and the position in the
-batch; only which anchors and regions are trained on depends on the number of ranks, too.
+batch; only dropout, and which anchors and regions are trained on, depend on the number of ranks, too.
 
 log.jsonl has, each --log-every iterations: the losses of anchors (objectness, rpn_box_reg) and regions (classifier,
 box_reg), their sum, the rate, time and memory.
