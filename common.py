@@ -2110,8 +2110,8 @@ def bank_attention(z: Tensor, bank: Tensor, temperature: float) -> tuple[Tensor,
 class _BankSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, index: Tensor, bank: Tensor, temperature: float) -> Tensor:
-        if any(ctx.needs_input_grad[1:]):
-            raise ValueError("bank_softmax: only z takes a gradient, neither the bank nor the temperature")
+        if ctx.needs_input_grad[3]:
+            raise ValueError("bank_softmax: the temperature takes no gradient")
         with torch.autocast(z.device.type, enabled=False):
             output, lse = bank_attention(z, bank, temperature)
             positive = bank[index].to(z.dtype)
