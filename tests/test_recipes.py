@@ -56,7 +56,7 @@ FASTER_LA = dict(FASTER, iterations=70_000, weight_decay=1e-4, rois=128)
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "npid imagenet-resnet50": ("1.2", dict(NPID, arch="resnet50")),
     "npid imagenet-alexnet": ("1.2", dict(NPID, arch="alexnet")),
-    "npid imagenet-vgg16-bn": ("LA, Table 1", dict(NPID, arch="vgg16_bn_fc")),
+    "npid imagenet-vgg16-bn": ("LA, Table 1", dict(NPID, arch="vgg16_bn_fc", batch_size=128)),
     "npid imagenet": ("exact instead of NCE", dict(NPID, loss="softmax")),
     "npid cifar10": ("Table 1", TABLE1),
     "npid cifar10-nce1": ("Table 1", dict(TABLE1, loss="nce", num_negatives=1)),
