@@ -582,7 +582,7 @@ class Run:
         path, log = self.output / "checkpoint.pth", self.output / "log.jsonl"
         epoch = step = 0
         if self.rank == 0 and self.args.overwrite:
-            for name in ("checkpoint.pth", "backbone.pth", "log.jsonl", "eval.jsonl"):
+            for name in ("checkpoint.pth", "backbone.pth", "detections.pth", "log.jsonl", "eval.jsonl"):
                 (self.output / name).unlink(missing_ok=True)
         self.barrier()
         if self.agree(path.exists()) and not path.exists():
