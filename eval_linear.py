@@ -647,7 +647,7 @@ class Ledger:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["test"] != self.test:
-            raise common.Fault("the test images, or the classes of images, are not those that this run began with: "
+            raise common.Fault("the test images are not those that this run began with, or images have other classes: "
                                "use --overwrite, or another --output")
         vars(self).update(state)
 
@@ -896,7 +896,7 @@ def fit_svms(
     return torch.cat(found).view(*costs.shape, -1)
 
 
-note_once = functools.cache(common.note)  # what would be said of each layer and draw
+note_once = functools.cache(common.note)  # for what would be said of each layer and draw
 
 
 def cross_validate(
