@@ -56,6 +56,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_linear_bn_eval
@@ -243,7 +244,7 @@ def add_set_options(data: argparse._ArgumentGroup) -> None:
     data.add_argument("--data-dir", type=Path, default=Path(os.environ.get("DATA_DIR", "data")), metavar="DIR",
                       help="where named sets lie or are downloaded or rendered to ($DATA_DIR)")
     data.add_argument("--subset", type=count_or_share, metavar="N", help="train on N images (or a share below 1), "
-                      "drawn from the seed; the same number of each class, where an image has one")
+                      "drawn from the seed (shapes: the first); of each class as many, where an image has one")
     data.add_argument("--test-subset", type=count_or_share, metavar="N", help="the same for the test images")
     data.add_argument("--workers", type=number(int, 0, 1024), default=default_workers(), metavar="N",
                       help="processes of each rank that decode images")
@@ -341,7 +342,7 @@ def parse(
     if early.preset is not None and early.preset not in presets:
         near = ", ".join(difflib.get_close_matches(early.preset, presets, cutoff=0.4))
         options.error(f"there is no preset {early.preset}" + f"; near it: {near}" * bool(near))
-    name = early.preset or (early.data if early.data in presets else base)
+    name = early.preset or (early.data if presets.get(early.data, {}).get("data") == early.data else base)
     known = {action.dest: action for action in options._actions}
     for key, value in (presets[base] | presets[name]).items():
         values = value if isinstance(value, list) else [value]
@@ -550,14 +551,16 @@ class Run:
         self.in_background = isinstance(data, ImageSet) and data.pixels is not None
         self.header = dict(
             command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), options=plain_options(self.args), data=self.data,
-            git=git_commit(), python=sys.version.split()[0], torch=torch.__version__, device=device_name(self.device),
-            ranks=self.world, threads=torch.get_num_threads(), amp=self.amp, **facts,
+            git=git_commit(), python=sys.version.split()[0], torch=torch.__version__,
+            torchvision=torchvision.__version__, device=device_name(self.device), ranks=self.world,
+            threads=torch.get_num_threads(), amp=self.amp, **facts,
         )
         if self.rank == 0:
             default = data.name == "shapes" and not {"data", "preset"} & set(self.args.typed)
             hint = " (only the default: rendered, not photographs)" if default else ""
+            device = self.header["device"] + "".join(f", k-means by {facts[key]}" for key in facts if "backend" in key)
             print(f"data {data.name}{hint}: {len(data):,} images at {data.size} px; preset {self.args.preset}; "
-                  f"{self.header['device']}, {self.world} rank(s); output {self.output}", flush=True)
+                  f"{device}, {self.world} rank(s); output {self.output}", flush=True)
 
     def log(self, **row: Any) -> None:
         """Print one JSON line and append it to log.jsonl."""
@@ -2107,8 +2110,8 @@ def bank_attention(z: Tensor, bank: Tensor, temperature: float) -> tuple[Tensor,
 class _BankSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, index: Tensor, bank: Tensor, temperature: float) -> Tensor:
-        if any(ctx.needs_input_grad[1:]):
-            raise ValueError("bank_softmax: only z takes a gradient, neither the bank nor the temperature")
+        if ctx.needs_input_grad[3]:
+            raise ValueError("bank_softmax: the temperature takes no gradient")
         with torch.autocast(z.device.type, enabled=False):
             output, lse = bank_attention(z, bank, temperature)
             positive = bank[index].to(z.dtype)
@@ -2411,7 +2414,8 @@ def _kmeans_faiss(x: Tensor, centroids: Tensor, iterations: int, seed: int) -> K
     objective = [stat.obj for stat in stats] + [float(distance.sum(dtype=np.float64))]
     splits = [int(stat.nsplit) for stat in stats] or [0]
     return KMeans(torch.from_numpy(labels[:, 0].astype(np.int32)).to(x.device),
-                  torch.from_numpy(found.copy()).to(x.device), objective, splits[-1], sum(splits), f"faiss {device}")
+                  torch.from_numpy(found.copy()).to(x.device), objective, splits[-1], sum(splits),
+                  f"faiss {faiss.__version__} {device}")
 
 
 @torch.no_grad()
@@ -2694,8 +2698,9 @@ def load_encoder(
     if not all(isinstance(weight, Tensor) for weight in weights.values()):
         raise Fault(f"{path} is damaged: among its weights is something else")
     arch = arch or options.get("arch")
-    if arch is None:
-        raise Fault(f"{path} does not say its architecture: name it with --arch")
+    if arch not in ARCHITECTURES:
+        raise Fault(f"{path} has {f'the unknown architecture {arch}' if arch else 'no word of its architecture'}: name "
+                    f"one with --arch ({', '.join(ARCHITECTURES)})")
     width = width or options.get("width", 64)
     channels = next((w.shape[1] for w in weights.values() if w.ndim == 4), 3)  # 2: DeepCluster's Sobel
     channels = 2 if channels == 2 else 3

@@ -36,8 +36,8 @@ Differences: the box loss is smooth L1 with beta 1/9 (torchvision's), where MoCo
 protocols have beta 1 for regions; RoIAlign everywhere, where the older protocols pooled; of the proposals in files the
 first 2,000 of an image, where Fast R-CNN took all; regions that overlap an object by under 0.1 are background too;
 biases have the rate and decay of weights; images of a batch are not grouped by shape. AlexNet and VGG16 are those of
-these scripts, with batch normalisation. What is drawn in a step follows from (seed, step) and the position in the
-batch; only which anchors and regions are trained on depends on the number of ranks, too.
+these scripts. What is drawn in a step follows from (seed, step) and the position in the
+batch; only dropout, and which anchors and regions are trained on, depend on the number of ranks, too.
 
 log.jsonl has, each --log-every iterations: the losses of anchors (objectness, rpn_box_reg) and regions (classifier,
 box_reg), their sum, the rate, time and memory.

@@ -27,7 +27,8 @@ epoch, with the setting that is best there. The test images decide nothing.
 
 Differences from the papers' code: probes see fixed crops (the centre, with its mirror image, or ten) where the papers
 draw a new crop each time, so that one pass is enough; probes start at zero; the authors choose the best epoch on the
-validation images. Squared hinge, as LIBLINEAR's default, with a penalised intercept.
+validation images. Local Aggregation's code pools layers above 200,000 numbers only (`--layer-size 200000`, at 20 times
+the disk). Squared hinge, as LIBLINEAR's default, with a penalised intercept.
 
 The last line of the output is the result as JSON, also appended to eval.jsonl beside the checkpoint; accuracies and
 average precisions in percent. A killed run started again goes on.

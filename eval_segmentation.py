@@ -17,9 +17,10 @@ another kind or size, or with a class that does not exist, is an error that name
 
 The last line of the output is the result as JSON, also appended to eval.jsonl in --output and beside the checkpoint:
 miou is the mean over ground and classes of the share of pixels in both masks among those in either, counted over all
-test images at their own size, in percent; pixel_accuracy the share of pixels that are right. log.jsonl has the loss
-and the rate each --log-every iterations. What is drawn in a step follows from (seed, step) and the position in the
-batch. Where the labels of a folder's classes are not to be had, they are class 1, class 2, ...
+test images at their own size, in percent; pixel_accuracy the share of pixels that are right. log.jsonl has the loss and
+the rate each --log-every iterations. What is drawn in a step follows from (seed, step) and the position in the batch,
+dropout also from the number of ranks. Where the labels of a folder's classes are not to be had, they are class 1, class
+2, ...
 """
 
 import argparse

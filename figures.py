@@ -5,7 +5,7 @@
     python figures.py curves runs/npid-cifar10-proximal-seed0 runs/npid-cifar10-oscillating-seed0    # Fig. 3 and 4
     python figures.py curves runs/npid-cifar10-seed*             # runs that differ in the seed alone: their mean
     python figures.py density runs/npid-cifar10-seed0 runs/local_aggregation-cifar10-seed0           # LA, Fig. 2
-    python figures.py neighbors runs/npid-cifar10-seed0          # LA, Fig. 3; DeepCluster, Fig. 5.3
+    python figures.py neighbors runs/npid-cifar10-seed0          # LA, Fig. 3
     python figures.py mds runs/local_aggregation-cifar10-seed0   # LA, Fig. 4
     python figures.py edges runs/deepcluster-cifar10-seed0       # DeepCluster, Fig. 4.1 to 4.10
     python figures.py pca runs/deepcluster-cifar10-seed0         # Fig. 4.3
@@ -14,7 +14,7 @@
     python figures.py linear runs/npid-cifar10-seed0             # NPID, Table 2: after eval_linear.py
     python figures.py lowshot runs/deepcluster-cifar10-seed0     # Fig. 5.1, after eval_linear.py --preset lowshot
     python figures.py semisup runs/npid-cifar10-seed0            # NPID, Fig. 6, after eval_linear.py --preset finetune
-    python figures.py retrieval runs/npid-cifar10-seed0 runs/cld-cifar10-seed0    # CLD, Fig. A.3
+    python figures.py retrieval runs/npid-cifar10-seed0 runs/cld-cifar10-seed0    # CLD, Fig. A.3; DeepCluster, Fig. 5.3
     python figures.py queue runs/cld-cifar10-moco-queue*         # CLD, Fig. A.2, after eval_knn.py
     python figures.py ablation runs/npid-cifar10-*               # any table of ablations: the paper's figures, ours
     python figures.py detections runs/npid-shapes-seed0          # boxes and precision-recall, after eval_detection.py

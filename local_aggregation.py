@@ -30,6 +30,8 @@ Differences from the paper and from the existing codes:
   * Clusters are there before the first step that needs them, and are renewed at the first step of each epoch, whether
     or not N divides by B. The k-means seeds follow from --seed: the same each epoch, or `--cluster-seeds redrawn`.
   * DBSCAN collapses, as the paper says: kept for Table 5's discussion as `--clustering dbscan`.
+  * Rows of the bank are unit vectors after each update, as in both codes; eq. (5) does not say so. All weights decay;
+    the codes leave batch normalisation out. One of them has a pre-activation ResNet-18; here it is the standard one.
 
 log.jsonl has, beside NPID's keys: npid_loss and la_loss, each of its epochs; close_size, mean |C_i|; skewness, mean
 distance of v_i to the centre of C_i (section 5.2); intersection, mean |B_i & C_i|, and alone, the share of images
@@ -55,8 +57,8 @@ import common
 # "imagenet" is the base of all: ResNet-18's row of Table 1. The tables' rows change one thing of (H, m) = (1, 10k).
 
 ABLATION = dict(data="imagenet", H=1, m=10_000)
-# Epochs and drops of each network are the authors' configurations'; the paper has "about 200", and drops when the
-# validation accuracy rests.
+# Epochs and drops of each network are the authors' configurations', VGG16's of one with batches of 256; the paper has
+# batches of 128, "about 200" epochs, and drops when the validation accuracy rests.
 ALEXNET = dict(data="imagenet", arch="alexnet_bn_fc", epochs=160, lr_drops=[119, 142])
 VGG16 = dict(data="imagenet", arch="vgg16_bn_fc", epochs=178, lr_drops=[136, 158])
 RESNET50 = dict(data="imagenet", arch="resnet50", lr_drops=[152, 189])
@@ -132,7 +134,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="clusterings and clusters for --background clusters")
     method.add_argument("--close", choices=["clusters", "self", "nearest"], default="clusters",
                         help="C_i: by clusterings; only i; or the --close-neighbors nearest, which collapses (Table 5)")
-    method.add_argument("--close-neighbors", type=common.COUNT, default=43, metavar="K", help="k' for --close nearest")
+    method.add_argument("--close-neighbors", type=common.COUNT, default=43, metavar="K",
+                        help="k' for --close nearest; the paper prints none")
     method.add_argument("--clustering", choices=["kmeans", "dbscan"], default="kmeans",
                         help="how C_i's clusters are found")
     method.add_argument("--dbscan-radius", type=common.POSITIVE, default=0.5,
@@ -157,10 +160,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def fit_to(count: int, args: argparse.Namespace) -> list[str]:
-    """Shrink defaults that do not fit `count` images or --epochs; a typed m or k above `count` is a fault.
+    """Shrink defaults that do not fit `count` images or --epochs; a typed size that does not is a fault.
 
-    m shrinks where N is under half of what it is meant for, so that clusters keep their size; k to a tenth of N, wider
-    than C_i, where it is over a quarter; the warm start to a third of the epochs. Returns what to tell the user.
+    m, and B_i's clusters, shrink where N is under half of what they are meant for, so that clusters keep their size; k
+    to a tenth of N, wider than C_i, where it is over a quarter; the warm start to a third of the epochs. Returns what
+    to tell the user.
     """
     notes, preset = list[str](), PRESETS["imagenet"] | PRESETS[args.preset]
     whole = preset.get("subset", IMAGES.get(preset.get("data", "imagenet"), count))
@@ -180,9 +184,19 @@ def fit_to(count: int, args: argparse.Namespace) -> list[str]:
                      "image has a close neighbour but itself; ImageNet has 43 a cluster at m = 30000")
     if args.background == "nearest" and args.k > count // 4:
         notes.append(f"warning: k = {args.k} is {100 * args.k / count:.0f} % of the images: B_i is hardly local")
-    if args.background == "clusters" and args.background_clusters[1] > count:
-        raise common.Fault(f"--background-clusters {' '.join(map(str, args.background_clusters))}: more clusters than "
-                           f"the {count} images")
+    if args.background == "clusters":
+        repeats, given = args.background_clusters
+        if 2 * count < whole and "background_clusters" not in args.typed:
+            args.background_clusters = [repeats, max(2, round(given * count / whole))]
+            notes.append(f"--background-clusters {repeats} {args.background_clusters[1]}, scaled from {given} to "
+                         f"{count:,} images")
+        elif given > count:
+            raise common.Fault(f"--background-clusters {repeats} {given}: more clusters than the {count} images")
+    if args.close == "nearest" and args.close_neighbors >= args.k:
+        if "close_neighbors" in args.typed:
+            raise common.Fault(f"--close-neighbors {args.close_neighbors} would be all of B_i, k = {args.k}: lower it")
+        notes.append(f"--close-neighbors {max(1, args.k // 100)}, from {args.close_neighbors}: B_i has {args.k} images")
+        args.close_neighbors = max(1, args.k // 100)
     if args.warmup_epochs >= args.epochs:
         notes.append(f"warning: with --warmup-epochs {args.warmup_epochs} all {args.epochs} epochs are NPID's, none is "
                      "Local Aggregation's")
@@ -273,23 +287,26 @@ def with_gradient(z: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
     return value + ((z - z.detach()) * gradient).sum(1)
 
 
-def local_aggregation(z: Tensor, slots: Tensor, similarity: Tensor, close: Tensor, bank: Tensor, tau: float) -> Tensor:
+def local_aggregation(
+    z: Tensor, slots: Tensor, similarity: Tensor, close: Tensor, bank: Tensor, temperature: float
+) -> Tensor:
     """L(C_i, B_i) of eq. (3), (B,), with B_i listed.
 
     z: (B, D); slots of B_i, their similarity to z, and which are in C_i: (B, k).
     """
-    scores = similarity.detach() / tau
+    scores = similarity.detach() / temperature
     close_scores = scores.masked_fill(~close, -math.inf)
     weights = scores.softmax(1) - close_scores.softmax(1)
-    gradient = F.embedding_bag(slots, bank, mode="sum", per_sample_weights=weights) / tau
+    gradient = F.embedding_bag(slots, bank, mode="sum", per_sample_weights=weights) / temperature
     return with_gradient(z, scores.logsumexp(1) - close_scores.logsumexp(1), gradient)
 
 
 def local_aggregation_dense(
-    z: Tensor, index: Tensor, background: Clusters, close: Clusters, bank: Tensor, tau: float, chunk: int | None = None
+    z: Tensor, index: Tensor, background: Clusters, close: Clusters, bank: Tensor, temperature: float,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """L(C_i, B_i) of eq. (3) and |B_i & C_i|, both (B,), with B_i given by clusters too, of any size: in chunks."""
-    query = z.detach() / tau
+    query = z.detach() / temperature
     peak = torch.full((2, len(z), 1), -math.inf, device=z.device)
     total, mean = torch.zeros_like(peak), torch.zeros(2, *z.shape, device=z.device)  # of B_i, and of C_i & B_i
     size = torch.zeros(len(z), device=z.device)
@@ -307,15 +324,15 @@ def local_aggregation_dense(
         size += both.sum(1)
     log_p = (peak + total.log())[..., 0]
     mean /= total
-    return with_gradient(z, log_p[0] - log_p[1], (mean[0] - mean[1]) / tau), size
+    return with_gradient(z, log_p[0] - log_p[1], (mean[0] - mean[1]) / temperature), size
 
 
-def noise_scores(z: Tensor, noise: Tensor, bank: Tensor, tau: float) -> Tensor:
+def noise_scores(z: Tensor, noise: Tensor, bank: Tensor, temperature: float) -> Tensor:
     """v_j . f / tau of the noise slots (B, m), for the paper's warm start."""
     # With many draws one product with the whole bank is faster: on a CPU from m = N / 16, on a GPU from m = N / D.
     if (16 if z.device.type == "cpu" else z.shape[1]) * noise.shape[1] > len(bank):
-        return (z @ bank.T).gather(1, noise) / tau
-    return torch.einsum("bd,bmd->bm", z, bank[noise]) / tau
+        return (z @ bank.T).gather(1, noise) / temperature
+    return torch.einsum("bd,bmd->bm", z, bank[noise]) / temperature
 
 
 def nce(positive: Tensor, noise: Tensor, log_z: Tensor, num_images: int) -> Tensor:

@@ -58,8 +58,8 @@ PRESETS: dict[str, dict[str, Any]] = {
                      epochs=200, weight_decay=1e-4, flip=True),
     "imagenet-alexnet": dict(NCE, arch="alexnet"),  # Tables 2 and 3; kNN 31.3
     "imagenet-vgg16": dict(NCE, arch="vgg16"),  # 33.9
-    "imagenet-alexnet-bn": dict(NCE, arch="alexnet_bn_fc"),  # "IR (with BN)" of Local Aggregation's tables, 34.9
-    "imagenet-vgg16-bn": dict(NCE, arch="vgg16_bn_fc"),  # 42.1
+    "imagenet-alexnet-bn": dict(NCE, arch="alexnet_bn_fc", batch_size=128),  # "IR (with BN)" of LA's tables, 34.9
+    "imagenet-vgg16-bn": dict(NCE, arch="vgg16_bn_fc", batch_size=128),  # 42.1
     "imagenet-resnet18": dict(NCE, arch="resnet18"),
     "imagenet-resnet50": dict(NCE, arch="resnet50"),
     "imagenet-resnet50-sampled": dict(NCE, arch="resnet50", loss="sampled",

@@ -285,7 +285,7 @@ def write_table(readme: Path, results: Path) -> None:
     text = readme.read_text()
     start = text.index(f"| {HEAD[0]} | ")
     end = text.index("\n\n", start) + 1
-    readme.write_text(text[:start] + table(results) + text[end:])
+    write(readme, text[:start] + table(results) + text[end:])
 
 
 def main(args: argparse.Namespace) -> None:

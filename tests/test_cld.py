@@ -1003,6 +1003,11 @@ def test_crops_from_boxes(tmp_path: Path) -> None:
     boxes = ["image,x1,y1,x2,y2,class", "scene.png,5,2,9,8,cup", "scene.png,15,5,40,30,bowl", "scene.png,30,0,40,9,cup"]
     table.write_text("\n".join(boxes))
     assert crop_boxes.crop_boxes(table, tmp_path, tmp_path / "out") == (2, 1)
+    (tmp_path / "other.csv").write_text("file,left\n")
+    for name, words in (("other.csv", "has not the header image,x1,"), ("none.csv", "No such file")):
+        tool = [common.ROOT / "tools/crop_boxes.py", tmp_path / name, tmp_path, tmp_path / "none"]
+        process = subprocess.run([sys.executable, *tool], capture_output=True, text=True, check=False)
+        assert process.returncode == 2 and words in process.stderr and process.stderr.count("\n") == 1
     (cup,) = (tmp_path / "out" / "cup").iterdir()
     with Image.open(cup) as image:
         assert image.size == (4, 6) and image.getextrema() == ((255, 255), (0, 0), (0, 0))

@@ -349,4 +349,4 @@ def test_faiss_stays_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows on a CPU are clustered there, whatever GPUs Faiss sees."""
     faiss = pytest.importorskip("faiss")
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
-    assert common.kmeans(cloud(300, 8), 5, iterations=2, backend="faiss").backend == "faiss cpu"
+    assert common.kmeans(cloud(300, 8), 5, iterations=2, backend="faiss").backend == f"faiss {faiss.__version__} cpu"

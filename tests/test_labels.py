@@ -23,11 +23,14 @@ def noise_labels() -> None:
     common.load = load
 
 
-@pytest.mark.parametrize("loss", ["softmax", "nce", "sampled", "parametric"])
-def test_labels_never_reach_pretraining(loss: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("script", "options"), [
+    *(("npid", ["--loss", loss, "--m", "8"]) for loss in ("softmax", "nce", "sampled", "parametric")),
+    ("local_aggregation", ["--warmup-epochs", "1", "--m", "8", "--k", "16"]),
+])
+def test_labels_never_reach_pretraining(script: str, options: list[str], tmp_path: Path) -> None:
     """With all labels replaced by noise, the monitor on, training ends with the same checkpoint bit by bit."""
-    command = [*TINY, "--knn-every", "1", "--loss", loss, "--m", "8", "--output"]
-    true, noise = run("npid", [*command, tmp_path / "true"]), run("npid", [*command, tmp_path / "noise"], noise_labels)
+    command = [*TINY, "--knn-every", "1", *options, "--output"]
+    true, noise = run(script, [*command, tmp_path / "true"]), run(script, [*command, tmp_path / "noise"], noise_labels)
     assert true.code == noise.code == 0, true.err + noise.err
     accuracies = [process.out.split("knn_top1")[-1] for process in (true, noise)]
     assert accuracies[0] != accuracies[1]  # the monitor did see them

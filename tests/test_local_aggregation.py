@@ -282,6 +282,21 @@ def test_defaults_shrink_to_the_data_and_typed_values_do_not() -> None:
     assert (args.m, args.k) == (6000, 1000)
 
 
+def test_sizes_of_the_ablations_fit_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """B_i's clusters and k' shrink with the data where they are defaults; C_i = B_i, which learns nothing, is refused."""
+    args = la.parse_args(["--preset", "table4-clusters"])
+    assert len(la.fit_to(1_281_167, args)) == 0 and args.background_clusters == [3, 1000]
+    assert la.fit_to(12_812, args)[1].startswith("--background-clusters 3 10, ")
+    assert args.background_clusters == [3, 10]
+    with pytest.raises(common.Fault, match="more clusters than the 50 images"):
+        la.fit_to(50, la.parse_args(["--preset", "table4-clusters", "--background-clusters", "3", "60"]))
+    args = la.parse_args(["--preset", "table5-nearest"])
+    la.fit_to(400, args)
+    assert (args.k, args.close_neighbors) == (40, 1)
+    with pytest.raises(common.Fault, match="would be all of B_i"):
+        la.fit_to(400, la.parse_args(["--preset", "table5-nearest", "--close-neighbors", "40"]))
+
+
 def test_a_preset_for_another_set_is_meant_for_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The m of a preset whose set is unknown here stays."""
     monkeypatch.setitem(la.PRESETS, "mine", dict(data="mine", m=500, k=64))

@@ -34,7 +34,8 @@ def test_preset_by_data() -> None:
     assert npid.parse_args(["--data", "cifar100"]).preset == "cifar100"
     assert npid.parse_args(["--data=stl10"]).temperature == 0.1
     assert npid.parse_args([]).preset == "shapes"
-    assert npid.parse_args(["--data", "photographs"]).preset == "imagenet"
+    for folder in ("photographs", "demo", "smoke", "cifar10-thin"):  # whatever its name
+        assert npid.parse_args(["--data", folder]).preset == "imagenet"
     args = npid.parse_args(["--data", "cifar100", "--preset", "cifar10-nce512"])
     assert (args.preset, args.data, args.loss, args.num_negatives) == ("cifar10-nce512", "cifar100", "nce", 512)
 

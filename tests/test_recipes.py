@@ -40,7 +40,7 @@ CLD_IMAGENET = dict(CLD, arch="resnet50", batch_size=512, lr=0.2, schedule="cosi
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "npid imagenet-resnet50": ("1.2", dict(NPID, arch="resnet50")),
     "npid imagenet-alexnet": ("1.2", dict(NPID, arch="alexnet")),
-    "npid imagenet-vgg16-bn": ("LA, Table 1", dict(NPID, arch="vgg16_bn_fc")),
+    "npid imagenet-vgg16-bn": ("LA, Table 1", dict(NPID, arch="vgg16_bn_fc", batch_size=128)),
     "npid imagenet": ("exact instead of NCE", dict(NPID, loss="softmax")),
     "npid cifar10": ("Table 1", TABLE1),
     "npid cifar10-nce1": ("Table 1", dict(TABLE1, loss="nce", num_negatives=1)),

@@ -10,17 +10,27 @@ box that is empty after it is cut to its image is left out, and counted.
 
 import argparse
 import csv
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import common
+
+COLUMNS = ["image", "x1", "y1", "x2", "y2", "class"]
 
 
 def crop_boxes(table: Path, scenes: Path, out: Path) -> tuple[int, int]:
     """Writes OUT/<class>/<line>-<image>.png for each line of `table`; returns (written, left out)."""
     written = left_out = 0
     with table.open(newline="") as file:
-        for line, row in enumerate(csv.DictReader(file)):
+        reader = csv.DictReader(file)
+        if not set(COLUMNS) <= set(reader.fieldnames or ()):
+            raise common.Fault(f"{table} has not the header {','.join(COLUMNS)}")
+        for line, row in enumerate(reader):
             with Image.open(scenes / row["image"]) as scene:
                 x1, y1 = (max(0, round(float(row[key]))) for key in ("x1", "y1"))
                 x2, y2 = min(scene.width, round(float(row["x2"]))), min(scene.height, round(float(row["y2"])))
@@ -42,7 +52,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-if __name__ == "__main__":
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
     written, left_out = crop_boxes(args.table, args.scenes, args.out)
     print(f"{written} crops, {left_out} empty boxes left out")
+
+
+if __name__ == "__main__":
+    common.launch(main, parse_args)

@@ -17,6 +17,10 @@ from pathlib import Path
 
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import common
+
 
 def jobs(source: Path, out: Path) -> list[tuple[Path, Path]]:
     """(image to read, image to write) of both splits."""
@@ -53,8 +57,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-if __name__ == "__main__":
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
     if not (args.source / "val/val_annotations.txt").is_file():
-        sys.exit(f"error: {args.source} has no val/val_annotations.txt: it is not the folder of tiny-imagenet-200.zip")
+        raise common.Fault(f"{args.source} has no val/val_annotations.txt: it is not the folder of "
+                           "tiny-imagenet-200.zip")
     print(f"{convert(args.source, args.out, args.size):,} images in {args.out}")
+
+
+if __name__ == "__main__":
+    common.launch(main, parse_args)
