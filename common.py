@@ -1455,7 +1455,7 @@ def _largest_side(data: ImageSet) -> int:
         try:
             with Image.open(data.path(row)) as image:
                 side = max(side, *image.size)
-                grey += np.ravel(image.getextrema()) if image.mode[0] in "IF" else ()
+                grey.extend(np.ravel(image.getextrema()) if image.mode[0] in "IF" else ())
         except UNREADABLE:
             data.bad.add(data.path(row), all_ranks=True)
     if grey and not (min(grey) >= 0 and 2**15 <= max(grey) < 2**16):
