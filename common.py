@@ -585,7 +585,7 @@ class Run:
         path, log = self.output / "checkpoint.pth", self.output / "log.jsonl"
         epoch = step = 0
         if self.rank == 0 and self.args.overwrite:
-            for name in ("checkpoint.pth", "backbone.pth", "log.jsonl", "eval.jsonl"):
+            for name in ("checkpoint.pth", "backbone.pth", "detections.pth", "log.jsonl", "eval.jsonl"):
                 (self.output / name).unlink(missing_ok=True)
         self.barrier()
         if self.agree(path.exists()) and not path.exists():
@@ -1455,7 +1455,7 @@ def _largest_side(data: ImageSet) -> int:
         try:
             with Image.open(data.path(row)) as image:
                 side = max(side, *image.size)
-                grey += np.ravel(image.getextrema()) if image.mode[0] in "IF" else ()
+                grey.extend(np.ravel(image.getextrema()) if image.mode[0] in "IF" else ())
         except UNREADABLE:
             data.bad.add(data.path(row), all_ranks=True)
     if grey and not (min(grey) >= 0 and 2**15 <= max(grey) < 2**16):
@@ -2030,7 +2030,9 @@ def backbone(arch: str, width: int = 64, small: bool = False, input_channels: in
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and arch in PLAIN_STAGES:
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.01)
         if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -167,6 +167,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if "output" not in args.typed:
         place = Path("runs") if args.checkpoint == "random" else Path(args.checkpoint).parent
         args.output = place / f"detection-{'random-' * (args.checkpoint == 'random')}{args.preset}-seed{args.seed}"
+    if args.preset.startswith("voc07-fast") and not args.proposals:
+        parser.error(f"--preset {args.preset} is Fast R-CNN: name files of regions with --proposals")
     scale_to_batch(args, (PRESETS["voc07"] | PRESETS[args.preset])["batch_size"])
     args.epochs, args.schedule, args.compile = 1, "iterations", False  # the whole training is one epoch of the run
     return args
@@ -353,7 +355,9 @@ def split(network: nn.Module, args: argparse.Namespace) -> tuple[list[nn.Module]
         small = isinstance(network.maxpool, nn.Identity)
         stages = [stem, network.layer1, network.layer2, network.layer3]
         return stages, head, 4 if small else 16, args.roi_size, network.dim
-    assert isinstance(network, common.PlainNet)
+    if not isinstance(network, common.PlainNet):
+        raise common.Fault(f"detection takes ResNets, AlexNet and VGG16, not {type(network).__name__}: tell `split` "
+                           "its stages")
     layers, stages, start = list(network.features), [], 0
     for end in network.stage_ends:  # a max-pooling opens the stage after it
         stages.append(nn.Sequential(*[network.front] * (not start), *layers[start : end + 1]))

@@ -15,7 +15,8 @@ their features. Nothing is trained. The paper's setting is K = 200, tau = 0.07, 
 The last line of the output is the result as JSON; it is also appended to eval.jsonl beside the checkpoint. For each K
 and tau: top-1 and top-5 accuracy in percent. --retrieval adds the share of the 1 and 10 nearest training images that
 have the query's class, and the training images' ratio edge intra-class (DeepCluster, section 4.1); --clustering the NMI
-and AMI (arithmetic mean) of a k-means of the test features with the classes.
+and AMI (arithmetic mean) of a k-means of the test features with the classes, and cluster_accuracy, with the best
+one-to-one assignment of clusters to classes.
 """
 
 import argparse
@@ -46,7 +47,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                           "output or the backbone's; auto: the head of these scripts, the backbone of foreign files")
     protocol.add_argument("--retrieval", action="store_true", help="precision among the 1 and 10 nearest, "
                           "ratio edge intra-class")
-    protocol.add_argument("--clustering", action="store_true", help="NMI and AMI of k-means on the test features")
+    protocol.add_argument("--clustering", action="store_true", help="NMI, AMI and accuracy of k-means on the test "
+                          "features")
     protocol.add_argument("--num-clusters", type=common.COUNT, metavar="N", help="of --clustering (as many as classes)")
     common.add_data_options(parser)
     parser.add_argument("--seed", type=common.COUNT_OR_ZERO, default=0, help="of subset, clustering, random weights")
@@ -79,6 +81,9 @@ def main(args: argparse.Namespace) -> None:
         print(f"{path}: {encoder.describe()}", flush=True)
         if args.train_features == "bank" and encoder.bank is None:
             raise common.Fault(f"{path} has no memory bank: use --train-features clean")
+        if args.train_features == "bank" and encoder.head is None:
+            raise common.Fault(f"the memory bank of {path} has the output of a head that cannot be read: use "
+                               "--train-features clean")
         split = "pretrain" if args.train_features == "bank" else "train"
         train = common.load_train(args, encoder, split, device)
         test = common.load_test(args, encoder, train, device)
@@ -111,6 +116,7 @@ def main(args: argparse.Namespace) -> None:
     pixels = args.checkpoint == "pixels"
     result = dict(protocol="knn", checkpoint=args.checkpoint, checkpoint_sha256=encoder.sha256,
                   arch=None if pixels else args.arch or encoder.options.get("arch", "resnet18"),
+                  width=None if pixels else args.width or encoder.options.get("width", 64),
                   layer=None if pixels else "backbone" if encoder.head is None else "head", image_size=train.size,
                   data=train.name, subset=args.subset if bank is None else encoder.options["subset"],
                   train_features=args.train_features,
@@ -144,13 +150,19 @@ def ratio_edge(features: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def clustering(features: Tensor, labels: Tensor, k: int, seed: int) -> dict[str, float]:
-    """Agreement of a k-means of features (N, D) with the classes: NMI and AMI in percent, arithmetic mean."""
+    """Agreement of a k-means of features (N, D) with the classes in percent: NMI and AMI, arithmetic mean, and the
+    accuracy with the best one-to-one assignment of clusters to classes."""
+    from scipy.optimize import linear_sum_assignment
     from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
+    from sklearn.metrics.cluster import contingency_matrix
 
     found = common.kmeans(features, k, seed=seed).labels.cpu().numpy()
     truth = labels.cpu().numpy()
+    table = contingency_matrix(truth, found)
+    best = linear_sum_assignment(table, maximize=True)
     return dict(nmi=round(100 * normalized_mutual_info_score(truth, found, average_method="arithmetic"), 2),
-                ami=round(100 * adjusted_mutual_info_score(truth, found, average_method="arithmetic"), 2))
+                ami=round(100 * adjusted_mutual_info_score(truth, found, average_method="arithmetic"), 2),
+                cluster_accuracy=round(100 * table[best].sum() / len(truth), 2))
 
 
 if __name__ == "__main__":

@@ -453,9 +453,11 @@ def cached_features(
     with (args.features / "lock").open("w") as lock:  # of two runs at once the second finds what the first has made
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             print(f"waiting for another run that writes features to {args.features}", flush=True)
             fcntl.lockf(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            common.note(f"note: {args.features} cannot be locked ({error.strerror}): start nothing else there")
         make_room([file for files in wanted for file in files], args.features)
         found = list[dict[str, Tensor]]()
         for (data, split, crops), files in zip(sets, wanted, strict=True):
@@ -633,8 +635,9 @@ def merit(scores: Tensor, targets: Tensor) -> dict[str, Any]:
 class Ledger:
     """What trainings have found so far; part of the checkpoint, so that a resumed run repeats none of them."""
 
-    def __init__(self, test: common.ImageSet) -> None:
-        self.test = test.identity()
+    def __init__(self, task: Task) -> None:
+        targets = [part.numpy().tobytes() for part in (task.train_targets, task.test_targets)]
+        self.test = task.test.identity() | dict(targets=hashlib.blake2b(b"".join(targets), digest_size=8).hexdigest())
         self.history = list[Any]()  # held-out accuracies of the search at work
         self.chosen = dict[str, Any]()
         self.best = dict[str, Any]()  # test figures at the chosen epoch
@@ -645,8 +648,8 @@ class Ledger:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["test"] != self.test:
-            raise common.Fault("the test images are not those that this run began with: use --overwrite, or another "
-                               "--output")
+            raise common.Fault("the test images are not those that this run began with, or images have other classes: "
+                               "use --overwrite, or another --output")
         vars(self).update(state)
 
 
@@ -734,7 +737,7 @@ def linear(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, t
     run.args.epochs = len(jobs) * args.epochs
     run.args.batch_size = min(args.batch_size, len(fitted))
     train, test = both_features(args, encoder, task, run.device)
-    probes, ledger = Probes(), Ledger(task.test)
+    probes, ledger = Probes(), Ledger(task)
     state: dict[str, Any] = dict(probes=probes, ledger=ledger)
     first_epoch, first_step = run.resume(state, run.steps_per_epoch(len(every)))
     probes.load_state_dict({name: value.to(run.device) for name, value in probes.state_dict().items()})
@@ -894,12 +897,16 @@ def fit_svms(
     return torch.cat(found).view(*costs.shape, -1)
 
 
+note_once = functools.cache(common.note)  # for what would be said of each layer and draw
+
+
 def cross_validate(
     x: Tensor, targets: Tensor, args: argparse.Namespace, several: bool, key: Sequence[int | str], views: int = 1,
     pause: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """The cost (C,) of each class: one for all that classifies most left-out images right, or, where an image may have
-    `several` classes, the one of the best average precision for each. The middle one if a fold would lack a class.
+    `several` classes, the one of the best average precision for each. The middle one if a fold would lack a class that
+    has images.
 
     x: (n V, d), the V crops of an image one after the other, all in one fold; targets: (n V, C). A fold is left out by
     targets of 0: a copy of the other rows may be too large.
@@ -908,8 +915,11 @@ def cross_validate(
     costs = torch.tensor(sorted(args.cost), dtype=torch.float64)
     # In parts, since what is summed becomes int64 first.
     with_class = torch.stack([(part > 0).sum(0) for part in torch.split(images, 8192)]).sum(0)
-    if len(costs) == 1 or (with_class < args.folds).any():
-        return costs[len(costs) // 2].repeat(count)
+    fewest, middle = min(with_class[with_class > 0].tolist(), default=0), costs[len(costs) // 2]
+    if fewest < args.folds and len(costs) > 1:
+        note_once(f"note: a class has fewer images than --folds {args.folds}: C is not chosen, but {middle:g} for all")
+    if fewest < args.folds or len(costs) == 1:
+        return middle.repeat(count)
     order = torch.randperm(len(images), generator=common.generator(*key, "folds"))
     if not several:
         order = order[images.argmax(1).cpu()[order].argsort(stable=True)]
@@ -929,9 +939,10 @@ def cross_validate(
             else:
                 merits[number] += (scores.argmax(1) == truth.argmax(1)).sum().item() / len(rows)
     best: Tensor = costs[merits.argmax(0)]
-    if len(costs) > 2 and best.mode().values in costs[[0, -1]]:
-        print(f"note: the best cost, {best.mode().values.item():g}, is at the end of the grid: widen --C, or try "
-              "--normalize", file=sys.stderr)
+    usual = best[with_class.cpu() > 0].mode().values
+    if len(costs) > 2 and usual in costs[[0, -1]]:
+        print(f"note: the best cost, {usual.item():g}, is at the end of the grid: widen --C, or try --normalize",
+              file=sys.stderr)
     return best
 
 
@@ -979,7 +990,7 @@ def svm(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task
     jobs = [(layer, number) for layer in args.layers for number in range(len(found))]
     run.args.epochs = len(jobs)
     train, test = both_features(args, encoder, task, run.device)
-    ledger = Ledger(task.test)
+    ledger = Ledger(task)
     state: dict[str, Any] = dict(ledger=ledger)
     first, _ = run.resume(state, 1)
     here: Any = None
@@ -1104,7 +1115,7 @@ def train_networks(
     body = [w for w in model.body.parameters() if w.requires_grad]  # none where only the last layer trains
     groups = [dict(params=part) for part in (body, list(model.last.parameters())) if part]
     optimizer = torch.optim.SGD(groups, args.lr[0], momentum=args.momentum)
-    network, ledger, totals = run.parallel(model), Ledger(task.test), common.Totals(run)
+    network, ledger, totals = run.parallel(model), Ledger(task), common.Totals(run)
     state: dict[str, Any] = dict(model=model, optimizer=optimizer, ledger=ledger, totals=totals)
     truths = targets.to(run.device)  # once: in each step it would wait for the device
     first_epoch, first_step = run.resume(state, max(1, max(len(rows) for _, rows in found) // args.batch_size))
@@ -1298,6 +1309,7 @@ def main(args: argparse.Namespace) -> None:
     method = f"{options['script']} {options['preset']}" if options else path.stem
     facts = dict(protocol=args.protocol, preset=args.preset, checkpoint=args.checkpoint,
                  checkpoint_sha256=encoder.sha256, arch=args.arch or options.get("arch", "resnet18"),
+                 width=args.width or options.get("width", 64),
                  method="untrained" if args.checkpoint == "random" else method, data=task.train.name,
                  classes=len(task.train.classes), subset=args.subset, train_images=len(task.train),
                  test_images=len(task.test), train_crops=args.train_crops, test_crops=args.test_crops,

@@ -248,7 +248,9 @@ class Segmenter(nn.Module):
             stages = [stem, network.layer1, network.layer2, network.layer3, network.layer4]
             head = FCNHead(network.dim, 1 + num_classes)
         else:
-            assert isinstance(network, common.PlainNet)
+            if not isinstance(network, common.PlainNet):
+                raise common.Fault(f"segmentation takes ResNets, AlexNet and VGG16, not {type(network).__name__}: tell "
+                                   "`Segmenter` its stages")
             layers, start, stages = list(network.features), 0, []
             for end in network.stage_ends:
                 stages.append(nn.Sequential(*[network.front] * (not start), *layers[start : end + 1]))
@@ -367,6 +369,8 @@ def load(args: argparse.Namespace) -> tuple[common.VocSet, common.VocSet]:
         top = max(int(mask[mask != common.VOID].max(initial=0)) for mask in masks)
         data.classes = [f"class {i}" for i in range(1, top + 1)]
     test = common.load_voc(args, "test", "Segmentation", data.classes)
+    for image in test.images:  # what is wrong with a mask shows before the training
+        read_mask(image, len(data.classes))
     data.size = test.size = args.test_size
     return data, test
 

@@ -1173,34 +1173,39 @@ def semisup(args: argparse.Namespace) -> None:
 # ---- linear ----------------------------------------------------------------------------------------------------------
 
 
+LAYERS = "conv1 conv2 conv3 conv4 conv5 pool5 backbone head"
+
+
 def read_layers(names: Sequence[str], protocol: str, data: str | None) -> dict[str, dict[str, float]]:
-    """The last result of `protocol` for each network in the eval.jsonl of these folders: top-1 in % by layer.
+    """The last results of `protocol` for each network in the eval.jsonl of these folders: top-1 in % by layer; those
+    with few labels, "draws", are something else.
 
     data: the set; default: a run's own.
     """
-    found = dict[tuple[str, str], dict[str, Any]]()
+    found = dict[tuple[str, str], dict[str, float]]()
     for name in names:
         rows = [row for row in read_eval(name, baselines=True) if row.get("protocol") == protocol and "layers" in row
-                and data in (None, row["data"])]
+                and "draws" not in row and data in (None, row["data"])]
         if not rows:
             raise common.Fault(f"{name} has no result of eval_linear.py, protocol {protocol}"
                                f"{f', --data {data}' if data else ''}: run it first")
         own = read_log(name)[0].data["name"] if (folder_of(name) / "log.jsonl").exists() else rows[-1]["data"]
         for row in of_set(rows, data or own):
-            found[row["method"], row["checkpoint_sha256"]] = row
+            which = row["checkpoint_sha256"][:6] or "{arch}, width {width}, seed {seed}".format(**{"width": "?"} | row)
+            line = found.setdefault((row["method"], which), {})
+            line.update({entry["layer"]: entry["top1"] for entry in row["layers"]})
     methods = Counter(method for method, _ in found)
-    labels = [method if methods[method] == 1 else f"{method} {sha[:6]}" for method, sha in found]
-    return {label: {entry["layer"]: entry["top1"] for entry in row["layers"]}
-            for label, row in zip(labels, found.values(), strict=True)}
+    return {method if methods[method] == 1 else f"{method} {which}": line for (method, which), line in found.items()}
 
 
 def draw_layers(lines: dict[str, dict[str, float]], protocol: str) -> Figure:
     """Accuracy by layer, a line for each network; the figures stand beside the best layer of each."""
     figure = Figure((5.6, 3.8), layout="constrained")
     axes = figure.subplots()
-    layers = list(dict.fromkeys(layer for line in lines.values() for layer in line))
+    layers = sorted({layer for line in lines.values() for layer in line}, key=LAYERS.find)
     for number, (label, line) in enumerate(lines.items()):
-        axes.plot([layers.index(layer) for layer in line], list(line.values()), **look(number), label=label)
+        own = sorted(line, key=LAYERS.find)
+        axes.plot([layers.index(layer) for layer in own], [line[layer] for layer in own], **look(number), label=label)
         best = max(line, key=lambda layer: line[layer])
         axes.annotate(f"{line[best]:.1f}", (layers.index(best), line[best]), (0, 5), ha="center",
                       color=COLORS[number % 7], **BESIDE)

@@ -169,9 +169,10 @@ for script, tasks, commands in json.loads(sys.argv[2]):
     for argv in commands:
         sys.argv = [script, *argv]
         args = module.parse_args(argv)
-        trains, output = hasattr(args, "knn_every"), getattr(args, "output", None)
-        output = str(output) if output and (trains or "output" in args.typed) else None
-        found.append([trains, output, getattr(args, "batch_size", None) or 0, getattr(args, "accumulate", 0)])
+        output = getattr(args, "output", None)
+        own = output and not hasattr(module, "folder_of")  # which names a folder for each setting there
+        found.append([str(output) if own else None, getattr(args, "batch_size", None) or 0,
+                      getattr(args, "accumulate", 0)])
 print("\\n" + json.dumps(found))  # after whatever the script has printed
 """
 
@@ -179,8 +180,7 @@ print("\\n" + json.dumps(found))  # after whatever the script has printed
 class Facts(NamedTuple):
     """What a script makes of its options."""
 
-    trains: bool
-    output: str | None  # None: wherever its checkpoint is
+    output: str | None  # of what trains; None: wherever its checkpoint is
     batch_size: int  # 0: not fixed
     parts: int  # of a batch; 0: the script runs as one task
 
@@ -208,14 +208,14 @@ def runs_of(code: Path, args: argparse.Namespace, ranks: int) -> list[tuple[str,
     runs = []
     for words, facts in zip(added, found[: len(added)], strict=True):
         argv, output = args.argv + words, facts.output
-        if args.then and not facts.trains:
+        if args.then and not output:
             raise common.Fault(f"--then is for what comes after training, and {script} does not train")
         if ranks > 1 and not facts.parts:
             raise common.Fault(f"{script} runs as one task, not as {ranks}: use --nodes 1 --gpus 1 --tasks 1")
         if facts.parts and facts.batch_size % (ranks * facts.parts):
             raise common.Fault(f"--batch-size {facts.batch_size} must divide by ranks x accumulate = "
                                f"{ranks} x {facts.parts}")
-        if words and output and facts.trains:
+        if words and output:
             typed = any(word.split("=")[0] == "--output" for word in args.argv)
             told = () if typed else ("--preset", "--seed")  # default names tell these already
             options = zip(words[::2], words[1::2], strict=True)

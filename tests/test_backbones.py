@@ -203,13 +203,15 @@ def test_small_networks_start_as_pytorch_does(arch: str) -> None:
 
 @pytest.mark.parametrize(("arch", "small"), [*((arch, False) for arch in KINDS), ("alexnet", True), ("vgg16", True)])
 def test_initial_weights(arch: str, small: bool) -> None:
-    """Convolutions are Kaiming (fan out), linear layers N(0, 0.01), biases 0, normalisations 1 and 0."""
+    """Convolutions are Kaiming (fan out), linear layers N(0, 0.01) or, without normalisations, Kaiming (fan in), biases
+    0, normalisations 1 and 0."""
     for module in fresh(arch, 16, small).modules():
         if isinstance(module, nn.Conv2d):
             deviation = (2 / (module.out_channels * module.kernel_size[0] ** 2)) ** 0.5
             assert float(module.weight.detach().std()) == pytest.approx(deviation, rel=0.15)
         if isinstance(module, nn.Linear):
-            assert float(module.weight.detach().std()) == pytest.approx(0.01, rel=0.05)
+            deviation = (2 / module.in_features) ** 0.5 if arch in common.PLAIN_STAGES else 0.01
+            assert float(module.weight.detach().std()) == pytest.approx(deviation, rel=0.05)
         if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
             assert not module.bias.any()
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):

@@ -283,6 +283,12 @@ def test_trunk_and_head(arch: str, small: bool) -> None:
             torch.testing.assert_close(head(maps), network(images))
 
 
+def test_network_of_another_kind() -> None:
+    """A network whose stages are not known is a Fault that says which are."""
+    with pytest.raises(common.Fault, match="takes ResNets, AlexNet and VGG16, not Sequential"):
+        eval_detection.Detector(nn.Sequential(), 3, options())
+
+
 @pytest.mark.parametrize("arch", ["vgg16", "alexnet"])
 def test_head_without_fc7(arch: str) -> None:
     """Of a plain network that ends with fc6, as DeepCluster's head of two layers, fc6 alone is the head."""
@@ -401,7 +407,8 @@ def test_boxes_follow_the_image() -> None:
 @pytest.mark.parametrize("preset", eval_detection.PRESETS)
 def test_presets_parse(preset: str) -> None:
     """Every preset sets options that exist, and drops its rate within its iterations."""
-    args = eval_detection.parse_args(["random", "--preset", preset])
+    regions = ["--proposals", "boxes.txt"] if "fast" in preset else []
+    args = eval_detection.parse_args(["random", "--preset", preset, *regions])
     for key, value in (eval_detection.PRESETS["voc07"] | eval_detection.PRESETS[preset]).items():
         assert getattr(args, key) == value
     assert all(drop < args.iterations for drop in args.lr_drops) and args.output.name.endswith(f"{preset}-seed0")
@@ -574,6 +581,14 @@ def killed_after(steps: int) -> None:
     common.Run.after_step = patched  # type: ignore[method-assign]
 
 
+def test_overwrite_removes_the_old_detections(folder: Path, tmp_path: Path) -> None:
+    """A run started anew that ends early leaves no boxes of the old one to be drawn."""
+    words = tiny(folder, tmp_path / "out")
+    assert run("eval_detection", words).code == 0 and (tmp_path / "out/detections.pth").exists()
+    assert run("eval_detection", [*words, "--overwrite"], functools.partial(killed_after, 3)).code == -9
+    assert not (tmp_path / "out/detections.pth").exists()
+
+
 def plain_log(output: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != "seconds_per_iteration"} for row in log(output)]
 
@@ -716,6 +731,7 @@ def test_faults(folder: Path, tmp_path: Path) -> None:
     fails("cannot read", "none.pth", more=[], network=str(tmp_path / "none.pth"))
     fails("--freeze 5", "4 stages", more=["--freeze", 5])
     fails("must divide", more=["--accumulate", 3])
+    fails("voc07-fast-vgg16 is Fast R-CNN", "--proposals", more=["--preset", "voc07-fast-vgg16"])
     (tmp_path / "boxes.txt").write_text("test_00000 1 2 3 4\n")
     fails("no proposals for trainval_00000", "boxes.txt", more=["--proposals", tmp_path / "boxes.txt"])
     (tmp_path / "boxes.txt").write_text("test_00000 1 2 3\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import math
 from collections import defaultdict
@@ -248,6 +250,19 @@ def test_ratio_edge_is_that_of_deepcluster(device: str) -> None:
     assert found == pytest.approx(expected, abs=0.011) and 20 < found < 50
 
 
+@pytest.mark.parametrize("k", [2, 4, 6])
+def test_cluster_accuracy(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most images that any one-to-one assignment of clusters to four classes has right, by trying all, with fewer
+    clusters and with more."""
+    source = torch.Generator().manual_seed(k)
+    labels, clusters = torch.randint(4, (50,), generator=source), torch.randint(k, (50,), generator=source)
+    monkeypatch.setattr(common, "kmeans", lambda *rest, **more: argparse.Namespace(labels=clusters))
+    found = eval_knn.clustering(torch.zeros(50, 1), labels, k, 0)["cluster_accuracy"]
+    names = itertools.permutations([0, 1, 2, 3, -1, -1], k)  # -1: a cluster without a class
+    best = max((torch.tensor(name)[clusters] == labels).double().mean().item() for name in names)
+    assert found == pytest.approx(100 * best)
+
+
 def test_features_are_those_that_are_asked_for(tmp_path: Path) -> None:
     """--layer backbone takes the backbone's output of an untrained network too, and no bank, which has the head's; a
     bank of images of another size is refused with what differs."""
@@ -264,6 +279,11 @@ def test_features_are_those_that_are_asked_for(tmp_path: Path) -> None:
     assert json.loads(run("eval_knn", bank).out.splitlines()[-1])["subset"] == 64  # the run's own
     one_line(run("eval_knn", [*bank, "--layer", "backbone"]), "the memory bank has the head's output")
     one_line(run("eval_knn", [*bank, "--image-size", "32"]), "belongs to other images", "; size differ")
+    saved = torch.load(tmp_path / "checkpoint.pth")
+    encoder = saved["state"]["encoder"]
+    saved["state"]["encoder"] = {name.replace("head.", "projector."): value for name, value in encoder.items()}
+    torch.save(saved, tmp_path / "checkpoint.pth")
+    one_line(run("eval_knn", bank), "has the output of a head that cannot be read", "--train-features clean")
 
 
 def test_one_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import errno
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -286,6 +287,24 @@ def test_one_layer_at_a_time(protocol: str, checkpoint: Path, monkeypatch: pytes
     assert len(evaluate(checkpoint, "--protocol", protocol, "--layers", "conv1", "conv3", "conv5")["layers"]) == 3
 
 
+def test_folders_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                               capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a file system has no locks a note says so and the features are made; only for another run is waited."""
+    encoder, data = encoder_and_data()
+    for error, said in ((errno.ENOLCK, "cannot be locked (No locks available)"), (errno.EAGAIN, "waiting for another")):
+        asked = list[int]()
+
+        def lock(file: Any, how: int, error: int = error, asked: list[int] = asked) -> None:
+            asked.append(how)
+            if len(asked) == 1:
+                raise OSError(error, os.strerror(error))
+
+        monkeypatch.setattr(eval_linear.fcntl, "lockf", lock)
+        assert len(features(options(tmp_path / str(error), "--layers", "conv5"), encoder, data)) == 1
+        words = capsys.readouterr()
+        assert said in words.out + words.err and len(asked) == (1 if error == errno.ENOLCK else 2)
+
+
 def test_blocks_that_pytorch_keeps_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a GPU is free what the driver says and what PyTorch holds without using it."""
     for name, value in (("mem_get_info", (10, 99)), ("memory_reserved", 7), ("memory_allocated", 4)):
@@ -423,8 +442,10 @@ def test_weights_and_left_out_images() -> None:
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-3)
 
 
-def test_cost_by_cross_validation(tmp_path: Path) -> None:
-    """Overlapping classes with few images want a small cost; if a fold would lack a class the middle one is taken."""
+def test_cost_by_cross_validation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Overlapping classes with few images want a small cost; if a fold would lack a class that has images, the middle
+    one is taken, and a note says so once."""
+    eval_linear.note_once.cache_clear()
     x, labels = blobs(60, 40, 2, spread=6.0)
     targets = 2 * F.one_hot(labels, 2) - 1
     args = options(tmp_path, "--C", "1e-5", "1e-4", "100")
@@ -435,9 +456,15 @@ def test_cost_by_cross_validation(tmp_path: Path) -> None:
     assert torch.equal(eval_linear.cross_validate(padded, targets, mixed, False, (0,)), chosen)
     assert eval_linear.cross_validate(padded[:4], targets[:4], mixed, False, (0,))[0] == pytest.approx(1e-4)
     assert eval_linear.cross_validate(padded[:4], targets[:4], args, False, (0,)).tolist() == pytest.approx([1e-4] * 2)
+    assert capsys.readouterr().err.count("C is not chosen, but 0.0001 for all") == 1
+    empty = F.pad(targets, (0, 1), value=-1)
+    large = options(tmp_path, "--C", "1e-5", "100", "1000")
+    assert eval_linear.cross_validate(padded, empty, large, False, (0,)).tolist() == pytest.approx([1e-5] * 3)
     several = torch.stack([targets[:, 0], torch.where(x[:, 0] > 0, 1, -1)], 1)
     chosen = eval_linear.cross_validate(padded, several, args, True, (0,))
     assert chosen[1] > 1e-5  # what can be learnt wants more
+    empty = F.pad(several, (0, 1), value=-1)
+    assert torch.equal(eval_linear.cross_validate(padded, empty, args, True, (0,))[:2], chosen)
 
 
 def test_svms_copy_no_features(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -710,6 +737,7 @@ def test_linear(checkpoint: Path, tmp_path: Path) -> None:
     found = evaluate(checkpoint, "--epochs", 4)
     assert [row["layer"] for row in found["layers"]] == ["conv1", "conv5"]
     assert found["protocol"] == "linear" and found["checkpoint_sha256"] and found["method"] == "npid smoke"
+    assert (found["arch"], found["width"]) == ("resnet18", 4)
     best = max(found["layers"], key=lambda row: row["holdout_top1"])
     assert found["linear_top1"] == best["top1"] and found["layer"] == best["layer"]
     assert all(row["lr"] in found["lr_grid"] and 1 <= row["epoch"] <= 4 for row in found["layers"])
@@ -874,6 +902,22 @@ def test_voc07_svm(shots: list[str], trained: Path, voc: Path, tmp_path: Path) -
         key, counts = shots[0].strip("-").replace("-", "_"), [int(shots[1]), int(shots[2])]
         assert [row[key] for row in found["layers"]] == [counts[0]] * 2 + [counts[1]] * 2
         assert [(entry[key], entry["draws"]) for entry in found["draws"]] == [(count, 2) for count in counts]
+
+
+@pytest.mark.parametrize("split", ["trainval", "test"])
+def test_corrected_annotations_are_another_task(split: str, checkpoint: Path, tmp_path: Path) -> None:
+    """Once a class in an annotation is corrected, the old result is not given as that of the new classes."""
+    root = tmp_path / "set"
+    common.render_voc(root, 20, 10)
+    words = ["--protocol", "voc07-svm", "--data", root, "--layers", "conv5", "--workers", 0, "--subset", 20,
+             "--test-subset", 10]
+    assert evaluate(checkpoint, *words) == evaluate(checkpoint, *words)
+    path = root / f"Annotations/{split}_00000.xml"  # of one object
+    path.write_text(re.sub("<name>class.", "<name>class0" if "class0" not in path.read_text() else "<name>class1",
+                           path.read_text()))
+    with pytest.raises(common.Fault, match="images have other classes: use --overwrite"):
+        evaluate(checkpoint, *words)
+    evaluate(checkpoint, *words, "--overwrite")
 
 
 def test_few_images_of_each_class(trained: Path, voc: Path, tmp_path: Path) -> None:
@@ -1089,6 +1133,27 @@ def test_picture(trained: Path, checkpoint: Path, tmp_path: Path) -> None:
         (other / "eval.jsonl").write_text(text)
         with pytest.raises(common.Fault, match=reason):
             figures.read_layers([str(other)], "linear", None)
+
+
+def test_lines_of_networks(tmp_path: Path) -> None:
+    """Untrained networks of another kind, width or seed are lines of their own, in files without widths too; of each a
+    layer's last figure counts, and none of few labels; layers stand in the order of the network."""
+
+    def row(layers: dict[str, float], **more: Any) -> dict[str, Any]:
+        return dict(protocol="svm", method="untrained", checkpoint="random", checkpoint_sha256="", arch="resnet18",
+                    seed=0, data="shapes", layers=[dict(layer=name, top1=top1) for name, top1 in layers.items()]) | more
+
+    rows = [row({"head": 1, "conv5": 2}, width=4), row({"conv1": 3, "head": 4}, width=4), row({"conv1": 5}, width=8),
+            row({"conv1": 6}, width=4, seed=1), row({"conv1": 7}), row({"head": 8}, width=4, draws=[]),
+            row({"conv1": 9}, method="npid", checkpoint="x.pth", checkpoint_sha256="abc", width=4)]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = figures.read_layers([str(tmp_path)], "svm", None)
+    start = "untrained resnet18, width"
+    assert lines == {f"{start} 4, seed 0": {"head": 4, "conv5": 2, "conv1": 3}, f"{start} 8, seed 0": {"conv1": 5},
+                     f"{start} 4, seed 1": {"conv1": 6}, f"{start} ?, seed 0": {"conv1": 7}, "npid": {"conv1": 9}}
+    (axes,) = figures.draw_layers(lines, "svm").axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["conv1", "conv5", "head"]
+    assert list(axes.lines[0].get_xdata()) == [0, 1, 2] and list(axes.lines[0].get_ydata()) == [3, 2, 4]
 
 
 @pytest.mark.gpu

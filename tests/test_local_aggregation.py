@@ -282,11 +282,11 @@ def test_defaults_shrink_to_the_data_and_typed_values_do_not() -> None:
     assert (args.m, args.k) == (6000, 1000)
 
 
-def test_sizes_of_the_ablations_fit_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """B_i's clusters and k' shrink with the data where they are defaults; C_i = B_i, which learns nothing, is refused."""
+def test_sizes_of_the_ablations_fit_too() -> None:
+    """B_i's clusters and k' shrink with the data where they are defaults; C_i = B_i, of zero loss, is refused."""
     args = la.parse_args(["--preset", "table4-clusters"])
     assert len(la.fit_to(1_281_167, args)) == 0 and args.background_clusters == [3, 1000]
-    assert la.fit_to(12_812, args)[1].startswith("--background-clusters 3 10, ")
+    assert any(note.startswith("--background-clusters 3 10, ") for note in la.fit_to(12_812, args))
     assert args.background_clusters == [3, 10]
     with pytest.raises(common.Fault, match="more clusters than the 50 images"):
         la.fit_to(50, la.parse_args(["--preset", "table4-clusters", "--background-clusters", "3", "60"]))

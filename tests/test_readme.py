@@ -112,6 +112,21 @@ def test_figures_equal_the_logs(name: str) -> None:
                 assert figure in logged or "paper" in row[0], (name, figure, sorted(logged))
 
 
+def test_the_first_table_has_each_scripts_own_figures() -> None:
+    """A row of all images of CIFAR-10 has the figures of the last run of its own script, or of its baseline."""
+    lines = (common.ROOT / "results/cifar10-whole/eval.jsonl").read_text().splitlines()
+    found = {result["checkpoint"]: [f"{entry['top1']:.1f}" for entry in result["knn"]]
+             for result in map(json.loads, lines)}
+    runs = {"pixels": "pixels", "untrained": "random", "npid.py": "runs/npid/", "local_aggregation.py": "runs/la/",
+            "cld.py": "runs/cld/", "deepcluster.py": "runs/deepcluster-"}
+    table = [row for row in rows() if "results/cifar10-whole/eval.jsonl" in row[-1]]
+    assert len(table) == len(runs)
+    for word, run in runs.items():
+        (row,) = (row for row in table if word in row[0])
+        (figures,) = (figures for checkpoint, figures in found.items() if checkpoint.startswith(run))
+        assert row[1:3] == figures, row
+
+
 def test_ratios_are_the_benchmarks() -> None:
     """Every ratio of the table of speeds is that of the latest record of a case on a CPU, rounded."""
     lines = (common.ROOT / "results" / "bench.jsonl").read_text().splitlines()

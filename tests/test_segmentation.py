@@ -118,6 +118,12 @@ def test_strides(arch: str, small: bool, stride: int) -> None:
     assert scores.shape[1] == 7 and abs(scores.shape[2] - 256 / stride) <= 1
 
 
+def test_network_of_another_kind() -> None:
+    """A network whose stages are not known is a Fault that says which are."""
+    with pytest.raises(common.Fault, match="takes ResNets, AlexNet and VGG16, not Sequential"):
+        eval_segmentation.Segmenter(nn.Sequential(), 3, options())
+
+
 @pytest.mark.parametrize("arch", ["vgg16", "alexnet"])
 def test_head_without_fc7(arch: str) -> None:
     """Of a plain network that ends with fc6, as DeepCluster's head of two layers, fc6 alone precedes the scores."""
@@ -317,7 +323,8 @@ def test_faults(folder: Path, tmp_path: Path) -> None:
 
 
 def test_folder_without_class_names(folder: Path, tmp_path: Path) -> None:
-    """A folder of pictures and masks alone has as many classes as its masks."""
+    """A folder of pictures and masks alone has as many classes as its training masks; a test mask with another is found
+    before the training."""
     root = Path(shutil.copytree(folder, tmp_path / "bare"))
     shutil.rmtree(root / "Annotations")
     shutil.rmtree(root / "ImageSets/Main")
@@ -326,6 +333,9 @@ def test_folder_without_class_names(folder: Path, tmp_path: Path) -> None:
     assert {"ground", "class 1"} <= result["iou_by_class"].keys()
     whole = json.loads(run("eval_segmentation", tiny(folder, tmp_path / "named")).out.splitlines()[-1])
     assert "class0" in whole["iou_by_class"]
+    Image.new("L", (96, 96), 200).save(root / "SegmentationClass/test_00001.png")
+    one_line(run("eval_segmentation", tiny(root, tmp_path / "late")), "test_00001.png has the value 200")
+    assert not (tmp_path / "late/log.jsonl").exists()
 
 
 @pytest.mark.parametrize("preset", eval_segmentation.PRESETS)

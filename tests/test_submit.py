@@ -69,10 +69,24 @@ def test_what_follows_is_tried_on_a_folder(tmp_path: Path) -> None:
     a script prints meanwhile changes nothing."""
     script = "import argparse, pathlib\nparse_args = lambda argv: argparse.Namespace({})\nmain = print\n"
     script += "print('imported', end='')\nimport atexit\natexit.register(print, 'ended')\n"
-    (tmp_path / "mine.py").write_text(script.format("knn_every=1, output='runs/x'"))
+    (tmp_path / "mine.py").write_text(script.format("output='runs/x'"))
     (tmp_path / "after.py").write_text(script.format("out=next(pathlib.Path(argv[1]).parent.iterdir())"))
     args = submit.parse_args(["--then", "after.py --out {output}/curves.png", "mine.py"])
     assert submit.runs_of(tmp_path, args, 1)[1] == ("after.py", [submit.Command(["--out", "runs/x/curves.png"], None)])
+
+
+@pytest.mark.parametrize(("script", "names"), [
+    ("eval_detection.py", ["runs/detection-random-shapes-seed0-lr=0.1", "runs/detection-random-shapes-seed0-lr=0.2"]),
+    ("eval_segmentation.py --output=a", ["a-lr=0.1", "a-lr=0.2"]), ("eval_linear.py --output a", [None, None]),
+])
+def test_outputs_of_swept_evaluations(script: str, names: list[str | None]) -> None:
+    """Runs of a sweep that would write to one folder have one each; eval_linear.py, which names a folder for each
+    setting in its --output and shares features there, is left alone."""
+    args = submit.parse_args(["--sweep", "lr=0.1,0.2", *script.split(), "random"])
+    ((_, runs),) = submit.runs_of(ROOT, args, 1)
+    assert [run.output for run in runs] == names
+    for run, name, lr in zip(runs, names, ("0.1", "0.2"), strict=True):
+        assert run.argv == [*script.split()[1:], "random", "--lr", lr, *(["--output", name] if name else [])]
 
 
 def submitted(argv: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
