@@ -838,6 +838,7 @@ def keep_freed_memory() -> None:
 
 
 def device_name(device: torch.device) -> str:
+    """The name that is logged: of the GPU, or of the processor and its cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):

@@ -119,7 +119,7 @@ def main(args: argparse.Namespace) -> None:
                   width=None if pixels else args.width or encoder.options.get("width", 64),
                   layer=None if pixels else "backbone" if encoder.head is None else "head", image_size=train.size,
                   data=train.name, subset=args.subset if bank is None else encoder.options["subset"],
-                  train_features=args.train_features,
+                  test_subset=args.test_subset, seed=args.seed, amp=amp, train_features=args.train_features,
                   feature_dim=features.shape[1], train_images=len(features), test_images=len(test),
                   num_neighbors=rows[0]["num_neighbors"], temperature=rows[0]["temperature"], knn_top1=rows[0]["top1"],
                   knn_top5=rows[0]["top5"], knn=rows)

@@ -629,6 +629,7 @@ def mean_ap(scores: Tensor, targets: Tensor) -> dict[str, Any]:
 
 
 def merit(scores: Tensor, targets: Tensor) -> dict[str, Any]:
+    """top_k of labels (N,), mean_ap of targets (N, C)."""
     return top_k(scores, targets) if targets.ndim == 1 else mean_ap(scores, targets)
 
 

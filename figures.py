@@ -1249,7 +1249,7 @@ def step_of(options: dict[str, Any], log: Rows) -> float | None:
 
 # What a figure is called, and where it comes from: (options of the run, log, evaluations) -> the figure.
 MERITS: dict[str, tuple[str, Callable[[dict[str, Any], Rows, Rows], float | None]]] = {
-    "knn": ("kNN, K = 200", lambda options, log, rows: knn_of(rows, 200) or last(log, "knn_top1")),
+    "knn": ("kNN, K = 200", lambda options, log, rows: knn_of(rows, 200)),
     "nn": ("nearest neighbour", lambda options, log, rows: knn_of(rows, 1)),
     "svm": ("linear SVM", lambda options, log, rows: last(rows, "svm_top1")),
     "linear1": ("linear, top-1", lambda options, log, rows: last(rows, "linear_top1")),
@@ -1374,6 +1374,7 @@ def ablation(args: argparse.Namespace) -> None:
         return sum(row_of(source.options, TABLES[key]) is not None for source, *_ in found.values())
 
     table, sources = TABLES[args.table or max(TABLES, key=hits)], dict[str, Source]()
+    monitored = not any(knn_of(rows, 200) for *_, rows in found.values())  # a column has one protocol
     ours = {column: dict[str, list[float]]() for column in table.columns}
     for name, (source, log, rows) in found.items():
         row = row_of(source.options, table)
@@ -1384,13 +1385,17 @@ def ablation(args: argparse.Namespace) -> None:
             raise common.Fault(f"{name} is no row of {table.title if args.table or others else 'any table'}: {what}")
         for column in table.columns:
             value = MERITS[column][1](source.options, log, rows)
+            if column == "knn" and monitored:
+                value = last(log, "knn_top1")
             if value is not None:
                 ours[column].setdefault(row, []).append(value)
         sources[f"{row} ({name})" if row in sources else row] = source
     if not any(ours.values()):
         raise common.Fault(f"{args.runs[0]} has no {MERITS[table.columns[0]][0]} yet: evaluate it first")
-    note = ("Ours: from the logs of the runs below, last epoch; with fewer images, epochs or channels than the paper's "
-            "they are miniatures, to be compared with each other alone.")
+    note = ("Ours: the runs below after their last epoch; with fewer images, epochs or channels than the paper's they "
+            "are miniatures, to be compared with each other alone.")
+    if "knn" in table.columns:
+        note += " kNN by " + ("the monitor in the logs." if monitored else "eval_knn.py.")
     save(draw_ablation(table, ours), table.title, note, sources, args.out)
 
 
