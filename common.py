@@ -405,6 +405,7 @@ class Run:
 
     writing: Future[None] | None = None  # the checkpoint on its way to the disk
     in_background = False  # checkpoints are written while training goes on
+    warned = False  # of a collapse
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -575,6 +576,10 @@ class Run:
             except OSError as error:
                 raise Fault(f"cannot write {path} ({error.strerror}): {way_out(error)}, then run the same "
                             "command") from None
+            if row.get("feature_std", 1) < 0.02 and not self.warned:
+                self.warned = True
+                note(f"warning: all features are nearly alike (feature_std {row['feature_std']:.2g}): see README.md, "
+                     "When it does not work")
 
     def resume(self, state: dict[str, Any], steps: int) -> tuple[int, int]:
         """Load the checkpoint of `output` into `state` if there is one; returns (epoch, step) to go on with.

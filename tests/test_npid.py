@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from helpers import TINY, Step, record_steps
 from torch import Tensor
 
 import common
+import local_aggregation
 import npid
 
 
@@ -175,6 +177,32 @@ def test_every_variant_trains(options: list[str], tmp_path: pytest.TempPathFacto
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", [npid, local_aggregation])
+def test_features_that_are_alike_are_warned_of(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """feature_std is the deviation of the features that go into the bank, in units of 1 / sqrt(D), mean over an epoch's
+    steps; one warning a run where it is near 0."""
+    steps, update, forward = list[float](), common.MemoryBank.update, script.Encoder.forward
+
+    def spy(bank: common.MemoryBank, z: Tensor, *rest: Any) -> None:
+        steps.append(float(z.std(0).mean()) * 128**0.5)
+        update(bank, z, *rest)
+
+    monkeypatch.setattr(common.MemoryBank, "update", spy)
+    for collapsed in (False, True):
+        if collapsed:
+            monkeypatch.setattr(script.Encoder, "forward", lambda net, images: 1e-4 * forward(net, images) + 1)
+        steps.clear()
+        options = ["--preset", "smoke", "--epochs", "2", "--knn-every", "0", "--output", str(tmp_path / str(collapsed))]
+        script.main(script.parse_args(options))
+        rows = [json.loads(line) for line in (tmp_path / str(collapsed) / "log.jsonl").read_text().splitlines()[1:]]
+        for epoch, row in enumerate(rows):
+            assert row["feature_std"] == pytest.approx(sum(steps[8 * epoch : 8 * epoch + 8]) / 8, rel=1e-4)
+        assert (rows[0]["feature_std"] < 0.02) == collapsed
+        assert capsys.readouterr().err.count("features are nearly alike") == collapsed
 
 
 def by_plain_pytorch(
