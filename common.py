@@ -563,6 +563,10 @@ class Run:
             print(f"data {data.name}{hint}: {len(data):,} images at {data.size} px; preset {self.args.preset}; "
                   f"{device}, {self.world} rank(s); output {self.output}", flush=True)
 
+    def settings(self) -> dict[str, Any]:
+        """The options that say what is learnt, without paths and the like."""
+        return {key: value for key, value in self.header["options"].items() if key not in FREE_OPTIONS}
+
     def log(self, **row: Any) -> None:
         """Print one JSON line and append it to log.jsonl."""
         if self.rank == 0:

@@ -764,7 +764,7 @@ def main(args: argparse.Namespace) -> None:
                   preset=args.preset, data=test.name, arch=args.arch or encoder.options.get("arch", "resnet18"),
                   width=args.width or encoder.options.get("width", 64), train_images=len(data), test_images=len(test),
                   iterations=args.iterations, batch_size=args.batch_size, seed=args.seed,
-                  settings=run.header["options"], **figures(found, test))
+                  settings=run.settings(), **figures(found, test))
     line = json.dumps(result)
     if run.rank == 0:
         keys, counts = ("boxes", "labels", "difficult"), torch.tensor([len(image.boxes) for image in test.images])

@@ -432,7 +432,7 @@ def main(args: argparse.Namespace) -> None:
                   preset=args.preset, data=test.name, arch=args.arch or encoder.options.get("arch", "resnet18"),
                   width=args.width or encoder.options.get("width", 64), train_images=len(data), test_images=len(test),
                   iterations=args.iterations, batch_size=args.batch_size, seed=args.seed,
-                  settings=run.header["options"],
+                  settings=run.settings(),
                   **figures(table.cpu(), ["ground", *test.classes]))
     line = json.dumps(result)
     if run.rank == 0:
