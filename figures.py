@@ -1177,12 +1177,12 @@ LAYERS = "conv1 conv2 conv3 conv4 conv5 pool5 backbone head"
 
 
 def read_layers(names: Sequence[str], protocol: str, data: str | None) -> dict[str, dict[str, float]]:
-    """The last results of `protocol` for each network in the eval.jsonl of these folders: top-1 in % by layer; those
-    with few labels, "draws", are something else.
+    """The last results of `protocol` for each network in the eval.jsonl of these folders: top-1 in % by layer, all with
+    the settings of the last; those with few labels, "draws", are something else.
 
     data: the set; default: a run's own.
     """
-    found = dict[tuple[str, str], dict[str, float]]()
+    found, settings = dict[tuple[str, str], dict[str, float]](), dict[tuple[str, str], tuple[Any, ...]]()
     for name in names:
         rows = [row for row in read_eval(name, baselines=True) if row.get("protocol") == protocol and "layers" in row
                 and "draws" not in row and data in (None, row["data"])]
@@ -1192,8 +1192,10 @@ def read_layers(names: Sequence[str], protocol: str, data: str | None) -> dict[s
         own = read_log(name)[0].data["name"] if (folder_of(name) / "log.jsonl").exists() else rows[-1]["data"]
         for row in of_set(rows, data or own):
             which = row["checkpoint_sha256"][:6] or "{arch}, width {width}, seed {seed}".format(**{"width": "?"} | row)
-            line = found.setdefault((row["method"], which), {})
-            line.update({entry["layer"]: entry["top1"] for entry in row["layers"]})
+            network, how = (row["method"], which), tuple(row.get(key) for key in ("preset", "subset", "epochs"))
+            line = found.get(network, {}) if settings.get(network) == how else {}
+            found[network] = line | {entry["layer"]: entry["top1"] for entry in row["layers"]}
+            settings[network] = how
     methods = Counter(method for method, _ in found)
     return {method if methods[method] == 1 else f"{method} {which}": line for (method, which), line in found.items()}
 
