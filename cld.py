@@ -191,6 +191,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for key, value in HOSTS[args.host].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    if args.instances and args.imbalance:
+        parser.error("--instances renders images anew, of classes of equal size: leave --imbalance out")
+    common.note_idle(args, dict(bank_momentum=(args.host == "npid", "--host npid"),
+                                key_momentum=(args.host != "npid", "another --host than npid"),
+                                queue_size=(CROPS[args.host] > 2, "--host moco, mocov2 or infomin")))
     return args
 
 
@@ -691,6 +696,8 @@ def main(args: argparse.Namespace) -> None:
             raise common.Fault(f"--queue-size {args.queue_size} is less than a batch of {args.batch_size}: raise it")
         if queue_size < args.queue_size and "queue_size" in args.typed:
             raise common.Fault(f"--queue-size {args.queue_size} is more than the {len(data):,} images: lower it")
+        if queue_size < args.queue_size and run.rank == 0:
+            print(f"--queue-size {queue_size}, from {args.queue_size}: there are no more images", flush=True)
     run.describe(data, num_groups=num_groups, queue_size=queue_size)
     steps = run.steps_per_epoch(len(data))
 

@@ -139,7 +139,7 @@ def out_of_memory(error: BaseException) -> bool:
 def less_memory(args: argparse.Namespace) -> str:
     """Which of the script's options take less memory."""
     ways = dict(batch_size="lower --batch-size", image_batch="lower --image-batch",
-                accumulate="split each batch with --accumulate", cache="use --cache host")
+                accumulate="split each batch with --accumulate", cache="for small images use --cache host")
     known = [way for key, way in ways.items() if hasattr(args, key)] or ["end other programs"]
     return ", ".join(known[:-1]) + ", or " * (len(known) > 1) + known[-1]
 
@@ -214,8 +214,8 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, open_low:
 COUNT = number(int, 1, 2**53)
 COUNT_OR_ZERO = number(int, 0, 2**53)
 SIZE = number(int, 1, 2**16)  # of a layer or an image: more cannot be meant
-POSITIVE = number(float, 0, open_low=True)
-NOT_NEGATIVE = number(float, 0)
+POSITIVE = number(float, 0, 1e38, open_low=True)  # what float32 holds
+NOT_NEGATIVE = number(float, 0, 1e38)
 SHARE = number(float, 0, 1)
 
 
@@ -354,7 +354,27 @@ def parse(
     args.typed = typed(options, argv)
     args.script = Path(options.prog).stem
     args.output = args.output or Path("runs") / f"{args.script}-{name}-seed{args.seed}"
+    if "schedule" in known:
+        note_idle(args, dict(lr_drops=(args.schedule == "step", "--schedule step")))
+        note_drops(args, args.epochs, options.get_default("epochs"))
     return args
+
+
+def note_idle(args: argparse.Namespace, needs: dict[str, tuple[bool, str]]) -> None:
+    """Say which options were typed in vain. needs: whether an option is used, and what it needs for that."""
+    for name, (used, need) in needs.items():
+        if name in args.typed and not used:
+            note(f"note: --{name.replace('_', '-')} has no effect without {need}")
+
+
+def note_drops(args: argparse.Namespace, end: int, usual: int) -> None:
+    """Say which drops of the rate training ends before: typed ones, or those of a preset that ends at `usual`."""
+    if getattr(args, "schedule", "step") == "step":
+        lost = [drop for drop in args.lr_drops if drop >= end and (drop < usual or "lr_drops" in args.typed)]
+        if lost:
+            note(f"note: training ends at {end}, before --lr-drops {' '.join(map(str, lost))}")
+        if not args.lr_drops and "schedule" in args.typed and "lr_drops" not in args.typed:
+            note("note: --schedule step without --lr-drops: the rate stays as it is")
 
 
 def typed(options: argparse.ArgumentParser, argv: Sequence[str] | None) -> list[str]:

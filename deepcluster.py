@@ -42,6 +42,7 @@ import argparse
 import csv
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -134,7 +135,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="section 4.2: full FC-ReLU-FC-ReLU-FC, 2fc FC-ReLU-FC, no-relu FC-ReLU-FC-FC, of a ResNet "
                              "on its unpooled last map; map, pooled: one FC on a ResNet's map or on its mean; default: "
                              "full, of ResNets pooled")
-    method.add_argument("--descriptors", choices=["before", "after"], default="before", help="the last ReLU")
+    method.add_argument("--descriptors", choices=["before", "after"], default="before", help="the last ReLU "
+                        "(heads full, 2fc)")
     method.add_argument("--dropout", type=common.SHARE, default=0.5, help="before hidden FCs")
     method = parser.add_argument_group("method: clustering")
     method.add_argument("--clustering", choices=["kmeans", "pic", "labels"], default="kmeans",
@@ -181,6 +183,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if "empties" in args.typed:
             raise common.Fault("--kmeans faiss splits empty clusters itself: use --empties split")
         args.empties = "split"
+    needed = dict(kmeans=("num_clusters", "kmeans", "empties"), pic=("num_neighbors", "sigma", "singletons"))
+    common.note_idle(args, {name: (args.clustering == way, f"--clustering {way}")
+                            for way, names in needed.items() for name in names})
+    if args.assign and ("subset" in args.typed or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        raise common.Fault("--assign takes all its images, in one process: leave --subset and the launcher out")
     return args
 
 

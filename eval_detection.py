@@ -126,8 +126,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     regions.add_argument("--test-proposals", type=common.COUNT, metavar="N", help="best regions of an image, test")
     regions.add_argument("--test-candidates", type=common.COUNT, metavar="N", help="best anchors of an image, test, of "
                          "which those regions are chosen (default: 6 x --test-proposals)")
-    regions.add_argument("--rois", type=common.COUNT, metavar="N", help="regions of an image that are trained on, at "
-                         "most a quarter of them on objects")
+    regions.add_argument("--rois", type=common.number(int, 4, 2**53), metavar="N", help="regions of an image that "
+                         "are trained on, at most a quarter of them on objects")
     regions.add_argument("--roi-size", type=common.SIZE, metavar="CELLS", help="side of RoIAlign (ResNets; AlexNet and "
                          "VGG16 take what fc6 was trained on)")
     regions.add_argument("--nms", type=common.SHARE, help="of two boxes of a class that overlap by more, the one of "
@@ -146,7 +146,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--test-size", type=common.SIZE, metavar="PX", help="shorter side in the test")
     data.add_argument("--max-size", type=common.SIZE, metavar="PX", help="longer side at most")
     optim = parser.add_argument_group("optimization")
-    optim.add_argument("--iterations", type=common.COUNT, metavar="N", help="optimisation steps")
+    optim.add_argument("--iterations", type=common.COUNT, metavar="N", help="optimisation steps; typed, they leave "
+                       "--lr-drops as they are")
     optim.add_argument("--batch-size", type=common.COUNT, metavar="B", help="images in a step, the sum over all ranks; "
                        "other than the preset's: rate in proportion, iterations inversely, unless they are typed")
     optim.add_argument("--accumulate", type=common.COUNT, default=1, metavar="N", help="forward and backward in N "
@@ -169,7 +170,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.output = place / f"detection-{'random-' * (args.checkpoint == 'random')}{args.preset}-seed{args.seed}"
     if args.preset.startswith("voc07-fast") and not args.proposals:
         parser.error(f"--preset {args.preset} is Fast R-CNN: name files of regions with --proposals")
-    scale_to_batch(args, (PRESETS["voc07"] | PRESETS[args.preset])["batch_size"])
+    preset = PRESETS["voc07"] | PRESETS[args.preset]
+    scale_to_batch(args, preset["batch_size"])
+    common.note_drops(args, args.iterations, preset["iterations"])
     args.epochs, args.schedule, args.compile = 1, "iterations", False  # the whole training is one epoch of the run
     return args
 

@@ -56,6 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     common.add_device_options(parser)
     args = parser.parse_args(argv)
     args.typed = common.typed(parser, argv)
+    common.note_idle(args, dict(num_clusters=(args.clustering, "--clustering")))
     if args.checkpoint in ("random", "pixels") and args.train_features == "bank":
         parser.error(f"{args.checkpoint} has no memory bank: use --train-features clean")
     if args.layer == "backbone" and args.train_features == "bank":
@@ -105,6 +106,10 @@ def main(args: argparse.Namespace) -> None:
         raise common.Fault(f"{train.name} has no classes: kNN needs a folder for each class")
     if max(args.num_neighbors) > known.sum():
         raise common.Fault(f"--k {max(args.num_neighbors)} is more than the {known.sum()} training images")
+    num_clusters = args.num_clusters or len(train.classes)
+    if args.clustering and num_clusters > len(test):
+        raise common.Fault(f"--clustering: {num_clusters} clusters are more than the {len(test)} test images; lower "
+                           "--num-clusters")
     queries = common.extract(device, test, embed, args.batch_size)
     features = common.extract(device, train, embed, args.batch_size) if bank is None else bank.to(device)
     features, labels = features[known.to(device)], train.labels[known].to(device)
@@ -126,7 +131,7 @@ def main(args: argparse.Namespace) -> None:
     if args.retrieval:
         result |= retrieval(queries, test.labels.to(device), features, labels) | ratio_edge(features, labels)
     if args.clustering:
-        result |= clustering(queries, test.labels, args.num_clusters or len(train.classes), args.seed)
+        result |= clustering(queries, test.labels, num_clusters, args.seed)
     line = json.dumps(result)
     if not untrained:
         common.append_result(path.parent, line)

@@ -117,19 +117,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--layer-size", type=common.COUNT, default=10_000, metavar="N", help="average a stage's map "
                       "until it has at most N numbers, or one for each channel")
     what.add_argument("--train-crops", type=int, choices=[1, 2, 10], help="the centre, with its mirror "
-                      "image, or ten crops; each epoch draws one of them for each image")
+                      "image, or ten crops; each epoch draws one of them for each image, SVMs take all")
     what.add_argument("--test-crops", type=int, choices=[1, 10], help="10: mean of the answers to ten; default: 10, "
                       "but 1 for small images")
     what.add_argument("--normalize", choices=["none", "l2", "standard"], default="none", help="of features: unit rows, "
                       "or zero mean and unit variance of each number over the training images")
     what.add_argument("--holdout", type=common.number(float, 0, 0.5, open_low=True), default=0.1, metavar="SHARE",
                       help="share of the labelled images of each class that chooses rates, decays, epochs")
-    what.add_argument("--labels", type=common.count_or_share, nargs="+", metavar="N", help="finetune: numbers or "
-                      "shares of labelled training images, all by default")
+    what.add_argument("--labels", type=common.count_or_share, nargs="+", metavar="N", help="finetune, voc07, "
+                      "SVMs: numbers or shares of labelled training images, all by default")
     what.add_argument("--per-class", type=common.COUNT, nargs="+", metavar="N", help="finetune, svm: N labelled images "
                       "of each class; voc07-svm: N with the class and up to 19 N without")
-    what.add_argument("--label-list", type=Path, metavar="FILE", help="finetune: the labelled images by file name, one "
-                      "a line, as in the lists of 1 %% and 10 %% of ImageNet that others use")
+    what.add_argument("--label-list", type=Path, metavar="FILE", help="finetune, voc07, SVMs: the labelled images by "
+                      "file name, one a line, as in the lists of 1 %% and 10 %% of ImageNet that others use")
     what.add_argument("--draws", type=common.COUNT, default=1, metavar="N", help="of labelled images: mean "
                       "and std; the headline is the mean for the last of --labels or --per-class")
     what.add_argument("--balanced", action=argparse.BooleanOptionalAction, default=True, help="--labels: the same "
@@ -147,8 +147,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     optim.add_argument("--lr", type=common.POSITIVE, nargs="+", help="learning rates to choose from; a fine-tuning "
                        "whose loss is not finite ends the run")
     optim.add_argument("--weight-decay", type=common.NOT_NEGATIVE, nargs="+", help="to choose from")
-    optim.add_argument("--head-factor", type=common.POSITIVE, nargs="+", default=[1.0], metavar="X", help="finetune: "
-                       "the new last layer learns X times faster; to choose from")
+    optim.add_argument("--head-factor", type=common.POSITIVE, nargs="+", default=[1.0], metavar="X", help="mlp, "
+                       "finetune, voc07: the new last layer learns X times faster; to choose from")
     optim.add_argument("--momentum", type=common.SHARE, default=0.9, help="of SGD")
     optim.add_argument("--schedule", choices=["inverse-sqrt", "step", "cosine", "constant"], help="inverse-sqrt: lr / "
                        "sqrt(1 + lr wd t) after t steps; step: at each of --lr-drops")
@@ -205,8 +205,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--per-class is for one class an image, and for voc07-svm: use --labels")
     if args.protocol not in ("finetune", "voc07") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         parser.error(f"--protocol {args.protocol} takes one process: start it without a launcher, or with one GPU")
+    for name in ("layers", "labels", "per_class"):  # each once
+        setattr(args, name, list(dict.fromkeys(getattr(args, name) or ())) or None)
     if args.protocol == "mlp" and len(args.layers) > 1:
         parser.error("--protocol mlp takes one of --layers")
+    common.note_idle(args, dict(
+        cost=("svm" in args.protocol, "--protocol svm or voc07-svm"), hidden=(args.protocol == "mlp", "--protocol mlp"),
+        draws=(bool(args.labels or args.per_class), "--labels or --per-class"),
+        head_factor=(args.protocol in ("mlp", "finetune", "voc07"), "--protocol mlp, finetune or voc07")))
     if "output" not in args.typed:
         untrained = Path("runs") / f"eval_linear-random-{args.arch or 'resnet18'}-seed{args.seed}"
         args.output = untrained if args.checkpoint == "random" else Path(args.checkpoint).parent / "eval_linear"
@@ -1030,7 +1036,7 @@ def svm(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task
     end = means[-1]
     result = dict[str, Any](map_voc07_svm=end["map_11_points"]) if several else dict[str, Any](svm_top1=end["top1"])
     result |= dict(layer=end["layer"], layers=ledger.rows)
-    return result | (dict(draws=means) if args.per_class or args.labels else {})
+    return result | (dict(draws=means) if args.per_class or args.labels or args.label_list else {})
 
 
 def spread(rows: list[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:

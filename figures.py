@@ -468,7 +468,8 @@ def read_log(name: str) -> tuple[Source, Rows, float | None]:
         header, *rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may not be whole yet
         rows = [row for row in rows if "epoch" in row and "loss" in row]
         folder, epochs = path.resolve().parent.name, max(row["epoch"] for row in rows)
-        source = Source(folder, dict(header["options"]), dict(header["data"]), header["git"], epochs)
+        options = header["options"] | {key: header[key] for key in ("queue_size",) if key in header}  # the one in use
+        source = Source(folder, options, dict(header["data"]), header["git"], epochs)
         str(source)
     except OSError as error:
         raise common.Fault(f"cannot read {path} ({error.strerror}): name the folder of a run") from None
@@ -591,6 +592,8 @@ def density(args: argparse.Namespace) -> None:
     encoders, runs = open_networks(args)
     banks = all(encoder.bank is not None for encoder in encoders) and not {"data", "subset"} & set(args.typed)
     kind = args.features or ("bank" if banks else "clean")
+    if kind == "bank" and {"data", "subset"} & set(args.typed):
+        raise common.Fault("--features bank has the images of the run: leave --data and --subset out")
     data = load_train(encoders[0], args) if kind == "clean" else None
     near, far, ranks, counts = dict[str, Tensor](), dict[str, Tensor](), set[tuple[int, int, int]](), set[str]()
     for encoder, (label, source) in zip(encoders, runs.items(), strict=True):
@@ -1584,7 +1587,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                                            "sought among all"))
     options.add_argument("--features", choices=["bank", "clean"], help="the memory bank, or features without any "
                          "augmentation; default: the bank if every run has one, and neither --data nor --subset")
-    options = add(mds, images=(100, "of each class"))
+    options = add(mds)
+    options.add_argument("--images", type=common.number(int, 3, 2**53), default=100, metavar="N", help="of each class")
     options.add_argument("--classes", type=common.number(int, 1, 7), default=6, metavar="N", help="classes in a panel; "
                          "at most half of all")
     add(filters)

@@ -156,6 +156,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = common.parse(parser, PRESETS, argv)
     if args.close == "nearest" and args.background != "nearest":
         parser.error("--close nearest goes with --background nearest")
+    dbscan = args.clustering == "dbscan"
+    common.note_idle(args, dict(background_clusters=(args.background == "clusters", "--background clusters"),
+                                close_neighbors=(args.close == "nearest", "--close nearest"),
+                                dbscan_radius=(dbscan, "--clustering dbscan"),
+                                kmeans=(not dbscan or args.background == "clusters", "--clustering kmeans"),
+                                m=(args.close == "clusters" and not dbscan, "--close clusters by kmeans")))
     return args
 
 
@@ -176,6 +182,8 @@ def fit_to(count: int, args: argparse.Namespace) -> list[str]:
         if too_large and name not in args.typed:
             notes.append(f"--{name} {value}, scaled from {given} to {count:,} images")
             setattr(args, name, value)
+    if args.clustering == "dbscan" and args.H > 1:
+        notes.append(f"note: dbscan draws nothing, all {args.H} clusterings are the same: --H 1 is enough")
     if 1 < args.epochs <= args.warmup_epochs and "warmup_epochs" not in args.typed:
         notes.append(f"--warmup-epochs {max(1, args.epochs // 3)}, a third of the epochs, from {args.warmup_epochs}")
         args.warmup_epochs = max(1, args.epochs // 3)
@@ -446,6 +454,8 @@ def main(args: argparse.Namespace) -> None:
     if run.rank == 0:
         print(*notes, sep="\n", end="\n" * bool(notes), flush=True)
     steps = run.steps_per_epoch(len(data))
+    if args.recluster_every >= steps:
+        common.note(f"note: --recluster-every {args.recluster_every} has no effect: an epoch has {steps} steps")
 
     torch.manual_seed(args.seed)
     encoder = run.place(Encoder(args.arch, args.width, data.small, args.feature_dim))

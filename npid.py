@@ -118,6 +118,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = common.parse(parser, PRESETS, argv)
     if args.shard_bank and (args.loss != "softmax" or args.proximal_weight):
         parser.error("--shard-bank goes with --loss softmax, without --proximal-weight")
+    common.note_idle(args, dict(num_negatives=(args.loss in ("nce", "sampled"), "--loss nce or sampled"),
+                                z=(args.loss == "nce", "--loss nce")))
     return args
 
 

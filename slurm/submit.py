@@ -99,7 +99,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--grace", type=common.COUNT, metavar="SECONDS", help=f"a job is told to save this long before "
                         f"its time is over; default: {GRACE}, or a quarter of the time if that is less")
     parser.add_argument("--requeues", type=common.COUNT_OR_ZERO, default=100, metavar="N", help="how many times a job "
-                        "that is out of time goes on; pre-emptions do not count")
+                        "that is out of time goes on, locally five at most; pre-emptions do not count")
     parser.add_argument("--partition", help="SLURM's")
     parser.add_argument("--account", help="SLURM's")
     parser.add_argument("--constraint", help="SLURM's: features that the nodes must have")
@@ -120,6 +120,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.script, args.argv = Path(words[end]), words[end + 1 :]
     if taken := next((key for key, _ in args.slurm if key in OWN), None):
         parser.error(f"--slurm {taken}: use {OWN[taken]}")
+    if any(key == "array_parallelism" and not (value.isdecimal() and int(value)) for key, value in args.slurm):
+        parser.error("--slurm array_parallelism takes how many jobs of the array run at once, such as 4")
     seconds = 3600 * args.hours
     if args.grace and args.grace >= seconds:
         parser.error(f"--grace {args.grace} is not less than the {seconds:.0f} s of --hours {args.hours:g}")
@@ -374,6 +376,8 @@ def main(args: argparse.Namespace) -> None:
     if args.gpus is None:
         args.gpus = 1 if args.cluster == "slurm" else torch.cuda.device_count()
     tasks = 1 if args.cluster == "debug" else args.tasks or max(1, args.gpus)
+    if 0 < args.gpus < tasks:
+        raise common.Fault(f"--tasks {tasks} on --gpus {args.gpus}: each task takes a GPU of its own, or all --gpus 0")
     with tempfile.TemporaryDirectory() as temporary:
         code = Path(temporary) / "code"
         snapshot(args.script.resolve().parent, code)

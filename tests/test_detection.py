@@ -42,8 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(folder: Path, output: Path, *more: object, network: str = "random") -> list[str]:
     """The command of a run of seconds."""
     words = [network, "--preset", "shapes", "--data", folder, "--output", output, "--batch-size", 4, "--iterations", 4,
-             "--train-sizes", 24, 32, "--test-size", 32, "--rois", 8, "--precise-bn", 2, "--log-every", 2, "--workers",
-             0, "--device", "cpu", "--no-amp"]
+             "--lr-drops", "--train-sizes", 24, 32, "--test-size", 32, "--rois", 8, "--precise-bn", 2, "--log-every", 2,
+             "--workers", 0, "--device", "cpu", "--no-amp"]
     return [str(word) for word in [*words, *["--arch", "resnet18", "--width", 4] * (network == "random"), *more]]
 
 

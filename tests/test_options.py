@@ -1,6 +1,7 @@
 """Options: defaults < preset < command line, each documented, none guessed; a copied script works."""
 
 import argparse
+import importlib
 import os
 import shutil
 import subprocess
@@ -50,6 +51,53 @@ def test_one_rank_says_what_is_mistyped(monkeypatch: pytest.MonkeyPatch) -> None
             npid.parse_args(["--lr", "fast"])
         assert stop.value.code == 2
     assert waits == [0, 1]
+
+
+IN_VAIN = {
+    "npid --data imagenet --m 512 --z ema": ["--num-negatives has no effect without --loss nce", "--z has no effect"],
+    "npid --preset cifar10 --schedule cosine --lr-drops 60 80": ["--lr-drops has no effect without --schedule step"],
+    "npid --preset cifar10 --epochs 100": ["training ends at 100, before --lr-drops 120 160"],
+    "npid --preset cifar10 --epochs 130": ["training ends at 130, before --lr-drops 160"],
+    "npid --preset cifar10-nce10 --m 20": [], "npid --preset cifar10 --lr-drops 60 80 --epochs 90": [],
+    "npid --preset smoke": [], "npid --preset cifar10": [], "npid --data shapes --epochs 3": [],
+    "cld --queue-size 4096 --key-momentum 0.9": ["--key-momentum has no effect", "--queue-size has no effect"],
+    "cld --host moco --queue-size 4096": [],
+    "deepcluster --clustering pic --k 77": ["--num-clusters has no effect without --clustering kmeans"],
+    "deepcluster --sigma 0.1": ["--sigma has no effect without --clustering pic"],
+    "local_aggregation --close-neighbors 5": ["--close-neighbors has no effect without --close nearest"],
+    "local_aggregation --arch resnet18 --H 10 --m 30000": [],
+    "eval_linear random --C 1 10 --draws 5": ["--cost has no effect", "--draws has no effect without --labels"],
+    "eval_linear random --preset finetune --epochs 20": ["training ends at 20, before --lr-drops 30 60"],
+    "eval_linear random --preset lowshot": [],
+    "eval_detection random --preset voc07 --iterations 3000": ["training ends at 3000, before --lr-drops 6750 8250"],
+    "eval_detection random --preset voc0712": [],
+    "eval_knn random --num-clusters 5": ["--num-clusters has no effect without --clustering"],
+}
+
+
+@pytest.mark.parametrize("command", IN_VAIN)
+def test_what_is_typed_in_vain_is_said(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Options of a method that was not chosen, and drops of the rate that never come, are noted; nothing else is."""
+    script, *words = command.split()
+    importlib.import_module(script).parse_args(words)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(IN_VAIN[command])
+    assert all(line.startswith("note: ") and said in line for line, said in zip(lines, IN_VAIN[command], strict=True))
+
+
+@pytest.mark.parametrize(("command", "reason"), [
+    ("cld --instances 50 --imbalance 100", "--instances renders images anew"), ("npid --lr 1e39", "1e+38"),
+    ("eval_detection random --rois 3", "--rois"), ("figures mds RUN --images 2", "--images"),
+    ("deepcluster --assign shapes --subset 500", "--assign takes all its images"),
+])
+def test_values_that_cannot_work_are_refused_at_once(
+    command: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is loaded."""
+    script, *words = command.split()
+    with pytest.raises((SystemExit, common.Fault)) as stop:
+        importlib.import_module(script).parse_args(words)
+    assert reason in capsys.readouterr().err + str(stop.value)
 
 
 def test_default_output() -> None:

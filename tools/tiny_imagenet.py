@@ -53,7 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="tiny-imagenet-200")
     parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--size", type=int, default=32, metavar="PX", help="side of the images that are written")
+    parser.add_argument("--size", type=common.SIZE, default=32, metavar="PX", help="side of the images written")
     return parser.parse_args(argv)
 
 
