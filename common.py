@@ -1461,17 +1461,19 @@ def _image_files(place: Path, without: set[Path]) -> list[str]:
 
 def _largest_side(data: ImageSet) -> int:
     """The longest side among some 64 images, in px; 0 if none can be read."""
-    side, grey = 0, list[float]()
+    side, low, high, floats = 0, math.inf, -math.inf, False
     for row in range(0, len(data), max(1, len(data) // 64)):
         try:
             with Image.open(data.path(row)) as image:
                 side = max(side, *image.size)
-                grey.extend(np.ravel(image.getextrema()) if image.mode[0] in "IF" else ())
+                if image.mode[0] in "IF":
+                    values = np.asarray(image)
+                    low, high, floats = min(low, values.min()), max(high, values.max()), image.mode == "F"
         except UNREADABLE:
             data.bad.add(data.path(row), all_ranks=True)
-    if grey and not (min(grey) >= 0 and 2**15 <= max(grey) < 2**16):
-        note(f"warning: {data.name} has grey values from {min(grey):g} to {max(grey):g}: integers are divided by 257, "
-             "floats cut off above 255. Convert the images to 8 bits, or to 0 to 65,535")
+    if high > -math.inf and not (low >= 0 and (1 < high < 256 if floats else 2**15 <= high < 2**16)):
+        note(f"warning: {data.name} has grey values from {low:g} to {high:g}: integers are divided by 257, floats cut "
+             f"off above 255. Convert the images to 8 bits, or to 0 to {'255' if floats else '65,535'}")
     return side
 
 

@@ -170,7 +170,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         "centroids in --output to its assigned.csv")
     common.add_training_options(parser)
     args = common.parse(parser, PRESETS, argv)
-    plain = args.arch not in common.RESNET_BLOCKS
+    plain = args.arch.partition("_")[0] in common.PLAIN_STAGES
     args.head = args.head or ("full" if plain else "pooled")
     if plain and args.head in ("map", "pooled"):
         raise common.Fault(f"--head {args.head} is for ResNets: {args.arch} has its own hidden layers")

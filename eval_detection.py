@@ -708,6 +708,9 @@ def main(args: argparse.Namespace) -> None:
         encoder = common.load_encoder(Path(args.checkpoint), args.arch, args.width, None, run.device, "backbone")
         if run.rank == 0:
             print(f"{args.checkpoint}: {encoder.describe()}", flush=True)
+    arch, wanted = args.arch or encoder.options.get("arch", "resnet18"), args.preset.rpartition("-")[2]
+    if wanted in common.PLAIN_STAGES and not arch.startswith(wanted):
+        raise common.Fault(f"--preset {args.preset} is for {wanted}, not {arch}: name --arch, or take another preset")
     data, test = load(args)
     usual_data = common.DATASETS["shapes"] if args.data == "shapes" else common.IMAGENET
     mean, std = (encoder.data.get(key) or getattr(usual_data, key) for key in ("mean", "std"))
@@ -761,7 +764,7 @@ def main(args: argparse.Namespace) -> None:
 
     found = detect(model, test, test_regions, args, mean, std, run)
     result = dict(protocol="detection", checkpoint=args.checkpoint, checkpoint_sha256=encoder.sha256,
-                  preset=args.preset, data=test.name, arch=args.arch or encoder.options.get("arch", "resnet18"),
+                  preset=args.preset, data=test.name, arch=arch,
                   width=args.width or encoder.options.get("width", 64), train_images=len(data), test_images=len(test),
                   iterations=args.iterations, batch_size=args.batch_size, seed=args.seed,
                   settings=run.settings(), **figures(found, test))

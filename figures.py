@@ -1189,12 +1189,12 @@ LAYERS = "conv1 conv2 conv3 conv4 conv5 pool5 backbone head"
 
 
 def read_layers(names: Sequence[str], protocol: str, data: str | None) -> tuple[dict[str, dict[str, float]], Rows]:
-    """The last results of `protocol` for each network in the eval.jsonl of these folders: top-1 in % by layer; those
-    with few labels, "draws", are something else. And the lines that they are from.
+    """The last results of `protocol` for each network in the eval.jsonl of these folders: top-1 in % by layer, all with
+    the settings of the last; those with few labels, "draws", are something else. And the last line of each.
 
     data: the set; default: a run's own.
     """
-    found, drawn = dict[tuple[str, str], dict[str, float]](), dict[tuple[str, str, str], dict[str, Any]]()
+    found, drawn = dict[tuple[str, str], dict[str, float]](), dict[tuple[str, str], dict[str, Any]]()
     for name in names:
         rows = [row for row in read_eval(name, baselines=True) if row.get("protocol") == protocol and "layers" in row
                 and "draws" not in row and data in (None, row["data"])]
@@ -1204,9 +1204,11 @@ def read_layers(names: Sequence[str], protocol: str, data: str | None) -> tuple[
         own = read_log(name)[0].data["name"] if (folder_of(name) / "log.jsonl").exists() else rows[-1]["data"]
         for row in of_set(rows, data or own):
             which = row["checkpoint_sha256"][:6] or "{arch}, width {width}, seed {seed}".format(**{"width": "?"} | row)
-            line = found.setdefault((row["method"], which), {})
-            line.update({entry["layer"]: entry["top1"] for entry in row["layers"]})
-            drawn.update({(row["method"], which, entry["layer"]): row for entry in row["layers"]})
+            network, settings = (row["method"], which), ("preset", "subset", "epochs")
+            before = drawn.get(network, row)
+            line = found.get(network, {}) if all(before.get(key) == row.get(key) for key in settings) else {}
+            found[network] = line | {entry["layer"]: entry["top1"] for entry in row["layers"]}
+            drawn[network] = row
     methods = Counter(method for method, _ in found)
     lines = {method if methods[method] == 1 else f"{method} {which}": line for (method, which), line in found.items()}
     return lines, list(drawn.values())

@@ -253,16 +253,18 @@ def test_thin_images_take_no_more_memory_than_others(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize(("low", "high", "kind", "warns"), [
-    (0, 65_535, np.uint16, False), (0, 40_000, np.uint16, False), (0, 4095, np.uint16, True), (0, 1, np.float32, True),
+    (0, 65_535, np.uint16, False), (0, 40_000, np.uint16, False), (0, 4095, np.uint16, True), (0, 4095, ">u2", True),
+    (0, 1, np.float32, True), (0, 255, np.float32, False), (0, 60_000, np.float32, True),
     (-1024, 40_000, np.int32, True),
 ])
 def test_deep_images_of_a_small_range(
-    low: int, high: int, kind: type, warns: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    low: int, high: int, kind: Any, warns: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """12 bits in 16, floats in [0, 1] and negative values would become nearly black: one warning says so."""
     values = np.linspace(low, high, 256).reshape(16, 16).astype(kind)
     for number in range(4):
-        Image.fromarray(values).save(tmp_path / f"{number}.tif")
+        big = Image.frombytes("I;16B", (16, 16), values.tobytes()) if kind == ">u2" else Image.fromarray(values)
+        big.save(tmp_path / f"{number}.tif")
     load("pretrain", "--data", tmp_path)
     said = capsys.readouterr().err
     assert said.count("warning: ") == warns and (f"values from {low} to {high}: " in said) == warns

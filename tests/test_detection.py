@@ -523,6 +523,12 @@ def write_proposals(folder: Path, path: Path) -> None:
     path.write_text("\n".join(lines))
 
 
+def test_a_preset_for_a_network_takes_no_other(folder: Path, tmp_path: Path) -> None:
+    """A row of VGG16 does not become one of the ResNet that is the default, or is in the file."""
+    words = tiny(folder, tmp_path / "out", "--preset", "voc07-la-vgg16")
+    one_line(run("eval_detection", words), "--preset voc07-la-vgg16 is for vgg16, not resnet18: name --arch")
+
+
 @pytest.mark.parametrize("arch", ["resnet18", "vgg16_bn_fc", "alexnet"])
 def test_fast_rcnn(arch: str, folder: Path, tmp_path: Path) -> None:
     """With --proposals there is no proposal network, and the run ends with figures."""

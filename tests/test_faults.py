@@ -2,12 +2,13 @@
 
 import argparse
 import errno
+import fcntl
 import functools
-import json
 import os
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -307,14 +308,17 @@ def test_lines_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_lines_of_two_writers(tmp_path: Path) -> None:
-    """Two processes that add lines to one file at a time lose none of them, and tear none."""
-    script = ("import sys, pathlib, common\n"
-              "for i in range(40): common.append_line(pathlib.Path(sys.argv[1]), '\"' + 20_000 * sys.argv[2] + '\"')")
-    writers = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "lines"), letter], cwd=common.ROOT)
-               for letter in "ab"]
-    assert [writer.wait(60) for writer in writers] == [0, 0]
-    lines = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
-    assert sorted(lines) == [*40 * [20_000 * "a"], *40 * [20_000 * "b"]]
+    """While one process adds a line to a file, another waits."""
+    path = tmp_path / "lines"
+    script = "import pathlib, common; print(flush=True); common.append_line(pathlib.{!r}, '2')"
+    with path.open("a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        writer = subprocess.Popen([sys.executable, "-c", script.format(path)], cwd=common.ROOT, stdout=subprocess.PIPE)
+        assert writer.stdout is not None and writer.stdout.readline()
+        time.sleep(1)
+        assert writer.poll() is None and not path.read_text()
+        file.write("1\n")
+    assert writer.wait(60) == 0 and path.read_text() == "1\n2\n"
 
 
 def test_result_that_cannot_be_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
