@@ -81,7 +81,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                   num_groups=8, queue_size=64, knn_every=1),
 }
 
-# What the rows of Table A.2 leave out of the method; first in miniature.
+# What the rows of Table A.2 leave out of the method: here of THIN, further down of the paper's own settings.
 NO_CLD = dict(group_weight=0.0)
 ABLATION: dict[str, dict[str, Any]] = {
     "": {}, "-no-cld": NO_CLD, "-separate": dict(cross_view=False),
@@ -418,7 +418,7 @@ class Jigsaw(nn.Module):
 class Encoder(nn.Module):
     """A trunk with the heads of both branches, and what a host trains besides.
 
-    The group head comes last and from a random stream of its own, so that the host's weights do not depend on it.
+    The group head comes last and leaves the random stream as it found it, so that no other weights depend on it.
     """
 
     def __init__(
@@ -572,7 +572,8 @@ def gather_branch(run: common.Run, z: Tensor) -> Tensor:
 # Each has
 #   state                                     parts of the checkpoint
 #   targets(views)                            features of the momentum encoder, unit rows, without gradient
-#   instance_loss(z, jigsaw, targets, index)  unit f_I (2, B, D), jigsaw feature, slots -> losses (B,), accuracy ()
+#   instance_loss(z, jigsaw, targets, index)  unit f_I (2, B, D), jigsaw feature, slots -> losses (B,), accuracy ();
+#                                             keeps what after_step will write
 #   after_step(encoder, gather, progress)     after the optimiser's step: what outlives a step is written, once
 
 Gather = Callable[..., tuple[Tensor, ...]]

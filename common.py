@@ -1,4 +1,5 @@
-"""What at least three of the scripts would hold identically. No sentence of any paper stands here.
+"""What at least three of the scripts would hold identically. No choice of a paper stands here; what scripts share
+names its equation.
 
 A thing is admitted if three scripts need it word for word, its name says all that a caller has to know, and
 a test of its own holds it. Nothing happens at import. In order of use:

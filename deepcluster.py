@@ -34,8 +34,9 @@ filled, splits of Faiss's way; singletons before they were redistributed; larges
 with the last clustering; pca_variance, the share that is kept; seconds of each part, 0 where a resumed epoch did not
 repeat it. From labels, each --knn-every epochs: ratio_edge, the ratio edge intra-class of section 4.1 in percent, by
 the network before the epoch (in the first row: untrained); nmi_labels of the last clustering; knn_top1 of descriptors
-after the epoch, and test_top1 of the last layer with --clustering labels. Epochs between clusterings have the figures
-of the row above. assignments/epochNNNN.npz holds `cluster`, a number for each line of assignments/images.txt.
+after the epoch, and test_top1 of the last layer with --clustering labels. Epochs between clusterings repeat the row
+above, except what --knn-every measures anew. assignments/epochNNNN.npz holds `cluster`, a number for each line of
+assignments/images.txt.
 """
 
 import argparse
@@ -96,7 +97,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fig4.9-flickr1m": dict(PIC | FLICKR, data="flickr1m", updates_per_epoch=5005),
     "fig4.9-flickr2m": dict(PIC | FLICKR | PART, data="flickr2m", updates_per_epoch=5005),
     "fig4.9-flickr2m-pool": dict(PIC | FLICKR | PART, data="flickr2m", updates_per_epoch=5005, cluster_pool=True),
-    # A point of the figure every 11,700 updates: each epoch of three passes over 1M images, each tenth over 100,000.
+    # The figure has a point every 11,700 updates: an epoch of the presets with 1M images, ten of those with 100,000.
     **{f"fig4.10-{pool}-{n}": dict(PIC | FLICKR, data=f"flickr{pool}", images_per_epoch=n,
                                    updates_per_epoch=n * 117 // 10_000)
        for pool, n in (("100k", 100_000), ("1m", 100_000), ("1m", 1_000_000), ("10m", 100_000), ("10m", 1_000_000))},

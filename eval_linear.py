@@ -1162,7 +1162,7 @@ def train_networks(
                 part_loss.backward()
                 loss += part_loss.detach()
             if multi:
-                nn.utils.clip_grad_norm_(model.parameters(), 10)
+                nn.utils.clip_grad_norm_(model.parameters(), 10)  # as in DeepCluster's eval_voc_classif.py
             optimizer.step()
             totals.add(loss=loss)
             run.after_step(state, epoch, step, loss)
@@ -1257,7 +1257,7 @@ def finetune(args: argparse.Namespace, run: common.Run, encoder: common.Encoder,
         torch.manual_seed(common.generator(args.seed, "last layer", number).initial_seed())
         for layer in [*above, model.last] if multi else [model.last]:
             nn.init.normal_(layer.weight, std=0.01)
-            nn.init.constant_(layer.bias, 0.1 if multi else 0.0)
+            nn.init.constant_(layer.bias, 0.1 if multi else 0.0)  # 0.1 in eval_voc_classif.py
 
     rows = train_networks(args, run, task, model, draws(args, task), batches, crops, reset, every_epoch=False)
     means = spread(rows, ["labels"])

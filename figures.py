@@ -79,6 +79,21 @@ class Source(NamedTuple):
                 f"epoch {self.epochs} of {self.options['epochs']}, commit {self.git}")
 
 
+def experiment(source: Source) -> str:
+    """The same for runs that differ in the seed alone."""
+    images = {key: value for key, value in source.data.items() if key != "checksum"}  # a seed draws its own subset
+    options = source.options | dict(data=images)
+    return repr(sorted((key, value) for key, value in options.items() if key not in IGNORED))
+
+
+def pooled(runs: Sequence[Source]) -> Source:
+    """One source for the runs of an experiment."""
+    seeds, git = ("/".join(dict.fromkeys(words)) for words in
+                  ([str(source.options["seed"]) for source in runs], [source.git for source in runs]))
+    return runs[0]._replace(options=runs[0].options | dict(seed=seeds), git=git,
+                            epochs=min(source.epochs for source in runs))
+
+
 def legend(sources: Sequence[Source]) -> dict[str, Source]:
     """The sources by what tells them apart: script and preset, else the options that differ, else the folders."""
     named = [source.options | dict(data=source.data["name"]) if source.options else {} for source in sources]
@@ -107,7 +122,7 @@ def folder_of(name: str) -> Path:
 def mark(axes: Any, level: float, text: str) -> None:
     """A dotted line across the panel at y = level."""
     axes.axhline(level, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)))
-    axes.annotate(text, (0, level), (3, 2), xycoords=("axes fraction", "data"), color="0.4", **BESIDE)
+    axes.annotate(text, (1, level), (-3, 2), xycoords=("axes fraction", "data"), ha="right", color="0.4", **BESIDE)
 
 
 def save(figure: Figure, title: str, note: str, runs: dict[str, Source], path: Path) -> None:
@@ -115,7 +130,8 @@ def save(figure: Figure, title: str, note: str, runs: dict[str, Source], path: P
     figure.suptitle(title, x=0.01, ha="left")
     small_print = [note] * bool(note) + [f"{label}: {source}" for label, source in runs.items() if source.options]
     letters = int(21 * figure.get_figwidth())
-    small_print = [textwrap.fill(line, letters) for text in small_print for line in text.split("\n")]
+    small_print = [row for text in small_print for line in text.split("\n") for row in textwrap.wrap(line, letters)]
+    figure.set_figheight(figure.get_figheight() + 0.107 * len(small_print))
     figure.supxlabel("\n".join(small_print), x=0.01, ha="left", fontsize=6, color="0.35")
     content = io.BytesIO()
     if path.suffix != ".png":
@@ -258,7 +274,7 @@ def labelled(encoder: common.Encoder, args: argparse.Namespace, split: str) -> c
 def pictures(data: common.ImageSet, rows: Tensor, args: argparse.Namespace) -> tuple[Tensor, list[str]]:
     """Images at `rows` (R, 3, S, S) in [0, 1], and the names of their classes."""
     images = torch.cat(list(data.centers(rows, args.batch_size, args.device))).cpu()
-    return images, [data.classes[label][:9] if label >= 0 else "" for label in data.labels[rows].tolist()]
+    return images, [data.classes[label][:10] if label >= 0 else "" for label in data.labels[rows].tolist()]
 
 
 def strip(title: str, train: common.ImageSet, index: Tensor, right: Tensor | None, args: argparse.Namespace) -> Strip:
@@ -409,7 +425,7 @@ def neighbors(args: argparse.Namespace) -> None:
         title += f": kNN accuracy {100 * correct.double().mean():.1f} %"
         nearest = index[chosen, : args.num_neighbors]
         shown = strip(title, train, nearest, train.labels[nearest] == test.labels[chosen, None], args)
-        results = [f"{train.classes[found[query]][:9]}\n{100 * share[query]:.0f} %" for query in chosen]
+        results = [f"{train.classes[found[query]][:10]}\n{100 * share[query]:.0f} %" for query in chosen]
         strips.append(shown._replace(notes=results))
     note = (f"Left: test images of {test.name}, of each class the one that the first network is surest of (below: "
             "least sure of and wrong), of these the surest (least sure). After each row the "
@@ -525,20 +541,14 @@ def curves(args: argparse.Namespace) -> None:
     groups, chance = dict[str, list[tuple[Source, Rows]]](), dict[str, float]()
     for name in args.runs:
         source, rows, level = read_log(name)
-        images = {key: value for key, value in source.data.items() if key != "checksum"}  # a seed draws its own subset
-        options = source.options | dict(data=images)
-        key = repr(sorted((key, value) for key, value in options.items() if key not in IGNORED))
+        key = experiment(source)
         if source.options["seed"] in [other.options["seed"] for other, _ in groups.get(key, [])]:
             key += name  # the same run once more, perhaps of changed code: not another seed
         groups.setdefault(key, []).append((source, rows))
         if level is not None:
             equal = abs(level - math.log(source.data["images"])) < 1e-3
             chance[f"chance, {'ln N = ' * equal}{level:.2f}"] = level
-    sources = []
-    for members in groups.values():
-        first, seeds = members[0][0], "/".join(str(source.options["seed"]) for source, _ in members)
-        git, epochs = "/".join({source.git: "" for source, _ in members}), min(source.epochs for source, _ in members)
-        sources.append(first._replace(options=first.options | dict(seed=seeds), git=git, epochs=epochs))
+    sources = [pooled([source for source, _ in members]) for members in groups.values()]
     same = len({(source.options["script"], source.options.get("loss")) for source in sources}) == 1
     runs, lines = legend(sources), [[rows for _, rows in members] for members in groups.values()]
     figure = draw_curves(dict(zip(runs, lines, strict=True)), chance, compare=same)
@@ -995,7 +1005,8 @@ def edges(args: argparse.Namespace) -> None:
         chance = float((100 * (sizes[sizes > 0] - 1) / (len(data) - 1)).mean())
         notes.append(f"Box plots: {args.num_neighbors} nearest neighbours among {len(data):,} training images of "
                      f"{data.name}, of DeepCluster's networks by whitened features before the last ReLU; orange: "
-                     "median, diamond and number: mean, box: quartiles, whiskers: 1.5 times their distance.")
+                     "median, diamond and number: mean, box: quartiles, whiskers: the last class "
+                     "within 1.5 times their distance; rings: classes beyond.")
     if points:
         notes.append("Curves: from the logs, 10 neighbours, by the descriptors that are clustered.")
     logs = legend(sources)
@@ -1076,9 +1087,10 @@ def draw_queue(points: dict[str, dict[int, list[float]]]) -> Figure:
         sizes = sorted(found)
         means = [sum(found[size]) / len(found[size]) for size in sizes]
         axes.plot(sizes, means, **look(number))
-        for size, mean in zip(sizes, means, strict=True):
+        for place, (size, mean) in enumerate(zip(sizes, means, strict=True)):
             axes.scatter([size] * len(found[size]), found[size], s=8, color=COLORS[number % 7])
-            axes.annotate(f"{mean:.1f}", (size, mean), (0, 5), ha="center", **BESIDE)
+            below = mean == min(means[max(place - 1, 0) : place + 2])
+            axes.annotate(f"{mean:.1f}", (size, mean), (0, -12 if below else 5), ha="center", **BESIDE)
         axes.set(title=name, xscale="log", xlabel="keys in the queue", ylabel="%")
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axes.minorticks_off()
@@ -1179,13 +1191,13 @@ def semisup(args: argparse.Namespace) -> None:
 LAYERS = "conv1 conv2 conv3 conv4 conv5 pool5 backbone head"
 
 
-def read_layers(names: Sequence[str], protocol: str, data: str | None) -> dict[str, dict[str, float]]:
+def read_layers(names: Sequence[str], protocol: str, data: str | None) -> tuple[dict[str, dict[str, float]], Rows]:
     """The last results of `protocol` for each network in the eval.jsonl of these folders: top-1 in % by layer, all with
-    the settings of the last; those with few labels, "draws", are something else.
+    the settings of the last; those with few labels, "draws", are something else. And the last line of each.
 
     data: the set; default: a run's own.
     """
-    found, settings = dict[tuple[str, str], dict[str, float]](), dict[tuple[str, str], tuple[Any, ...]]()
+    found, drawn = dict[tuple[str, str], dict[str, float]](), dict[tuple[str, str], dict[str, Any]]()
     for name in names:
         rows = [row for row in read_eval(name, baselines=True) if row.get("protocol") == protocol and "layers" in row
                 and "draws" not in row and data in (None, row["data"])]
@@ -1195,25 +1207,28 @@ def read_layers(names: Sequence[str], protocol: str, data: str | None) -> dict[s
         own = read_log(name)[0].data["name"] if (folder_of(name) / "log.jsonl").exists() else rows[-1]["data"]
         for row in of_set(rows, data or own):
             which = row["checkpoint_sha256"][:6] or "{arch}, width {width}, seed {seed}".format(**{"width": "?"} | row)
-            network, how = (row["method"], which), tuple(row.get(key) for key in ("preset", "subset", "epochs"))
-            line = found.get(network, {}) if settings.get(network) == how else {}
+            network, settings = (row["method"], which), ("preset", "subset", "epochs")
+            before = drawn.get(network, row)
+            line = found.get(network, {}) if all(before.get(key) == row.get(key) for key in settings) else {}
             found[network] = line | {entry["layer"]: entry["top1"] for entry in row["layers"]}
-            settings[network] = how
+            drawn[network] = row
     methods = Counter(method for method, _ in found)
-    return {method if methods[method] == 1 else f"{method} {which}": line for (method, which), line in found.items()}
+    lines = {method if methods[method] == 1 else f"{method} {which}": line for (method, which), line in found.items()}
+    return lines, list(drawn.values())
 
 
 def draw_layers(lines: dict[str, dict[str, float]], protocol: str) -> Figure:
-    """Accuracy by layer, a line for each network; the figures stand beside the best layer of each."""
+    """Accuracy by layer, a line for each network."""
     figure = Figure((5.6, 3.8), layout="constrained")
     axes = figure.subplots()
     layers = sorted({layer for line in lines.values() for layer in line}, key=LAYERS.find)
     for number, (label, line) in enumerate(lines.items()):
         own = sorted(line, key=LAYERS.find)
         axes.plot([layers.index(layer) for layer in own], [line[layer] for layer in own], **look(number), label=label)
-        best = max(line, key=lambda layer: line[layer])
-        axes.annotate(f"{line[best]:.1f}", (layers.index(best), line[best]), (0, 5), ha="center",
-                      color=COLORS[number % 7], **BESIDE)
+        for layer, top1 in line.items():
+            above = top1 >= max(other.get(layer, 0) for other in lines.values())
+            axes.annotate(f"{top1:.1f}", (layers.index(layer), top1), (0, 6 if above else -12), ha="center",
+                          color=COLORS[number % 7], **BESIDE)
     axes.set_xticks(range(len(layers)), layers)
     axes.set(ylabel="top-1 in %", title={"linear": "linear probes", "svm": "linear SVM"}[protocol])
     axes.margins(0.08, 0.12)
@@ -1223,9 +1238,12 @@ def draw_layers(lines: dict[str, dict[str, float]], protocol: str) -> Figure:
 
 def linear(args: argparse.Namespace) -> None:
     """Accuracy of linear classifiers by layer, several networks side by side (NPID, Tables 2 and 3; LA, Table 1)."""
-    lines = read_layers(args.runs, args.protocol, args.data)
-    save(draw_layers(lines, args.protocol), f"Classification by layer{f', {args.data}' if args.data else ''}", "", {},
-         args.out)
+    lines, rows = read_layers(args.runs, args.protocol, args.data)
+    form = "{train_images:,} training and {test_images:,} test images of {data}"
+    words = [form.format_map(row) + f", {row['epochs']} epochs" * (args.protocol == "linear") for row in rows]
+    runs = {name: read_log(name)[0] for name in args.runs if (folder_of(name) / "log.jsonl").exists()}
+    save(draw_layers(lines, args.protocol), f"Classification by layer{f', {args.data}' if args.data else ''}",
+         f"eval_linear.py: {' or '.join(dict.fromkeys(words))}.", runs, args.out)
 
 
 # ---- ablation --------------------------------------------------------------------------------------------------------
@@ -1378,7 +1396,7 @@ def ablation(args: argparse.Namespace) -> None:
     def hits(key: str) -> int:
         return sum(row_of(source.options, TABLES[key]) is not None for source, *_ in found.values())
 
-    table, sources = TABLES[args.table or max(TABLES, key=hits)], dict[str, Source]()
+    table, sources = TABLES[args.table or max(TABLES, key=hits)], dict[tuple[str, str], list[Source]]()
     monitored = not any(knn_of(rows, 200) for *_, rows in found.values())  # a column has one protocol
     ours = {column: dict[str, list[float]]() for column in table.columns}
     for name, (source, log, rows) in found.items():
@@ -1394,14 +1412,17 @@ def ablation(args: argparse.Namespace) -> None:
                 value = last(log, "knn_top1")
             if value is not None:
                 ours[column].setdefault(row, []).append(value)
-        sources[f"{row} ({name})" if row in sources else row] = source
+        sources.setdefault((row, experiment(source)), []).append(source)
     if not any(ours.values()):
         raise common.Fault(f"{args.runs[0]} has no {MERITS[table.columns[0]][0]} yet: evaluate it first")
     note = ("Ours: the runs below after their last epoch; with fewer images, epochs or channels than the paper's they "
             "are miniatures, to be compared with each other alone.")
     if "knn" in table.columns:
         note += " kNN by " + ("the monitor in the logs." if monitored else "eval_knn.py.")
-    save(draw_ablation(table, ours), table.title, note, sources, args.out)
+    runs = dict[str, Source]()
+    for (row, _), members in sources.items():
+        runs[f"{row} ({members[0].name})" if row in runs else row] = pooled(members)
+    save(draw_ablation(table, ours), table.title, note, runs, args.out)
 
 
 # ---- detections ------------------------------------------------------------------------------------------------------

@@ -358,6 +358,7 @@ class Constant(nn.Module):
         self.value: Tensor
 
     def first(self, value: Tensor) -> Tensor:
+        """The first `value` that this was ever given."""
         self.value = torch.where(self.value.isnan(), value, self.value)
         return self.value
 

@@ -227,7 +227,7 @@ class Normalizer(nn.Module):
 
     @torch.no_grad()
     def update(self, estimate: Tensor, momentum: float) -> Tensor:
-        """Z <- momentum * Z + (1 - momentum) * estimate, the first estimate whole; returns log Z."""
+        """Z <- momentum * Z + (1 - momentum) * exp(estimate), the first estimate whole; returns log Z."""
         mixed = self.log_z
         if momentum < 1:
             mixed = torch.logaddexp(self.log_z + math.log(momentum), estimate + math.log(1 - momentum))

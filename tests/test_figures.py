@@ -772,6 +772,27 @@ def test_legend_and_small_print(run: Path) -> None:
         assert part in words
 
 
+def test_small_print_takes_nothing_from_the_picture(run: Path, tmp_path: Path) -> None:
+    """A figure grows by the height of its small print, however many sources it has."""
+    source, heights = figures.read_log(str(run))[0], list[float]()
+    for count in (1, 40):
+        figure = Figure((5.2, 2.6), layout="constrained")
+        axes = figure.subplots()
+        figures.save(figure, "title", "", {f"run {i}": source for i in range(count)}, tmp_path / "long.png")
+        heights.append(axes.get_window_extent().height / figure.dpi)
+    assert heights[1] > heights[0] > 1.5
+
+
+def test_runs_of_a_row_are_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small print of an ablation names the seeds of an experiment in one line, other options in their own."""
+    seen = list[dict[str, figures.Source]]()
+    monkeypatch.setattr(figures, "save", lambda figure, title, note, runs, path: seen.append(runs))
+    draw("ablation", *(other(run, tmp_path / f"{seed}-{lr}", preset="cifar10", seed=seed, lr=lr)
+                       for seed, lr in ((0, 0.03), (1, 0.03), (2, 0.1))))
+    assert [(label, source.options["seed"]) for label, source in seen[0].items()] == [
+        ("exact softmax", "0/1"), ("exact softmax (2-0.1)", "2")]
+
+
 # bad input
 
 

@@ -1108,9 +1108,9 @@ def test_presets_parse(preset: str) -> None:
         assert getattr(args, key) == value
 
 
-def test_picture(trained: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_picture(trained: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """figures.py linear draws the accuracy of each layer, several checkpoints side by side, from their eval.jsonl: on
-    the run's own data unless others are asked for."""
+    the run's own data unless others are asked for; the small print has the images and epochs of what is drawn."""
     found = evaluate(checkpoint)
     other = tmp_path / "other"
     other.mkdir()
@@ -1118,14 +1118,19 @@ def test_picture(trained: Path, checkpoint: Path, tmp_path: Path) -> None:
     (other / "eval.jsonl").write_text(json.dumps(changed) + "\n")
     figures.main(figures.parse_args(["linear", str(checkpoint.parent), str(other), "--out", str(tmp_path / "a.png")]))
     assert np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).std() > 2
-    lines = figures.read_layers([str(checkpoint.parent), str(other)], "linear", None)
+    lines = figures.read_layers([str(checkpoint.parent), str(other)], "linear", None)[0]
     assert lines == {"npid smoke": {row["layer"]: row["top1"] for row in found["layers"]},
                      "untrained": {"conv1": 5.0, "conv5": 5.0}}
     shutil.copy(trained.parent / "log.jsonl", checkpoint.parent)
     moved = found | dict(data="places205", layers=[row | dict(top1=7.0) for row in found["layers"]])
     common.append_line(checkpoint.parent / "eval.jsonl", json.dumps(moved))
-    assert figures.read_layers([str(checkpoint.parent), str(other)], "linear", None) == lines
-    assert figures.read_layers([str(checkpoint.parent)], "linear", "places205") == {
+    assert figures.read_layers([str(checkpoint.parent), str(other)], "linear", None)[0] == lines
+    notes = list[str]()
+    monkeypatch.setattr(figures, "save", lambda figure, title, note, runs, path: notes.append(note))
+    figures.main(figures.parse_args(["linear", str(checkpoint.parent)]))
+    assert notes == ["eval_linear.py: {train_images:,} training and {test_images:,} test images of shapes, {epochs} "
+                     "epochs.".format_map(found)]
+    assert figures.read_layers([str(checkpoint.parent)], "linear", "places205")[0] == {
         "npid smoke": {"conv1": 7.0, "conv5": 7.0}}
     with pytest.raises(common.Fault, match="--data places205"):
         figures.read_layers([str(other)], "linear", "places205")
@@ -1149,7 +1154,7 @@ def test_lines_of_networks(tmp_path: Path) -> None:
             row({"conv5": 8}, method="npid", checkpoint="x.pth", checkpoint_sha256="abc", subset=500),
             row({"conv1": 9}, method="npid", checkpoint="x.pth", checkpoint_sha256="abc")]
     (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = figures.read_layers([str(tmp_path)], "svm", None)
+    lines = figures.read_layers([str(tmp_path)], "svm", None)[0]
     start = "untrained resnet18, width"
     assert lines == {f"{start} 4, seed 0": {"head": 4, "conv5": 2, "conv1": 3}, f"{start} 8, seed 0": {"conv1": 5},
                      f"{start} 4, seed 1": {"conv1": 6}, f"{start} ?, seed 0": {"conv1": 7}, "npid": {"conv1": 9}}
