@@ -581,7 +581,7 @@ class Run:
             except OSError as error:
                 raise Fault(f"cannot write {path} ({error.strerror}): {way_out(error)}, then run the same "
                             "command") from None
-            if row.get("feature_std", 1) < 0.02 and not self.warned:
+            if row.get("feature_std", 1) < 0.01 and not self.warned:
                 self.warned = True
                 note(f"warning: all features are nearly alike (feature_std {row['feature_std']:.2g}): see README.md, "
                      "When it does not work")
