@@ -772,6 +772,7 @@ def test_legend_and_small_print(run: Path) -> None:
         assert part in words
 
 
+@pytest.mark.filterwarnings("error")  # "constrained_layout not applied"
 def test_small_print_takes_nothing_from_the_picture(run: Path, tmp_path: Path) -> None:
     """A figure grows by the height of its small print, however many sources it has."""
     source, heights = figures.read_log(str(run))[0], list[float]()
