@@ -341,7 +341,7 @@ def test_links_that_lead_back(tmp_path: Path) -> None:
 def test_what_takes_less_memory() -> None:
     """Only options that the script has are named."""
     every = common.less_memory(npid.parse_args([]))
-    assert every == "lower --batch-size, split each batch with --accumulate, or use --cache host"
+    assert every == "lower --batch-size, split each batch with --accumulate, or for small images use --cache host"
     assert "--accumulate" not in common.less_memory(eval_knn.parse_args(["random"]))
     assert "--" not in common.less_memory(argparse.Namespace())
 
