@@ -256,7 +256,8 @@ def add_data_options(options: argparse.ArgumentParser) -> None:
     data = options.add_argument_group("data")
     data.add_argument("--data", default="shapes", metavar="NAME|DIR",
                       help=f"{', '.join(DATASETS)}, or any directory of images: train/ and val/ below it are its "
-                           "splits; nested or flat; class = first folder level, used by evaluation only")
+                           "splits; nested or flat; class = first folder level, used by evaluation only; "
+                           "evaluations of a run take its own set, unless this is typed")
     add_set_options(data)
     data.add_argument("--val-dir", type=Path, metavar="DIR", help="validation images of a directory without val/")
     data.add_argument("--image-size", type=SIZE, metavar="PX", help="side of the square the network sees; default: "

@@ -1587,7 +1587,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                              if name == "all" else "default: NAME.png in the first run's folder")
         if network:
             options.add_argument("--layer", choices=["auto", "head", "backbone"], default="auto", help="features: the "
-                                 "head's or the backbone's; auto: head of these scripts, backbone of foreign files")
+                                 "head's or the backbone's; auto: head of these scripts, backbone of foreign files "
+                                 "and for pca")
             options.add_argument("--arch", choices=common.ARCHITECTURES, help="of files that do not say it")
             options.add_argument("--width", type=common.COUNT, help="of files that do not say it")
             options.add_argument("--seed", type=common.COUNT_OR_ZERO, default=0, help="of what is drawn at random")

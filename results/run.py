@@ -194,8 +194,8 @@ def make(name: str, args: argparse.Namespace, deadline: float) -> bool:
     row, folder = ROWS[name], args.work / name
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / "row.json"
-    facts: dict[str, Any] = dict(row=name, images=encoding(row, args), device="", finished=False, minutes=0.0,
-                                 steps=[])
+    facts: dict[str, Any] = dict(row=name, added=args.added, images=encoding(row, args), device="", finished=False,
+                                 minutes=0.0, steps=[])
     if state.exists():
         facts = json.loads(state.read_text())
         publish(name, facts, args)  # the last call may have been killed before it did, or its results be gone
@@ -269,14 +269,16 @@ def table(results: Path) -> str:
     lines = [HEAD, ("---",) * len(HEAD)]
     for name, row in ROWS.items():
         state, ours, log = results / name / "row.json", dict[str, str](), ""
-        facts = json.loads(state.read_text()) if state.exists() else dict(finished=False)
+        facts = dict[str, Any](finished=False, added=[])
+        facts |= json.loads(state.read_text()) if state.exists() else {}
         if facts["finished"]:
             ours = accuracies(name, results)
             images = "" if facts["images"] == "original" else f", {facts['images']}"
             log = f"[{facts['device']}, {facts['minutes']:.0f} min{images}](results/{name}/log.jsonl)"
         missing = "none" if facts["finished"] else "not run"
         knn, svm, linear = (ours.get(key, missing) for key in ("knn", "svm", "linear"))
-        lines.append((row.title, row.data, row.knn, knn, row.svm, svm, linear, f"`{shown(row)}`", log))
+        command = " ".join([shown(row), *facts["added"]])
+        lines.append((row.title, row.data, row.knn, knn, row.svm, svm, linear, f"`{command}`", log))
     return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |") for line in lines)
 
 

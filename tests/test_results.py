@@ -129,6 +129,12 @@ def test_a_row_is_made_in_pieces(run: ModuleType, fake: list[str], tmp_path: Pat
     assert facts(tmp_path, "one")["finished"] and log.read_text().startswith(first)
 
 
+def test_options_that_were_added_stand_in_the_table(run: ModuleType, fake: list[str], tmp_path: Path) -> None:
+    """A row made with more options is not shown as one of the plain command."""
+    assert call(run, [*fake, "one", "--", "--compile"]) == 0
+    assert f"| `{run.shown(run.ROWS['one'])} --compile` |" in run.table(tmp_path / "results")
+
+
 def test_a_call_that_is_ended_ends_its_script(run: ModuleType, fake: list[str], tmp_path: Path) -> None:
     """SIGTERM reaches the script, which would otherwise go on and keep the row's folder from the next call."""
     row = run.ROWS["one"]
