@@ -168,8 +168,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="section 4.3")
     method.add_argument("--min-crop", type=common.SHARE, default=0.08, metavar="SHARE", help="if random-sized")
     method.add_argument("--flip", choices=["no", "horizontal", "vertical"], default="horizontal", help="section 4.3")
-    parser.add_argument("--assign", metavar="NAME|DIR", help="train nothing: write the clusters of these images by the "
-                        "centroids in --output to its assigned.csv")
+    parser.add_argument("--assign", metavar="NAME|DIR", help="train nothing: write the clusters of all these images by "
+                        "the centroids in --output to its assigned.csv")
     common.add_training_options(parser)
     args = common.parse(parser, PRESETS, argv)
     plain = args.arch.partition("_")[0] in common.PLAIN_STAGES
@@ -187,8 +187,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     needed = dict(kmeans=("num_clusters", "kmeans", "empties"), pic=("num_neighbors", "sigma", "singletons"))
     common.note_idle(args, {name: (args.clustering == way, f"--clustering {way}")
                             for way, names in needed.items() for name in names})
-    if args.assign and ("subset" in args.typed or int(os.environ.get("WORLD_SIZE", "1")) > 1):
-        raise common.Fault("--assign takes all its images, in one process: leave --subset and the launcher out")
+    if args.assign and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise common.Fault("--assign takes one process: start it without a launcher")
     return args
 
 

@@ -88,7 +88,6 @@ def test_what_is_typed_in_vain_is_said(command: str, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(("command", "reason"), [
     ("cld --instances 50 --imbalance 100", "--instances renders images anew"), ("npid --lr 1e39", "1e+38"),
     ("eval_detection random --rois 3", "--rois"), ("figures mds RUN --images 2", "--images"),
-    ("deepcluster --assign shapes --subset 500", "--assign takes all its images"),
 ])
 def test_values_that_cannot_work_are_refused_at_once(
     command: str, reason: str, capsys: pytest.CaptureFixture[str]
