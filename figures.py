@@ -51,6 +51,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import common
+import deepcluster
 
 # ---- what every picture has ------------------------------------------------------------------------------------------
 
@@ -230,16 +231,6 @@ def extract(
 
     # Network and images are kept, too: nothing else can take their ids.
     return make() if describe else keep(args, ("features", id(encoder), id(data)), make)
-
-
-def moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and scatter matrix (D, D) of rows (N, D), in float64."""
-    parts = torch.split(features, 8192)  # in float64 all rows of ImageNet would take tens of GB
-    mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / len(features)
-    scatter = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
-    for part in parts:
-        scatter.addmm_((part.double() - mean).T, part.double() - mean)
-    return mean, scatter
 
 
 # ---- images beside images -------------------------------------------------------------------------------------------
@@ -969,14 +960,9 @@ def descriptors(encoder: common.Encoder, data: common.ImageSet, args: argparse.N
     last ReLU the whitened principal components."""
     if encoder.options.get("script") != "deepcluster":
         return extract(encoder, data, args)
-    features = extract(encoder, data, args, functools.partial(encoder.backbone, relu_last=False)).cpu()
-    mean, scatter = moments(features)
-    values, vectors = torch.linalg.eigh(scatter / len(features))  # from small to large
-    kept = values > 1e-10 * values[-1]  # the others are rounding
-    kept[: -encoder.options["feature_dim"]] = False
-    white = vectors[:, kept] / values[kept].sqrt()
-    return torch.cat([F.normalize((part.double() - mean) @ white).float()
-                      for part in torch.split(features, 8192)]).to(args.device)
+    h = extract(encoder, data, args, functools.partial(encoder.backbone, relu_last=False))
+    projection, offset, *_ = deepcluster.pca_of(h, encoder.options["feature_dim"])
+    return torch.cat([deepcluster.whiten(rows, projection, offset) for rows in torch.split(h, 4096)])
 
 
 def edges(args: argparse.Namespace) -> None:
@@ -1019,7 +1005,12 @@ def edges(args: argparse.Namespace) -> None:
 
 def variance_kept(features: Tensor) -> Tensor:
     """Share in percent of the variance of rows (N, D) that the 1, 2, ... D largest eigenvalues have, (D,)."""
-    values: Tensor = torch.linalg.eigvalsh(moments(features)[1]).flip(0).clamp(min=0)
+    parts = torch.split(features, 8192)  # in float64 all rows of ImageNet would take tens of GB
+    mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / len(features)
+    scatter = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
+    for part in parts:
+        scatter.addmm_((part.double() - mean).T, part.double() - mean)
+    values: Tensor = torch.linalg.eigvalsh(scatter).flip(0).clamp(min=0)
     return 100 * values.cumsum(0) / values.sum().clamp(min=1e-300)
 
 

@@ -156,12 +156,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = common.parse(parser, PRESETS, argv)
     if args.close == "nearest" and args.background != "nearest":
         parser.error("--close nearest goes with --background nearest")
-    dbscan = args.clustering == "dbscan"
+    by_kmeans = args.clustering == "kmeans"
     common.note_idle(args, dict(background_clusters=(args.background == "clusters", "--background clusters"),
                                 close_neighbors=(args.close == "nearest", "--close nearest"),
-                                dbscan_radius=(dbscan, "--clustering dbscan"),
-                                kmeans=(not dbscan or args.background == "clusters", "--clustering kmeans"),
-                                m=(args.close == "clusters" and not dbscan, "--close clusters by kmeans")))
+                                dbscan_radius=(not by_kmeans, "--clustering dbscan"),
+                                kmeans=(by_kmeans or args.background == "clusters", "--clustering kmeans"),
+                                m=(args.close == "clusters" and by_kmeans, "--close clusters by kmeans")))
     return args
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -86,8 +87,9 @@ def test_bank_takes_no_gradient() -> None:
     bank.requires_grad_()
     common.bank_softmax(z.requires_grad_(), index, bank, 0.07).sum().backward()
     assert bank.grad is None and z.grad is not None
+    learnt: Any = torch.tensor(0.07, requires_grad=True)
     with pytest.raises(ValueError, match="the temperature takes no gradient"):
-        common.bank_softmax(z, index, bank, torch.tensor(0.07, requires_grad=True))  # type: ignore[arg-type]
+        common.bank_softmax(z, index, bank, learnt)
 
 
 def test_autocast_changes_nothing(device: str) -> None:

@@ -1,5 +1,6 @@
 """Figures: what is drawn is what was measured, and input that is not a run ends with one line."""
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -22,7 +23,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import common
-import deepcluster
 import figures
 import npid
 
@@ -550,17 +550,20 @@ def test_edges_of_networks_and_logs(run: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_edges_of_deepcluster_are_of_its_descriptors(run: Path) -> None:
-    """Rows of a run of deepcluster.py are those that it clusters, up to signs; of other runs the unit features."""
+    """Rows of a run of deepcluster.py are the whitened features before the last ReLU, as scikit-learn's PCA has them up
+    to signs; of other runs the unit features."""
+    from sklearn.decomposition import PCA
+
     args = figures.parse_args(["edges", str(run)])
     args.device = torch.device("cpu")
     (encoder, _), _ = figures.open_networks(args)
     data = figures.load_train(encoder, args)
     assert torch.equal(figures.descriptors(encoder, data, args), figures.extract(encoder, data, args))
-    encoder.options |= dict(script="deepcluster", feature_dim=16)
-    network: Any = encoder.backbone
+    network: Any = common.untrained_encoder("alexnet_bn", 4, True, args.device).backbone  # a ResNet ends with a mean
+    encoder = dataclasses.replace(encoder, backbone=network, options=dict(script="deepcluster", feature_dim=16))
     h = figures.extract(encoder, data, args, functools.partial(network, relu_last=False))
-    projection, offset, *_ = deepcluster.pca_of(h, 16)
-    expected, found = deepcluster.whiten(h, projection, offset), figures.descriptors(encoder, data, args)
+    expected = F.normalize(torch.from_numpy(PCA(16, whiten=True).fit_transform(h.double().numpy())))
+    found = figures.descriptors(encoder, data, args).double()
     assert found.shape == (len(data), 16)
     torch.testing.assert_close(found @ found.T, expected @ expected.T, atol=1e-3, rtol=1e-3)
 
