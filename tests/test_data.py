@@ -252,6 +252,15 @@ def test_thin_images_take_no_more_memory_than_others(tmp_path: Path, monkeypatch
     assert max(largest) == 16 * 32
 
 
+def test_the_monitor_sees_images_as_training_does() -> None:
+    """A mean and deviation that a script sets itself are those of its test images, too."""
+    args = options("--knn-every", "1")
+    data = common.load(args, "pretrain", CPU)
+    data.mean, data.std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    test = common.load_monitor(args, data, CPU)
+    assert test is not None and (test.mean, test.std, test.size) == (data.mean, data.std, data.size)
+
+
 @pytest.mark.parametrize(("low", "high", "kind", "warns"), [
     (0, 65_535, np.uint16, False), (0, 40_000, np.uint16, False), (0, 4095, np.uint16, True), (0, 4095, ">u2", True),
     (0, 1, np.float32, True), (0, 255, np.float32, False), (0, 60_000, np.float32, True),
