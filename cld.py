@@ -582,8 +582,8 @@ Gather = Callable[..., tuple[Tensor, ...]]
 class Npid:
     """Every image is a class: the exact softmax over the bank, for both views."""
 
-    def __init__(self, bank: common.MemoryBank, temperature: float, momentum: float) -> None:
-        self.bank, self.temperature, self.momentum = bank, temperature, momentum
+    def __init__(self, bank: common.MemoryBank, temperature: float, bank_momentum: float) -> None:
+        self.bank, self.temperature, self.bank_momentum = bank, temperature, bank_momentum
         self.state: dict[str, Any] = dict(bank=bank)
         self.pending: list[tuple[Tensor, Tensor]] = []
 
@@ -591,14 +591,14 @@ class Npid:
         return views.new_empty(0)  # the bank is all
 
     def instance_loss(self, z: Tensor, jigsaw: Tensor | None, targets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        losses = [common.bank_softmax(f, index, self.bank.features, self.temperature) for f in z]
+        losses = [common.bank_softmax(view, index, self.bank.features, self.temperature) for view in z]
         self.pending.append((F.normalize(z.detach().mean(0), dim=1), index))
         found = (z[0, :32].detach() @ self.bank.features.T).argmax(1)
         return torch.stack(losses).mean(0), (found == index[:32]).float().mean()
 
     def after_step(self, encoder: Encoder, gather: Gather, progress: float) -> None:
         z, index = gather(*map(torch.cat, zip(*self.pending, strict=True)))
-        self.bank.update(z, index, self.momentum)
+        self.bank.update(z, index, self.bank_momentum)
         self.pending.clear()
 
 
@@ -631,8 +631,8 @@ def info_nce(z: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> tupl
 class Moco:
     """A queue of keys made by a momentum encoder. InfoMin: the patches have to find the key as well."""
 
-    def __init__(self, keys: Encoder, queue: Queue, temperature: float, momentum: float) -> None:
-        self.keys, self.queue, self.temperature, self.momentum = keys, queue, temperature, momentum
+    def __init__(self, keys: Encoder, queue: Queue, temperature: float, key_momentum: float) -> None:
+        self.keys, self.queue, self.temperature, self.key_momentum = keys, queue, temperature, key_momentum
         self.state: dict[str, Any] = dict(key_encoder=keys, queue=queue)
         self.pending: list[Tensor] = []
 
@@ -650,7 +650,7 @@ class Moco:
         return (losses.mean(0) + patched[0]) / 2, accuracy
 
     def after_step(self, encoder: Encoder, gather: Gather, progress: float) -> None:
-        follow(self.keys, encoder, self.momentum)
+        follow(self.keys, encoder, self.key_momentum)
         self.queue.push(*gather(torch.cat(self.pending)))
         self.pending.clear()
 
@@ -658,8 +658,8 @@ class Moco:
 class Byol:
     """No negatives: a view's prediction has to match the momentum encoder's feature of the other view."""
 
-    def __init__(self, keys: Encoder, momentum: float) -> None:
-        self.keys, self.momentum = keys, momentum
+    def __init__(self, keys: Encoder, key_momentum: float) -> None:
+        self.keys, self.key_momentum = keys, key_momentum
         self.state: dict[str, Any] = dict(key_encoder=keys)
 
     @torch.no_grad()
@@ -673,7 +673,7 @@ class Byol:
         return (2 - 2 * (z * targets).sum(2)).sum(0), accuracy
 
     def after_step(self, encoder: Encoder, gather: Gather, progress: float) -> None:
-        follow(self.keys, encoder, 1 - (1 - self.momentum) * (1 + math.cos(math.pi * min(progress, 1))) / 2)
+        follow(self.keys, encoder, 1 - (1 - self.key_momentum) * (1 + math.cos(math.pi * min(progress, 1))) / 2)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -745,8 +745,8 @@ def main(args: argparse.Namespace) -> None:
 
             optimizer.zero_grad()
             loss = torch.zeros((), device=run.device)
-            parts = views.chunk(args.accumulate, 1), cut.chunk(args.accumulate), index.chunk(args.accumulate)
-            for images, pieces, i in zip(*parts, strict=True):
+            chunks = views.chunk(args.accumulate, 1), cut.chunk(args.accumulate), index.chunk(args.accumulate)
+            for images, pieces, i in common.parts([model], *chunks):
                 with run.autocast():
                     z, g, jigsaw = model(images[:2], pieces)
                     targets = host.targets(images)

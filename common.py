@@ -780,6 +780,18 @@ class Run:
             self.lock.close()
 
 
+def parts(models: Sequence[nn.Module], *chunks: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    """The parts of a batch (--accumulate), of each of `chunks` one, for forward and backward of `models` in turn.
+
+    Ranks average the gradients of `models`, which Run.parallel returned, with the last part alone.
+    """
+    for number, part in enumerate(zip(*chunks, strict=True)):
+        for model in models:
+            if isinstance(model, nn.parallel.DistributedDataParallel):
+                model.require_backward_grad_sync = number + 1 == len(chunks[0])
+        yield part
+
+
 def release_group(held: list[Any]) -> None:
     """Drop the last reference to the group of ranks at exit, after the model and before Python itself.
 

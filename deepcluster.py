@@ -857,8 +857,8 @@ def main(args: argparse.Namespace) -> None:
             optimizer.zero_grad()
             top.zero_grad()
             loss = torch.zeros((), device=run.device)
-            parts = zip(images.chunk(args.accumulate), targets.chunk(args.accumulate), strict=True)
-            for number, (part, target) in enumerate(parts):
+            chunks = images.chunk(args.accumulate), targets.chunk(args.accumulate)
+            for number, (part, target) in enumerate(common.parts([model, classifier], *chunks)):
                 encoder.seed_dropout(dropout_numbers(run, epoch, step, number))
                 with run.autocast():
                     h = model(part)

@@ -272,10 +272,10 @@ def move_boxes(boxes: Tensor, sample: Sample, old: tuple[int, int], new: tuple[i
     return boxes
 
 
-def in_parts(images: list[tuple[Sample, Tensor]], count: int) -> Iterator[list[tuple[Sample, Tensor]]]:
+def in_parts(images: list[tuple[Sample, Tensor]], count: int) -> list[list[tuple[Sample, Tensor]]]:
     """The images in `count` equal parts."""
     length = len(images) // count
-    return (images[start : start + length] for start in range(0, len(images), length))
+    return [images[start : start + length] for start in range(0, len(images), length)]
 
 
 class Batch(NamedTuple):
@@ -739,7 +739,7 @@ def main(args: argparse.Namespace) -> None:
             group["lr"] = learning_rate(args, step)
         optimizer.zero_grad()
         loss = torch.zeros((), device=run.device)
-        for part in in_parts(images, args.accumulate):
+        for (part,) in common.parts([parallel], in_parts(images, args.accumulate)):
             with run.autocast():
                 _, losses = parallel(batch_of(part))
             part_loss = torch.stack(list(losses.values())).sum() / args.accumulate

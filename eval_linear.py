@@ -1155,10 +1155,10 @@ def train_networks(
             optimizer.zero_grad()
             loss = torch.zeros((), device=run.device)
             y = truths[index.to(run.device)]
-            for some, truth in zip(x.tensor_split(accumulate), y.tensor_split(accumulate), strict=True):
+            for part, truth in common.parts([network], x.tensor_split(accumulate), y.tensor_split(accumulate)):
                 with run.autocast():
-                    logits = network(some)
-                part_loss = criterion(logits, truth) * (len(some) / len(x))
+                    logits = network(part)
+                part_loss = criterion(logits, truth) * (len(part) / len(x))
                 part_loss.backward()
                 loss += part_loss.detach()
             if multi:

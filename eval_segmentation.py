@@ -408,9 +408,9 @@ def main(args: argparse.Namespace) -> None:
         optimizer.zero_grad()
         known = run.mean((classes != common.VOID).sum().float()).clamp(min=1)  # so that each pixel weighs the same
         loss = torch.zeros((), device=run.device)
-        for some, truth in zip(images.chunk(args.accumulate), classes.chunk(args.accumulate), strict=True):
+        for part, truth in common.parts([parallel], images.chunk(args.accumulate), classes.chunk(args.accumulate)):
             with run.autocast():
-                scores = parallel(some)
+                scores = parallel(part)
             part_loss: Any = pixel_loss(scores, truth, known)
             part_loss.backward()
             loss += part_loss.detach()

@@ -56,7 +56,7 @@ import common
 # ---- presets ---------------------------------------------------------------------------------------------------------
 # "imagenet" is the base of all: ResNet-18's row of Table 1. The tables' rows change one thing of (H, m) = (1, 10k).
 
-ABLATION = dict(data="imagenet", H=1, m=10_000)
+ABLATION = dict(data="imagenet", num_clusterings=1, num_clusters=10_000)
 # Epochs and drops of each network are the authors' configurations', VGG16's of one with batches of 256; the paper has
 # batches of 128, "about 200" epochs, and drops when the validation accuracy rests.
 ALEXNET = dict(data="imagenet", arch="alexnet_bn_fc", epochs=160, lr_drops=[119, 142])
@@ -64,46 +64,48 @@ VGG16 = dict(data="imagenet", arch="vgg16_bn_fc", epochs=178, lr_drops=[136, 158
 RESNET50 = dict(data="imagenet", arch="resnet50", lr_drops=[152, 189])
 # Clusters of five images: see "Choosing k and m". THIN has NPID's settings for few images in few epochs.
 THIN = dict(subset=5000, width=16, temperature=0.2, batch_size=32, lr=0.03, schedule="cosine", weight_decay=5e-4,
-            bank_momentum=0.0, H=1, m=1000, k=1024)
-SMALL = dict(temperature=0.1, batch_size=128, weight_decay=5e-4, H=1, m=10_000, k=512, warmup_epochs=67)
+            bank_momentum=0.0, num_clusterings=1, num_clusters=1000, num_neighbors=1024)
+SMALL = dict(temperature=0.1, batch_size=128, weight_decay=5e-4, num_clusterings=1, num_clusters=10_000,
+             num_neighbors=512, warmup_epochs=67)
 PRESETS: dict[str, dict[str, Any]] = {
-    "imagenet": dict(arch="resnet18", H=10, m=30_000, k=4096, temperature=0.07, batch_size=128, lr=0.03,
-                     schedule="step", lr_drops=[160, 187], epochs=200, warmup_epochs=10, weight_decay=1e-4, flip=True),
-    "imagenet-alexnet": dict(ALEXNET, H=3),  # Table 1
-    "imagenet-vgg16": dict(VGG16, H=6, m=10_000),
+    "imagenet": dict(arch="resnet18", num_clusterings=10, num_clusters=30_000, num_neighbors=4096, temperature=0.07,
+                     batch_size=128, lr=0.03, schedule="step", lr_drops=[160, 187], epochs=200, warmup_epochs=10,
+                     weight_decay=1e-4, flip=True),
+    "imagenet-alexnet": dict(ALEXNET, num_clusterings=3),  # Table 1
+    "imagenet-vgg16": dict(VGG16, num_clusterings=6, num_clusters=10_000),
     "imagenet-resnet50": RESNET50,
     "table4-all": dict(ABLATION, background="all"),
     "table4-clusters": dict(ABLATION, background="clusters"),
     "table4-nearest": dict(ABLATION),
     "table5-self": dict(ABLATION, close="self"),
     "table5-nearest": dict(ABLATION, close="nearest"),
-    "table5-3-10k": dict(ABLATION, H=3),
-    "table5-10-10k": dict(ABLATION, H=10),
-    "supplement1-1-1k": dict(ABLATION, m=1000),
-    "supplement1-1-20k": dict(ABLATION, m=20_000),
-    "supplement1-6-10k": dict(ABLATION, H=6),
+    "table5-3-10k": dict(ABLATION, num_clusterings=3),
+    "table5-10-10k": dict(ABLATION, num_clusterings=10),
+    "supplement1-1-1k": dict(ABLATION, num_clusters=1000),
+    "supplement1-1-20k": dict(ABLATION, num_clusters=20_000),
+    "supplement1-6-10k": dict(ABLATION, num_clusterings=6),
     "supplement1-alexnet-1-10k": ABLATION | ALEXNET,
-    "supplement1-alexnet-3-10k": ABLATION | dict(ALEXNET, H=3),
-    "supplement1-alexnet-6-10k": ABLATION | dict(ALEXNET, H=6),
+    "supplement1-alexnet-3-10k": ABLATION | dict(ALEXNET, num_clusterings=3),
+    "supplement1-alexnet-6-10k": ABLATION | dict(ALEXNET, num_clusterings=6),
     "supplement1-vgg16-1-10k": ABLATION | VGG16,
     "supplement1-resnet50-1-10k": ABLATION | RESNET50,
-    "supplement1-resnet50-6-10k": ABLATION | dict(RESNET50, H=6),
-    "supplement1-resnet50-10-10k": ABLATION | dict(RESNET50, H=10),
-    "supplement3-k2048": dict(ABLATION, k=2048),
-    "supplement3-k8192": dict(ABLATION, k=8192),
+    "supplement1-resnet50-6-10k": ABLATION | dict(RESNET50, num_clusterings=6),
+    "supplement1-resnet50-10-10k": ABLATION | dict(RESNET50, num_clusterings=10),
+    "supplement3-k2048": dict(ABLATION, num_neighbors=2048),
+    "supplement3-k8192": dict(ABLATION, num_neighbors=8192),
     "supplement3-center-crop": dict(ABLATION, cluster_on="center-crop"),
     "supplement3-more-freq": dict(ABLATION, recluster_every=1000),
     "dbscan": dict(ABLATION, clustering="dbscan"),
     "cifar10": dict(SMALL, data="cifar10", flip=False),
     "cifar10-thin": dict(THIN, data="cifar10", epochs=50, warmup_epochs=37),
     "cifar100": dict(SMALL, data="cifar100", flip=False),
-    "stl10": dict(SMALL, data="stl10", m=21_000, k=1024),
+    "stl10": dict(SMALL, data="stl10", num_clusters=21_000, num_neighbors=1024),
     "shapes": dict(SMALL, data="shapes", schedule="cosine"),
     "shapes-thin": dict(THIN, data="shapes", epochs=32, warmup_epochs=24, knn_every=4),
     "smoke": dict(SMALL, data="shapes", subset=256, test_subset=100, width=4, epochs=3, warmup_epochs=1, batch_size=32,
-                  m=16, k=64, H=3, knn_every=1),
+                  num_clusterings=3, num_clusters=16, num_neighbors=64, knn_every=1),
 }
-IMAGES = dict(cifar10=50_000, cifar100=50_000, shapes=50_000, stl10=105_000, imagenet=1_281_167)  # N for which m is
+IMAGES = dict(cifar10=50_000, cifar100=50_000, shapes=50_000, stl10=105_000, imagenet=1_281_167)  # N that m is for
 NOISE = 4096  # noise images of --warmup-loss nce, as the paper
 
 
@@ -113,11 +115,11 @@ NOISE = 4096  # noise images of --warmup-loss nce, as the paper
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     method = parser.add_argument_group("method")
-    method.add_argument("--H", "--num-clusterings", dest="H", type=common.COUNT, default=10, metavar="H",
+    method.add_argument("--H", "--num-clusterings", dest="num_clusterings", type=common.COUNT, default=10, metavar="H",
                         help="H, clusterings whose union makes C_i (section 3.1)")
-    method.add_argument("--m", "--num-clusters", dest="m", type=common.COUNT, default=30_000, metavar="M",
+    method.add_argument("--m", "--num-clusters", dest="num_clusters", type=common.COUNT, default=30_000, metavar="M",
                         help="m, clusters in each")
-    method.add_argument("--k", "--num-neighbors", dest="k", type=common.COUNT, default=4096, metavar="K",
+    method.add_argument("--k", "--num-neighbors", dest="num_neighbors", type=common.COUNT, default=4096, metavar="K",
                         help="k, size of B_i")
     method.add_argument("--tau", "--temperature", dest="temperature", type=common.POSITIVE, default=0.07, metavar="TAU",
                         help="tau of eq. (1)")
@@ -161,7 +163,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                                 close_neighbors=(args.close == "nearest", "--close nearest"),
                                 dbscan_radius=(not by_kmeans, "--clustering dbscan"),
                                 kmeans=(by_kmeans or args.background == "clusters", "--clustering kmeans"),
-                                m=(args.close == "clusters" and by_kmeans, "--close clusters by kmeans")))
+                                num_clusters=(args.close == "clusters" and by_kmeans,
+                                              "--close clusters by kmeans")))
     return args
 
 
@@ -174,24 +177,27 @@ def fit_to(count: int, args: argparse.Namespace) -> list[str]:
     """
     notes, preset = list[str](), PRESETS["imagenet"] | PRESETS[args.preset]
     whole = preset.get("subset", IMAGES.get(preset.get("data", "imagenet"), count))
-    for name, value, too_large in (("m", max(2, round(preset["m"] * count / whole)), 2 * count < whole),
-                                   ("k", max(2, count // 10), args.k > count // 4)):
+    for option, name, value, too_large in (
+            ("--m", "num_clusters", max(2, round(preset["num_clusters"] * count / whole)), 2 * count < whole),
+            ("--k", "num_neighbors", max(2, count // 10), args.num_neighbors > count // 4)):
         given = getattr(args, name)
         if given > count and name in args.typed:
-            raise common.Fault(f"--{name} {given} is more than the {count} images; {value} would fit")
+            raise common.Fault(f"{option} {given} is more than the {count} images; {value} would fit")
         if too_large and name not in args.typed:
-            notes.append(f"--{name} {value}, scaled from {given} to {count:,} images")
+            notes.append(f"{option} {value}, scaled from {given} to {count:,} images")
             setattr(args, name, value)
-    if args.clustering == "dbscan" and args.H > 1:
-        notes.append(f"note: dbscan draws nothing, all {args.H} clusterings are the same: --H 1 is enough")
+    m, k = args.num_clusters, args.num_neighbors
+    if args.clustering == "dbscan" and args.num_clusterings > 1:
+        notes.append(f"note: dbscan draws nothing, all {args.num_clusterings} clusterings are the same: "
+                     "--H 1 is enough")
     if 1 < args.epochs <= args.warmup_epochs and "warmup_epochs" not in args.typed:
         notes.append(f"--warmup-epochs {max(1, args.epochs // 3)}, a third of the epochs, from {args.warmup_epochs}")
         args.warmup_epochs = max(1, args.epochs // 3)
-    if args.m > count // 2:
-        notes.append(f"warning: m = {args.m} clusters of {count:,} images hold {count / args.m:.1f} each: hardly any "
+    if m > count // 2:
+        notes.append(f"warning: m = {m} clusters of {count:,} images hold {count / m:.1f} each: hardly any "
                      "image has a close neighbour but itself; ImageNet has 43 a cluster at m = 30000")
-    if args.background == "nearest" and args.k > count // 4:
-        notes.append(f"warning: k = {args.k} is {100 * args.k / count:.0f} % of the images: B_i is hardly local")
+    if args.background == "nearest" and k > count // 4:
+        notes.append(f"warning: k = {k} is {100 * k / count:.0f} % of the images: B_i is hardly local")
     if args.background == "clusters":
         repeats, given = args.background_clusters
         if 2 * count < whole and "background_clusters" not in args.typed:
@@ -200,11 +206,11 @@ def fit_to(count: int, args: argparse.Namespace) -> list[str]:
                          f"{count:,} images")
         elif given > count:
             raise common.Fault(f"--background-clusters {repeats} {given}: more clusters than the {count} images")
-    if args.close == "nearest" and args.close_neighbors >= args.k:
+    if args.close == "nearest" and args.close_neighbors >= k:
         if "close_neighbors" in args.typed:
-            raise common.Fault(f"--close-neighbors {args.close_neighbors} would be all of B_i, k = {args.k}: lower it")
-        notes.append(f"--close-neighbors {max(1, args.k // 100)}, from {args.close_neighbors}: B_i has {args.k} images")
-        args.close_neighbors = max(1, args.k // 100)
+            raise common.Fault(f"--close-neighbors {args.close_neighbors} would be all of B_i, k = {k}: lower it")
+        notes.append(f"--close-neighbors {max(1, k // 100)}, from {args.close_neighbors}: B_i has {k} images")
+        args.close_neighbors = max(1, k // 100)
     if args.warmup_epochs >= args.epochs:
         notes.append(f"warning: with --warmup-epochs {args.warmup_epochs} all {args.epochs} epochs are NPID's, none is "
                      "Local Aggregation's")
@@ -462,7 +468,7 @@ def main(args: argparse.Namespace) -> None:
     encoder = run.place(Encoder(args.arch, args.width, data.small, args.feature_dim))
     model = run.parallel(encoder)
     bank = common.MemoryBank(len(data), args.feature_dim, run.generator("bank")).to(run.device)
-    clusters = Clusters(args.H, len(data)).to(run.device)
+    clusters = Clusters(args.num_clusterings, len(data)).to(run.device)
     background = Clusters(args.background_clusters[0] if args.background == "clusters" else 1, len(data)).to(run.device)
     background.labels.zero_()  # all images in one cluster: --background all
     constant = Constant().to(run.device)
@@ -506,8 +512,8 @@ def main(args: argparse.Namespace) -> None:
                                                    args.kmeans_iterations, args.kmeans)
                 if args.close == "clusters":
                     before = clusters.labels
-                    clusters.labels, figures = cluster(run, features, args.H, args.m, ("close", *key),
-                                                       args.kmeans_iterations, args.kmeans, radius)
+                    clusters.labels, figures = cluster(run, features, args.num_clusterings, args.num_clusters,
+                                                       ("close", *key), args.kmeans_iterations, args.kmeans, radius)
                     figures |= health(clusters, before, bank.features, sample)
                 figures["cluster_seconds"] = round(time.perf_counter() - clustering_began, 2)
                 totals.add(**{name: torch.tensor(value, device=run.device) for name, value in figures.items()})
@@ -520,29 +526,29 @@ def main(args: argparse.Namespace) -> None:
                 noise = torch.randint(len(data), shape, generator=source, device=run.device)[run.rows(args.batch_size)]
 
             optimizer.zero_grad()
-            z, loss = [], torch.zeros((), device=run.device)
-            for part, i, j in zip(*(x.chunk(args.accumulate) for x in (images, index, noise)), strict=True):
+            seen, loss = [], torch.zeros((), device=run.device)
+            for part, i, j in common.parts([model], *(x.chunk(args.accumulate) for x in (images, index, noise))):
                 with run.autocast():
                     feature = model(part)
-                f = F.normalize(feature)
+                z = F.normalize(feature)
                 if warming and args.warmup_loss == "softmax":
-                    losses = common.bank_softmax(f, i, bank.features, args.temperature)
+                    losses = common.bank_softmax(z, i, bank.features, args.temperature)
                 elif warming:
-                    positive = (f * bank.features[i]).sum(1) / args.temperature
-                    negative = noise_scores(f, j, bank.features, args.temperature)
+                    positive = (z * bank.features[i]).sum(1) / args.temperature
+                    negative = noise_scores(z, j, bank.features, args.temperature)
                     estimate = negative.detach().flatten().logsumexp(0) + math.log(len(data) / negative.numel())
                     log_z = constant.first(run.gather(estimate.view(1))[0].logsumexp(0) - math.log(run.world))
                     losses = nce(positive, negative, log_z, len(data))
                 elif args.background == "nearest":
-                    slots, similarity, forced = nearest(f.detach(), i, bank.features, args.k)
+                    slots, similarity, forced = nearest(z.detach(), i, bank.features, args.num_neighbors)
                     close = clusters.same(i, slots)  # of --close self and nearest: i alone
                     if args.close == "nearest":
                         close |= most_similar(similarity, args.close_neighbors)
-                    losses = local_aggregation(f, slots, similarity, close, bank.features, args.temperature)
+                    losses = local_aggregation(z, slots, similarity, close, bank.features, args.temperature)
                     size = close.sum(1)
                     totals.add(forced=forced.float().mean())
                 else:
-                    losses, size = local_aggregation_dense(f, i, background, clusters, bank.features, args.temperature)
+                    losses, size = local_aggregation_dense(z, i, background, clusters, bank.features, args.temperature)
                 if warming:
                     totals.add(npid_loss=losses.mean())
                 else:
@@ -551,9 +557,9 @@ def main(args: argparse.Namespace) -> None:
                 part_loss = losses.mean() / args.accumulate
                 part_loss.backward()
                 loss += part_loss.detach()
-                z.append(f.detach())
+                seen.append(z.detach())
             optimizer.step()
-            all_z, all_index = run.gather(torch.cat(z), index)
+            all_z, all_index = run.gather(torch.cat(seen), index)
             bank.update(all_z, all_index, args.bank_momentum)
             totals.add(loss=loss, feature_std=all_z.std(0).mean() * args.feature_dim**0.5)
             run.after_step(state, epoch, step, loss)

@@ -370,24 +370,24 @@ def main(args: argparse.Namespace) -> None:
                 noise = torch.randint(len(data), shape, generator=source, device=run.device)[run.rows(args.batch_size)]
 
             optimizer.zero_grad()
-            z, loss = [], torch.zeros((), device=run.device)
-            for part, i, j in zip(*(x.chunk(args.accumulate) for x in (images, index, noise)), strict=True):
+            seen, loss = [], torch.zeros((), device=run.device)
+            for part, i, j in common.parts([model], *(x.chunk(args.accumulate) for x in (images, index, noise))):
                 with run.autocast():
                     feature = model(part)
-                f = F.normalize(feature)
+                z = F.normalize(feature)
                 if isinstance(bank, ShardedBank):
-                    losses = sharded_softmax(f, i, bank, args.temperature)
+                    losses = sharded_softmax(z, i, bank, args.temperature)
                 elif args.loss == "softmax":
-                    losses = common.bank_softmax(f, i, bank.features, args.temperature)
+                    losses = common.bank_softmax(z, i, bank.features, args.temperature)
                 elif encoder.classes is not None:
                     losses = parametric_softmax(feature, i, encoder.classes)
                 else:
-                    positive = positive_scores(f, i, bank.features, args.temperature)
-                    negative = noise_scores(f, j, bank.features, args.temperature)
+                    positive = positive_scores(z, i, bank.features, args.temperature)
+                    negative = noise_scores(z, j, bank.features, args.temperature)
                     if args.loss == "sampled":
                         losses = sampled_softmax(positive, negative)
                     elif args.z == "exact":
-                        log_z = common.bank_attention(f.detach(), bank.features, args.temperature)[1]
+                        log_z = common.bank_attention(z.detach(), bank.features, args.temperature)[1]
                         losses = nce(positive, negative, log_z, len(data))
                         totals.add(z_over_n=log_z.exp().mean() / len(data))
                     else:
@@ -398,13 +398,13 @@ def main(args: argparse.Namespace) -> None:
                         losses = nce(positive, negative, log_z, len(data))
                         totals.add(z_over_n=log_z.exp() / len(data))
                 if args.proximal_weight:
-                    losses = losses + args.proximal_weight * proximal(f, i, bank.features)
+                    losses = losses + args.proximal_weight * proximal(z, i, bank.features)
                 part_loss = losses.mean() / args.accumulate
                 part_loss.backward()
                 loss += part_loss.detach()
-                z.append(f.detach())
+                seen.append(z.detach())
             optimizer.step()
-            all_z, all_index = run.gather(torch.cat(z), index)
+            all_z, all_index = run.gather(torch.cat(seen), index)
             bank.update(all_z, all_index, args.bank_momentum)
             totals.add(loss=loss, feature_std=all_z.std(0).mean() * args.feature_dim**0.5)
             run.after_step(state, epoch, step, loss)

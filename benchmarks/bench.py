@@ -288,8 +288,9 @@ def training_step(script: ModuleType, options: list[str], args: argparse.Namespa
         ready = torch.randn(run_args.batch_size, 3, data.size, data.size, device=run.device)
         optimizers = {model: torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9) for model in (encoder, plain)}
         if script is local_aggregation:
-            clusters = local_aggregation.Clusters(run_args.H, len(data)).to(run.device)
-            clusters.labels = torch.randint(run_args.m, clusters.labels.shape, dtype=torch.int32, device=run.device)
+            clusters = local_aggregation.Clusters(run_args.num_clusterings, len(data)).to(run.device)
+            clusters.labels = torch.randint(run_args.num_clusters, clusters.labels.shape, dtype=torch.int32,
+                                            device=run.device)
 
         def bare(model: Any, amp: bool) -> None:
             optimizers[model].zero_grad()
@@ -307,7 +308,8 @@ def training_step(script: ModuleType, options: list[str], args: argparse.Namespa
             if script is npid:
                 losses = common.bank_softmax(z, index, bank.features, run_args.temperature)
             else:
-                slots, similarity, _ = local_aggregation.nearest(z.detach(), index, bank.features, run_args.k)
+                slots, similarity, _ = local_aggregation.nearest(z.detach(), index, bank.features,
+                                                                 run_args.num_neighbors)
                 close = clusters.same(index, slots)
                 losses = local_aggregation.local_aggregation(z, slots, similarity, close, bank.features,
                                                              run_args.temperature)

@@ -596,7 +596,7 @@ def test_options_reach_the_loss(
     seen, features, stds = list[Any](), list[Tensor](), list[float]()
 
     def spy_instance(self: cld.Npid, z: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        seen.append((self.temperature, self.momentum))
+        seen.append((self.temperature, self.bank_momentum))
         features.append(z)
         stds.append(float(np.std(z[0].detach().numpy(), axis=0, ddof=1).mean() * np.sqrt(z.shape[2])))
         return instance(self, z, *rest)

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed.run
 from helpers import ROOT, TINY, Process, checkpoint, log, one_line, run, same, start
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 import common
@@ -117,6 +118,37 @@ def test_two_ranks_equal_one(method: str, tmp_path: Path) -> None:
     assert len(log(tmp_path / "1")) == len(log(tmp_path / "2")) > 1
     for a, b in zip(log(tmp_path / "1")[1:], log(tmp_path / "2")[1:], strict=True):
         assert a == pytest.approx(b, abs=1e-4)
+
+
+def count_exchanges(world: int, rank: int, port: int, folder: Path, script: str = "npid") -> None:
+    """A line of the file for each exchange of gradients: the step's."""
+    rank_of(world, rank, port, folder, script)
+    original = common.Run.parallel
+
+    def hook(file: Path, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        with file.open("a") as lines:
+            lines.write("exchange\n")
+        return allreduce_hook(None, bucket)
+
+    def parallel(self: common.Run, model: torch.nn.Module) -> Any:
+        wrapped: Any = original(self, model)
+        wrapped.register_comm_hook(self.output / f"exchanges{rank}", hook)
+        return wrapped
+
+    common.Run.parallel = parallel  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("script", ["npid", "local_aggregation", "deepcluster", "cld"])
+def test_parts_of_a_batch_share_one_exchange(script: str, tmp_path: Path) -> None:
+    """Gradients travel as often with --accumulate 2 as without: once a step."""
+    counts = set()
+    for accumulate in (1, 2):
+        output = tmp_path / f"{accumulate}"
+        command = [*TINY, "--epochs", "1", "--no-amp", "--accumulate", str(accumulate), "--output", str(output)]
+        for process in launch(2, command, tmp_path / "images", count_exchanges, script):
+            assert process.wait().code == 0, process.err
+        counts |= {len((output / f"exchanges{rank}").read_text().splitlines()) for rank in (0, 1)}
+    assert len(counts) == 1 and min(counts) >= log(tmp_path / "1")[-1]["step"]
 
 
 def fail_on_one(world: int, rank: int, port: int, folder: Path) -> None:

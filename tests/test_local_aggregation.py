@@ -276,10 +276,10 @@ def test_defaults_shrink_to_the_data_and_typed_values_do_not() -> None:
     """ImageNet's k and m are scaled to small sets; what was typed stays."""
     args = la.parse_args(["--preset", "imagenet", "--data", "somewhere"])
     la.fit_to(10_000, args)
-    assert (args.m, args.k) == (234, 1000)
+    assert (args.num_clusters, args.num_neighbors) == (234, 1000)
     args = la.parse_args(["--preset", "imagenet", "--data", "somewhere", "--m", "6000"])
     la.fit_to(10_000, args)
-    assert (args.m, args.k) == (6000, 1000)
+    assert (args.num_clusters, args.num_neighbors) == (6000, 1000)
 
 
 def test_sizes_of_the_ablations_fit_too() -> None:
@@ -292,16 +292,16 @@ def test_sizes_of_the_ablations_fit_too() -> None:
         la.fit_to(50, la.parse_args(["--preset", "table4-clusters", "--background-clusters", "3", "60"]))
     args = la.parse_args(["--preset", "table5-nearest"])
     la.fit_to(400, args)
-    assert (args.k, args.close_neighbors) == (40, 1)
+    assert (args.num_neighbors, args.close_neighbors) == (40, 1)
     with pytest.raises(common.Fault, match="would be all of B_i"):
         la.fit_to(400, la.parse_args(["--preset", "table5-nearest", "--close-neighbors", "40"]))
 
 
 def test_a_preset_for_another_set_is_meant_for_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The m of a preset whose set is unknown here stays."""
-    monkeypatch.setitem(la.PRESETS, "mine", dict(data="mine", m=500, k=64))
+    monkeypatch.setitem(la.PRESETS, "mine", dict(data="mine", num_clusters=500, num_neighbors=64))
     args = la.parse_args(["--preset", "mine"])
-    assert la.fit_to(5000, args) == [] and args.m == 500
+    assert la.fit_to(5000, args) == [] and args.num_clusters == 500
 
 
 @pytest.mark.parametrize(("preset", "images", "m"), [
@@ -313,7 +313,7 @@ def test_clusters_keep_their_size(preset: str, images: int, m: int) -> None:
     """Of less than half of the images that a preset is meant for there are fewer clusters, as large as those of all."""
     args = la.parse_args(["--preset", preset])
     la.fit_to(images, args)
-    assert args.m == m
+    assert args.num_clusters == m
     with pytest.raises(common.Fault, match=f"; {m if images != 700_000 else 16_391} would fit"):
         la.fit_to(images, la.parse_args(["--preset", preset, "--m", str(images + 1)]))
 
@@ -476,15 +476,16 @@ def test_presets_of_the_supplements_first_table(row: str) -> None:
     """A preset has the network, H and m that its row of the supplement's Table 1 names, and 4,096 nearest as B_i."""
     args = la.parse_args(["--preset", figures.TABLES["la-supplement-1"].rows[row][0]])
     arch, pair = row.split(" ", 1)
-    assert f"({args.H}, {args.m // 1000}k)" == pair and args.m % 1000 == 0 and args.arch == ARCHS[arch]
-    assert (args.k, args.background, args.close, args.cluster_on, args.warmup_epochs) == (4096, "nearest", "clusters",
-                                                                                          "bank", 10)
+    assert f"({args.num_clusterings}, {args.num_clusters // 1000}k)" == pair and args.num_clusters % 1000 == 0
+    assert (args.arch, args.num_neighbors, args.background, args.close, args.cluster_on, args.warmup_epochs) == (
+        ARCHS[arch], 4096, "nearest", "clusters", "bank", 10)
 
 
 @pytest.mark.parametrize(("preset", "changed"), [
     ("table4-all", dict(background="all")), ("table4-clusters", dict(background="clusters")),
-    ("table5-self", dict(close="self")), ("table5-nearest", dict(close="nearest")), ("table5-3-10k", dict(H=3)),
-    ("table5-10-10k", dict(H=10)), ("supplement3-k2048", dict(k=2048)), ("supplement3-k8192", dict(k=8192)),
+    ("table5-self", dict(close="self")), ("table5-nearest", dict(close="nearest")),
+    ("table5-3-10k", dict(num_clusterings=3)), ("table5-10-10k", dict(num_clusterings=10)),
+    ("supplement3-k2048", dict(num_neighbors=2048)), ("supplement3-k8192", dict(num_neighbors=8192)),
     ("supplement3-center-crop", dict(cluster_on="center-crop")), ("supplement3-more-freq", dict(recluster_every=1000)),
     ("dbscan", dict(clustering="dbscan")),
 ])
@@ -537,7 +538,7 @@ def by_plain_pytorch(args: Any, steps: list[Step], images: int) -> Iterator[tupl
             if args.background == "clusters":
                 background = share_a_cluster("background", *args.background_clusters, *key)
             if args.close == "clusters":
-                close = share_a_cluster("close", args.H, args.m, *key)
+                close = share_a_cluster("close", args.num_clusterings, args.num_clusters, *key)
         noise = torch.randint(images, (len(index), 4096), generator=common.generator(args.seed, "noise", epoch, step))
         optimizer.zero_grad()
         features = []
@@ -555,7 +556,7 @@ def by_plain_pytorch(args: Any, steps: list[Step], images: int) -> Iterator[tupl
                 losses = -(every.gather(1, i[:, None])[:, 0] / every.sum(1)).log()
             else:
                 if args.background == "nearest":
-                    nearest = every.topk(args.k).indices
+                    nearest = every.topk(args.num_neighbors).indices
                     farthest, itself = nearest[:, -1:], i[:, None]
                     inside = torch.zeros_like(inside).scatter(1, nearest, True)
                     there = inside.gather(1, itself)

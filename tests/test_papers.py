@@ -90,6 +90,7 @@ def test_links_and_pictures() -> None:
     assert all((common.ROOT / link).stat().st_size < 200_000 for link in links if link.endswith(".png"))
 
 
+FORMER = dict(H="num_clusterings", m="num_clusters", k="num_neighbors")  # names in older logs
 LOGGED = re.findall(r"^\|.*`python (\w+)\.py ([^`]+)`.*\((results/[\w./-]+/log\.jsonl)\) \|$", PAGE, re.M)
 
 
@@ -99,6 +100,7 @@ def test_commands_are_those_of_the_logs(script: str, options: str, log: str, mon
     monkeypatch.setattr(sys, "argv", [f"{script}.py"])
     args = common.plain_options(importlib.import_module(script).parse_args(options.split()))
     logged = json.loads((common.ROOT / log).read_text().splitlines()[0])["options"]
+    logged = {FORMER.get(key, key): value for key, value in logged.items()}
     learnt = args.keys() - common.FREE_OPTIONS | {"data", "epochs"}
     assert {key: args[key] for key in learnt if args[key] != logged[key]} == {}
 
