@@ -14,7 +14,7 @@ install: .venv/installed
 	mv .venv/torchrun .venv/bin/torchrun
 	touch $@
 
-demo: install  ## NPID on the embedded data set: train, evaluate, draw
+demo: install  ## NPID on the built-in data set: train, evaluate, draw
 	$(RUN) npid.py --preset demo --output runs/demo
 	$(RUN) figures.py curves runs/demo --out runs/demo/curves.png
 	$(RUN) figures.py gallery runs/demo --subset 5000 --test-subset 1000 --out runs/demo/gallery.png

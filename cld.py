@@ -2,8 +2,8 @@
 
 Telling instances apart also pushes similar images apart. CLD adds to a host method a second branch on the same trunk:
 the batch is grouped by k-means in each of two views, x and x', and an image of one view has to find, among the other
-view's group centroids M', the group g' of its other view. That draws an image to its kin, and it is groups that push
-it away:
+view's group centroids M', the group g' of its other view. That pulls an image towards similar ones, and only whole
+groups push it away:
 
     L = L_instance(f_I) + lambda * mean of CE(f_G(x) . M' / T_G, g') and CE(f_G(x') . M / T_G, g)
 
@@ -21,23 +21,25 @@ Differences from the paper and from the authors' code:
   * k-means is spherical, as the supplement's eq. (1) writes it; `--clustering euclidean` is the code's, with plain
     means as centroids. As in the code it starts from the first rows, and the gradient reaches the centroids but not the
     assignments.
-  * Spectral clustering takes the k smallest eigenvectors of the Laplacian; the largest, as the text has it, do not
-    separate two blobs. The affinity is |cosine|, with an empty diagonal.
-  * An empty group keeps its centroid while k-means runs and is no class in the loss; the code has a class of logit 0.
-  * Without --accumulate groups are those of the whole batch on any number of GPUs. `--groups-over local` is the code's:
-    its 120 groups of 64 images are single images and empty classes. Here groups clamp to the rows, with a warning.
+  * Spectral clustering takes the eigenvectors of the Laplacian's k smallest eigenvalues; those of the largest, as the
+    text has it, do not separate two blobs. The affinity is |cosine|, with an empty diagonal.
+  * An empty group keeps its centroid while k-means runs and is no class in the loss; in the code it is a class with
+    logit 0.
+  * Without --accumulate the whole batch is grouped at once, on any number of GPUs. `--groups-over local` is the code's:
+    its 120 groups of 64 images are single images and empty classes. Here there are no more groups than rows, with a
+    warning.
   * The bank is written once a step, after the optimiser's step, with the mean of both views; the code writes it
     twice.
-  * The key encoder follows by its parameters alone. It stays in training mode and has batch statistics of its own,
-    which no evaluation reads. Against leaks through them there is --sync-bn for both encoders, in place of MoCo's
-    shuffling.
-  * InfoMin cuts its nine patches, 55 px wide, from a crop of the usual size and scale, where its own are 64 px wide and
-    from 255 px of scale (0.6, 1). BYOL has SGD, not LARS.
+  * The key encoder is a moving average of the parameters alone. It stays in training mode and has batch statistics of
+    its own, which no evaluation reads. Against information leaking through them there is --sync-bn for both encoders,
+    in place of MoCo's shuffling.
+  * InfoMin's nine patches, 55 px wide, are cut from a crop of the usual size and scale; in its own code they are 64 px
+    wide, from a crop of 255 px and scale (0.6, 1). BYOL is trained with SGD, not LARS.
   * `cifar10` and `cifar100` are the released scripts' settings, `cifar10-supplement` and `cifar100-supplement` the
     text's.
 
-log.jsonl has, for each epoch: loss, instance_loss, group_loss; instance_accuracy (whether its own slot or key is
-nearest; npid: of 32 rows); group_accuracy; groups_alive in a view; intra and inter, mean cosine of f_G with its
+log.jsonl has, for each epoch: loss, instance_loss, group_loss; instance_accuracy (how often an image's own slot or key
+is nearest; npid: over 32 rows); group_accuracy; groups_alive in a view; intra and inter, mean cosine of f_G with its
 centroid and of two centroids; feature_std of f_I (1: spread over the sphere, 0: collapsed); knn_top1 (K = 200,
 temperature T_I, no bank).
 """
@@ -159,7 +161,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--clustering", choices=["spherical", "euclidean", "spectral"], default="spherical",
                         help="spherical: k-means by the supplement's eq. (1); euclidean: the authors' code; spectral: "
                         "the supplement's section 3")
-    method.add_argument("--kmeans-iterations", type=common.COUNT, default=5, metavar="N", help="EM steps in each step")
+    method.add_argument("--kmeans-iterations", type=common.COUNT, default=5, metavar="N", help="of k-means, in each "
+                        "training step")
     method.add_argument("--groups-over", choices=["all", "local"], default="all",
                         help="all: groups of the batch of all ranks; local: of each rank's own part, as in the code; "
                         "either way, of one part of --accumulate at a time")
@@ -175,13 +178,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--key-momentum", type=common.SHARE, metavar="M", help="of the momentum encoder; byol's "
                         "grows to 1 at --epochs; default: 0.999, byol 0.996")
     method.add_argument("--augment", choices=list(RECIPES), help="default: the host's")
-    method.add_argument("--erase", type=common.SHARE, default=0.0, metavar="P", help="how often a view is randomly "
-                        "erased")
+    method.add_argument("--erase", type=common.SHARE, default=0.0, metavar="P", help="probability that a box of a "
+                        "view is erased")
     method.add_argument("--warmup-epochs", type=common.COUNT_OR_ZERO, default=0, metavar="N", help="first epochs, in "
                         "which the rate rises from lr / 100 to lr")
     made = parser.add_argument_group("training set; labels, if used, only choose which images are trained on")
-    made.add_argument("--imbalance", type=common.number(float, 1), metavar="R", help="long tail: the sizes of the "
-                      "classes fall exponentially, that of the last is 1/R of the first's")
+    made.add_argument("--imbalance", type=common.number(float, 1), metavar="R", help="long tail: class sizes fall "
+                      "exponentially, to 1/R of the first class's in the last")
     made.add_argument("--file-list", type=Path, metavar="FILE", help="train only on these images of --data; "
                       "lines: an image or a class folder, and the class if no folder tells it")
     made.add_argument("--val-list", type=Path, metavar="FILE", help="the same for the images of the kNN monitor")
@@ -518,7 +521,7 @@ def em_labels(z: Tensor, k: int, iterations: int, spherical: bool = True, start:
 
 @torch.no_grad()
 def spectral_embedding(z: Tensor, k: int) -> Tensor:
-    """Rows (V, B, k) of the k smallest eigenvectors of the normalised Laplacian, eq. (2) there, normalised.
+    """Unit rows (V, B, k) of the normalised Laplacian's eigenvectors of k smallest eigenvalues (supplement, eq. 2).
 
     The affinity is |cosine| without the diagonal: plain cosines can have negative degrees.
     """
@@ -539,7 +542,7 @@ def group(z: Tensor, k: int, iterations: int, clustering: str = "spherical", sta
 
 
 def group_loss(z: Tensor, groups: Groups, temperature: float, cross_view: bool = True) -> tuple[Tensor, Tensor]:
-    """Cross-level loss (B,): CE(f_G(x) . M' / T_G, g'), mean over the views x; and the share of right groups, ()."""
+    """Cross-level loss (B,): CE(f_G(x) . M' / T_G, g'), mean over the views x; and the accuracy, ()."""
     labels, centroids, alive = (part.flip(0) if cross_view else part for part in groups)  # x meets M', g'
     logits = (z @ centroids.mT / temperature).masked_fill(~alive[:, None], -math.inf)
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)

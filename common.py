@@ -1,16 +1,16 @@
-"""What at least three of the scripts would hold identically. No choice of a paper stands here; what scripts share
-names its equation.
+"""Code that at least three of the scripts would otherwise repeat. No paper's design choices are made here; formulas
+that scripts share name their equation.
 
-A thing is admitted if three scripts need it word for word, its name says all that a caller has to know, and
-a test of its own holds it. Nothing happens at import. In order of use:
+Code belongs here if three scripts need it word for word, its name says all that a caller has to know, and it has a test
+of its own. Nothing happens at import. In order of use:
 
      1  errors        Fault, launch, note
      2  options       parser, parse
      3  randomness    generator, Draw
      4  the run       Run: ranks, device, log, progress, checkpoint, resume, signals;  learning_rate
      5  data          load, ImageSet, Crop;  batches for training, extract for features
-     6  shapes        the embedded data set
-     7  augmentation  batched, on the device, one draw an image
+     6  shapes        the built-in data set
+     7  augmentation  batched, on the device, drawn per image
      8  backbones     AlexNet, VGG16, ResNet
      9  bank          MemoryBank, bank_softmax
     10  clustering    kmeans, neighbors
@@ -72,7 +72,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class Fault(Exception):
-    """Something the user can mend: `launch` prints it as one line and exits with code 2."""
+    """Something the user can fix: `launch` prints it as one line and exits with code 2."""
 
 
 def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], argparse.Namespace]) -> None:
@@ -245,7 +245,7 @@ def add_set_options(data: argparse._ArgumentGroup) -> None:
     data.add_argument("--data-dir", type=Path, default=Path(os.environ.get("DATA_DIR", "data")), metavar="DIR",
                       help="where named sets lie or are downloaded or rendered to ($DATA_DIR)")
     data.add_argument("--subset", type=count_or_share, metavar="N", help="train on N images (or a share below 1), "
-                      "drawn from the seed (shapes: the first); of each class as many, where an image has one")
+                      "drawn by the seed (shapes: the first N); class-balanced, where images have classes")
     data.add_argument("--test-subset", type=count_or_share, metavar="N", help="the same for the test images")
     data.add_argument("--workers", type=number(int, 0, 1024), default=default_workers(), metavar="N",
                       help="processes of each rank that decode images")
@@ -257,7 +257,7 @@ def add_data_options(options: argparse.ArgumentParser) -> None:
     data.add_argument("--data", default="shapes", metavar="NAME|DIR",
                       help=f"{', '.join(DATASETS)}, or any directory of images: train/ and val/ below it are its "
                            "splits; nested or flat; class = first folder level, used by evaluation only; "
-                           "evaluations of a run take its own set, unless this is typed")
+                           "evaluations of a run use its own set, unless this is given")
     add_set_options(data)
     data.add_argument("--val-dir", type=Path, metavar="DIR", help="validation images of a directory without val/")
     data.add_argument("--image-size", type=SIZE, metavar="PX", help="side of the square the network sees; default: "
@@ -275,7 +275,8 @@ def add_network_options(
     options.add_argument("checkpoint", nargs=nargs, help="checkpoint.pth or backbone.pth of these scripts, a file with "
                          f'torchvision\'s or timm\'s names, or "random" for an untrained network{more}')
     model = options.add_argument_group("model")
-    model.add_argument("--arch", choices=ARCHITECTURES, help="of foreign files and random networks")
+    model.add_argument("--arch", choices=ARCHITECTURES, help="of random networks, and of files that are not "
+                       "from these scripts")
     model.add_argument("--width", type=SIZE, help="channels of the first stage (64)")
     return model
 
@@ -304,8 +305,8 @@ def add_training_options(options: argparse.ArgumentParser) -> None:
     """Model, optimisation and run, the same in the four methods. Defaults come from the presets."""
     add_data_options(options)
     model = options.add_argument_group("model")
-    model.add_argument("--arch", choices=ARCHITECTURES, default="resnet18", help="3x3 stem below 64 px; of "
-                       "AlexNet and VGG16 _bn: batch normalisation after convolutions, _bn_fc: after fc6 and fc7 too")
+    model.add_argument("--arch", choices=ARCHITECTURES, default="resnet18", help="backbone; 3x3 stem below "
+                       "64 px; _bn: batch normalisation after convolutions, _bn_fc: after fc6 and fc7 too")
     model.add_argument("--width", type=SIZE, default=64, help="channels of the first stage; 64 is standard, less is "
                        "for small machines")
     model.add_argument("--feature-dim", type=SIZE, default=128, metavar="D", help="D, size of the embedding")
@@ -317,7 +318,8 @@ def add_training_options(options: argparse.ArgumentParser) -> None:
     optim.add_argument("--lr", type=POSITIVE, default=0.03, help="learning rate, never rescaled by B")
     optim.add_argument("--schedule", choices=["step", "cosine", "constant"], default="step",
                        help="step: x0.1 at each of --lr-drops; cosine: to zero at --epochs")
-    optim.add_argument("--lr-drops", type=COUNT, nargs="*", default=[120, 160], metavar="EPOCH", help="for step")
+    optim.add_argument("--lr-drops", type=COUNT, nargs="*", default=[120, 160], metavar="EPOCH",
+                       help="epochs at which --schedule step drops lr")
     optim.add_argument("--momentum", type=SHARE, default=0.9, help="of SGD")
     optim.add_argument("--weight-decay", type=NOT_NEGATIVE, default=1e-4, help="of SGD")
     optim.add_argument("--seed", type=COUNT_OR_ZERO, default=0, help="of weights, bank, order, draws")
@@ -363,14 +365,14 @@ def parse(
 
 
 def note_idle(args: argparse.Namespace, needs: dict[str, tuple[bool, str]]) -> None:
-    """Say which options were typed in vain. needs: whether an option is used, and what it needs for that."""
+    """Say which options on the command line have no effect. needs: whether one is used, and what it needs for that."""
     for name, (used, need) in needs.items():
         if name in args.typed and not used:
             note(f"note: --{name.replace('_', '-')} has no effect without {need}")
 
 
 def note_drops(args: argparse.Namespace, end: int, usual: int) -> None:
-    """Say which drops of the rate training ends before: typed ones, or those of a preset that ends at `usual`."""
+    """Say which rate drops lie beyond the end of training: typed ones, or those of a preset that ends at `usual`."""
     if getattr(args, "schedule", "step") == "step":
         lost = [drop for drop in args.lr_drops if drop >= end and (drop < usual or "lr_drops" in args.typed)]
         if lost:
@@ -554,7 +556,7 @@ class Run:
         return count // int(self.args.batch_size)
 
     def seed_step(self, epoch: int, step: int) -> None:
-        """Whatever draws without a generator of its own, such as dropout, follows from here too."""
+        """Seed whatever draws without a generator of its own, such as dropout, by the step."""
         torch.manual_seed(self.generator("step", epoch, step, self.rank).initial_seed())
 
     def draw(self, epoch: int, step: int) -> Draw:
@@ -610,8 +612,8 @@ class Run:
     def resume(self, state: dict[str, Any], steps: int) -> tuple[int, int]:
         """Load the checkpoint of `output` into `state` if there is one; returns (epoch, step) to go on with.
 
-        Everything logged after that checkpoint is dropped, so that the log of a killed run ends as that of an
-        undisturbed one. From here on SIGINT, SIGTERM and SIGUSR2 stop the run at the next step boundary.
+        Everything logged after that checkpoint is dropped, so that a killed run ends with the log of an uninterrupted
+        one. From here on SIGINT, SIGTERM and SIGUSR2 stop the run at the next step boundary.
         """
         path, log = self.output / "checkpoint.pth", self.output / "log.jsonl"
         epoch = step = 0
@@ -681,7 +683,7 @@ class Run:
             os.write(2, f"\n{signal.Signals(number).name}: saving at the next step boundary\n".encode())
 
     def after_step(self, state: dict[str, Any], epoch: int, step: int, loss: Tensor) -> None:
-        """At a step boundary: progress; the loss must be finite; a checkpoint each --save-minutes and on a signal."""
+        """Between steps: show progress, check that the loss is finite, save every --save-minutes and on a signal."""
         now = time.monotonic()
         bad = torch.where(torch.isfinite(loss.detach()), NEVER, epoch * self.steps + step)
         self.first_bad = torch.minimum(self.first_bad, bad)
@@ -710,7 +712,7 @@ class Run:
                         "any, is good")
 
     def stop(self, number: int, epoch: int, step: int) -> None:
-        """End after a checkpoint, because of a signal: everything is given back, and a launcher is told."""
+        """End after a checkpoint, because of a signal: resources are released, and a launcher is told."""
         previous = self.previous[signal.Signals(number)]
         self.close()
         if self.rank == 0:
@@ -758,7 +760,7 @@ class Run:
             writing.result()
 
     def finish(self, backbone: nn.Module) -> None:
-        """Write backbone.pth, the plain weights under torchvision's names, and give the signals back."""
+        """Write backbone.pth, the plain weights under torchvision's names, and restore the signal handlers."""
         self.written()
         if self.rank == 0:
             weights = {name: weight.cpu() for name, weight in backbone.state_dict().items()}  # for any machine
@@ -766,7 +768,7 @@ class Run:
         self.close()
 
     def close(self) -> None:
-        """Give the signals, the ranks and the output folder back."""
+        """Restore the signal handlers, leave the process group, unlock the output folder."""
         self.written()
         if self.bar is not None:
             self.bar.close()
@@ -803,7 +805,7 @@ def release_group(held: list[Any]) -> None:
 
 
 class Totals:
-    """Sums of figures on the device, read once an epoch; part of the checkpoint, with those of every rank."""
+    """Sums of metrics on the device, read once per epoch; part of the checkpoint, with those of every rank."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.zero = run, torch.zeros((), device=run.device)
@@ -834,7 +836,7 @@ class Totals:
 
 
 def learning_rate(args: argparse.Namespace, progress: float) -> float:
-    """The rate after `progress` epochs: args.lr, dropped tenfold at each of --lr-drops, or on a cosine to zero."""
+    """The rate after `progress` epochs: args.lr, divided by ten at each of --lr-drops, or on a cosine to zero."""
     if args.schedule == "cosine":
         factor = 0.5 * (1 + math.cos(math.pi * progress / args.epochs))
     elif args.schedule == "step":
@@ -871,7 +873,7 @@ def amp_default(device: torch.device) -> bool:
 def keep_freed_memory() -> None:
     """Have glibc keep what is freed: by default large tensors go back to the system, and each new one is paged in anew.
 
-    A sixth of a training step on a CPU; a process that is not on glibc goes on as it is.
+    This saves a sixth of a training step on a CPU; without glibc nothing changes.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -1308,8 +1310,8 @@ def load_monitor(args: argparse.Namespace, data: ImageSet, device: torch.device)
 
 
 def balanced(labels: Tensor, count: int, *key: int | str, share: bool = False) -> Tensor:
-    """`count` positions of labels (N,), sorted, drawn by `key`: as many of each class or, with `share`, the same share
-    of each, plus or minus one; images without a label, -1, are one class."""
+    """`count` positions of labels (N,), sorted, drawn by `key`: equally many of each class or, with `share`, the same
+    share of each, plus or minus one; images without a label, -1, are one class."""
     order, labels = torch.randperm(len(labels), generator=generator(*key)), labels + 1
     by_class = order[labels[order].argsort(stable=True)]
     sizes = torch.bincount(labels)
@@ -1536,12 +1538,12 @@ def _decode_small(data: ImageSet, small: bool, cache: str | None) -> None:
 
 # ---- 6. shapes -------------------------------------------------------------------------------------------------------
 
-# shapes: the embedded data set. Ten classes of textured objects on textured ground, drawn from a seed.
+# shapes: the built-in data set. Ten classes of textured objects on a textured background, drawn from a seed.
 #
 # Every image is a point in a space of continuous factors, and a class is a blurred cloud in that space. Each
 # factor ranks the ten classes in another order (one digit a class), so that none alone tells the class, and
 # neighbours in the space look alike. What the usual augmentation removes (position, size, mirror image,
-# brightness, hue) is drawn without regard to the class.
+# brightness, hue) is drawn independently of the class.
 
 FACTORS = {  # name: (value at level 0, value at level 1, typical level of classes 0..9 in tenths)
     "slope": (0.0, math.pi / 2, "0369258147"),  # direction of the ground's waves
@@ -2241,7 +2243,7 @@ CHUNK = {"cuda": 16384}  # rows at once; elsewhere 1,024, of 256 to 4,096 the fa
 def nearest(
     x: Tensor, centroids: Tensor, low: list[_Int8] | None = None, half: _Half | None = None
 ) -> Tensor:
-    """The nearest centroid of each row, (N,) int64, by float32 scores, or in a hurry by half's.
+    """The nearest centroid of each row, (N,) int64, by float32 scores, or faster by half's in float16.
 
     low: low_chunks(x, len(centroids)), from whoever needs them more than once; half: half_rows(x).
     """
@@ -2259,7 +2261,7 @@ TENSOR_CORES = {"cuda"}  # devices that multiply float16 some fifteen times as f
 
 
 class _Half:
-    """Rows x (N, D) in float16, taken from their mean and scaled to norms of 1 at most, for `nearest` in a hurry.
+    """Rows x (N, D) in float16, less their mean and scaled to norms of at most 1, for a faster `nearest`.
 
     Off by some 1e-4 of the largest distance to the mean: a label in a thousand is another centroid, about as near.
     """
@@ -2619,7 +2621,7 @@ def knn_monitor(
 
 
 def ratio_edge_intra_class(nearest: Tensor, labels: Tensor) -> Tensor:
-    """For each class, of the edges (i, j) from its images the share that end in it (DeepCluster, section 4.1).
+    """For each class, the share of the edges (i, j) from its images that end in it (DeepCluster, section 4.1).
 
     nearest: (N, k); labels: (N,); returns (C,), NaN for classes without an image.
     """
@@ -2681,7 +2683,7 @@ class Encoder:
         return F.normalize((features if self.head is None else self.head(features)).float(), dim=1)
 
     def describe(self) -> str:
-        """How the file's names met the network's."""
+        """How the file's names matched the network's."""
         found, missing, unexpected = self.report["matched"], self.report["missing"], self.report["unexpected"]
         names = [f"{len(part)} {what}" + (f" ({', '.join(part[:3])}{', ...' * (len(part) > 3)})" if part else "")
                  for what, part in (("missing", missing), ("unexpected", unexpected))]
@@ -2689,7 +2691,7 @@ class Encoder:
 
 
 def _images_of_run(args: argparse.Namespace, options: dict[str, Any]) -> None:
-    """What --data, --data-dir and --val-dir leave open is that of the run."""
+    """Take from the run what --data, --data-dir and --val-dir leave open."""
     if "data" not in args.typed and options:
         args.data = options["data"]
         if "data_dir" not in args.typed and Path(options["data_dir"]).is_dir():
@@ -2869,7 +2871,7 @@ def _strip(weights: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, T
 def untrained_encoder(
     arch: str, width: int, small: bool, device: torch.device, feature_dim: int = 128, input_channels: int = 3
 ) -> Encoder:
-    """An encoder as it starts, the baseline of every table."""
+    """An encoder with random weights, the baseline of every table."""
     network = backbone(arch, width, small, input_channels)
     head = nn.Linear(network.dim, feature_dim)
     for part in (network, head):
@@ -2904,7 +2906,7 @@ VOC_LISTS = {
     "voc12": ([("2012", "train")], [("2012", "val")]),
     "voc0712": ([("2007", "trainval"), ("2012", "trainval")], [("2007", "test")]),
 }
-VOID = 255  # the value of mask pixels that count for nothing
+VOID = 255  # the value of mask pixels that are ignored
 
 
 class VocImage(NamedTuple):
@@ -2915,7 +2917,7 @@ class VocImage(NamedTuple):
     boxes: Tensor  # (K, 4) float32: x1 y1 x2 y2 in px, half-open
     labels: Tensor  # (K,) int64
     difficult: Tensor  # (K,) bool: neither a hit nor a miss in VOC's metrics
-    mask: Path  # 8-bit palette: 0 ground, class + 1, VOID
+    mask: Path  # 8-bit palette: 0 background, class + 1, VOID
 
 
 @dataclasses.dataclass

@@ -4,7 +4,7 @@ A network with random weights already tells images apart a little. Each epoch (i
 clusterings) builds on that: cluster the descriptors of all images, then learn to predict the clusters.
 
     h = penultimate layer before its ReLU, of the central crop; x = normalise(whiten(PCA(h)))      (sections 3.3, 4.2)
-    y = k-means or power iteration clustering of x; the last layer starts anew                     (3.3, 4.6)
+    y = k-means or power iteration clustering of x; the last layer is reinitialised                (3.3, 4.6)
     an epoch of cross-entropy on y, with mini-batches drawn uniformly over the clusters            (3.2)
 
     python deepcluster.py                                  # rendered shapes, for a first try
@@ -25,18 +25,18 @@ Differences from the thesis and from the authors' code:
   * PCA drops directions whose variance is rounding noise, so constant or rank-deficient descriptors give no NaN.
   * The last layer has its own SGD without momentum: the code's; the thesis says only that the layer is new.
   * Descriptors of more than ONE_PASS bytes are never held: a first pass over the images sums their covariance, a second
-    one projects them, which costs another forward pass. Those of more than WIDEST numbers are first shortened by a
-    random matrix, which is not exact.
+    one projects them, which costs another forward pass. Those of more than WIDEST dimensions are first reduced by
+    a random projection, which is not exact.
   * DeepCluster-v2 would be another script: classifier, descriptors, clustering and optimiser are all different.
 
-log.jsonl has, for each epoch: loss; chance_loss, ln of the number of clusters; clusters; empties before they were
-filled, splits of Faiss's way; singletons before they were redistributed; largest_share of the images; nmi_previous, NMI
-with the last clustering; pca_variance, the share that is kept; seconds of each part, 0 where a resumed epoch did not
-repeat it. From labels, each --knn-every epochs: ratio_edge, the ratio edge intra-class of section 4.1 in percent, by
-the network before the epoch (in the first row: untrained); nmi_labels of the last clustering; knn_top1 of descriptors
-after the epoch, and test_top1 of the last layer with --clustering labels. Epochs between clusterings repeat the row
-above, except what --knn-every measures anew. assignments/epochNNNN.npz holds `cluster`, a number for each line of
-assignments/images.txt.
+log.jsonl has, for each epoch: loss; chance_loss, ln of the number of clusters; clusters; empties, clusters without an
+image before they were filled; splits in Faiss's way; singletons before they were redistributed; largest_share, that of
+the images in the largest cluster; nmi_previous, NMI with the previous clustering; pca_variance, the share that is kept;
+seconds of each part, 0 where a resumed epoch did not repeat it. From labels, each --knn-every epochs: ratio_edge, the
+ratio edge intra-class of section 4.1 in percent, by the network before the epoch (in the first row: untrained);
+nmi_labels of the last clustering; knn_top1 of descriptors after the epoch, and test_top1 of the last layer with
+--clustering labels. Epochs between clusterings repeat the row above, except what --knn-every measures anew.
+assignments/epochNNNN.npz holds `cluster`, a number for each line of assignments/images.txt.
 """
 
 import argparse
@@ -129,34 +129,35 @@ def bandwidth(text: str) -> float | str:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
-    method = parser.add_argument_group("method: descriptors (--feature-dim: numbers that PCA keeps)")
+    method = parser.add_argument_group("method: descriptors (--feature-dim: dimensions that PCA keeps)")
     method.add_argument("--sobel", action=argparse.BooleanOptionalAction, default=True,
                         help="the network sees the gradients of the grey image, not RGB")
     method.add_argument("--head", choices=["full", "2fc", "no-relu", "map", "pooled"],
                         help="section 4.2: full FC-ReLU-FC-ReLU-FC, 2fc FC-ReLU-FC, no-relu FC-ReLU-FC-FC, of a ResNet "
                              "on its unpooled last map; map, pooled: one FC on a ResNet's map or on its mean; default: "
                              "full, of ResNets pooled")
-    method.add_argument("--descriptors", choices=["before", "after"], default="before", help="the last ReLU "
-                        "(heads full, 2fc)")
+    method.add_argument("--descriptors", choices=["before", "after"], default="before", help="taken before "
+                        "or after the last ReLU (heads full, 2fc)")
     method.add_argument("--dropout", type=common.SHARE, default=0.5, help="before hidden FCs")
     method = parser.add_argument_group("method: clustering")
     method.add_argument("--clustering", choices=["kmeans", "pic", "labels"], default="kmeans",
                         help="labels: the true ones, once (Table 4.2, Fig. 4.1); nothing else trains on labels")
     method.add_argument("--k", "--num-clusters", dest="num_clusters", type=common.COUNT, default=10_000, metavar="K",
                         help="k of k-means; many more than there are classes")
-    method.add_argument("--kmeans", choices=["torch", "faiss"], default="torch", help="whose k-means")
+    method.add_argument("--kmeans", choices=["torch", "faiss"], default="torch", help="implementation of k-means")
     method.add_argument("--empties", choices=["half", "split"], default="half", help="an empty cluster takes half of "
                         "the images of a random other one (thesis), or splits a centroid drawn by size (Faiss)")
     method.add_argument("--num-neighbors", type=common.COUNT, default=5, metavar="N", help="of PIC's graph")
-    method.add_argument("--sigma", type=bandwidth, default=0.2, help="of PIC's kernel exp(-d^2 / sigma^2), or median: "
-                        "that of the distances to the neighbours")
+    method.add_argument("--sigma", type=bandwidth, default=0.2, help="of PIC's kernel exp(-d^2 / sigma^2); median: the "
+                        "median distance to the neighbours")
     method.add_argument("--singletons", choices=["redistribute", "keep", "drop"], default="redistribute",
                         help="PIC's clusters of one image: into the nearest neighbour's, kept, or left out")
-    method.add_argument("--reassign-every", type=common.COUNT, default=1, metavar="EPOCHS", help="section 4.4")
+    method.add_argument("--reassign-every", type=common.COUNT, default=1, metavar="EPOCHS", help="epochs "
+                        "between clusterings (section 4.4)")
     method.add_argument("--images-per-epoch", type=common.COUNT, metavar="N", help="algorithm 2: cluster and train on "
                         "a new random part of the images each epoch; default: all")
-    method.add_argument("--cluster-pool", action="store_true", help="with it: cluster all images, and draw N of "
-                        "them, or as many as --updates-per-epoch takes, for training")
+    method.add_argument("--cluster-pool", action="store_true", help="with --images-per-epoch N: cluster all images, "
+                        "and draw N of them, or as many as --updates-per-epoch takes, for training")
     method = parser.add_argument_group("method: training")
     method.add_argument("--sampling", choices=["clusters", "images", "released"], default="clusters",
                         help="mini-batches uniform over clusters, over images, or as the authors' code does it")
@@ -165,8 +166,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--targets-per-step", type=common.COUNT, metavar="N", help="stochastic gradient over targets, "
                         "section 4.7: the batch's clusters and random others, N in all; default: all clusters")
     method.add_argument("--crop", choices=["random-sized", "random", "central"], default="random-sized",
-                        help="section 4.3")
-    method.add_argument("--min-crop", type=common.SHARE, default=0.08, metavar="SHARE", help="if random-sized")
+                        help="training crop (section 4.3)")
+    method.add_argument("--min-crop", type=common.SHARE, default=0.08, metavar="SHARE", help="least share of "
+                        "the area, if random-sized")
     method.add_argument("--flip", choices=["no", "horizontal", "vertical"], default="horizontal", help="section 4.3")
     parser.add_argument("--assign", metavar="NAME|DIR", help="train nothing: write the clusters of all these images by "
                         "the centroids in --output to its assigned.csv")
@@ -326,11 +328,11 @@ class Clusters:
 # ---- descriptors -----------------------------------------------------------------------------------------------------
 
 ONE_PASS = 1 << 30  # bytes of descriptors (N, d) that may be held; larger ones are streamed twice
-WIDEST = 8192  # numbers of a descriptor whose covariance (d, d) is still at hand
+WIDEST = 8192  # largest d of descriptors whose covariance (d, d) is computed directly
 
 
 def exact(device: torch.device) -> torch.device:
-    """Where float64 is: not on mps."""
+    """This device, or the CPU for mps, which has no float64."""
     return common.CPU if device.type == "mps" else device
 
 
@@ -644,7 +646,7 @@ def label_figures(
 
 
 def partition_figures(pseudo_labels: Tensor, previous: Tensor) -> dict[str, float]:
-    """Number of clusters, share of the largest one, NMI with the last clustering. Both (N,), -1: in no cluster."""
+    """Number of clusters, share of the largest one, NMI with the clustering before. Both (N,), -1: in no cluster."""
     sizes = torch.unique(pseudo_labels[pseudo_labels >= 0], return_counts=True)[1]
     figures = dict(clusters=len(sizes), largest_share=round(float(sizes.max() / sizes.sum()), 4),
                    chance_loss=round(math.log(len(sizes)), 4))
@@ -720,9 +722,9 @@ def dropout_numbers(run: common.Run, epoch: int, step: int, part: int) -> Callab
 
 
 def fit_sizes(args: argparse.Namespace, num_images: int) -> str:
-    """Lower --k and --feature-dim where they are only defaults and leave fewer than 10 images to a cluster or number.
+    """Lower --k and --feature-dim where they are only defaults and leave under 10 images per cluster or dimension.
 
-    As many white directions as images make all images equally far from each other, and every clustering meaningless.
+    With as many whitened dimensions as images, all images are equally far apart, and every clustering is meaningless.
     Returns what to tell the user.
     """
     k, dim = args.num_clusters, args.feature_dim

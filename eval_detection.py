@@ -18,26 +18,26 @@ there is nothing else to install. The preset is the protocol.
 Data: voc07, voc12 and voc0712 lie in --data-dir as VOCdevkit/VOC2007 and VOC2012, or are downloaded; any other folder
 needs JPEGImages/, Annotations/ and ImageSets/Main/; `shapes` is rendered. Images without boxes are trained on as
 background. Boxes are clipped at the border of their image, and dropped if nothing is left; one line says how many. A
-class that training does not have, broken XML and an unreadable image are errors that name the file. In the test an
-object marked as difficult is neither a hit nor a miss.
+class that training does not have, broken XML and an unreadable image are errors that name the file. In the test
+objects marked as difficult are ignored.
 
---proposals takes files of boxes for Fast R-CNN, together for all images of both lists. Text: a line an image,
+--proposals takes files of boxes for Fast R-CNN, which together cover all images of both lists. Text: a line an image,
 `ID x1 y1 x2 y2 x1 y1 x2 y2 ...`, pixels counted from 1 and the last one included, as in VOC's XML. MATLAB's .mat: the
 selective-search files that came with Fast R-CNN, `images` (IDs) and `boxes` (n x 4 each: y1 x1 y2 x2, from 1).
 
-Figures, in percent: ap50_voc07 is VOC2007's 11-point AP at an overlap of 0.5, the mean over classes (NPID, LA, thesis);
-ap50_voc10 the same as an area, VOC2010's and later; ap_voc07 and ap75_voc07 are the 11-point AP averaged over overlaps
-0.5 to 0.95, and at 0.75 (AP and AP75 of MoCo's tables on VOC2007, which CLD compares with); ap, ap50, ap75 are COCO's
-by its own library, difficult objects ignored. The last line of the output is the result as JSON; it is appended to
-eval.jsonl in --output and beside the checkpoint. detections.pth has the boxes, for figures.py; backbone.pth the network
-as fine-tuned.
+Metrics, in percent: ap50_voc07 is VOC2007's 11-point AP at an IoU of 0.5, the mean over classes (NPID, LA, thesis);
+ap50_voc10 the same as area under the curve, as in VOC2010 and later; ap_voc07 and ap75_voc07 are the 11-point AP
+averaged over IoU 0.5 to 0.95, and at 0.75 (AP and AP75 of MoCo's tables on VOC2007, which CLD compares with); ap, ap50,
+ap75 are COCO's by its own library, difficult objects ignored. The last line of the output is the result as JSON; it is
+appended to eval.jsonl in --output and beside the checkpoint. detections.pth has the boxes, for figures.py; backbone.pth
+the network as fine-tuned.
 
 Differences: the box loss is smooth L1 with beta 1/9 (torchvision's), where MoCo's code has plain L1 and the older
-protocols have beta 1 for regions; RoIAlign everywhere, where the older protocols pooled; of the proposals in files the
-first 2,000 of an image, where Fast R-CNN took all; regions that overlap an object by under 0.1 are background too;
-biases have the rate and decay of weights; images of a batch are not grouped by shape. AlexNet and VGG16 are those of
-these scripts. What is drawn in a step follows from (seed, step) and the position in the
-batch; only dropout, and which anchors and regions are trained on, depend on the number of ranks, too.
+protocols have beta 1 for regions; RoIAlign everywhere, where the older protocols had RoI pooling; of the proposals in
+files the first 2,000 of an image, where Fast R-CNN took all; regions with an IoU under 0.1 are background too; biases
+have the learning rate and weight decay of weights; images of a batch are not grouped by shape. AlexNet and VGG16 are
+those of these scripts. What is drawn in a step follows from (seed, step) and the position in the batch; only dropout,
+and which anchors and regions are trained on, depend on the number of ranks, too.
 
 log.jsonl has, each --log-every iterations: the losses of anchors (objectness, rpn_box_reg) and regions (classifier,
 box_reg), their sum, the rate, time and memory.
@@ -104,22 +104,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     model = common.add_network_options(parser)
     model.add_argument("--small", action=argparse.BooleanOptionalAction, default=False, help="3x3 stem of a random "
                        "network; files show what they have")
-    model.add_argument("--freeze", type=int, choices=range(6), default=0, help="how many stages, the first ones, stay "
-                       "as they are: 1 the stem or conv1, 2 layer1 or conv2 too, ...; never layer4 of a ResNet")
+    model.add_argument("--freeze", type=int, choices=range(6), default=0, help="how many of the first stages are "
+                       "frozen: 1 the stem or conv1, 2 layer1 or conv2 too, ...; never layer4 of a ResNet")
     model.add_argument("--bn", choices=["frozen", "tuned"], default="tuned", help="frozen: statistics, scale and shift "
                        "stay, and --extra-bn has no effect; tuned: batch statistics")
     model.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, default=True, help="batch statistics over "
                        "all GPUs")
     model.add_argument("--extra-bn", action=argparse.BooleanOptionalAction, default=True, help="a batch normalisation "
                        "after layer4 (ResNets)")
-    model.add_argument("--precise-bn", type=common.COUNT_OR_ZERO, metavar="N", help="after training, batch statistics "
-                       "for the test anew: the mean of N batches (0: the running ones)")
+    model.add_argument("--precise-bn", type=common.COUNT_OR_ZERO, metavar="N", help="after training, recompute the "
+                       "batch statistics for the test: the mean of N batches (0: keep the running ones)")
     model.add_argument("--dropout", type=common.SHARE, default=0.5, help="after fc6 and fc7 (AlexNet, VGG16)")
     regions = parser.add_argument_group("regions")
     regions.add_argument("--proposals", nargs="+", metavar="FILE", help="Fast R-CNN: regions from files, "
                          "see above; default: Faster R-CNN, which proposes its own")
-    regions.add_argument("--anchor-sizes", type=common.SIZE, nargs="+", metavar="PX", help="each in the shapes 1:2, "
-                         "1:1, 2:1")
+    regions.add_argument("--anchor-sizes", type=common.SIZE, nargs="+", metavar="PX", help="each in the aspect "
+                         "ratios 1:2, 1:1, 2:1")
     regions.add_argument("--boundary-anchors", choices=["keep", "drop"], default="keep", help="whether anchors that "
                          "cross the border of the image are trained on")
     regions.add_argument("--train-proposals", type=common.COUNT, metavar="N", help="best regions of an image, training")
@@ -130,8 +130,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                          "are trained on, at most a quarter of them on objects")
     regions.add_argument("--roi-size", type=common.SIZE, metavar="CELLS", help="side of RoIAlign (ResNets; AlexNet and "
                          "VGG16 take what fc6 was trained on)")
-    regions.add_argument("--nms", type=common.SHARE, help="of two boxes of a class that overlap by more, the one of "
-                         "lower score goes")
+    regions.add_argument("--nms", type=common.SHARE, help="IoU threshold of non-maximum suppression among the "
+                         "detections of a class")
     regions.add_argument("--min-score", type=common.SHARE, help="least score of a detection")
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="shapes", metavar="NAME|DIR", help=f"shapes, {', '.join(common.VOC_LISTS)}, or "
@@ -149,12 +149,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     optim.add_argument("--iterations", type=common.COUNT, metavar="N", help="optimisation steps; typed, they leave "
                        "--lr-drops as they are")
     optim.add_argument("--batch-size", type=common.COUNT, metavar="B", help="images in a step, the sum over all ranks; "
-                       "other than the preset's: rate in proportion, iterations inversely, unless they are typed")
+                       "if not the preset's, the rate scales with it and iterations inversely, unless given")
     optim.add_argument("--accumulate", type=common.COUNT, default=1, metavar="N", help="forward and backward in N "
                        "parts, for small devices; batch statistics are then those of a part")
     optim.add_argument("--lr", type=common.POSITIVE, help="learning rate")
-    optim.add_argument("--lr-drops", type=common.COUNT, nargs="*", metavar="N", help="iterations at which it is "
-                       "divided by 10")
+    optim.add_argument("--lr-drops", type=common.COUNT, nargs="*", metavar="N", help="iterations at which the "
+                       "rate is divided by 10")
     optim.add_argument("--warmup", type=common.COUNT_OR_ZERO, metavar="N", help="iterations in which the rate rises "
                        "from a thousandth")
     optim.add_argument("--momentum", type=common.SHARE, default=0.9, help="of SGD")
@@ -283,7 +283,7 @@ class Batch(NamedTuple):
 
     images: Tensor
     sizes: list[tuple[int, int]]
-    targets: list[dict[str, Tensor]]  # boxes (K, 4), labels (K,) from 1: 0 is the ground
+    targets: list[dict[str, Tensor]]  # boxes (K, 4), labels (K,) from 1: 0 is background
     proposals: list[Tensor] | None  # (P, 4)
 
 
@@ -424,7 +424,7 @@ class Proposals(RegionProposalNetwork):  # type: ignore[misc]
 
 
 class Predictor(nn.Module):
-    """Feature (R, dim) -> scores (R, 1 + C) and offsets (R, 4 (1 + C)) of the classes, class 0 the ground."""
+    """Feature (R, dim) -> scores (R, 1 + C) and offsets (R, 4 (1 + C)) of the classes, class 0 the background."""
 
     def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()

@@ -13,10 +13,10 @@ their features. Nothing is trained. The paper's setting is K = 200, tau = 0.07, 
     python eval_knn.py pixels --data cifar10                                                # no network at all
 
 The last line of the output is the result as JSON; it is also appended to eval.jsonl beside the checkpoint. For each K
-and tau: top-1 and top-5 accuracy in percent. --retrieval adds the share of the 1 and 10 nearest training images that
-have the query's class, and the training images' ratio edge intra-class (DeepCluster, section 4.1); --clustering the NMI
-and AMI (arithmetic mean) of a k-means of the test features with the classes, and cluster_accuracy, with the best
-one-to-one assignment of clusters to classes.
+and tau: top-1 and top-5 accuracy in percent. --retrieval adds precision at 1 and 10, the share of the nearest training
+images that have the query's class, and the training images' ratio edge intra-class (DeepCluster, section 4.1);
+--clustering the NMI and AMI (arithmetic mean) between k-means clusters of the test features and the classes, and
+cluster_accuracy, with the best one-to-one assignment of clusters to classes.
 """
 
 import argparse
@@ -49,7 +49,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                           "ratio edge intra-class")
     protocol.add_argument("--clustering", action="store_true", help="NMI, AMI and accuracy of k-means on the test "
                           "features")
-    protocol.add_argument("--num-clusters", type=common.COUNT, metavar="N", help="of --clustering (as many as classes)")
+    protocol.add_argument("--num-clusters", type=common.COUNT, metavar="N",
+                          help="of --clustering; default: as many as classes")
     common.add_data_options(parser)
     parser.add_argument("--seed", type=common.COUNT_OR_ZERO, default=0, help="of subset, clustering, random weights")
     parser.add_argument("--batch-size", type=common.COUNT, default=256, help="images in one forward pass")

@@ -15,20 +15,21 @@
     python eval_linear.py runs/npid-cifar10-seed0/checkpoint.pth --preset mlp --help   # every value of that preset
 
 Features. Stages conv1 to conv5 are AlexNet's convolutions, the last of each of VGG16's blocks, the stem and the four
-groups of a ResNet, after batch normalisation and ReLU and before max-pooling, averaged to at most --layer-size numbers
-(AlexNet at 224 px: the thesis's kernels, 9,600 or 9,216 numbers; else the largest square that fits). The network runs
-once over --train-crops and --test-crops of each image; what it says is kept below OUTPUT/features, named by weights,
-data, crops and layer, and used again by every other protocol. A layer that takes more than --memory stays on the disk,
-except for SVMs, which hold it in memory as float32.
+groups of a ResNet, after batch normalisation and ReLU and before max-pooling, average-pooled to at most --layer-size
+dimensions (AlexNet at 224 px: the thesis's kernels, 9,600 or 9,216; else the largest square that fits). The network
+runs once over --train-crops and --test-crops of each image; its features are kept below OUTPUT/features, named by
+weights, data, crops and layer, and used again by every other protocol. A layer that takes more than --memory stays on
+the disk, except for SVMs, which hold it in memory as float32.
 
-Choice. Rates, decays and the best epoch are chosen on --holdout of the training images, then what was chosen is trained
-again on all of them; C of an SVM by --folds. "top1" is the accuracy at the chosen epoch, "last_top1" that at the last
-epoch, with the setting that is best there. The test images decide nothing.
+Model selection. Learning rates, weight decays and the best epoch are chosen on a held-out share of the training images
+(--holdout), then the chosen setting is trained again on all of them; C of an SVM by cross-validation (--folds). "top1"
+is the accuracy at the chosen epoch, "last_top1" that at the last epoch, with the setting that is best there. Test
+images are never used to choose.
 
 Differences from the papers' code: probes see fixed crops (the centre, with its mirror image, or ten) where the papers
 draw a new crop each time, so that one pass is enough; probes start at zero; the authors choose the best epoch on the
 validation images. Local Aggregation's code pools layers above 200,000 numbers only (`--layer-size 200000`, at 20 times
-the disk). Squared hinge, as LIBLINEAR's default, with a penalised intercept.
+the disk). SVMs have the squared hinge loss, LIBLINEAR's default, with a penalised intercept.
 
 The last line of the output is the result as JSON, also appended to eval.jsonl beside the checkpoint; accuracies and
 average precisions in percent. A killed run started again goes on.
@@ -110,7 +111,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what = parser.add_argument_group("protocol")
     what.add_argument("--weights", metavar="FILE|random", help="the same as the first argument")
     what.add_argument("--protocol", choices=list(PROTOCOLS), help="linear probes; linear svm; mlp on "
-                      "frozen convolutions; finetune; voc07: several classes an image; voc07-svm")
+                      "frozen convolutions; finetune; voc07: multi-label fine-tuning; voc07-svm: multi-label SVMs")
     what.add_argument("--layers", choices=LAYERS, nargs="+", help="features to classify; pool5: what "
                       "fc6 of AlexNet and VGG16 sees, else conv5; backbone: its output, of ResNets the mean of the "
                       "last map; head: the unit embedding")
@@ -118,12 +119,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                       "until it has at most N numbers, or one for each channel")
     what.add_argument("--train-crops", type=int, choices=[1, 2, 10], help="the centre, with its mirror "
                       "image, or ten crops; each epoch draws one of them for each image, SVMs take all")
-    what.add_argument("--test-crops", type=int, choices=[1, 10], help="10: mean of the answers to ten; default: 10, "
+    what.add_argument("--test-crops", type=int, choices=[1, 10], help="10: mean prediction over ten; default: 10, "
                       "but 1 for small images")
     what.add_argument("--normalize", choices=["none", "l2", "standard"], default="none", help="of features: unit rows, "
-                      "or zero mean and unit variance of each number over the training images")
+                      "or zero mean and unit variance of each dimension over the training images")
     what.add_argument("--holdout", type=common.number(float, 0, 0.5, open_low=True), default=0.1, metavar="SHARE",
-                      help="share of the labelled images of each class that chooses rates, decays, epochs")
+                      help="share of the labelled images of each class held out to choose rates, decays, epochs")
     what.add_argument("--labels", type=common.count_or_share, nargs="+", metavar="N", help="finetune, voc07, "
                       "SVMs: numbers or shares of labelled training images, all by default")
     what.add_argument("--per-class", type=common.COUNT, nargs="+", metavar="N", help="finetune, svm: N labelled images "
@@ -140,8 +141,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                       "normalisation below, as in the ECCV paper's first figure")
     optim = parser.add_argument_group("optimization")
     optim.add_argument("--epochs", type=common.COUNT, help="passes over the training images")
-    optim.add_argument("--batch-size", type=common.COUNT, metavar="B", help="fewer labelled images than that are one "
-                       "batch")
+    optim.add_argument("--batch-size", type=common.COUNT, metavar="B", help="lowered to the number of labelled images "
+                       "if that is less")
     optim.add_argument("--accumulate", type=common.COUNT, default=1, metavar="N", help="fine-tuning: forward and "
                        "backward in N parts")
     optim.add_argument("--lr", type=common.POSITIVE, nargs="+", help="learning rates to choose from; a fine-tuning "
@@ -224,7 +225,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class Task(NamedTuple):
-    """Images and what to say of them: (N,) class numbers, or (N, C) with 1 there, -1 not there, 0 left out."""
+    """Images and their targets: (N,) class numbers, or (N, C) with 1 present, -1 absent, 0 left out."""
 
     train: common.ImageSet
     test: common.ImageSet

@@ -1,8 +1,9 @@
 """Semantic segmentation on PASCAL VOC: a pretrained network fine-tuned as a fully convolutional one.
 
 Protocol: the thesis, Table 5.5, VOC2012 train -> val: AlexNet's fc6 and fc7 become convolutions, a linear layer scores
-each place, and the scores are interpolated to the image (FCN-32s). The thesis prints no hyper-parameters: rate, scales
-and schedule are those usual today. ResNets take torchvision's FCN head on layer4, whose strides become dilations.
+each position, and the scores are interpolated to the image (FCN-32s). The thesis prints no hyper-parameters: rate,
+scales and schedule are those usual today. ResNets take torchvision's FCN head on layer4, whose strides become
+dilations.
 
     python eval_segmentation.py runs/npid-shapes-seed0/checkpoint.pth             # a rendered set: no data needed
     python eval_segmentation.py random --arch resnet18 --width 16                 # the untrained network beside it
@@ -12,15 +13,15 @@ and schedule are those usual today. ResNets take torchvision's FCN head on layer
 
 Data: voc12 and voc07 lie in --data-dir as VOCdevkit/VOC2012 and VOC2007, or are downloaded; any other folder needs
 JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/; `shapes` is rendered. A mask is an 8-bit image as large as
-its picture: 0 is the ground, 1 the first class, 255 void, which counts for nothing in training and test. A mask of
+its picture: 0 is the background, 1 the first class, 255 void, which is ignored in training and test. A mask of
 another kind or size, or with a class that does not exist, is an error that names the file.
 
 The last line of the output is the result as JSON, also appended to eval.jsonl in --output and beside the checkpoint:
-miou is the mean over ground and classes of the share of pixels in both masks among those in either, counted over all
+miou is the intersection over union of predicted and true pixels, mean over background and classes, counted over all
 test images at their own size, in percent; pixel_accuracy the share of pixels that are right. log.jsonl has the loss and
 the rate each --log-every iterations. What is drawn in a step follows from (seed, step) and the position in the batch,
-dropout also from the number of ranks. Where the labels of a folder's classes are not to be had, they are class 1, class
-2, ...
+dropout also from the number of ranks. Where the names of a folder's classes are not known, they are class 1, class 2,
+...
 """
 
 import argparse
@@ -62,8 +63,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                        "network; files show what they have")
     model.add_argument("--output-stride", type=int, choices=[1, 2, 4, 8, 16, 32], metavar="PX", help="of the last map "
                        "of a ResNet: dilations in place of the last strides")
-    model.add_argument("--freeze", type=int, choices=range(6), default=0, help="how many stages, the first ones, stay "
-                       "as they are: 1 the stem or conv1, 2 layer1 or conv2 too, ...")
+    model.add_argument("--freeze", type=int, choices=range(6), default=0, help="how many of the first stages are "
+                       "frozen: 1 the stem or conv1, 2 layer1 or conv2 too, ...")
     model.add_argument("--bn", choices=["frozen", "tuned"], default="tuned", help="of the network; frozen: statistics, "
                        "scale and shift stay; tuned: batch statistics")
     model.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, default=True, help="batch statistics over "

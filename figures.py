@@ -18,7 +18,7 @@
     python figures.py queue runs/cld-cifar10-moco-queue*         # CLD, Fig. A.2, after eval_knn.py
     python figures.py ablation runs/npid-cifar10-*               # any table of ablations: the paper's figures, ours
     python figures.py detections runs/npid-shapes-seed0          # boxes and precision-recall, after eval_detection.py
-    python figures.py all runs/npid-cifar10-seed0                # what a run allows, with an index.md
+    python figures.py all runs/npid-cifar10-seed0                # all that a run allows, with an index.md
 
 A run is the output folder of a training script, or a checkpoint file. The picture goes to NAME.png in the first run's
 folder, or to --out (.png, .pdf or .svg). Its small print says what was run.

@@ -1,7 +1,7 @@
 """Local Aggregation (Zhuang, Zhai and Yamins, ICCV 2019, arXiv:1903.12355).
 
-Like NPID there is a memory bank with one feature v_i for each image; but instead of pushing all other images away, an
-image is drawn to its close neighbours C_i and pushed from the rest of its background neighbours B_i:
+As in NPID there is a memory bank with one feature v_i for each image; but instead of being pushed away from all others,
+an image is pulled towards its close neighbours C_i and away from the rest of its background neighbours B_i:
 
     L_i = -log [P(C_i & B_i | f_i) / P(B_i | f_i)],    P(A | f) = sum over j in A of exp(v_j . f / tau) / Z       (3, 2)
 
@@ -10,7 +10,7 @@ i in at least one of H k-means clusterings of the bank into m clusters, found an
 intersection; Z, the sum over all N images, cancels. The first epochs train with NPID's loss, so that the first
 clustering has something to find.
 
-    python local_aggregation.py --arch resnet18 --H 10 --m 30000       # on rendered shapes, for want of other data
+    python local_aggregation.py --arch resnet18 --H 10 --m 30000       # on rendered shapes; needs no data
     python local_aggregation.py --data cifar10                         # no published row
     python local_aggregation.py --data imagenet                        # Table 1, ResNet-18: 45.0 kNN in the paper
     torchrun --nproc-per-node 8 local_aggregation.py --preset imagenet-resnet50
@@ -19,7 +19,7 @@ clustering has something to find.
 Choosing k and m. On ImageNet (N = 1.28 million) m = 30,000 makes clusters of 43 images and k = 4096 is 0.3 % of all. On
 50,000 images the same numbers mean clusters of 1.7 images and 8 %; there small C_i do better (PAPERS.md has the
 sweeps): H = 1, m = N/5, k = N/100 for whole sets of small images, with a third of the epochs as warm start, and three
-quarters for few images. Longer runs may bear larger clusters: look at `nmi` and the kNN monitor. Defaults that do not
+quarters for few images. Longer runs may allow larger clusters: watch `nmi` and the kNN monitor. Defaults that do not
 fit N or --epochs are scaled, and printed.
 
 Differences from the paper and from the existing codes:
@@ -27,13 +27,14 @@ Differences from the paper and from the existing codes:
     sets.
   * Image i is always in C_i and in B_i (it takes the place of the k-th nearest if it is not among them), so no
     intersection is empty, there is no epsilon in the logarithm, and no image is without gradient.
-  * Clusters are there before the first step that needs them, and are renewed at the first step of each epoch, whether
-    or not N divides by B. The k-means seeds follow from --seed: the same each epoch, or `--cluster-seeds redrawn`.
+  * Clusters exist before the first step that needs them, and are recomputed at the first step of each epoch, whether
+    or not B divides N. The k-means seeds follow from --seed: the same each epoch, or `--cluster-seeds redrawn`.
   * DBSCAN collapses, as the paper says: kept for Table 5's discussion as `--clustering dbscan`.
-  * Rows of the bank are unit vectors after each update, as in both codes; eq. (5) does not say so. All weights decay;
-    the codes leave batch normalisation out. One of them has a pre-activation ResNet-18; here it is the standard one.
+  * Rows of the bank are unit vectors after each update, as in both codes; eq. (5) does not say so. Weight decay
+    applies to all weights; the codes exempt batch normalisation. One code has a pre-activation ResNet-18; here it is
+    the standard one.
 
-log.jsonl has, beside NPID's keys: npid_loss and la_loss, each of its epochs; close_size, mean |C_i|; skewness, mean
+log.jsonl has, beside NPID's keys: npid_loss and la_loss, each in its epochs; close_size, mean |C_i|; skewness, mean
 distance of v_i to the centre of C_i (section 5.2); intersection, mean |B_i & C_i|, and alone, the share of images
 with nothing but themselves in it; forced, the share that had to be put into their own B_i; objective, empty and splits
 of the k-means; nmi with the clustering before; cluster_seconds; and, each --knn-every epochs and after the last,
@@ -57,8 +58,8 @@ import common
 # "imagenet" is the base of all: ResNet-18's row of Table 1. The tables' rows change one thing of (H, m) = (1, 10k).
 
 ABLATION = dict(data="imagenet", num_clusterings=1, num_clusters=10_000)
-# Epochs and drops of each network are the authors' configurations', VGG16's of one with batches of 256; the paper has
-# batches of 128, "about 200" epochs, and drops when the validation accuracy rests.
+# Each network's epochs and drops are from the authors' configurations, VGG16's from one with batches of 256; the paper
+# has batches of 128, "about 200" epochs, and drops when the validation accuracy plateaus.
 ALEXNET = dict(data="imagenet", arch="alexnet_bn_fc", epochs=160, lr_drops=[119, 142])
 VGG16 = dict(data="imagenet", arch="vgg16_bn_fc", epochs=178, lr_drops=[136, 158])
 RESNET50 = dict(data="imagenet", arch="resnet50", lr_drops=[152, 189])
@@ -143,12 +144,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--dbscan-radius", type=common.POSITIVE, default=0.5,
                         help="largest distance of neighbours for dbscan")
     method.add_argument("--kmeans", choices=["torch", "faiss"], default="torch",
-                        help="which k-means, of the same objective")
+                        help="implementation of k-means; the objective is the same")
     method.add_argument("--kmeans-iterations", type=common.COUNT, default=20, metavar="N", help="Lloyd iterations")
     method.add_argument("--cluster-on", choices=["bank", "center-crop"], default="bank",
                         help="cluster the bank, or features recomputed from central crops (supplement, Table 3)")
     method.add_argument("--cluster-seeds", choices=["fixed", "redrawn"], default="fixed",
-                        help="H seeds for all epochs, as the authors' code, or new ones for each clustering")
+                        help="fixed: the same H seeds in all epochs, as in the authors' code; redrawn: new ones for "
+                             "each clustering")
     method.add_argument("--recluster-every", type=common.COUNT_OR_ZERO, default=0, metavar="STEPS",
                         help="renew the clusters within an epoch too (supplement, Table 3: 1000); 0: once an epoch")
     method.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="horizontal flips")
@@ -292,8 +294,9 @@ def most_similar(similarity: Tensor, count: int) -> Tensor:
 
 
 # ---- loss ------------------------------------------------------------------------------------------------------------
-# The bank takes no gradient, so that of L_i with respect to f_i has a closed form: (mean of v over B_i - mean over
-# C_i & B_i) / tau, weighted by the softmax of v.f / tau in each set. No graph of (B, k) or (B, N) similarities is kept.
+# The bank takes no gradient, so the gradient of L_i with respect to f_i has a closed form: (mean of v over B_i - mean
+# over C_i & B_i) / tau, weighted by the softmax of v.f / tau in each set. No graph of (B, k) or (B, N) similarities is
+# kept.
 
 
 def with_gradient(z: Tensor, value: Tensor, gradient: Tensor) -> Tensor:

@@ -18,14 +18,14 @@ is then one attention call. `--loss nce` is the paper's, `--loss parametric` the
 Differences from the paper and from the authors' code:
   * The paper damps the bank's change by a proximal term (eq. 9), the authors' code by averaging the bank. They are not
     the same gradient; both are here: `--proximal-weight` (the paper prints no value) and `--bank-momentum`.
-  * The bank is written once, after the optimiser's step, with the features computed before it; all slots are unit
-    vectors from the start.
+  * The bank is written once a step, after the optimiser, with the features of that step's forward pass; all slots are
+    unit vectors from the start.
   * NCE is computed in the log domain, without the 1e-7 of the code. Z is the mean over the noise draws of the first
-    step (`--z first`, the paper's); a network whose features start out alike makes that a bad estimate: see `--z ema`.
+    step (`--z first`, the paper's), a bad estimate where the network's first features are nearly alike: see `--z ema`.
   * CIFAR's recipe is the code's: jitter before grey, no flip, tau 0.1, batch 128, weight decay 5e-4; the paper gives
     none.
 
-log.jsonl has, in its first line, chance_loss, that of equal probabilities (ln N for the softmax); for each epoch:
+log.jsonl has, in its first line, chance_loss, the loss at equal probabilities (ln N for the softmax); for each epoch:
 loss; feature_std (1: features spread over the sphere, 0: all alike); z_over_n for NCE, Z / N (a random bank gives 2.2
 at tau 0.07, D 128); knn_top1 each --knn-every epochs (K = 200, temperature tau).
 """
@@ -102,8 +102,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--m", "--num-negatives", dest="num_negatives", type=common.COUNT, default=4096, metavar="M",
                         help="m of eq. (6), noise images drawn for each image (nce, sampled)")
     method.add_argument("--z", choices=["first", "ema", "exact"], default="first",
-                        help="nce: Z of eq. (8), estimated from the first step (of --accumulate: its first part) and "
-                             "kept (the paper's); a running mean with 0.99 a step; or each image's own exact sum")
+                        help="nce: Z of eq. (8); first: estimated in the first step (with --accumulate, in its first "
+                             "part) and kept, as in the paper; ema: a running mean, momentum 0.99 per step; exact: "
+                             "each image's own sum")
     method.add_argument("--bank-momentum", type=common.SHARE, default=0.5, metavar="SHARE",
                         help="share of the old feature in v_i <- normalize(share * v_i + (1 - share) * f_i); "
                              "0: the paper's")
@@ -112,8 +113,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="horizontal flips")
     method.add_argument("--knn-features", choices=["bank", "clean"], default="bank", help="train features of the kNN "
                         "monitor: the bank (free; augmented, up to an epoch old) or recomputed without augmentation")
-    method.add_argument("--shard-bank", action="store_true", help="each rank keeps its share of the bank's rows alone "
-                        "(softmax): 512 N / ranks bytes; the same result, one more exchange a step")
+    method.add_argument("--shard-bank", action="store_true", help="each rank keeps only its share of the bank's rows "
+                        "(softmax): 512 N / ranks bytes; the same result, one more exchange per step")
     common.add_training_options(parser)
     args = common.parse(parser, PRESETS, argv)
     if args.shard_bank and (args.loss != "softmax" or args.proximal_weight):
@@ -150,7 +151,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone = common.backbone(arch, width, small)
         self.head = nn.Linear(self.backbone.dim, feature_dim)
-        # Of the parametric softmax alone, which learns a weight vector for each image.
+        # Only for the parametric softmax, which learns a weight vector for each image.
         self.classes: nn.Parameter | None = None
         if num_classes:
             self.classes = nn.Parameter(torch.randn(num_classes, feature_dim) / feature_dim**0.5)
@@ -206,7 +207,7 @@ def sampled_softmax(positive: Tensor, noise: Tensor) -> Tensor:
 
 
 def chance_loss(loss: str, m: int, num_images: int) -> float:
-    """The loss where all images are equally probable: ln N; m noise images have their own."""
+    """The loss where all images are equally probable: ln N, or a function of m where noise images are drawn."""
     if loss == "nce":  # h = 1 / (1 + m)
         return math.log1p(m) + m * math.log1p(1 / m)
     return math.log1p(m) if loss == "sampled" else math.log(num_images)

@@ -1,4 +1,4 @@
-"""Submit any of the scripts, or your own copy of one, to SLURM; a job that is pre-empted or out of time goes on.
+"""Submit any of the scripts, or your own copy of one, to SLURM; a job that is pre-empted or out of time resumes.
 
     python slurm/submit.py --nodes 2 --gpus 8 local_aggregation.py --preset imagenet-resnet50
     python slurm/submit.py --gpus 8 --partition long --account vision --slurm qos=high mem=400G npid.py --data imagenet
@@ -11,8 +11,8 @@ is submitted. The modules and packages beside the script are copied to the job's
 what you edit while it waits, or between two of its attempts, does not reach it. The working directory stays yours.
 
 At the time limit (--grace seconds before it) and at pre-emption (USR2, or TERM while SLURM calls the job running) the
-run saves at the next step, puts itself back into the queue, and goes on from that step. scancel saves as well, and
-ends it. Submitting the same command again continues a run that has ended for any reason.
+run saves at the next step, requeues itself, and resumes from that step. scancel makes it save as well, and ends the
+run. Submitting the same command again continues a run that has ended for any reason.
 
 Evaluations named by --then run on one GPU of one node. {output} in them is the run's folder; without it
 {output}/checkpoint.pth is the first argument. --sweep adds --KEY VALUE to the script's options for each combination;
@@ -58,7 +58,7 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
 GRACE = 300  # seconds: an epoch's clustering on a large set has to end within it
-OWN = {  # what --slurm must not say: ranks are counted and jobs put back into the queue by these
+OWN = {  # what --slurm must not set: ranks are counted and jobs requeued by these
     "time": "--hours", "nodes": "--nodes", "ntasks": "--tasks", "ntasks_per_node": "--tasks", "gpus": "--gpus",
     "gpus_per_node": "--gpus", "signal": "--grace", "signal_delay_s": "--grace",
 }
@@ -99,7 +99,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--grace", type=common.COUNT, metavar="SECONDS", help=f"a job is told to save this long before "
                         f"its time is over; default: {GRACE}, or a quarter of the time if that is less")
     parser.add_argument("--requeues", type=common.COUNT_OR_ZERO, default=100, metavar="N", help="how many times a job "
-                        "that is out of time goes on, locally five at most; pre-emptions do not count")
+                        "that is out of time is requeued, locally five at most; pre-emptions do not count")
     parser.add_argument("--partition", help="SLURM's")
     parser.add_argument("--account", help="SLURM's")
     parser.add_argument("--constraint", help="SLURM's: features that the nodes must have")
@@ -140,7 +140,7 @@ class Command(NamedTuple):
 
 
 def combinations(sweep: Sequence[tuple[str, str]]) -> list[list[str]]:
-    """The words that each run of a sweep has more: lr=1,2 and seed=0 -> --lr 1 --seed 0, --lr 2 --seed 0."""
+    """The words that each run of a sweep adds: lr=1,2 and seed=0 -> --lr 1 --seed 0, --lr 2 --seed 0."""
     axes = [[[f"--{key.replace('_', '-')}", value] for value in values.split(",")] for key, values in sweep]
     return [[word for option in choice for word in option] for choice in itertools.product(*axes)]
 
@@ -325,7 +325,7 @@ class Job(submitit.helpers.Checkpointable):
             raise
 
     def has_begun(self) -> bool:
-        """Whether an earlier attempt may have come to a checkpoint, which --overwrite must not remove."""
+        """Whether an earlier attempt may have saved a checkpoint, which --overwrite must not remove."""
         start, output = Path(self.code).stat().st_mtime, self.run.output
         return not output or any(file.stat().st_mtime > start for file in Path(output).rglob("checkpoint.pth"))
 

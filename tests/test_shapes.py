@@ -1,4 +1,4 @@
-"""Claims about `shapes`, the embedded data set, and its scenes."""
+"""Claims about `shapes`, the built-in data set, and its scenes."""
 
 import hashlib
 
