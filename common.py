@@ -225,7 +225,7 @@ def count_or_share(text: str) -> float:
     value = POSITIVE(text)
     if value >= 1 and (value != int(value) or value > 2**53):
         raise argparse.ArgumentTypeError(f"{text} is neither a number of images nor a share below 1")
-    return float(value)
+    return int(value) if value >= 1 else float(value)
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -348,10 +348,10 @@ def parse(
         options.error(f"there is no preset {early.preset}" + f"; near it: {near}" * bool(near))
     name = early.preset or (early.data if presets.get(early.data, {}).get("data") == early.data else base)
     known = {action.dest: action for action in options._actions}
-    for key, value in (presets[base] | presets[name]).items():
+    for key, value in (presets.get(base, {}) | presets.get(name, {})).items():
         values = value if isinstance(value, list) else [value]
         if key not in known or any(one not in (known[key].choices or values) for one in values):
-            raise ValueError(f"preset {name} sets {key}={value!r}")
+            raise ValueError(f"preset {name} sets {key}={value!r}, or its base {base} does: no such option or choice")
         options.set_defaults(**{key: value})
     options.set_defaults(preset=name)
     args = options.parse_args(argv)
@@ -487,9 +487,10 @@ class Run:
         return torch.arange(self.rank * size, (self.rank + 1) * size).clamp_(max=count - 1)
 
     def gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Each tensor of every rank, joined along dim 0 in the order of ranks: equal shapes on all ranks."""
+        """Each tensor of every rank, joined along dim 0 in the order of ranks: equal shapes on all ranks; no gradient.
+        """
         if self.world == 1:
-            return tensors
+            return tuple(tensor.detach() for tensor in tensors)
         joined = []
         for tensor in tensors:
             parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.world)]
@@ -902,12 +903,16 @@ def memory_gb(device: torch.device) -> float:
 
 
 def git_commit(folder: Path = ROOT) -> str:
-    """The commit of the code in a folder, with -dirty if it was changed; "unknown" outside a repository."""
+    """The commit of the code in a folder, with -dirty if scripts are changed or new; "unknown" outside a repository."""
     with contextlib.suppress(OSError):
         return (folder / "COMMIT").read_text()  # of a submission's snapshot
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return git("rev-parse", "--short=12", "HEAD") + "-dirty" * bool(git("status", "--porcelain", "--", "*.py"))
     return "unknown"
 
 
@@ -1281,7 +1286,10 @@ def load(args: argparse.Namespace, split: str, device: torch.device) -> ImageSet
     if wanted is not None and args.data != "shapes":  # which renders just what is wanted
         count = round(wanted * len(data)) if wanted < 1 else int(wanted)
         if not 1 <= count <= len(data):
-            raise Fault(f"--{'test-' * (split == 'test')}subset {wanted:g}: {data.name} has {len(data)} images here")
+            option = "test_subset" if split == "test" else "subset"
+            source = "" if option in args.typed else f", from preset {args.preset}"
+            raise Fault(f"--{option.replace('_', '-')} {wanted:g}{source}: {data.name} has {len(data)} images here; "
+                        "lower it")
         data = data.select(balanced(data.labels, count, args.seed, "subset"))
     if args.data not in _NAMED:
         _decode_small(data, small, args.cache)
@@ -2724,8 +2732,12 @@ def load_test(args: argparse.Namespace, encoder: Encoder | None, train: ImageSet
     return test
 
 
+# Parts of an encoder that the path to its features leaves out: npid's class vectors, cld's other heads.
+BESIDE = ("classes", "group_head.", "predictor.", "jigsaw.")
+
+
 def load_encoder(
-    path: Path, arch: str | None, width: int | None, small: bool | None, device: torch.device, layer: str
+    path: Path | str, arch: str | None, width: int | None, small: bool | None, device: torch.device, layer: str
 ) -> Encoder:
     """The encoder in a checkpoint of ours, a backbone.pth, or any file with torchvision's or timm's names.
 
@@ -2735,6 +2747,7 @@ def load_encoder(
     the backbone's weights found, or any of another shape, is a Fault: numbers of a half-loaded network look like
     results.
     """
+    path = Path(path)
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -2789,6 +2802,8 @@ def load_encoder(
             weights = {key: value for key, value in weights.items() if not key.startswith((f"{name}.", "neck."))}
             break
     unexpected = sorted(weights.keys() - matched.keys())
+    if layer == "auto" and any(not name.startswith(BESIDE) and "backbone" not in name for name in unexpected):
+        head = None  # a changed script may have a layer before its head
     other = [name for name in missing if name in weights] + [name for name in unexpected if name.startswith("layer")]
     other += [name for name in missing if target[name].ndim == 4 or name.endswith("running_mean")]
     if share < 0.95 or other:  # of another shape, of a deeper ResNet, or a whole convolution or normalisation
@@ -2836,7 +2851,7 @@ def _state_dict(saved: Any, path: Path) -> dict[str, Tensor]:
     items = saved.items() if isinstance(saved, dict) else ()
     tensors = {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
-        raise Fault(f"{path} holds no weights")
+        raise Fault(f"{path} holds no weights: save model.state_dict()")
     return tensors
 
 

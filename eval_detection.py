@@ -10,8 +10,7 @@ there is nothing else to install. The preset is the protocol.
     python eval_detection.py runs/cld-imagenet-mocov2-cld-seed0/checkpoint.pth --preset voc07    # 9,000 iterations
     torchrun --nproc-per-node 8 eval_detection.py runs/cld-imagenet-mocov2-cld-seed0/checkpoint.pth --preset voc0712
     python eval_detection.py vgg16_bn.pth --arch vgg16_bn --preset voc07-la-vgg16       # LA: Faster R-CNN, VGG16
-    python eval_detection.py runs/npid-imagenet-alexnet-seed0/checkpoint.pth --preset voc07-fast-alexnet \
-        --proposals voc_2007_trainval.mat voc_2007_test.mat
+    python eval_detection.py alexnet.pth --arch alexnet --preset voc07-fast-alexnet --proposals trainval.mat test.mat
     python eval_detection.py runs/npid-shapes-seed0/checkpoint.pth --data my_folder      # any folder in VOC's layout
     python eval_detection.py resnet50.pth --arch resnet50 --preset voc0712 --batch-size 8     # half the rate, twice the
                                                                                               # iterations; says so

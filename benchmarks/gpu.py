@@ -546,10 +546,10 @@ class Traffic(TorchDispatchMode):
         return out
 
 
-def training(bench: Bench, case: str, aim: float, arch: str, count: int, side: int, batch: int, rows: int) -> None:
-    """One step in several ways, the plain one first; and what the profiler says of two."""
+def training(bench: Bench, cases: dict[str, int], aim: float, arch: str, count: int, side: int, rows: int) -> None:
+    """One step in several ways, the plain one first, each for the batch sizes of `cases`; then two are profiled."""
 
-    def build(search: bool = True, **options: Any) -> Step:
+    def build(batch: int, search: bool = True, **options: Any) -> Step:
         torch.backends.cudnn.benchmark = search
         gc.collect()  # a compiled network refers to itself, and its graph holds tens of GB
         return Step(bench, arch, count, side, batch, rows, **options)
@@ -565,46 +565,48 @@ def training(bench: Bench, case: str, aim: float, arch: str, count: int, side: i
         step.capture()
         return step
 
-    ways: dict[str, Callable[[], Step]] = {  # those that compile, which takes most of the time, by what they promise
-        "plain": lambda: build(plain=True),
-        "eager": lambda: build(search=False),  # the script as it stands
-        "eager, cudnn search": lambda: build(),
-        "eager, fused SGD": lambda: build(fused=True),
-        "CUDA graph": lambda: captured(build(fused=True)),
-        "CUDA graph, compiled": lambda: captured(compiled(build(fused=True))),
-        "compiled network": lambda: compiled(build(fused=True), augment=False),
-        "compiled network and augmentation": lambda: compiled(build(fused=True)),
-        "reduce-overhead": lambda: compiled(build(fused=True), "reduce-overhead"),
-        "CUDA graph, compiled, float32": lambda: captured(compiled(build(fused=True, amp=False))),
+    ways: dict[str, Callable[[int], Step]] = {  # those that compile, which takes most of the time, by what they promise
+        "plain": lambda batch: build(batch, plain=True),
+        "eager": lambda batch: build(batch, search=False),  # the script as it stands
+        "eager, cudnn search": lambda batch: build(batch),
+        "eager, fused SGD": lambda batch: build(batch, fused=True),
+        "CUDA graph": lambda batch: captured(build(batch, fused=True)),
+        "CUDA graph, compiled": lambda batch: captured(compiled(build(batch, fused=True))),
+        "compiled network": lambda batch: compiled(build(batch, fused=True), augment=False),
+        "CUDA graph, compiled, float32": lambda batch: captured(compiled(build(batch, fused=True, amp=False))),
+        "compiled network and augmentation": lambda batch: compiled(build(batch, fused=True)),
+        "reduce-overhead": lambda batch: compiled(build(batch, fused=True), "reduce-overhead"),
     }
     if bench.device.type != "cuda":
         ways = {name: way for name, way in ways.items() if name.split(",")[0] in ("plain", "eager")}
 
-    def count_work() -> None:
-        flop, calls, traffic = work_of(build())
+    def count_work(case: str, batch: int) -> None:
+        flop, calls, traffic = work_of(build(batch))
         bench.flop[case] = flop
         bench.write(case=case, way="counted", operators=calls, flop=flop, unfused_bytes=traffic, images=batch)
 
-    def one(name: str) -> None:
+    def one(name: str, case: str, batch: int) -> None:
         began = time.perf_counter()
-        step = ways[name]()
+        step = ways[name](batch)
         step()
         bench.wait()
         # In float32 the convolutions, nearly all of the work, take TF32: PyTorch's default for them. Its products of
         # matrices (F.linear and the bank's) do not, at the default precision "highest".
         bench.case(case, name, step, flop=bench.flop.get(case, 0.0), per=batch, aim=aim,
                    kind="bfloat16" if step.amp else "tf32", first_seconds=round(time.perf_counter() - began, 1))
-        if name == "CUDA graph, compiled":
-            bench.attempt(case, f"profile of {name}", lambda: profiled(name, step))
 
-    def profiled(name: str, step: Step) -> None:
-        bench.write(case=case, way=f"profile of {name}", **profile(bench, step))
+    def profiled(name: str, case: str, batch: int) -> None:
+        bench.write(case=case, way=f"profile of {name}", **profile(bench, ways[name](batch)))
 
-    bench.attempt(case, "counted", count_work)
+    for case, batch in cases.items():
+        bench.attempt(case, "counted", functools.partial(count_work, case, batch))
     for name in ways:
-        bench.attempt(case, name, functools.partial(one, name))
+        for case, batch in cases.items():
+            bench.attempt(case, name, functools.partial(one, name, case, batch))
     # Last, since a profiler may leave the launches after it slower.
-    bench.attempt(case, "profile of eager", lambda: profiled("eager", ways["eager"]()))
+    for name in {"eager", "CUDA graph, compiled"} & ways.keys():
+        for case, batch in cases.items():
+            bench.attempt(case, f"profile of {name}", functools.partial(profiled, name, case, batch))
 
 
 def profile(bench: Bench, step: Step, count: int = 10) -> dict[str, Any]:
@@ -629,15 +631,16 @@ def profile(bench: Bench, step: Step, count: int = 10) -> dict[str, Any]:
 def step(bench: Bench) -> None:
     """NPID on CIFAR-10's sizes: ResNet-18, N = 50,000 images of 32 px."""
     s = bench.sizes
-    for batch in (s.small_batch, 4 * s.small_batch):
-        training(bench, f"ResNet-18, 32 px, B={batch}", 40_000, "resnet18", s.small, 32, min(batch, s.small), s.small)
+    cases = {f"ResNet-18, 32 px, B={batch}": min(batch, s.small) for batch in (s.small_batch, 4 * s.small_batch)}
+    training(bench, cases, 40_000, "resnet18", s.small, 32, s.small)
 
 
 def resnet50(bench: Bench) -> None:
     """NPID on ImageNet's sizes from device-resident images: ResNet-50 at 224 px, bank of 1.28M."""
     s = bench.sizes
     side = 64 if bench.args.tiny else 256
-    training(bench, f"ResNet-50, 224 px, B={s.batch}", 2500, "resnet50", max(s.large, s.batch), side, s.batch, s.images)
+    cases = {f"ResNet-50, 224 px, B={s.batch}": s.batch}
+    training(bench, cases, 2500, "resnet50", max(s.large, s.batch), side, s.images)
 
 
 def scripts(bench: Bench) -> None:

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 import common
 
 DEVICE = torch.device("cuda", 0)
-READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "bincount"}  # a size is a value, too
+READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "bincount",  # a size is a value, too
+         "_linalg_eigh"}  # whether it converged
 MAY_MIX = {"copy_", "_to_copy", "index", "index_put_", "_index_put_impl_"}  # CPU indices are copied, and noted
 
 

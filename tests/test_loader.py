@@ -144,8 +144,9 @@ def test_foreign_necks_and_heads_are_left_over(resnet: dict[str, Tensor], tmp_pa
 
 
 def test_other_heads_and_stems_of_ours(trained: Path, tmp_path: Path) -> None:
-    """A neck of two hidden layers is refused whole, head included; of two backbones the one without a prefix counts; a
-    stem that the images' size does not imply is found by the weights."""
+    """A neck of two hidden layers is refused whole, head included; behind a layer of an unknown name the head is taken
+    only if asked for; of two backbones the one without a prefix counts; a stem that the images' size does not imply is
+    found by the weights."""
     saved = torch.load(trained / "checkpoint.pth")
     weights = saved["state"]["encoder"]
     dim = weights["head.weight"].shape[1]
@@ -154,6 +155,11 @@ def test_other_heads_and_stems_of_ours(trained: Path, tmp_path: Path) -> None:
     torch.save(saved | dict(state=dict(encoder=weights | more)), tmp_path / "file.pth")
     found = common.load_encoder(tmp_path / "file.pth", None, None, None, CPU, "auto")
     assert found.head is None and set(more) < set(found.report["unexpected"])
+    for name, kept in (("mlp.0.weight", False), ("group_head.weight", True), ("classes", True)):
+        torch.save(saved | dict(state=dict(encoder=weights | {name: torch.rand(dim, dim)})), tmp_path / "file.pth")
+        found = common.load_encoder(tmp_path / "file.pth", None, None, None, CPU, "auto")
+        assert (found.head is not None) == kept and found.report["unexpected"] == [name]
+        assert common.load_encoder(str(tmp_path / "file.pth"), None, None, None, CPU, "head").head is not None
     copy = {f"teacher_{name}": torch.zeros_like(value) for name, value in weights.items() if "backbone" in name}
     torch.save(saved | dict(state=dict(encoder=weights | copy)), tmp_path / "file.pth")
     found = common.load_encoder(tmp_path / "file.pth", None, None, None, CPU, "auto")

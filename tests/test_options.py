@@ -181,14 +181,45 @@ def test_bad_preset(bad: dict[str, Any]) -> None:
         common.parse(options, {"imagenet": {}, "mine": bad}, ["--preset", "mine"])
 
 
+def test_copy_without_the_base_preset() -> None:
+    """A script may drop the papers' presets, `imagenet` too: then the options' own defaults are the base."""
+    for argv, lr in (([], 0.03), (["--preset", "mine"], 0.5)):
+        options = common.parser("")
+        common.add_training_options(options)
+        assert common.parse(options, {"mine": dict(lr=0.5)}, argv).lr == lr
+
+
 def test_numbers() -> None:
     """Number types: bounds, and one line that says them."""
     assert common.number(int, 0, 5)("5") == 5
-    assert common.count_or_share("0.1") == 0.1 and common.count_or_share("100") == 100
+    assert common.count_or_share("0.1") == 0.1 and repr(common.count_or_share("100")) == "100"
     for convert, text in ((common.number(int, 0, 5), "6"), (common.POSITIVE, "0"), (common.SHARE, "1.01"),
                           (common.count_or_share, "1.5"), (common.POSITIVE, "inf"), (common.NOT_NEGATIVE, "nan")):
         with pytest.raises(argparse.ArgumentTypeError, match=text):
             convert(text)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_commit_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log's commit is that of the scripts as they ran: -dirty where one was changed or copied, not for a page."""
+    for name in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{name}_NAME", "a")
+        monkeypatch.setenv(f"GIT_{name}_EMAIL", "a@b")
+    assert common.git_commit(tmp_path) == "unknown"
+    script, page = tmp_path / "npid.py", tmp_path / "README.md"
+    script.write_text("1\n")
+    page.write_text("a\n")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True)
+    clean = common.git_commit(tmp_path)
+    assert len(clean) == 12
+    page.write_text("b\n")
+    assert common.git_commit(tmp_path) == clean
+    copy = shutil.copy(script, tmp_path / "mine.py")
+    assert common.git_commit(tmp_path) == f"{clean}-dirty"
+    Path(copy).unlink()
+    script.write_text("2\n")
+    assert common.git_commit(tmp_path) == f"{clean}-dirty"
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["from its folder", "from elsewhere"])
