@@ -492,6 +492,8 @@ def both_features(
     """The features of the training and of the test images, by layer."""
     train, test = cached_features(args, encoder, [(task.train, "train", args.train_crops),
                                                   (task.test, "test", args.test_crops)], device)
+    if device.type == "cuda":  # TF32 for the probes; not before, since images are resized by products, too
+        torch.set_float32_matmul_precision("high")
     return train, test
 
 
@@ -1292,8 +1294,6 @@ def folder_of(args: argparse.Namespace, encoder: common.Encoder | None) -> Path:
 
 def main(args: argparse.Namespace) -> None:
     device = common.pick_device(args.device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
     encoder, path = None, Path(args.checkpoint)
     if args.checkpoint != "random":
         encoder = common.load_encoder(path, args.arch, args.width, None, device,
