@@ -1422,8 +1422,6 @@ def _stl10(args: argparse.Namespace, split: str) -> tuple[Tensor, Tensor, list[s
 
 def _download(args: argparse.Namespace, name: str, folder: Path, **what: str) -> None:
     """Fetch and unpack a data set by torchvision: rank 0, then the first rank of each node that does not see it."""
-    import torchvision
-
     for rank in ("RANK", "LOCAL_RANK"):
         if os.environ.get(rank, "0") == "0" and not folder.exists():
             print(f"downloading {name} to {args.data_dir}", file=sys.stderr, flush=True)
