@@ -272,6 +272,26 @@ def test_signals_between_local_jobs(tmp_path: Path) -> None:
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+def test_a_local_job_that_fails(tmp_path: Path) -> None:
+    """The fault names the script, the last error of its output, and where all of it is."""
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    paths = SimpleNamespace(stdout=tmp_path / "out", stderr=tmp_path / "err", result_pickle=tmp_path / "none")
+    started = SimpleNamespace(paths=paths, _process=done, num_tasks=1, task=lambda i: SimpleNamespace(paths=paths))
+    job = SimpleNamespace(script="npid.py", run=SimpleNamespace(argv=[]))
+    for text, reason in (("npid.py: error: no images\nend\n", r" \(npid.py: error: no images\)"), ("end\n", "")):
+        paths.stderr.write_text(text)
+        with pytest.raises(common.Fault, match=f"^npid.py did not finish{reason}: see {paths.stderr}; the same"):
+            submit.run_here(tmp_path, SimpleNamespace(submit=lambda job: started), job)
+
+
+def test_help_of_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """`submit.py npid.py --help` prints the script's options and submits nothing."""
+    with pytest.raises(SystemExit) as stop:
+        submitted([NPID, "--help"], monkeypatch, tmp_path)
+    assert stop.value.code == 0 and "--bank-momentum" in capfd.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_term_within_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
     """TERM ends a local job, though SLURM calls the allocation around it running; a job of SLURM's goes on."""
     asked = list[int]()
