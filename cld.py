@@ -229,7 +229,8 @@ def listed(data: common.ImageSet, path: Path) -> common.ImageSet:
         raise common.Fault(f"{path} names files, and {data.name} has none: lists are for folders of images")
     for row in range(len(data)):
         file = data.path(row)
-        folders = [*os.fsdecode(data.files[row]).split("/")[:-1][:1], file.parent.name]  # the top one, if any
+        above = os.fsdecode(data.files[row]).split("/")[:-1]  # folders below the root
+        folders = [*above[:1], file.parent.name]  # the top one, if any, and the image's own
         names = [name for name in [*folders, *("/".join(file.parts[-n:]) for n in range(1, 5))] if name in wanted]
         for name in names:
             if name not in folders and found.get(name, file) != file:
@@ -339,6 +340,7 @@ def random_erase(images: Tensor, draw: common.Draw, probability: float) -> Tenso
 
 def strong_operations(side: int) -> list[Callable[[Tensor], Tensor]]:
     """RandAugment's 14 operations on images (b, 3, side, side), at full strength and once of each sign: 28."""
+    # Full strength of RandAugment: shear 0.3, and 150 px of images of 331 px
     lean, slide = math.degrees(math.atan(0.3)), int(150 / 331 * side)
     still: dict[str, Any] = dict(angle=0.0, translate=[0, 0], scale=1.0, shear=[0.0, 0.0], fill=[0.5])
 
@@ -384,7 +386,8 @@ def patches(images: Tensor, draw: common.Draw) -> Tensor:
     cell = images.shape[3] // 3
     size = max(1, 3 * cell // 4)  # as 64 of 85 pixels: 55 of 74 at 224 px
     offset = (draw(9, 2) * (cell - size + 1)).long()
-    corner = offset + cell * torch.cartesian_prod(*2 * [torch.arange(3, device=images.device)])
+    thirds = torch.arange(3, device=images.device)
+    corner = offset + cell * torch.cartesian_prod(thirds, thirds)  # (B, 9, 2): top, left
     boxes = F.pad(corner, (0, 2), value=size).unbind(1)
     cut = torch.stack([common.resized_crop(images, box, size) for box in boxes], 1)
     return cut[torch.arange(len(cut), device=cut.device)[:, None], draw(9).argsort(1)]
@@ -496,7 +499,7 @@ class Groups(NamedTuple):
 
 def group_means(z: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Mean (V, k, D) of each group's rows, 0 if it has none, and whether it has one (V, k)."""
-    member = z.new_zeros(len(z), k, z.shape[1]).scatter_(1, labels[:, None], 1.0)
+    member = z.new_zeros(len(z), k, z.shape[1]).scatter_(1, labels[:, None], 1.0)  # (V, k, B), 1 for a group's rows
     counts = member.sum(2)
     return member @ z / counts.clamp(min=1)[..., None], counts > 0  # not index_add: GPUs add in any order
 
@@ -504,7 +507,9 @@ def group_means(z: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def nearest(z: Tensor, centroids: Tensor, spherical: bool) -> Tensor:
     """The centroid of largest cosine (supplement, eq. 1) or of least Euclidean distance for each row: (V, B)."""
     scores = z @ centroids.mT
-    return (scores if spherical else scores - 0.5 * centroids.square().sum(2)[:, None]).max(2).indices
+    if not spherical:  # -|z - c|^2 / 2, but for |z|^2, which is the same for all centroids
+        scores = scores - 0.5 * centroids.square().sum(2)[:, None]
+    return scores.max(2).indices
 
 
 @torch.no_grad()
@@ -577,7 +582,8 @@ def gather_branch(run: common.Run, z: Tensor) -> Tensor:
 #   targets(views)                            features of the momentum encoder, unit rows, without gradient
 #   instance_loss(z, jigsaw, targets, index)  unit f_I (2, B, D), jigsaw feature, slots -> losses (B,), accuracy ();
 #                                             keeps what after_step will write
-#   after_step(encoder, gather, progress)     after the optimiser's step: what outlives a step is written, once
+#   after_step(encoder, gather, progress)     after the optimiser's step: what outlives a step is written, once;
+#                                             gather: Run.gather; progress: the share of all steps that is done
 
 Gather = Callable[..., tuple[Tensor, ...]]
 
@@ -596,7 +602,7 @@ class Npid:
     def instance_loss(self, z: Tensor, jigsaw: Tensor | None, targets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         losses = [common.bank_softmax(view, index, self.bank.features, self.temperature) for view in z]
         self.pending.append((F.normalize(z.detach().mean(0), dim=1), index))
-        found = (z[0, :32].detach() @ self.bank.features.T).argmax(1)
+        found = (z[0, :32].detach() @ self.bank.features.T).argmax(1)  # of all rows it would be (B, N) numbers
         return torch.stack(losses).mean(0), (found == index[:32]).float().mean()
 
     def after_step(self, encoder: Encoder, gather: Gather, progress: float) -> None:
@@ -676,7 +682,8 @@ class Byol:
         return (2 - 2 * (z * targets).sum(2)).sum(0), accuracy
 
     def after_step(self, encoder: Encoder, gather: Gather, progress: float) -> None:
-        follow(self.keys, encoder, 1 - (1 - self.key_momentum) * (1 + math.cos(math.pi * min(progress, 1))) / 2)
+        left = (1 + math.cos(math.pi * min(progress, 1))) / 2  # from 1 to 0 on a cosine
+        follow(self.keys, encoder, 1 - (1 - self.key_momentum) * left)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -690,7 +697,7 @@ def warm_up(progress: float, epochs: int) -> float:
 def main(args: argparse.Namespace) -> None:
     run = common.Run(args)
     data, test = load(args, run)
-    rows = args.batch_size // args.accumulate // (1 if args.groups_over == "all" else run.world)
+    rows = args.batch_size // args.accumulate // (1 if args.groups_over == "all" else run.world)  # grouped at once
     num_groups, queue_size = min(args.num_groups, rows), min(args.queue_size, len(data))
     if args.group_weight and num_groups == rows and run.rank == 0:
         print(f"warning: {rows} rows are grouped at once: --num-groups {args.num_groups} makes {rows} groups of one "
@@ -740,6 +747,7 @@ def main(args: argparse.Namespace) -> None:
             for param_group in optimizer.param_groups:
                 param_group["lr"] = lr
             draw = run.draw(epoch, step)
+            # InfoMin's patches; without them an empty tensor, which --accumulate can split
             cut = data.normalize(patches(crops[3], draw)) if len(crops) == 4 else crops.new_empty(len(index), 0)
             views = torch.stack([data.normalize(augment(images, draw, args.augment, view, not data.small))
                                  for view, images in enumerate(crops[:3])])
@@ -749,10 +757,10 @@ def main(args: argparse.Namespace) -> None:
             optimizer.zero_grad()
             loss = torch.zeros((), device=run.device)
             chunks = views.chunk(args.accumulate, 1), cut.chunk(args.accumulate), index.chunk(args.accumulate)
-            for images, pieces, i in common.parts([model], *chunks):
+            for part, pieces, i in common.parts([model], *chunks):  # views (V, b, ...), patches and slots
                 with run.autocast():
-                    z, g, jigsaw = model(images[:2], pieces)
-                    targets = host.targets(images)
+                    z, g, jigsaw = model(part[:2], pieces)
+                    targets = host.targets(part)
                 losses, accuracy = host.instance_loss(z, jigsaw, targets, i)
                 part_loss = losses.mean()
                 figures = dict(instance_loss=part_loss, instance_accuracy=accuracy,
@@ -761,9 +769,9 @@ def main(args: argparse.Namespace) -> None:
                     if args.groups_over == "all":
                         g = gather_branch(run, g)
                     groups = group(g, num_groups, args.kmeans_iterations, args.clustering)
-                    cross, accuracy = group_loss(g, groups, args.group_temperature, args.cross_view)
+                    cross, group_accuracy = group_loss(g, groups, args.group_temperature, args.cross_view)
                     part_loss = part_loss + args.group_weight * cross.mean()
-                    figures |= dict(group_loss=cross.mean(), group_accuracy=accuracy) | group_figures(g, groups)
+                    figures |= dict(group_loss=cross.mean(), group_accuracy=group_accuracy) | group_figures(g, groups)
                 (part_loss / args.accumulate).backward()
                 totals.add(loss=part_loss, **figures)
                 loss += part_loss.detach() / args.accumulate

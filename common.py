@@ -449,8 +449,8 @@ class Run:
                         f"{self.world} x {args.accumulate}")
         self.amp = amp_default(self.device) if args.amp is None else args.amp
         self.output: Path = args.output
-        self.signal = 0
-        self.bar: Any = None
+        self.signal = 0  # the last one received
+        self.bar: Any = None  # tqdm's, on a terminal
         self.first_bad = torch.tensor(NEVER, device=self.device)  # the first step whose loss was not finite
         self.saved_at = time.monotonic()
         if self.rank == 0:
@@ -475,6 +475,7 @@ class Run:
     # ranks
 
     def barrier(self) -> None:
+        """Wait for all ranks."""
         self.agree(0)
 
     def rows(self, count: int) -> slice:
@@ -539,11 +540,13 @@ class Run:
             return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def autocast(self) -> torch.autocast:
+        """bfloat16 for the network, where --amp says so."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
 
     # randomness: an optimisation step follows from (seed, epoch, step) and the position in the global batch
 
     def generator(self, *key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+        """A generator whose stream follows from --seed and `key` alone."""
         return generator(self.args.seed, *key, device=device)
 
     def permutation(self, epoch: int, count: int) -> Tensor:
@@ -570,6 +573,7 @@ class Run:
     def describe(self, data: ImageSet | VocSet, **facts: Any) -> None:
         """Say what runs, and keep it for the first line of the log and the checkpoint."""
         self.data = data.identity()
+        # Seven bytes, which an int64 holds with either sign
         key = int.from_bytes(hashlib.blake2b(repr(self.data).encode(), digest_size=7).digest(), "big")
         if self.agree(key) != -self.agree(-key):  # the greatest of all ranks is not the least
             raise Fault(f"ranks see different images of {data.name}: its files have to be the same on every node")
@@ -643,7 +647,7 @@ class Run:
         elif self.rank == 0:
             log.unlink(missing_ok=True)
         self.barrier()
-        self.steps, self.start, self.spoken = steps, time.monotonic(), -math.inf
+        self.steps, self.start, self.printed_at = steps, time.monotonic(), -math.inf
         if self.rank == 0 and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -677,7 +681,7 @@ class Run:
                         "or another --output")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.signal == number == signal.SIGINT:
+        if self.signal == number == signal.SIGINT:  # a second Ctrl-C does not wait for the step
             raise KeyboardInterrupt
         self.signal = number
         if self.rank == 0:  # not by print, which this signal may have interrupted
@@ -693,10 +697,10 @@ class Run:
         if self.bar is not None:
             self.bar.set_description(f"epoch {epoch + 1}/{self.args.epochs}", refresh=False)
             self.bar.update()
-        elif self.rank == 0 and now - self.spoken > 60:
+        elif self.rank == 0 and now - self.printed_at > 60:
             print(f"epoch {epoch + 1}/{self.args.epochs}, step {step + 1}/{self.steps}, "
                   f"{now - self.start:.1f} s after the start of training", flush=True)
-            self.spoken = now
+            self.printed_at = now
         due = self.rank == 0 and now - self.saved_at > 60 * self.args.save_minutes > 0
         wish = self.agree(self.signal or (0 if due else -1))  # signal > 0: save and stop; 0: save; -1: go on
         if wish >= 0:
@@ -784,7 +788,7 @@ class Run:
 
 
 def parts(models: Sequence[nn.Module], *chunks: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
-    """The parts of a batch (--accumulate), of each of `chunks` one, for forward and backward of `models` in turn.
+    """The parts of a batch (--accumulate): the first of each of `chunks`, the second of each, ..., as tuples.
 
     Ranks average the gradients of `models`, which Run.parallel returned, with the last part alone.
     """
@@ -813,6 +817,7 @@ class Totals:
         self.counts, self.sums, self.collected = dict[str, int](), dict[str, Tensor](), dict[str, Tensor]()
 
     def add(self, **figures: Tensor) -> None:
+        """Add a value () to the sum of each figure, without waiting for the device."""
         for name, value in figures.items():
             self.counts[name] = self.counts.get(name, 0) + 1
             self.sums[name] = self.sums.get(name, self.zero) + value.detach().float()
@@ -832,6 +837,7 @@ class Totals:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.counts, run = dict(state["counts"]), self.run
+        # On another number of ranks each takes the mean, which `means` averages to the same.
         self.sums = {name: (totals[run.rank] if len(totals) == run.world else totals.mean()).to(run.device)
                      for name, totals in state["sums"].items()}
 
@@ -1010,7 +1016,7 @@ DATASETS = {
 DATASETS["kitchen-hc"] = DATASETS["cifar10"]  # 32 px: CLD's supplement; mean and std: our choice
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 SMALL = 64  # px; networks for images below it take a 3x3 stem
-CROP_NUMBERS = 22  # uniform numbers that crop_boxes takes for an image
+CROP_NUMBERS = 22  # uniform numbers that crop_boxes takes for an image: ten areas, ten ratios, a corner
 CPU = torch.device("cpu")
 Names = np.ndarray[Any, np.dtype[np.bytes_]]
 
@@ -1209,7 +1215,7 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def shorter_side(size: int, source: int) -> int:
-    """What the shorter side is scaled to before the central crop, px: 8/7 of `size`, but `size` for small images."""
+    """What the shorter side is scaled to before the central crop, px: 8/7 of `size` (256 for 224), `size` if small."""
     return size if size < SMALL or source <= size else round(size * 8 / 7)
 
 
@@ -1248,8 +1254,8 @@ def random_crops(path: Path, uniform: Tensor, crop: Crop) -> Tensor:
     with Image.open(path) as image:
         width, height = image.size
         boxes = crop_boxes(uniform, height, width, crop.scale, crop.ratio)
-        least = boxes.amin(0).tolist()
-        image.draft("RGB", (math.ceil(width * crop.size / least[3]), math.ceil(height * crop.size / least[2])))
+        *_, low, narrow = boxes.amin(0).tolist()  # least height and width: no crop may get under crop.size pixels
+        image.draft("RGB", (math.ceil(width * crop.size / narrow), math.ceil(height * crop.size / low)))
         pixels = rgb(image)
     x, y = pixels.width / width, pixels.height / height
     areas = [(left * x, top * y, (left + w) * x, (top + h) * y) for top, left, h, w in boxes.tolist()]
@@ -1320,13 +1326,13 @@ def load_monitor(args: argparse.Namespace, data: ImageSet, device: torch.device)
 def balanced(labels: Tensor, count: int, *key: int | str, share: bool = False) -> Tensor:
     """`count` positions of labels (N,), sorted, drawn by `key`: equally many of each class or, with `share`, the same
     share of each, plus or minus one; images without a label, -1, are one class."""
-    order, labels = torch.randperm(len(labels), generator=generator(*key)), labels + 1
+    order, labels = torch.randperm(len(labels), generator=generator(*key)), labels + 1  # -1 becomes class 0
     by_class = order[labels[order].argsort(stable=True)]
     sizes = torch.bincount(labels)
     starts = sizes.cumsum(0) - sizes
     turn = torch.empty_like(labels)  # how many of its class come before an image
     turn[by_class] = torch.arange(len(labels)) - starts[labels[by_class]]
-    turn = (turn.double() + 0.5) / sizes[labels] if share else turn
+    turn = (turn.double() + 0.5) / sizes[labels] if share else turn  # the share of its class that comes before
     return order[turn[order].argsort(stable=True)[:count]].sort().values
 
 
@@ -1346,14 +1352,14 @@ def _cifar(args: argparse.Namespace, split: str) -> tuple[Tensor, Tensor, list[s
     if ten and split != "test":
         names = [f"data_batch_{i}" for i in range(1, 6)]
     _download(args, "CIFAR10" if ten else "CIFAR100", folder)
-    path, labels = folder, "labels" if ten else "fine_labels"
+    path, label_key = folder, "labels" if ten else "fine_labels"  # path: what is read at present, for the message
     try:
         batches = [_read_pickle(path := folder / name, _CIFAR_MD5[name]) for name in names]
         meta = _read_pickle(path := folder / ("batches.meta" if ten else "meta"))
         classes = [os.fsdecode(name) for name in meta["label_names" if ten else "fine_label_names"]]
         path = folder
         pixels = torch.from_numpy(np.concatenate([np.asarray(batch["data"], np.uint8) for batch in batches]))
-        truth = torch.tensor([label for batch in batches for label in batch[labels]])
+        truth = torch.tensor([label for batch in batches for label in batch[label_key]])
         return pixels.view(len(truth), 3, 32, 32), truth, classes
     except OSError as error:
         reason = error.strerror
@@ -1451,7 +1457,7 @@ def validation_folder(args: argparse.Namespace) -> Path | None:
 
 
 def _folder(args: argparse.Namespace, split: str) -> tuple[ImageSet, bool]:
-    """Any directory of images, its files sorted, none decoded yet; and whether they are small."""
+    """Any directory of images, its files sorted, none decoded yet; and whether they are small: held decoded."""
     named, root, val = args.data in DATASETS, image_root(args), validation_folder(args)
     if not root.is_dir():
         way = "put it there, or name its parent folder with --data-dir" if named else "--data takes a folder or a name"
@@ -1475,7 +1481,7 @@ def _folder(args: argparse.Namespace, split: str) -> tuple[ImageSet, bool]:
                     torch.arange(len(files)), root=place, files=np.array([os.fsencode(file) for file in files]),
                     workers=args.workers, bad=BadImages(args.max_bad_images))
     side = _largest_side(data)
-    small = 0 < side <= 96
+    small = 0 < side <= 96  # STL-10's; the 3x3 stem (ImageSet.small) is for still smaller ones
     data.size = args.image_size or (side if small else IMAGENET.size)
     return data, small
 
@@ -2229,7 +2235,7 @@ class KMeans:
 def kmeans(
     x: Tensor, k: int, *, iterations: int = 20, seed: int = 0, init: Tensor | None = None, backend: str = "torch"
 ) -> KMeans:
-    """Lloyd's k-means from init (k, D) or k random rows. x: (N, D)."""
+    """Lloyd's k-means from init (k, D) or k random rows. x: (N, D). A Fault if k is not 1 to N, or x is not finite."""
     if not 1 <= k <= len(x):
         raise Fault(f"k-means: the number of clusters must lie between 1 and the {len(x)} rows, not {k}")
     x = x.detach().float()
@@ -2238,9 +2244,9 @@ def kmeans(
         raise Fault("k-means: the features hold NaN or infinite values")
     if init is None:
         init = x[torch.from_numpy(np.random.default_rng(seed).permutation(len(x))[:k]).to(x.device)]
-    run = {"torch": _kmeans_torch, "faiss": _kmeans_faiss}[backend]
+    solve = {"torch": _kmeans_torch, "faiss": _kmeans_faiss}[backend]
     with torch.autocast(x.device.type, enabled=False):
-        return run(x, init.to(x).clone(), iterations, seed)
+        return solve(x, init.to(x).clone(), iterations, seed)
 
 
 CHUNK = {"cuda": 16384}  # rows at once; elsewhere 1,024, of 256 to 4,096 the fastest on a CPU
@@ -2255,7 +2261,7 @@ def nearest(
     """
     if half is not None:
         return half.nearest(centroids)
-    offset = -0.5 * centroids.square().sum(1)
+    offset = -0.5 * centroids.square().sum(1)  # x.c - |c|^2 / 2 is largest where |x - c| is least
     low = low_chunks(x, len(centroids)) if low is None else low
     if low and (labels := _nearest_screened(x, centroids, offset, low)) is not None:
         return labels
@@ -2340,6 +2346,7 @@ def _reach(rows: _Int8, scale: float, error: float, norm: float) -> Tensor:
     """
     most = (rows.norm * error).add_(rows.error, alpha=norm).mul_(2)
     likely = torch.hypot(rows.norm * scale, torch.tensor(rows.scale * norm)).mul_(6 / math.sqrt(6))
+    # 3: each of the two offsets is off by up to 1.5 units, from whole ones and from float32's at 2^24.
     return torch.minimum(most, likely).mul_(1 / (rows.scale * scale)).add_(3).ceil_().int()
 
 
@@ -2375,6 +2382,7 @@ def _nearest_screened(x: Tensor, centroids: Tensor, offset: Tensor, low: list[_I
             return None
         addend = (offset / unit).clamp_(min=-(2**24)).round_().int()
         scores = torch._int_mm(rows.values, columns, out=room[: len(rows.values)])
+        # Columns that only fill up the last strips get -2^30, below every score.
         scores = scores.add_(F.pad(addend, (0, 16 * strips - k), value=-(2**30))).view(-1, 16, strips)
         peaks = scores.amax(1)
         least = peaks.amax(1) - _reach(rows, *worst)
@@ -2387,6 +2395,7 @@ def _nearest_screened(x: Tensor, centroids: Tensor, offset: Tensor, low: list[_I
     entry, place = _where(near)
     row, column = row.index_select(0, entry), place * strips + strip.index_select(0, entry)
     labels = torch.empty(len(x), dtype=torch.int64).index_put_((row,), column)
+    # That is the label of a row with one centroid left; between several, float32 decides.
     several = (row.bincount(minlength=len(x)) > 1).index_select(0, row).nonzero()[:, 0]
     row, column = row.index_select(0, several), column.index_select(0, several)
     exact = offset[column] + torch.cat([
@@ -2400,13 +2409,14 @@ def _nearest_screened(x: Tensor, centroids: Tensor, offset: Tensor, low: list[_I
 
 
 def _kmeans_torch(x: Tensor, centroids: Tensor, iterations: int, seed: int) -> KMeans:
-    random = np.random.default_rng([seed, 1])
+    random = np.random.default_rng([seed, 1])  # not the stream that the first centroids are drawn from
     k, empty, splits = len(centroids), 0, 0
     objective: list[float] = []
     low, half = low_chunks(x, k), half_rows(x)
     labels = torch.full((len(x),), -1, device=x.device)
     for iteration in range(iterations + 1):
-        before, (labels, total) = labels, assign(x, centroids, low, half if iteration < iterations else None)
+        before = labels
+        labels, total = assign(x, centroids, low, half if iteration < iterations else None)
         settled = empty == 0 and torch.equal(labels, before)
         objective.append(total)
         if iteration == iterations or (settled and half is None):
@@ -2510,6 +2520,7 @@ def _largest_by_strips(scores: Tensor, k: int) -> Tensor:
     chosen = strips.amax(1).topk(k, sorted=False).indices
     candidates = strips.gather(2, chosen[:, None].expand(-1, width, -1)).flatten(1)
     place = torch.cat([candidates, rest], 1).topk(k, sorted=False).indices
+    # A candidate's place in (width, k) says which row of which chosen strip it is; behind them come those of `rest`.
     column = place // k * strips.shape[2] + chosen.gather(1, place % k)
     return torch.where(place < width * k, column, place - width * k + strips.shape[2] * width)
 
@@ -2518,6 +2529,7 @@ def _neighbors(
     queries: Tensor, keys: Tensor, k: int, exclude: Tensor | None, best_first: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The k best keys from all products."""
+    # 67 MB of products at once on a CPU, 2.1 GB on a GPU
     chunk = max(1, (1 << 24 if queries.device.type == "cpu" else 1 << 29) // len(keys))
     similarity = queries.new_empty(len(queries), k)
     index = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
@@ -2557,6 +2569,7 @@ def _neighbors_screened(queries: Tensor, keys: Tensor, k: int, exclude: Tensor |
             if j == blocks - 1:
                 table[:, last:] = -(2**30)
             torch.amax(table.view(n, strips, 16), 2, out=peaks[:n, j])
+        # Maxima of four strips each, for a shorter topk
         tops = peaks[:n].view(n, 4, -1).amax(1).topk(wanted, sorted=False).values
         least = tops.amin(1) - _reach(low, *worst)  # of wanted strips' maxima, so that as many keys reach it
         row, strip = _where(peaks[:n].view(n, -1) >= least[:, None])

@@ -233,7 +233,7 @@ class Dropout(nn.Dropout):
             return features
         assert self.uniform is not None
         kept = self.uniform(features.shape[1]) >= self.p
-        return features * kept / max(1 - self.p, 1e-30)
+        return features * kept / max(1 - self.p, 1e-30)  # p may be 1: then nothing is kept
 
 
 class Encoder(nn.Module):
@@ -243,21 +243,24 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone = common.backbone(arch, width, small, 2 if sobel else 3)
         self.head, self.rectified, self.dim = head, head in ("full", "2fc"), self.backbone.dim
-        self.mlp, mlp = nn.Sequential(), nn.Sequential()  # mlp: the hidden layers, of the backbone or self.mlp
+        self.mlp = hidden_layers = nn.Sequential()  # a ResNet's own, if the head has any
         if isinstance(self.backbone, common.PlainNet):
-            mlp = self.backbone.classifier  # fc6 and fc7
-            for place, layer in enumerate(mlp):
+            hidden_layers = self.backbone.classifier  # fc6 and fc7
+            for place, layer in enumerate(hidden_layers):
                 if isinstance(layer, nn.Dropout):
-                    mlp[place] = Dropout(dropout)
+                    hidden_layers[place] = Dropout(dropout)
         elif head != "pooled":
             self.dim *= (-(-size // (8 if small else 32))) ** 2  # pixels of the last map, whose stride is 8 or 32
             if head != "map":
                 hidden = 4096 * width // 64
-                mlp = self.mlp = nn.Sequential(Dropout(dropout), nn.Linear(self.dim, hidden), nn.ReLU(inplace=True),
-                                               Dropout(dropout), nn.Linear(hidden, hidden))
+                self.mlp = hidden_layers = nn.Sequential(
+                    Dropout(dropout), nn.Linear(self.dim, hidden), nn.ReLU(inplace=True),
+                    Dropout(dropout), nn.Linear(hidden, hidden),
+                )
                 self.dim = hidden
         if head == "2fc":
-            del mlp[[type(layer) for layer in mlp].index(nn.ReLU) :]  # it, dropout and the second hidden layer
+            first_relu = [type(layer) for layer in hidden_layers].index(nn.ReLU)
+            del hidden_layers[first_relu:]  # it, dropout and the second hidden layer
 
     def forward(self, images: Tensor) -> Tensor:
         if isinstance(self.backbone, common.PlainNet) or self.head == "pooled":
@@ -332,7 +335,7 @@ WIDEST = 8192  # largest d of descriptors whose covariance (d, d) is computed di
 
 
 def exact(device: torch.device) -> torch.device:
-    """This device, or the CPU for mps, which has no float64."""
+    """Where to compute in float64: on this device, or on the CPU for mps, which has none."""
     return common.CPU if device.type == "mps" else device
 
 
@@ -341,7 +344,8 @@ def moments(
 ) -> tuple[Tensor, Tensor, int]:
     """Sum (dim,) and second moment (dim, dim), in float64, and number of the rows (b, dim) that stream by.
 
-    dtype: of the products within a batch, of rows less the first batch's mean; that shift is undone at the end.
+    dtype: of the products within a batch, of rows less the first batch's mean, lest float32 lose small variances beside
+    a large mean; that shift is undone at the end.
     """
     device = exact(device)
     shift = torch.zeros(dim, device=device)
@@ -355,7 +359,7 @@ def moments(
         square += rows.T @ rows
         count += len(rows)
     shift = shift.double()
-    cross = shift.outer(total)
+    cross = shift.outer(total)  # sum of (r + s)(r + s)^T = sum of r r^T + s t^T + t s^T + n s s^T, t = sum of r
     return total + count * shift, square + cross + cross.T + count * shift.outer(shift), count
 
 
@@ -372,8 +376,9 @@ def pca_whiten(total: Tensor, square: Tensor, count: int, dim: int) -> tuple[Ten
     values, vectors = torch.linalg.eigh(square / count - mean.outer(mean))
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     keep = max(1, min(dim, len(mean), count - 1))
+    # Rounding: deviations of 1e-5 of the largest one, or of 3e-7, five times float32's 6e-8, of the mean's length.
     noise = torch.maximum(1e-10 * values[0], 1e-13 * mean.square().sum())
-    scale = torch.where(values > noise, values, math.inf)[:keep].rsqrt()
+    scale = torch.where(values > noise, values, math.inf)[:keep].rsqrt()  # 1 / sqrt(inf) = 0
     projection = vectors[:, :keep] * scale
     span = math.sqrt(float(mean.square().sum() + values.sum()) / max(float(values[keep - 1]), 1e-300))
     return projection, mean @ projection, float(values[:keep].sum() / values.sum().clamp(min=1e-300)), span
@@ -386,7 +391,7 @@ def pca_of(h: Tensor, dim: int) -> tuple[Tensor, Tensor, float, float]:
     """pca_whiten of rows h (N, d) in memory, in float32 where that will do: three times as fast on a CPU."""
     for dtype in (torch.float32, torch.float64):
         found = pca_whiten(*moments(torch.split(h, 4096), h.shape[1], h.device, dtype), dim)
-        if found[3] < MILD:
+        if found[3] < MILD:  # its span
             break
     return found
 
@@ -423,7 +428,7 @@ def describe(
     else:
         centers = data.centers(torch.arange(len(data))[run.rows(len(data))], 256, run.device)
         total, square, _ = moments((short(data.normalize(images)) for images in centers), width, run.device)
-        total, square = run.mean(total) * run.world, run.mean(square) * run.world
+        total, square = run.mean(total) * run.world, run.mean(square) * run.world  # sums over ranks
         extracted = time.perf_counter()
         projection, offset, variance, span = pca_whiten(total, square, len(data), dim)
     projection, offset = rank0(run, projection), rank0(run, offset)
@@ -476,8 +481,9 @@ def kmeans_half(x: Tensor, k: int, seed: int, iterations: int = 20) -> tuple[Ten
     int8, float16 = common.low_chunks(x, k), common.half_rows(x)  # the rows again, for fast first products
     labels, empties = torch.full((len(x),), -1, device=x.device), 0
     for iteration in range(iterations + 1):
-        fast = float16 if iteration < iterations else None
-        before, (labels, empties) = labels, fill_empty(common.nearest(x, centroids, int8, fast), k, random)
+        fast = float16 if iteration < iterations else None  # the labels that are returned are float32's
+        before = labels
+        labels, empties = fill_empty(common.nearest(x, centroids, int8, fast), k, random)
         settled = empties == 0 and torch.equal(labels, before)
         if iteration == iterations or (settled and float16 is None):
             break
@@ -509,6 +515,7 @@ def affinity(x: Tensor, nearest: Tensor, sigma: float | str) -> Graph:
     sigma2 = squares.flatten().median() if sigma == "median" else torch.tensor(float(sigma) ** 2)
     weights = (-squares / sigma2.clamp(min=1e-30)).exp().flatten()
     i, j = torch.arange(n).repeat_interleave(k), nearest.cpu().flatten()
+    # The edge (i, j) as one number, i n + j: `unique` sorts by rows, and merges A_ij with A_ji of A^T.
     key, place = torch.unique(torch.cat([i * n + j, j * n + i]), return_inverse=True)
     weights = weights.new_zeros(len(key)).index_add_(0, place, torch.cat([weights, weights]))
     return Graph(key // n, key % n, weights, nearest.cpu())
@@ -534,7 +541,7 @@ def basins(graph: Graph, v: Tensor) -> Tensor:
     chosen = torch.where((gain > 0) & (gain == best[graph.rows]), graph.columns, n)  # of equal gains the first
     pointer = torch.full((n,), n).scatter_reduce_(0, graph.rows, chosen, "amin")
     pointer = torch.where(pointer == n, torch.arange(n), pointer)
-    while not torch.equal(pointer, pointer[pointer]):
+    while not torch.equal(pointer, pointer[pointer]):  # each turn goes twice as far
         pointer = pointer[pointer]
     labels: Tensor = torch.unique(pointer, return_inverse=True)[1]
     return labels
@@ -552,7 +559,7 @@ def treat_singletons(labels: Tensor, nearest: Tensor, how: str) -> tuple[Tensor,
         labels = torch.where(single & host.any(1), labels[first], labels)
     if how == "drop":
         labels = torch.where(single, -1, labels)
-    used = torch.unique(labels[labels >= 0])
+    used = torch.unique(labels[labels >= 0])  # numbered anew, without gaps
     return torch.where(labels >= 0, torch.searchsorted(used, labels), -1), int(single.sum())
 
 
@@ -793,11 +800,12 @@ def main(args: argparse.Namespace) -> None:
     for epoch in range(first_epoch, args.epochs):
         start = first_step if epoch == first_epoch else 0
         began, seconds = time.perf_counter(), dict(descriptor_seconds=0.0, pca_seconds=0.0, cluster_seconds=0.0)
-        clusters.final = {}
+        clusters.final = {}  # of a run that had ended and now has more epochs
 
+        # The epoch whose clustering this one trains on, and the images that were clustered then
         assigned = 0 if args.clustering == "labels" else epoch - epoch % args.reassign_every
         pool = torch.randperm(len(data), generator=run.generator("pool", assigned))[:pool_size].sort().values
-        anew = start == 0 and epoch == assigned
+        anew = start == 0 and epoch == assigned  # not on resuming within the epoch: the checkpoint has the clusters
         monitored = test is not None and (epoch + 1 == args.epochs or (epoch + 1) % args.knn_every == 0)
         judged = start == 0 and (monitored or (epoch == 0 and test is not None))  # by true labels
         if args.clustering != "labels" and (anew or judged):  # Fig. 4.5: between clusterings too
@@ -836,10 +844,10 @@ def main(args: argparse.Namespace) -> None:
         if judged and args.clustering != "labels":
             clusters.figures |= label_figures(x, clusters.pseudo_labels[pool], data.labels[pool], run)
 
-        source, draws = run.generator("order", epoch), steps * args.batch_size
-        order = training_order(clusters.pseudo_labels.long(), draws, args.sampling, source)
+        draws = steps * args.batch_size
+        order = training_order(clusters.pseudo_labels.long(), draws, args.sampling, run.generator("order", epoch))
         pseudo_labels = clusters.pseudo_labels.long().to(run.device)
-        classifier = run.parallel(top)
+        classifier = run.parallel(top)  # in each epoch: its parameters may be new
         encoder.train()
         began_training = time.perf_counter()
         for step, index, (images,) in data.batches(run, order, crop, epoch, start):

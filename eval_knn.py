@@ -71,13 +71,15 @@ def main(args: argparse.Namespace) -> None:
         raise common.Fault("kNN takes one process: start it without a launcher")
     amp = common.amp_default(device) if args.amp is None else args.amp
     path = Path(args.checkpoint)
-    untrained = args.checkpoint in ("random", "pixels")
-    if untrained:
+    pixels = args.checkpoint == "pixels"
+    from_file = args.checkpoint not in ("random", "pixels")
+    if not from_file:  # of pixels the network is idle
         train = common.load_train(args, None, "train", device)
         test = common.load_test(args, None, train, device)
         torch.manual_seed(args.seed)
         encoder = common.untrained_encoder(args.arch or "resnet18", args.width or 64, train.small, device)
-        encoder.head = None if args.layer == "backbone" else encoder.head
+        if args.layer == "backbone":
+            encoder.head = None
     else:
         encoder = common.load_encoder(path, args.arch, args.width, None, device, args.layer)
         print(f"{path}: {encoder.describe()}", flush=True)
@@ -91,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
         test = common.load_test(args, encoder, train, device)
 
     def embed(images: Tensor) -> Tensor:
-        if args.checkpoint == "pixels":
+        if pixels:
             return F.normalize(images.flatten(1))
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             return encoder.embed(images)
@@ -119,7 +121,6 @@ def main(args: argparse.Namespace) -> None:
                                    num_neighbors=args.num_neighbors, temperatures=args.temperature)
     rows = [dict(num_neighbors=k, temperature=tau, top1=round(top1, 2), top5=round(top5, 2))
             for (k, tau), (top1, top5) in accuracy.items()]
-    pixels = args.checkpoint == "pixels"
     result = dict(protocol="knn", checkpoint=args.checkpoint, checkpoint_sha256=encoder.sha256,
                   arch=None if pixels else args.arch or encoder.options.get("arch", "resnet18"),
                   width=None if pixels else args.width or encoder.options.get("width", 64),
@@ -134,7 +135,7 @@ def main(args: argparse.Namespace) -> None:
     if args.clustering:
         result |= clustering(queries, test.labels, num_clusters, args.seed)
     line = json.dumps(result)
-    if not untrained:
+    if from_file:
         common.append_result(path.parent, line)
     print(line, flush=True)
 

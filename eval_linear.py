@@ -447,6 +447,7 @@ def cached_features(
 
     wanted, weights = list[list[FeatureFile]](), weights_checksum(encoder)
     for data, split, crops in sets:
+        # An image of zeros tells the size of each layer.
         probe = encode(torch.zeros(1, 3, data.size, data.size, device=device), args.layers)
         checksums, files = dict(weights=weights, images=images_checksum(data)), list[FeatureFile]()
         for layer, sample in zip(args.layers, probe, strict=True):
@@ -549,7 +550,10 @@ def fill(
 
 
 class Layer:
-    """The features of one layer, in memory where they fit, and how they are normalised."""
+    """The features of one layer, in memory where they fit, and how they are normalised.
+
+    like: the training images' layer, whose mean and deviations those of the test images take.
+    """
 
     def __init__(self, values: Tensor, args: argparse.Namespace, device: torch.device, like: "Layer | None" = None):
         budget = 1e9 * args.memory if args.memory else free_memory(device) / 4
@@ -566,8 +570,9 @@ class Layer:
                 part = part.to(place).flatten(0, 1).double()
                 count, total, squares = count + len(part), total + part.sum(0), squares + part.square().sum(0)
             self.mean = (total / count).float().to(device)
-            spread = (squares / count - (total / count).square()).clamp(min=0).sqrt()
-            self.scale = (1 / spread.clamp(min=1e-3 * spread.mean() + 1e-12)).float().to(device)
+            deviation = (squares / count - (total / count).square()).clamp(min=0).sqrt()
+            least = 1e-3 * deviation.mean() + 1e-12  # so that a nearly constant dimension is not blown up
+            self.scale = (1 / deviation.clamp(min=least)).float().to(device)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -743,6 +748,8 @@ def linear(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, t
     if not len(fitted):
         raise common.Fault("one labelled image is too few to choose by: raise --subset")
     grid = list(itertools.product(args.lr, args.weight_decay))
+    # Each layer's probes train twice: to choose, then with the best settings on all images. To `run`, whose args are a
+    # copy, the epochs of all jobs are one training.
     jobs = [(layer, search) for layer in args.layers for search in (True, False)]
     run.args.epochs = len(jobs) * args.epochs
     run.args.batch_size = min(args.batch_size, len(fitted))
@@ -750,49 +757,51 @@ def linear(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, t
     probes, ledger = Probes(), Ledger(task)
     state: dict[str, Any] = dict(probes=probes, ledger=ledger)
     first_epoch, first_step = run.resume(state, run.steps_per_epoch(len(every)))
+    # A checkpoint's tensors lie on the CPU.
     probes.load_state_dict({name: value.to(run.device) for name, value in probes.state_dict().items()})
     truths = labels.to(run.device)
-    here: Any = None
-    there: Any = None
+    train_layer: Any = None
+    test_layer: Any = None
     began = time.perf_counter()
 
     for epoch in range(first_epoch, run.args.epochs):
-        job, local = divmod(epoch, args.epochs)
+        job, local = divmod(epoch, args.epochs)  # local: the epoch within the job
         name, search = jobs[job]
         if epoch == first_epoch or (search and local == 0):  # the first epoch of this process or of a layer
-            here = there = None  # what they take is free before the next are made
-            here = Layer(train[name], args, run.device)
-            there = Layer(test[name], args, run.device, here)
+            train_layer = test_layer = None  # what they take is free before the next are made
+            train_layer = Layer(train[name], args, run.device)
+            test_layer = Layer(test[name], args, run.device, train_layer)
         rows = fitted if search else every
         settings = grid if search else [ledger.chosen[which][:2] for which in ("best", "last")]
         steps, start = run.steps_per_epoch(len(rows)), first_step if epoch == first_epoch else 0
         if local == start == 0:
-            probes.reset(len(settings), classes, here.size, run.device)
+            probes.reset(len(settings), classes, train_layer.size, run.device)
             began = time.perf_counter() if search else began
         # All that the steps need is copied at once: a copy in each would wait for the device.
         decays = torch.tensor([decay for _, decay in settings], device=run.device)
         rates = torch.tensor([[rate(args, lr, decay, local + step / steps, local * steps + step)
                                for lr, decay in settings] for step in range(steps)], device=run.device)
-        order = rows[run.permutation(epoch, len(rows))].to(here.values.device)
+        order = rows[run.permutation(epoch, len(rows))].to(train_layer.values.device)
         views = torch.randint(args.train_crops, (len(rows),), generator=run.generator("views", epoch)).to(order.device)
         for step in range(start, steps):
             part = slice(step * run.args.batch_size, (step + 1) * run.args.batch_size)
             index = order[part]
-            probes.step(here.crop(index, views[part]), truths[index.to(run.device)], rates[step], decays, args.momentum)
+            probes.step(train_layer.crop(index, views[part]), truths[index.to(run.device)], rates[step], decays,
+                        args.momentum)
             run.after_step(state, epoch, step, torch.zeros(()))
         last = local + 1 == args.epochs
         if search:
-            ledger.history.append(probe_accuracy(probes, len(grid), here, held, labels))
+            ledger.history.append(probe_accuracy(probes, len(grid), train_layer, held, labels))
             if last:
                 ledger.chosen = choose(torch.tensor(ledger.history), grid, classes, name)
         else:
-            if local + 1 == ledger.chosen["best"][2]:
-                ledger.best = probe_figures(probes, 0, there, task.test_targets)
+            if local + 1 == ledger.chosen["best"][2]:  # the chosen epoch
+                ledger.best = probe_figures(probes, 0, test_layer, task.test_targets)
             if last:
-                ended = probe_figures(probes, 1, there, task.test_targets)
-                row = dict(layer=name, size=here.size, **dict(zip(("lr", "weight_decay", "epoch", "holdout_top1"),
-                                                                  ledger.chosen["best"], strict=True)),
-                           **ledger.best, last_lr=ledger.chosen["last"][0], last_weight_decay=ledger.chosen["last"][1],
+                ended = probe_figures(probes, 1, test_layer, task.test_targets)
+                chosen = dict(zip(("lr", "weight_decay", "epoch", "holdout_top1"), ledger.chosen["best"], strict=True))
+                row = dict(layer=name, size=train_layer.size, **chosen, **ledger.best,
+                           last_lr=ledger.chosen["last"][0], last_weight_decay=ledger.chosen["last"][1],
                            last_top1=ended["top1"], last_top5=ended["top5"])
                 ledger.rows.append(row)
                 ledger.history, ledger.chosen, ledger.best = [], {}, {}
@@ -838,19 +847,19 @@ def fit_svm(x: Tensor, y: Tensor, cost: Tensor) -> Tensor:
         return w
     w = x.new_zeros(y.shape[1], x.shape[1])
     outputs = torch.zeros_like(y)
-    rounding = 4 * torch.finfo(x.dtype).eps * (2 * (cost * y).T @ x).norm(dim=1)
+    rounding = 4 * torch.finfo(x.dtype).eps * (2 * (cost * y).T @ x).norm(dim=1)  # against the gradient at w = 0
     for _ in range(100):
         slack = (1 - y * outputs).clamp_(min=0)
         gradient = w - 2 * (cost * y * slack).T @ x
-        open_ = (gradient.norm(dim=1) > torch.maximum(1e-3 * w.norm(dim=1), rounding)).nonzero()[:, 0]
-        if not len(open_):
+        todo = (gradient.norm(dim=1) > torch.maximum(1e-3 * w.norm(dim=1), rounding)).nonzero()[:, 0]
+        if not len(todo):
             break
-        active = 2 * cost[:, open_] * (slack[:, open_] > 0)
-        step = newton_step(x, active, -gradient[open_])
+        active = 2 * cost[:, todo] * (slack[:, todo] > 0)
+        step = newton_step(x, active, -gradient[todo])
         change = x @ step.T
-        length = line_search(w[open_], step, y[:, open_], outputs[:, open_], change, cost[:, open_])
-        w[open_] += length[:, None] * step
-        outputs[:, open_] += length * change
+        length = line_search(w[todo], step, y[:, todo], outputs[:, todo], change, cost[:, todo])
+        w[todo] += length[:, None] * step
+        outputs[:, todo] += length * change
     return w
 
 
@@ -898,6 +907,7 @@ def fit_svms(
     flat, found = costs.flatten(), list[Tensor]()
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # in TF32 the gradient would never get small
+    # Machine m has cost m // C and class m % C; a block's targets (N, block) have at most 2e8 numbers, 0.8 GB.
     for block in torch.split(torch.arange(len(flat)), max(1, int(2e8 / len(x)))):
         pause()
         y = targets[:, block % targets.shape[1]].to(x)
@@ -981,7 +991,7 @@ def svm_draws(args: argparse.Namespace, task: Task) -> list[tuple[dict[str, Any]
     for wanted, draw in itertools.product(args.per_class, range(args.draws)):
         shown = torch.zeros_like(every)
         for number, target in enumerate(every.T):
-            for sign, count in ((1, wanted), (-1, 19 * wanted)):
+            for sign, count in ((1, wanted), (-1, 19 * wanted)):  # as if each of VOC's other 19 classes gave as many
                 rows = (target == sign).nonzero()[:, 0]
                 if sign > 0 and len(rows) < wanted:
                     raise common.Fault(f"--per-class {wanted}: {task.train.name} has {len(rows)} images of "
@@ -1003,8 +1013,8 @@ def svm(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task
     ledger = Ledger(task)
     state: dict[str, Any] = dict(ledger=ledger)
     first, _ = run.resume(state, 1)
-    here: Any = None
-    there: Any = None
+    train_layer: Any = None
+    test_layer: Any = None
 
     def pause() -> None:
         """On a signal save and stop at once, not at the end of a layer, on ImageNet an hour; it is then begun anew."""
@@ -1017,18 +1027,18 @@ def svm(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task
         began = time.perf_counter()
         name, number = jobs[epoch]
         if epoch == first or number == 0:  # the first of this process or of a layer
-            here = there = None  # what they take is free before the next are made
-            here = Layer(train[name], args, run.device)
-            there = Layer(test[name], args, run.device, here)
+            train_layer = test_layer = None  # what they take is free before the next are made
+            train_layer = Layer(train[name], args, run.device)
+            test_layer = Layer(test[name], args, run.device, train_layer)
         facts, rows, targets = found[number]
-        x = with_intercept(here, rows)
+        x = with_intercept(train_layer, rows)
         targets = targets.to(run.device).repeat_interleave(args.train_crops, 0)
         cost = cross_validate(x, targets, args, several, (args.seed, number), args.train_crops, pause)
         weight = fit_svms(x, targets, cost[None], args.positive_weight, pause)[0]
         del x  # the next turn makes its own
-        scores = torch.cat([(F.pad(there.crops(part), (0, 1), value=1.0) @ weight.T).mean(1)
-                            for part in torch.split(torch.arange(len(there)), 256)])
-        row = dict(layer=name, size=here.size, **facts, cost=sorted(set(cost.tolist())),
+        scores = torch.cat([(F.pad(test_layer.crops(part), (0, 1), value=1.0) @ weight.T).mean(1)
+                            for part in torch.split(torch.arange(len(test_layer)), 256)])
+        row = dict(layer=name, size=train_layer.size, **facts, cost=sorted(set(cost.tolist())),
                    **merit(scores, task.test_targets))
         ledger.rows.append(row)
         run.log(**row, seconds=round(time.perf_counter() - began, 1))
@@ -1094,9 +1104,9 @@ def train_networks(
 ) -> list[dict[str, Any]]:
     """Train `model` for each draw of labelled images with each setting of the grid, then with the best one on all.
 
-    crops(test, rows): what `model` sees of test or training images, in parts (b, V, ...). reset(number): draw the new
-    layers of a training. every_epoch: the best epoch is chosen too, else only settings are, by the last epoch; with one
-    setting nothing is held out then.
+    found: facts and rows of each draw. crops(test, rows): what `model` sees of test or training images, in parts (b, V,
+    ...). reset(number): draw the new layers of a training. every_epoch: the best epoch is chosen too, else only the
+    setting is, by the last epoch; with one setting nothing is held out then.
     """
     targets, multi = task.train_targets, task.train_targets.ndim == 2
     key = "map_area" if multi else "top1"
@@ -1121,7 +1131,7 @@ def train_networks(
     # Trainings: each draw with each setting of the grid (rate, decay, factor), then, None, with what was best.
     jobs = list(itertools.product(found, [*(grid if search else ()), None]))
     run.args.epochs = len(jobs) * args.epochs
-    start = {name: value.clone() for name, value in model.state_dict().items()}
+    initial = {name: value.clone() for name, value in model.state_dict().items()}
     body = [w for w in model.body.parameters() if w.requires_grad]  # none where only the last layer trains
     groups = [dict(params=part) for part in (body, list(model.last.parameters())) if part]
     optimizer = torch.optim.SGD(groups, args.lr[0], momentum=args.momentum)
@@ -1141,7 +1151,7 @@ def train_networks(
         steps, first = run.steps_per_epoch(len(rows)), first_step if epoch == first_epoch else 0
         accumulate = -(-run.args.batch_size * args.accumulate // args.batch_size)  # parts no larger than asked for
         if local == first == 0:
-            model.load_state_dict(start)
+            model.load_state_dict(initial)
             reset(number)
             optimizer.state.clear()
         began = time.perf_counter()
@@ -1175,7 +1185,7 @@ def train_networks(
         if setting is not None and (last or every_epoch):
             row["holdout"] = merit(scores(False, held), targets[held])[key]
             ledger.history.append([[lr, decay, factor], local + 1, row["holdout"]])
-            if last and jobs[number + 1][1] is None:
+            if last and jobs[number + 1][1] is None:  # the search of this draw is over
                 best = max(ledger.history, key=lambda entry: entry[2])  # of equal ones the first
                 ledger.chosen = dict(setting=best[0], epoch=best[1], holdout=best[2])
         if setting is None:
@@ -1199,23 +1209,24 @@ def train_networks(
 def mlp(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task: Task) -> dict[str, Any]:
     """Three new fully connected layers on frozen convolutions (thesis, Tables 4.1 and 5.2)."""
     train, test = both_features(args, encoder, task, run.device)
-    here = Layer(train[args.layers[0]], args, run.device)
-    there = Layer(test[args.layers[0]], args, run.device, here)
+    train_layer = Layer(train[args.layers[0]], args, run.device)
+    test_layer = Layer(test[args.layers[0]], args, run.device, train_layer)
     hidden = args.hidden or max(16, 64 * (args.width or encoder.options.get("width", 64)))
-    layers = [nn.Dropout(args.dropout), nn.Linear(here.size, hidden), nn.ReLU(inplace=True),  # fc6
+    layers = [nn.Dropout(args.dropout), nn.Linear(train_layer.size, hidden), nn.ReLU(inplace=True),  # fc6
               nn.Dropout(args.dropout), nn.Linear(hidden, hidden), nn.ReLU(inplace=True)]  # fc7
     model = run.place(Classifier(nn.Sequential(*layers), hidden, len(task.train.classes)))
 
     def batches(order: Tensor, epoch: int, start: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         views = torch.randint(args.train_crops, (len(order),), generator=run.generator("views", epoch))
-        order, views = order.to(here.values.device), views.to(here.values.device)
+        order, views = order.to(train_layer.values.device), views.to(train_layer.values.device)
         for step in range(start, len(order) // run.args.batch_size):
             part = slice(step * run.args.batch_size, (step + 1) * run.args.batch_size)
             run.seed_step(epoch, step)
-            yield step, order[part], here.crop(order[part], views[part])
+            yield step, order[part], train_layer.crop(order[part], views[part])
 
     def crops(test: bool, rows: Tensor) -> Iterator[Tensor]:
-        return (there.crops(part) if test else here.centers(part)[:, None] for part in torch.split(rows, 256))
+        parts = torch.split(rows, 256)
+        return (test_layer.crops(part) if test else train_layer.centers(part)[:, None] for part in parts)
 
     def reset(number: int) -> None:
         torch.manual_seed(common.generator(args.seed, "mlp").initial_seed())

@@ -178,9 +178,9 @@ def fit_to(count: int, args: argparse.Namespace) -> list[str]:
     to tell the user.
     """
     notes, preset = list[str](), PRESETS["imagenet"] | PRESETS[args.preset]
-    whole = preset.get("subset", IMAGES.get(preset.get("data", "imagenet"), count))
+    meant_for = preset.get("subset", IMAGES.get(preset.get("data", "imagenet"), count))  # N of the preset's m
     for option, name, value, too_large in (
-            ("--m", "num_clusters", max(2, round(preset["num_clusters"] * count / whole)), 2 * count < whole),
+            ("--m", "num_clusters", max(2, round(preset["num_clusters"] * count / meant_for)), 2 * count < meant_for),
             ("--k", "num_neighbors", max(2, count // 10), args.num_neighbors > count // 4)):
         given = getattr(args, name)
         if given > count and name in args.typed:
@@ -192,7 +192,7 @@ def fit_to(count: int, args: argparse.Namespace) -> list[str]:
     if args.clustering == "dbscan" and args.num_clusterings > 1:
         notes.append(f"note: dbscan draws nothing, all {args.num_clusterings} clusterings are the same: "
                      "--H 1 is enough")
-    if 1 < args.epochs <= args.warmup_epochs and "warmup_epochs" not in args.typed:
+    if 1 < args.epochs <= args.warmup_epochs and "warmup_epochs" not in args.typed:  # a single epoch is NPID's
         notes.append(f"--warmup-epochs {max(1, args.epochs // 3)}, a third of the epochs, from {args.warmup_epochs}")
         args.warmup_epochs = max(1, args.epochs // 3)
     if m > count // 2:
@@ -202,8 +202,8 @@ def fit_to(count: int, args: argparse.Namespace) -> list[str]:
         notes.append(f"warning: k = {k} is {100 * k / count:.0f} % of the images: B_i is hardly local")
     if args.background == "clusters":
         repeats, given = args.background_clusters
-        if 2 * count < whole and "background_clusters" not in args.typed:
-            args.background_clusters = [repeats, max(2, round(given * count / whole))]
+        if 2 * count < meant_for and "background_clusters" not in args.typed:
+            args.background_clusters = [repeats, max(2, round(given * count / meant_for))]
             notes.append(f"--background-clusters {repeats} {args.background_clusters[1]}, scaled from {given} to "
                          f"{count:,} images")
         elif given > count:
@@ -264,7 +264,10 @@ class Clusters(nn.Module):
         self.labels: Tensor
 
     def same(self, index: Tensor, columns: Tensor) -> Tensor:
-        """Whether images share a cluster in some clustering: index (B,), columns (c,) or (B, c) -> (B, c) bool."""
+        """Whether an image shares a cluster with another one in at least one clustering, (B, c) bool.
+
+        index: (B,); columns: the others, the same for all images (c,) or each image's own (B, c).
+        """
         same = torch.zeros(len(index), columns.shape[-1], dtype=torch.bool, device=index.device)
         for labels in self.labels:
             # One list of columns for each image: gather is five times faster than indexing, on a CPU.
@@ -281,9 +284,9 @@ def nearest(z: Tensor, index: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Ten
     """
     similarity, slots = common.neighbors(z, bank, k, best_first=False)
     forced = (slots != index[:, None]).all(1)
-    last, own = similarity.argmin(1, keepdim=True), (z * bank[index]).sum(1)
-    slots.scatter_(1, last, torch.where(forced, index, slots.gather(1, last)[:, 0])[:, None])
-    similarity.scatter_(1, last, torch.where(forced, own, similarity.gather(1, last)[:, 0])[:, None])
+    farthest, own = similarity.argmin(1, keepdim=True), (z * bank[index]).sum(1)
+    slots.scatter_(1, farthest, torch.where(forced, index, slots.gather(1, farthest)[:, 0])[:, None])
+    similarity.scatter_(1, farthest, torch.where(forced, own, similarity.gather(1, farthest)[:, 0])[:, None])
     return slots, similarity, forced
 
 
@@ -322,10 +325,13 @@ def local_aggregation_dense(
     z: Tensor, index: Tensor, background: Clusters, close: Clusters, bank: Tensor, temperature: float,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """L(C_i, B_i) of eq. (3) and |B_i & C_i|, both (B,), with B_i given by clusters too, of any size: in chunks."""
+    """L(C_i, B_i) of eq. (3) and |B_i & C_i|, both (B,), where B_i is given by clusters too and has any size.
+
+    By a running maximum and sum over chunks of the bank, as in common.bank_attention, for both sets at once.
+    """
     query = z.detach() / temperature
     peak = torch.full((2, len(z), 1), -math.inf, device=z.device)
-    total, mean = torch.zeros_like(peak), torch.zeros(2, *z.shape, device=z.device)  # of B_i, and of C_i & B_i
+    total, output = torch.zeros_like(peak), torch.zeros(2, *z.shape, device=z.device)  # of B_i, and of C_i & B_i
     size = torch.zeros(len(z), device=z.device)
     chunk = chunk or (8192 if z.device.type == "cpu" else max(8192, (1 << 25) // len(z)))
     for start in range(0, len(bank), chunk):
@@ -334,28 +340,31 @@ def local_aggregation_dense(
         inside = background.same(index, slots)
         both = inside & close.same(index, slots)
         scores = (query @ rows.T).masked_fill(~torch.stack([inside, both]), -math.inf)
-        highest = torch.maximum(peak, scores.amax(2, keepdim=True))
-        base = highest.clamp(min=torch.finfo().min)  # a chunk without members: exp(-inf - base) is 0, not NaN
+        new_peak = torch.maximum(peak, scores.amax(2, keepdim=True))
+        base = new_peak.clamp(min=torch.finfo().min)  # a chunk without members: exp(-inf - base) is 0, not NaN
         weights, decay = (scores - base).exp(), (peak - base).exp()
-        total, mean, peak = total * decay + weights.sum(2, keepdim=True), mean * decay + weights @ rows, highest
+        total = total * decay + weights.sum(2, keepdim=True)
+        output = output * decay + weights @ rows
+        peak = new_peak
         size += both.sum(1)
-    log_p = (peak + total.log())[..., 0]
-    mean /= total
-    return with_gradient(z, log_p[0] - log_p[1], (mean[0] - mean[1]) / temperature), size
+    log_p = (peak + total.log())[..., 0]  # log P(B_i) and log P(C_i & B_i), but for Z, which cancels
+    output /= total  # means of v over each set
+    return with_gradient(z, log_p[0] - log_p[1], (output[0] - output[1]) / temperature), size
 
 
 def noise_scores(z: Tensor, noise: Tensor, bank: Tensor, temperature: float) -> Tensor:
     """v_j . f / tau of the noise slots (B, m), for the paper's warm start."""
     # With many draws one product with the whole bank is faster: on a CPU from m = N / 16, on a GPU from m = N / D.
-    if (16 if z.device.type == "cpu" else z.shape[1]) * noise.shape[1] > len(bank):
+    cost_of_draw = 16 if z.device.type == "cpu" else z.shape[1]  # in rows of that product
+    if cost_of_draw * noise.shape[1] > len(bank):
         return (z @ bank.T).gather(1, noise) / temperature
     return torch.einsum("bd,bmd->bm", z, bank[noise]) / temperature
 
 
-def nce(positive: Tensor, noise: Tensor, log_z: Tensor, num_images: int) -> Tensor:
-    """NPID's loss by noise-contrastive estimation, (B,): see npid.py. positive: (B,), noise: (B, m) scores."""
-    offset = math.log(noise.shape[1] / num_images) + log_z
-    return F.softplus(offset - positive) + F.softplus(noise - offset).sum(1)
+def nce(positive: Tensor, negative: Tensor, log_z: Tensor, num_images: int) -> Tensor:
+    """NPID's loss by noise-contrastive estimation, (B,): see npid.py. positive: (B,), negative: (B, m) scores."""
+    offset = math.log(negative.shape[1] / num_images) + log_z  # log(Z m / N)
+    return F.softplus(offset - positive) + F.softplus(negative - offset).sum(1)
 
 
 class Constant(nn.Module):
@@ -387,6 +396,7 @@ def cluster(
     if not features.isfinite().all():
         raise common.Fault("the memory bank is not finite: nothing can be clustered; start again from "
                            "an earlier checkpoint")
+    # Rank r makes the clusterings r, r + ranks, ...; all ranks have room for as many, since gather needs equal shapes.
     share = -(-num_clusterings // run.world)
     labels = torch.zeros(share, len(features), dtype=torch.int32, device=features.device)
     figures = torch.zeros(share, 3, device=features.device)
@@ -418,9 +428,9 @@ def dbscan(features: Tensor, radius: float) -> Tensor:
 
 @torch.no_grad()
 def health(clusters: Clusters, before: Tensor, bank: Tensor, rows: Tensor) -> dict[str, float]:
-    """Figures of a clustering, over the sampled images `rows` (R,) where not over all.
+    """close_size and skewness, means over the sampled images `rows` (R,), and nmi of the first clustering with before.
 
-    before: the previous labels (H, N); no NMI if every image was still alone.
+    before: the previous labels (H, N); no nmi if every image was still alone, in clusters 0 to N - 1.
     """
     from sklearn.metrics import normalized_mutual_info_score
 
@@ -445,7 +455,8 @@ def density(bank: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     The mean similarity to the 30 nearest of the bank (N, D), and to ranks 1000 to 4096; of fewer than 4,097 images the
     same shares.
     """
-    first, last = (max(2, round(rank * min(1, (len(bank) - 1) / 4096))) for rank in (1000, 4096))
+    shrink = min(1, (len(bank) - 1) / 4096)
+    first, last = (max(2, round(rank * shrink)) for rank in (1000, 4096))
     similarity = common.neighbors(bank[rows], bank, last, exclude=rows)[0]
     return similarity[:, : min(30, first - 1)].mean(1), similarity[:, first - 1 :].mean(1)
 
@@ -459,10 +470,11 @@ def main(args: argparse.Namespace) -> None:
     test = common.load_monitor(args, data, run.device)
     notes = fit_to(len(data), args)
     trial = common.kmeans(torch.zeros(1, 1, device=run.device), 1, backend=args.kmeans)  # is Faiss there, and on what?
+    # NPID's loss where all images are equally probable, as chance_loss of npid.py
     chance = math.log(len(data)) if args.warmup_loss == "softmax" else math.log1p(NOISE) + NOISE * math.log1p(1 / NOISE)
     run.describe(data, chance_loss=round(chance, 4), kmeans_backend=trial.backend)
-    if run.rank == 0:
-        print(*notes, sep="\n", end="\n" * bool(notes), flush=True)
+    if notes and run.rank == 0:
+        print(*notes, sep="\n", flush=True)
     steps = run.steps_per_epoch(len(data))
     if args.recluster_every >= steps:
         common.note(f"note: --recluster-every {args.recluster_every} has no effect: an epoch has {steps} steps")
@@ -510,8 +522,8 @@ def main(args: argparse.Namespace) -> None:
                 key = (epoch, step) if args.cluster_seeds == "redrawn" else ()
                 figures = dict[str, float]()
                 if args.background == "clusters":
-                    count, number = args.background_clusters
-                    background.labels, _ = cluster(run, features, count, number, ("background", *key),
+                    clusterings, num_clusters = args.background_clusters
+                    background.labels, _ = cluster(run, features, clusterings, num_clusters, ("background", *key),
                                                    args.kmeans_iterations, args.kmeans)
                 if args.close == "clusters":
                     before = clusters.labels
@@ -529,7 +541,8 @@ def main(args: argparse.Namespace) -> None:
                 noise = torch.randint(len(data), shape, generator=source, device=run.device)[run.rows(args.batch_size)]
 
             optimizer.zero_grad()
-            seen, loss = [], torch.zeros((), device=run.device)
+            z_parts, loss = [], torch.zeros((), device=run.device)
+            # i: slots of a part's images; j: slots of the noise images drawn for them
             for part, i, j in common.parts([model], *(x.chunk(args.accumulate) for x in (images, index, noise))):
                 with run.autocast():
                     feature = model(part)
@@ -539,8 +552,10 @@ def main(args: argparse.Namespace) -> None:
                 elif warming:
                     positive = (z * bank.features[i]).sum(1) / args.temperature
                     negative = noise_scores(z, j, bank.features, args.temperature)
+                    # NPID's eq. (8): log Z from this rank's noise, then the log of the mean over ranks
                     estimate = negative.detach().flatten().logsumexp(0) + math.log(len(data) / negative.numel())
-                    log_z = constant.first(run.gather(estimate.view(1))[0].logsumexp(0) - math.log(run.world))
+                    (estimates,) = run.gather(estimate.view(1))
+                    log_z = constant.first(estimates.logsumexp(0) - math.log(run.world))
                     losses = nce(positive, negative, log_z, len(data))
                 elif args.background == "nearest":
                     slots, similarity, forced = nearest(z.detach(), i, bank.features, args.num_neighbors)
@@ -560,10 +575,11 @@ def main(args: argparse.Namespace) -> None:
                 part_loss = losses.mean() / args.accumulate
                 part_loss.backward()
                 loss += part_loss.detach()
-                seen.append(z.detach())
+                z_parts.append(z.detach())
             optimizer.step()
-            all_z, all_index = run.gather(torch.cat(seen), index)
+            all_z, all_index = run.gather(torch.cat(z_parts), index)
             bank.update(all_z, all_index, args.bank_momentum)
+            # Of unit vectors spread over the sphere each component has the deviation 1 / sqrt(D).
             totals.add(loss=loss, feature_std=all_z.std(0).mean() * args.feature_dim**0.5)
             run.after_step(state, epoch, step, loss)
 
@@ -575,7 +591,7 @@ def main(args: argparse.Namespace) -> None:
             run.broadcast(encoder)
             features = bank.features if args.knn_features == "bank" else common.extract(run, data, embed)
             row |= common.knn_monitor(features, data, common.extract(run, test, embed), test, args.temperature)
-        if monitored and len(data) > 2:
+        if monitored and len(data) > 2:  # density needs two other images
             local, around = density(bank.features, sample)
             row |= dict(local_density=local.mean().item(), background_density=around.mean().item())
         run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=optimizer.param_groups[0]["lr"], **row,

@@ -63,7 +63,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "imagenet-resnet18": dict(NCE, arch="resnet18"),
     "imagenet-resnet50": dict(NCE, arch="resnet50"),
     "imagenet-resnet50-sampled": dict(NCE, arch="resnet50", loss="sampled",
-                                      num_negatives=65536),  # the later 58.5 linear
+                                      num_negatives=65536),  # authors' README: 58.5 linear
     "imagenet-dim32": dict(NCE, feature_dim=32),  # Table 4
     "imagenet-dim64": dict(NCE, feature_dim=64),
     "imagenet-dim256": dict(NCE, feature_dim=256),
@@ -174,7 +174,8 @@ def parametric_softmax(features: Tensor, index: Tensor, weights: Tensor) -> Tens
 def noise_scores(z: Tensor, noise: Tensor, bank: Tensor, temperature: float) -> Tensor:
     """v_j . f / tau for each image's own noise draws: (B, m)."""
     # With many draws one product with the whole bank is faster: on a CPU from m = N / 16, on a GPU from m = N / D.
-    if (16 if z.device.type == "cpu" else z.shape[1]) * noise.shape[1] > len(bank):
+    cost_of_draw = 16 if z.device.type == "cpu" else z.shape[1]  # in rows of that product
+    if cost_of_draw * noise.shape[1] > len(bank):
         return (z @ bank.T).gather(1, noise) / temperature
     return torch.einsum("bd,bmd->bm", z, bank[noise]) / temperature
 
@@ -184,26 +185,26 @@ def positive_scores(z: Tensor, index: Tensor, bank: Tensor, temperature: float) 
     return (z * bank[index]).sum(1) / temperature
 
 
-def nce(positive: Tensor, noise: Tensor, log_z: Tensor, num_images: int) -> Tensor:
+def nce(positive: Tensor, negative: Tensor, log_z: Tensor, num_images: int) -> Tensor:
     """J_NCE of eq. (7), (B,), with the posterior h = p / (p + m / N) of eq. (6) and p = exp(score) / Z of eq. (4).
 
-    positive: (B,) and noise: (B, m) scores; log_z: () or (B,). log h = -softplus(log(m / N) - log p), and 1 - h
-    likewise.
+    positive: (B,) scores of the images; negative: (B, m) of their noise; log_z: () or (B,).
+    log h = -softplus(log(m / N) - log p), and 1 - h likewise.
     """
-    offset = math.log(noise.shape[1] / num_images)  # log(m / N)
+    offset = math.log(negative.shape[1] / num_images)  # log(m / N)
     image_term = F.softplus(offset - (positive - log_z))  # -log h(i)
-    noise_term = F.softplus((noise - log_z.view(-1, 1)) - offset).sum(1)  # -sum of log(1 - h(j))
+    noise_term = F.softplus((negative - log_z.view(-1, 1)) - offset).sum(1)  # -sum of log(1 - h(j))
     return image_term + noise_term
 
 
-def estimate_log_z(noise: Tensor, num_images: int) -> Tensor:
-    """log Z of eq. (8), (): N times the mean of exp(score) over the noise of the batch, (B, m)."""
-    return noise.detach().flatten().logsumexp(0) - math.log(noise.numel()) + math.log(num_images)
+def estimate_log_z(negative: Tensor, num_images: int) -> Tensor:
+    """log Z of eq. (8), (): N times the mean of exp(score) over the noise of the batch; negative: (B, m) scores."""
+    return negative.detach().flatten().logsumexp(0) - math.log(negative.numel()) + math.log(num_images)
 
 
-def sampled_softmax(positive: Tensor, noise: Tensor) -> Tensor:
-    """Cross-entropy of the image among itself and its m noise draws, (B,). positive: (B,), noise: (B, m) scores."""
-    return torch.cat([positive[:, None], noise], 1).logsumexp(1) - positive
+def sampled_softmax(positive: Tensor, negative: Tensor) -> Tensor:
+    """Cross-entropy of the image among itself and its m noise draws, (B,). positive: (B,), negative: (B, m) scores."""
+    return torch.cat([positive[:, None], negative], 1).logsumexp(1) - positive
 
 
 def chance_loss(loss: str, m: int, num_images: int) -> float:
@@ -230,7 +231,7 @@ class Normalizer(nn.Module):
     def update(self, estimate: Tensor, momentum: float) -> Tensor:
         """Z <- momentum * Z + (1 - momentum) * exp(estimate), the first estimate whole; returns log Z."""
         mixed = self.log_z
-        if momentum < 1:
+        if momentum < 1:  # of 1 nothing is mixed in, and log(0) is an error
             mixed = torch.logaddexp(self.log_z + math.log(momentum), estimate + math.log(1 - momentum))
         self.log_z = torch.where(self.log_z.isnan(), estimate, mixed)
         return self.log_z
@@ -252,7 +253,7 @@ class ShardedBank(common.MemoryBank):
         rows = run.rows(size)
         self.size, self.start, self.run = size, rows.start, run
         self.features = torch.empty(rows.stop - rows.start, dim)
-        self.whole = torch.empty(0)
+        self.whole = torch.empty(0)  # all rows, on rank 0 between `collect` and `state_dict`
         for begin in range(0, size, self.CHUNK):  # every rank draws all of them, so that they are those of the whole
             part = F.normalize(torch.randn(min(self.CHUNK, size - begin), dim, generator=generator), dim=1)
             first, last = max(begin, rows.start), min(begin + len(part), rows.stop)
@@ -270,7 +271,7 @@ class ShardedBank(common.MemoryBank):
         world, share = self.run.world, -(-self.size // self.run.world)
         for begin in range(0, share, self.CHUNK):
             rows = self.features[begin : min(begin + self.CHUNK, share)]
-            padding = min(self.CHUNK, share - begin) - len(rows)
+            padding = min(self.CHUNK, share - begin) - len(rows)  # gather needs equal shapes
             (parts,) = self.run.gather(F.pad(rows, (0, 0, 0, padding))[None])
             for rank, part in enumerate(parts if len(whole) else ()):
                 first, last = rank * self.size // world + begin, (rank + 1) * self.size // world
@@ -307,13 +308,13 @@ def sharded_softmax(z: Tensor, index: Tensor, bank: ShardedBank, temperature: fl
     with torch.autocast(z.device.type, enabled=False):
         output, lse = common.bank_attention(queries, bank.features, temperature)
     place = slots - bank.start
-    here = (place >= 0) & (place < len(bank.features))
+    here = (place >= 0) & (place < len(bank.features))  # whether this rank has the query's own row
     positive = bank.features[place.clamp(0, len(bank.features) - 1)] * here[:, None]
-    (parts,) = run.gather(torch.cat([output, lse[:, None], positive], 1)[None])
+    (parts,) = run.gather(torch.cat([output, lse[:, None], positive], 1)[None])  # (ranks, all queries, D + 1 + D)
     parts = parts[:, run.rank * batch : (run.rank + 1) * batch]  # the answers to this rank's queries
     outputs, lses, positives = torch.split(parts, [z.shape[1], 1, z.shape[1]], 2)
     output, lse = merge(list(zip(outputs, lses[..., 0], strict=True)))
-    own = positives.sum(0)
+    own = positives.sum(0)  # v_i: the ranks without it sent zeros
     loss = lse - (z.detach() * own).sum(1) / temperature
     value: Tensor = loss + ((z - z.detach()) * (output - own) / temperature).sum(1)  # adds 0, and the gradient
     return value
@@ -371,7 +372,8 @@ def main(args: argparse.Namespace) -> None:
                 noise = torch.randint(len(data), shape, generator=source, device=run.device)[run.rows(args.batch_size)]
 
             optimizer.zero_grad()
-            seen, loss = [], torch.zeros((), device=run.device)
+            z_parts, loss = [], torch.zeros((), device=run.device)
+            # i: slots of a part's images; j: slots of the noise images drawn for them
             for part, i, j in common.parts([model], *(x.chunk(args.accumulate) for x in (images, index, noise))):
                 with run.autocast():
                     feature = model(part)
@@ -380,7 +382,7 @@ def main(args: argparse.Namespace) -> None:
                     losses = sharded_softmax(z, i, bank, args.temperature)
                 elif args.loss == "softmax":
                     losses = common.bank_softmax(z, i, bank.features, args.temperature)
-                elif encoder.classes is not None:
+                elif encoder.classes is not None:  # --loss parametric
                     losses = parametric_softmax(feature, i, encoder.classes)
                 else:
                     positive = positive_scores(z, i, bank.features, args.temperature)
@@ -394,8 +396,8 @@ def main(args: argparse.Namespace) -> None:
                     else:
                         (estimates,) = run.gather(estimate_log_z(negative, len(data)).view(1))
                         estimate = estimates.logsumexp(0) - math.log(run.world)  # log of the mean over ranks
-                        momentum = 1.0 if args.z == "first" else 0.99 ** (1 / args.accumulate)
-                        log_z = normalizer.update(estimate, momentum)
+                        z_momentum = 1.0 if args.z == "first" else 0.99 ** (1 / args.accumulate)  # 0.99 a step
+                        log_z = normalizer.update(estimate, z_momentum)
                         losses = nce(positive, negative, log_z, len(data))
                         totals.add(z_over_n=log_z.exp() / len(data))
                 if args.proximal_weight:
@@ -403,10 +405,11 @@ def main(args: argparse.Namespace) -> None:
                 part_loss = losses.mean() / args.accumulate
                 part_loss.backward()
                 loss += part_loss.detach()
-                seen.append(z.detach())
+                z_parts.append(z.detach())
             optimizer.step()
-            all_z, all_index = run.gather(torch.cat(seen), index)
+            all_z, all_index = run.gather(torch.cat(z_parts), index)
             bank.update(all_z, all_index, args.bank_momentum)
+            # Of unit vectors spread over the sphere each component has the deviation 1 / sqrt(D).
             totals.add(loss=loss, feature_std=all_z.std(0).mean() * args.feature_dim**0.5)
             run.after_step(state, epoch, step, loss)
 
