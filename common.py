@@ -278,6 +278,10 @@ def add_network_options(
     model.add_argument("--arch", choices=ARCHITECTURES, help="of random networks, and of files that are not "
                        "from these scripts")
     model.add_argument("--width", type=SIZE, help="channels of the first stage (64)")
+    for name in ("mean", "std"):
+        model.add_argument(f"--{name}", type=NOT_NEGATIVE if name == "mean" else POSITIVE, nargs=3, metavar="RGB",
+                           help=f"{name} of the channels, in [0, 1], by which the network's images were normalised; "
+                           "default: its run's, else the data set's")
     return model
 
 
@@ -593,8 +597,9 @@ class Run:
                   f"{device}, {self.world} rank(s); output {self.output}", flush=True)
 
     def settings(self) -> dict[str, Any]:
-        """The options that say what is learnt, without paths and the like."""
-        return {key: value for key, value in self.header["options"].items() if key not in FREE_OPTIONS}
+        """The options that say what is learnt, without paths and the like, and the precision that was taken."""
+        options = {key: value for key, value in self.header["options"].items() if key not in FREE_OPTIONS}
+        return options | dict(amp=self.amp)
 
     def log(self, **row: Any) -> None:
         """Print one JSON line and append it to log.jsonl."""
@@ -1241,10 +1246,7 @@ def ten_squares(path: Path, size: int, side: int) -> Tensor:
 
 def central_square(path: Path, size: int, side: int | None = None) -> Tensor:
     """The shorter side scaled to `side` (default: that of evaluation), then the central square: (3, size, size)."""
-    if side is None:
-        with Image.open(path) as image:
-            side = shorter_side(size, min(image.size))
-    pixels = shortened(path, side)
+    pixels = shortened(path, side or (size if size < SMALL else round(size * 8 / 7)))
     top, left = (round((length - size) / 2) for length in pixels.shape[1:])
     return pixels[:, top : top + size, left : left + size]
 
@@ -2694,7 +2696,7 @@ class Encoder:
     data: dict[str, Any]
     bank: Tensor | None
     sha256: str
-    report: dict[str, Any]  # matched, missing and unexpected names
+    report: dict[str, Any]  # matched, missing and unexpected names; prefixes: the one taken, and other networks'
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> unit rows (B, D): of the head if there is one, else of the backbone."""
@@ -2706,7 +2708,9 @@ class Encoder:
         found, missing, unexpected = self.report["matched"], self.report["missing"], self.report["unexpected"]
         names = [f"{len(part)} {what}" + (f" ({', '.join(part[:3])}{', ...' * (len(part) > 3)})" if part else "")
                  for what, part in (("missing", missing), ("unexpected", unexpected))]
-        return f"{found} tensors matched, {', '.join(names)}; " + ("with" if self.head else "without") + " head"
+        taken, *others = self.report["prefixes"]
+        choice = f"; taken: {taken}*, also there: {', '.join(f'{other}*' for other in others)}" if others else ""
+        return f"{found} tensors matched, {', '.join(names)}; {'with' if self.head else 'without'} head{choice}"
 
 
 def _images_of_run(args: argparse.Namespace, options: dict[str, Any]) -> None:
@@ -2729,9 +2733,15 @@ def load_train(args: argparse.Namespace, encoder: Encoder | None, split: str, de
         chosen.subset, chosen.seed = options.get("subset"), options.get("seed", 0)
         chosen.cache = args.cache or options.get("cache")
     train = load(chosen, split, device)
-    if data:
-        train.mean, train.std = tuple(data["mean"]), tuple(data["std"])
+    train.mean, train.std = statistics(args, data, train)
     return train
+
+
+def statistics(
+    args: argparse.Namespace, data: dict[str, Any], usual: ImageSet | DataSet
+) -> list[tuple[float, float, float]]:
+    """Mean and std by which a network sees images: --mean and --std, else those of its run's `data`, else `usual`."""
+    return [tuple(getattr(args, key, None) or data.get(key) or getattr(usual, key)) for key in ("mean", "std")]
 
 
 def load_test(args: argparse.Namespace, encoder: Encoder | None, train: ImageSet, device: torch.device) -> ImageSet:
@@ -2743,6 +2753,8 @@ def load_test(args: argparse.Namespace, encoder: Encoder | None, train: ImageSet
     return test
 
 
+# Which of two networks in a file its authors evaluate: MoCo's, MoCo v3's, BYOL's, DINO's.
+EVALUATED = ("encoder_q", "base_encoder", "online", "teacher")
 # Parts of an encoder that the path to its features leaves out: npid's class vectors, cld's other heads.
 BESIDE = ("classes", "group_head.", "predictor.", "jigsaw.")
 
@@ -2768,21 +2780,22 @@ def load_encoder(
     options, data = (saved["options"], saved["data"]) if ours else ({}, {})
     if ours and "encoder" not in saved["state"]:
         raise Fault(f"{path} was written by {options.get('script')}: take the backbone.pth beside it, if there is one")
-    weights = saved["state"]["encoder"] if ours else _state_dict(saved, path)
-    if not all(isinstance(weight, Tensor) for weight in weights.values()):
+    everything = saved["state"]["encoder"] if ours else _state_dict(saved, path)
+    if not all(isinstance(weight, Tensor) for weight in everything.values()):
         raise Fault(f"{path} is damaged: among its weights is something else")
     arch = arch or options.get("arch")
     if arch not in ARCHITECTURES:
         raise Fault(f"{path} has {f'the unknown architecture {arch}' if arch else 'no word of its architecture'}: name "
                     f"one with --arch ({', '.join(ARCHITECTURES)})")
     width = width or options.get("width", 64)
-    channels = next((w.shape[1] for w in weights.values() if w.ndim == 4), 3)  # 2: DeepCluster's Sobel
+    filters = (w for name, w in everything.items() if w.ndim == 4 and "sobel" not in name)
+    channels = next((w.shape[1] for w in filters), 3)  # 2: behind DeepCluster's Sobel
     channels = 2 if channels == 2 else 3
     # Ours had the stem of its images' size, unless its script was changed.
     stems = [data["small"], not data["small"]] if ours else [False, True] if small is None else [small]
     for stem in stems:
         network = backbone(arch, width, stem, channels)
-        weights = _strip(weights, network.state_dict())
+        weights, prefixes = _strip(everything, network.state_dict())
         if isinstance(network, PlainNet):
             fc6 = network.classifier[: [type(layer) for layer in network.classifier].index(nn.ReLU)]
             given = {name for name in weights if name.startswith("classifier.")}
@@ -2818,9 +2831,13 @@ def load_encoder(
     other = [name for name in missing if name in weights] + [name for name in unexpected if name.startswith("layer")]
     other += [name for name in missing if target[name].ndim == 4 or name.endswith("running_mean")]
     if share < 0.95 or other:  # of another shape, of a deeper ResNet, or a whole convolution or normalisation
-        raise Fault(f"{path} has {100 * share:.0f} % of the weights of {arch}, width {width}: wrong --arch or --width? "
-                    f"Missing {', '.join(missing[:3]) or 'none'} ...; left over "
-                    f"{', '.join(list(dict.fromkeys(other + unexpected))[:3])} ...")
+        left = [name for name in dict.fromkeys(other + unexpected) if name in weights]
+        which = " (AlexNet is the original's, of 96 filters, not torchvision's)" * arch.startswith("alexnet")
+        raise Fault(f"{path} has {100 * share:.0f} % of the weights of {arch}, width {width}{which}: wrong --arch or "
+                    f"--width? Missing {', '.join(missing[:3]) or 'none'} ...; left over "
+                    f"{', '.join(left[:3]) or 'none'} ...")
+    if not all(weight.isfinite().all() for weight in matched.values()):
+        raise Fault(f"{path} has weights that are not finite: take an earlier checkpoint")
     if head is None and layer == "head":
         raise Fault(f"{path} has no linear layer on the {network.dim} features of {arch}: take backbone, not head")
     network.load_state_dict(matched, strict=False)
@@ -2829,7 +2846,7 @@ def load_encoder(
             part.eval().requires_grad_(False).to(device)
     _fold_norms(network)
     bank = saved["state"]["bank"]["features"] if ours and "bank" in saved["state"] else None
-    report = dict(matched=len(matched), missing=missing, unexpected=unexpected)
+    report = dict(matched=len(matched), missing=missing, unexpected=unexpected, prefixes=prefixes)
     return Encoder(network, head, options, data, bank, hashlib.sha256(content).hexdigest(), report)
 
 
@@ -2852,13 +2869,23 @@ def _load_inert(content: bytes, path: Path) -> Any:
         with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):  # garbage raises almost anything
             check_archive(io.BytesIO(content))
             return torch.load(io.BytesIO(content), map_location="cpu", **options)
+    if path.suffix == ".safetensors":
+        raise Fault(f"{path}: convert it by torch.save(safetensors.torch.load_file(...), 'weights.pth')")
     raise Fault(f"{path} is damaged, truncated or no PyTorch checkpoint")
 
 
 def _state_dict(saved: Any, path: Path) -> dict[str, Tensor]:
-    for key in ("state_dict", "model", "model_state_dict", "student", "teacher", "encoder", "net"):
+    """The dictionary of weights in a file: under its usual names, DINO's teacher, which its authors evaluate, before
+    the student; else where most tensors are."""
+
+    def count(part: Any) -> int:
+        return sum(map(count, part.values())) if isinstance(part, dict) else isinstance(part, Tensor)
+
+    for key in ("state_dict", "model", "model_state_dict", "teacher", "student", "encoder", "net"):
         if isinstance(saved, dict) and isinstance(saved.get(key), dict):
             saved = saved[key]
+    while isinstance(saved, dict) and not any(isinstance(value, Tensor) for value in saved.values()):
+        saved = max((part for name, part in saved.items() if "optim" not in str(name)), key=count, default=None)
     items = saved.items() if isinstance(saved, dict) else ()
     tensors = {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
@@ -2866,11 +2893,12 @@ def _state_dict(saved: Any, path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _strip(weights: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights under `target`'s names, without the prefix that most of them share.
+def _strip(weights: dict[str, Tensor], target: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights under `target`'s names, without the prefix that most of them share; that prefix, and those of other
+    networks in the file, which are as complete.
 
-    DataParallel inserts "module.", torch.compile "_orig_mod."; MoCo has encoder_q, which wins over encoder_k; the
-    CIFAR networks of NPID's authors call the shortcut "shortcut", and timm's VGG has fc6 and fc7 as convolutions.
+    DataParallel inserts "module.", torch.compile "_orig_mod."; the CIFAR networks of NPID's authors call the shortcut
+    "shortcut", and timm's VGG has fc6 and fc7 as convolutions.
     """
     renames = {".shortcut.": ".downsample.", "pre_logits.fc1.": "classifier.0.", "pre_logits.fc2.": "classifier.3."}
     plain = {}
@@ -2886,12 +2914,13 @@ def _strip(weights: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, T
             if name[i:] in target:
                 votes[name[:i]] = votes.get(name[:i], 0) + 1
                 break
-    prefix = max(sorted(votes, reverse=True), key=lambda p: (votes[p], p == "backbone."), default="")
+    whole = [p for p in sorted(votes) if votes[p] >= 0.95 * max(votes.values())]
+    prefix = max(whole, key=lambda p: (p == "backbone.", any(word in p for word in EVALUATED), votes[p]), default="")
     outer = prefix.removesuffix("backbone.")  # the head lies beside the backbone
     kept = {name.removeprefix(prefix): value for name, value in plain.items() if name.startswith(prefix)}
     beside = {name.removeprefix(outer): value for name, value in plain.items()
               if name.startswith(outer) and not name.startswith(prefix)}
-    return kept | beside
+    return kept | beside, [prefix, *(p for p in whole if p != prefix)]
 
 
 def untrained_encoder(

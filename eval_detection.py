@@ -715,7 +715,7 @@ def main(args: argparse.Namespace) -> None:
         raise common.Fault(f"--preset {args.preset} is for {wanted}, not {arch}: name --arch, or take another preset")
     data, test = load(args)
     usual_data = common.DATASETS["shapes"] if args.data == "shapes" else common.IMAGENET
-    mean, std = (encoder.data.get(key) or getattr(usual_data, key) for key in ("mean", "std"))
+    mean, std = common.statistics(args, encoder.data, usual_data)
     train_regions = read_proposals(args.proposals, data, args.train_proposals) if args.proposals else None
     test_regions = read_proposals(args.proposals, test, args.test_proposals) if args.proposals else None
     run.describe(data, test=test.identity())

@@ -125,6 +125,8 @@ def main(args: argparse.Namespace) -> None:
                   arch=None if pixels else args.arch or encoder.options.get("arch", "resnet18"),
                   width=None if pixels else args.width or encoder.options.get("width", 64),
                   layer=None if pixels else "backbone" if encoder.head is None else "head", image_size=train.size,
+                  mean=train.mean, std=train.std,
+                  checksum=train.identity()["checksum"], git=common.git_commit(),
                   data=train.name, subset=args.subset if bank is None else encoder.options["subset"],
                   test_subset=args.test_subset, seed=args.seed, amp=amp, train_features=args.train_features,
                   feature_dim=features.shape[1], train_images=len(features), test_images=len(test),

@@ -793,7 +793,7 @@ def linear(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, t
         if search:
             ledger.history.append(probe_accuracy(probes, len(grid), train_layer, held, labels))
             if last:
-                ledger.chosen = choose(torch.tensor(ledger.history), grid, classes, name)
+                ledger.chosen = choose(torch.tensor(ledger.history), grid, classes, len(held), name)
         else:
             if local + 1 == ledger.chosen["best"][2]:  # the chosen epoch
                 ledger.best = probe_figures(probes, 0, test_layer, task.test_targets)
@@ -812,8 +812,11 @@ def linear(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, t
     return dict(linear_top1=best["top1"], linear_top5=best["top5"], layer=best["layer"], layers=ledger.rows)
 
 
-def choose(history: Tensor, grid: Sequence[tuple[float, float]], classes: int, name: str) -> dict[str, list[float]]:
-    """Of held-out accuracies (epochs, G) the best setting, [lr, decay, epoch, accuracy], of all and of the last epoch.
+def choose(
+    history: Tensor, grid: Sequence[tuple[float, float]], classes: int, held: int, name: str
+) -> dict[str, list[float]]:
+    """Of accuracies (epochs, G) on `held` images the best setting, [lr, decay, epoch, accuracy], of all epochs and of
+    the last.
 
     Of equal ones the earliest epoch, then the first in the grid.
     """
@@ -821,8 +824,8 @@ def choose(history: Tensor, grid: Sequence[tuple[float, float]], classes: int, n
     for key, table, first in (("best", history, 0), ("last", history[-1:], len(history) - 1)):
         row, column = divmod(int(table.flatten().argmax()), len(grid))
         found[key] = [*grid[column], first + row + 1, round(table[row, column].item(), 2)]
-    top, rates = found["best"], {lr for lr, _ in grid}
-    if top[3] <= 120 / classes:  # 1.2 times chance, in percent
+    top, rates, chance = found["best"], {lr for lr, _ in grid}, 1 / classes
+    if top[3] <= 100 * (chance + 4 * math.sqrt(chance * (1 - chance) / held)):  # the best of many at chance
         print(f"note: {name} is near chance ({top[3]} % of held-out images): features of another scale need other "
               "--lr, or --normalize", file=sys.stderr)
     elif len(rates) > 2 and top[0] in (min(rates), max(rates)):
@@ -1332,12 +1335,14 @@ def main(args: argparse.Namespace) -> None:
                  method="untrained" if args.checkpoint == "random" else method, data=task.train.name,
                  classes=len(task.train.classes), subset=args.subset, train_images=len(task.train),
                  test_images=len(task.test), train_crops=args.train_crops, test_crops=args.test_crops,
-                 normalize=args.normalize, epochs=args.epochs, batch_size=args.batch_size, seed=args.seed, amp=run.amp)
+                 normalize=args.normalize, epochs=args.epochs, batch_size=args.batch_size, seed=args.seed, amp=run.amp,
+                 git=run.header["git"], images=run.data, settings=run.settings())
     if args.protocol in ("linear", "mlp"):
         facts |= dict(lr_grid=args.lr, weight_decay_grid=args.weight_decay, holdout=args.holdout,
                       schedule=args.schedule)
     line = json.dumps(facts | result)
-    common.append_result(args.output if args.checkpoint == "random" else path.parent, line)
+    for folder in dict.fromkeys([args.output] + [path.parent] * (args.checkpoint != "random")):
+        common.append_result(folder, line)
     print(line, flush=True)
 
 

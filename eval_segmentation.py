@@ -387,7 +387,7 @@ def main(args: argparse.Namespace) -> None:
             print(f"{args.checkpoint}: {encoder.describe()}", flush=True)
     data, test = load(args)
     usual = common.DATASETS["shapes"] if args.data == "shapes" else common.IMAGENET
-    mean, std = (encoder.data.get(key) or getattr(usual, key) for key in ("mean", "std"))
+    mean, std = common.statistics(args, encoder.data, usual)
     run.describe(data, test=test.identity())
     run.header["options"] |= dict(checkpoint_sha256=encoder.sha256)
 

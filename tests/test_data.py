@@ -397,6 +397,15 @@ def test_centre_crop(name: str, photographs: Path) -> None:
     assert (found - expected).abs().max() <= 2
 
 
+def test_small_photographs_are_framed_alike(tmp_path: Path) -> None:
+    """A photograph smaller than the network's images is scaled to 256 and cropped, too."""
+    save(photograph(4, 60, 90), tmp_path / "small.png")
+    reference = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
+    with Image.open(tmp_path / "small.png") as image:
+        expected = pil_to_tensor(reference(image.convert("RGB"))).int()
+    assert (common.central_square(tmp_path / "small.png", 224).int() - expected).abs().max() <= 2
+
+
 def test_cached_photographs(photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--cache host keeps central squares, says so, and gives evaluation the pixels that files give within 2/255."""
     files = load("test", "--data", photographs, "--image-size", "112")

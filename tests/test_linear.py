@@ -359,8 +359,17 @@ def test_choice_is_by_held_out_images() -> None:
     """The best cell of the table (epochs, settings), the earliest of equal ones."""
     grid = [(0.1, 0.0), (0.2, 0.0), (0.4, 0.0), (0.8, 0.0)]
     history = torch.tensor([[1.0, 60, 20, 0], [2, 50, 60, 0], [3, 40, 55, 0]])
-    found = eval_linear.choose(history, grid, 10, "conv1")
+    found = eval_linear.choose(history, grid, 10, 200, "conv1")
     assert found["best"] == [0.2, 0.0, 1, 60.0] and found["last"] == [0.4, 0.0, 3, 55.0]
+
+
+def test_probes_near_chance_are_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    """The best of 24 guessing probes on 200 images of ten classes is noted as near chance, a real one is not."""
+    grid = [(0.1, 0.0)] * 24
+    guesses = torch.rand(24, 200, generator=torch.Generator().manual_seed(0)) < 0.1
+    for history, noted in ((100 * guesses.float().mean(1)[None], True), (torch.full((1, 24), 30.0), False)):
+        eval_linear.choose(history, grid, 10, 200, "conv1")
+        assert ("near chance" in capsys.readouterr().err) == noted
 
 
 def test_diverged_probes_have_nothing_right(tmp_path: Path) -> None:

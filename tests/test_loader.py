@@ -75,6 +75,60 @@ def test_prefixes(kind: str, resnet: dict[str, Tensor], tmp_path: Path) -> None:
         torch.testing.assert_close(found.embed(images), expected, atol=1e-6, rtol=1e-5)
 
 
+TWINS = [  # where the network is that its authors evaluate, and where the other one is
+    ("module.encoder_q.", "module.encoder_k."), ("module.base_encoder.", "module.momentum_encoder."),
+    ("online_encoder.net.", "target_encoder.net."), ("teacher_backbone.", "student_backbone."),
+]
+
+
+@pytest.mark.parametrize(("wanted", "other"), TWINS)
+def test_two_networks_in_a_file(wanted: str, other: str, resnet: dict[str, Tensor], tmp_path: Path) -> None:
+    """Of MoCo's, MoCo v3's, BYOL's and DINO's two networks that is taken which is evaluated, and both are named."""
+    for names in ((wanted, other), (other, wanted)):
+        both = {f"{prefix}{name}": value * (prefix == wanted) for prefix in names for name, value in resnet.items()}
+        torch.save(dict(state_dict=both), tmp_path / "file.pth")
+        found = encoder(tmp_path / "file.pth")
+        assert torch.equal(found.backbone.state_dict()["conv1.weight"], resnet["conv1.weight"])
+        wanted_, other_ = (prefix.removeprefix("module.") for prefix in (wanted, other))
+        assert found.describe().endswith(f"; taken: {wanted_}*, also there: {other_}*")
+
+
+def test_nested_weights(resnet: dict[str, Tensor], tmp_path: Path) -> None:
+    """Weights are found wherever most tensors are, but for an optimiser's; DINO's teacher before its student."""
+    trunk = {f"_feature_blocks.{name}": value for name, value in resnet.items() if not name.startswith("fc.")}
+    heads, adam = {"0.clf.weight": torch.rand(9, 512)}, {"state": {i: dict(a=torch.rand(1)) for i in range(999)}}
+    other = {name: torch.zeros_like(value) for name, value in resnet.items()}
+    for saved in (dict(config=dict(lr=0.1), optimizer=adam, classy_state_dict=dict(
+                      base_model=dict(model=dict(heads=heads, trunk=trunk)))),
+                  dict(online_network_state_dict=resnet, target_network_state_dict=other),
+                  dict(student=other, teacher=resnet, epoch=3)):
+        torch.save(saved, tmp_path / "file.pth")
+        found = encoder(tmp_path / "file.pth")
+        assert torch.equal(found.backbone.state_dict()["conv1.weight"], resnet["conv1.weight"])
+
+
+def test_sobel_before_the_network(tmp_path: Path) -> None:
+    """A file whose Sobel filters come first, of three channels, is one of DeepCluster's networks all the same."""
+    weights = common.backbone("alexnet_bn", 4, True, input_channels=2).state_dict()
+    torch.save({"sobel.0.weight": torch.rand(1, 3, 1, 1)} | weights, tmp_path / "file.pth")
+    found = common.load_encoder(tmp_path / "file.pth", "alexnet_bn", 4, True, CPU, "auto")
+    assert isinstance(found.backbone.front, common.Sobel)
+
+
+def test_mean_and_std_of_foreign_files(resnet: dict[str, Tensor], tmp_path: Path) -> None:
+    """A network sees images by --mean and --std, else by its run's figures, else by the data set's."""
+    torch.save(resnet, tmp_path / "file.pth")
+    command = [str(tmp_path / "file.pth"), "--arch", "resnet18", *SMALL_SET]
+    typed = ["--mean", "0", "0", "0", "--std", "1", "1", "1"]
+    for words, run_data, expected in (([], {}, ((0.5,) * 3, (0.25,) * 3)), (typed, {}, ((0.0,) * 3, (1.0,) * 3)),
+                                      ([], dict(mean=[0.1] * 3, std=[0.2] * 3), ((0.1,) * 3, (0.2,) * 3))):
+        args, found = eval_knn.parse_args([*command, *words]), encoder(tmp_path / "file.pth")
+        found.data.update(run_data)
+        train = common.load_train(args, found, "train", CPU)
+        test = common.load_test(args, found, train, CPU)
+        assert (train.mean, train.std) == (test.mean, test.std) == expected
+
+
 def test_alexnet_of_data_parallel(tmp_path: Path) -> None:
     """AlexNet whose convolutions alone were in DataParallel: features.module.0.weight."""
     weights = common.backbone("alexnet", 4).state_dict()
@@ -223,6 +277,12 @@ def test_half_loaded_is_refused(resnet: dict[str, Tensor], trained: Path, tmp_pa
     one_line(run("eval_knn", [tmp_path / "whole.pth", "--arch", "resnet34", *SMALL_SET]), "of the weights of resnet34")
     torch.save(resnet | {"conv1.weight": torch.zeros(64, 3, 5, 5)}, tmp_path / "stem.pth")
     one_line(run("eval_knn", [tmp_path / "stem.pth", "--arch", "resnet18", *SMALL_SET]), "Missing conv1.weight")
+    torch.save(resnet | {"bn1.bias": torch.full((64,), math.nan)}, tmp_path / "nan.pth")
+    one_line(run("eval_knn", [tmp_path / "nan.pth", "--arch", "resnet18", *SMALL_SET]), "weights that are not finite")
+    torch.save(torchvision.models.alexnet().state_dict(), tmp_path / "alexnet.pth")
+    one_line(run("eval_knn", [tmp_path / "alexnet.pth", "--arch", "alexnet", *SMALL_SET]), "not torchvision's")
+    (tmp_path / "x.safetensors").write_bytes(b"abc")
+    one_line(run("eval_knn", [tmp_path / "x.safetensors", "--arch", "resnet18", *SMALL_SET]), "convert it by")
     torch.save({"weights": 3}, tmp_path / "none.pth")
     one_line(run("eval_knn", [tmp_path / "none.pth", "--arch", "resnet18"]), "holds no weights")
     no_head = {name: value for name, value in resnet.items() if not name.startswith("fc.")}
