@@ -273,23 +273,46 @@ def test_two_ranks(folder: Path, tmp_path: Path) -> None:
     assert json.loads(ranks[0].out.splitlines()[-1])["test_images"] == 3 and "protocol" not in ranks[1].out
 
 
+class Rank:
+    """What confusion_table needs of a run."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.world, self.device = rank, world, common.CPU
+
+    def pause(self, epoch: int, step: int) -> None:
+        pass
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=False)
+
+    def gather(self, tensor: Tensor) -> tuple[Tensor]:
+        return (tensor,)
+
+
+def test_what_the_network_sees_in_the_test(folder: Path) -> None:
+    """Whole normalised images, scaled to --test-size, with zeros at the right and below up to multiples of 32."""
+    data, seen = load(folder, "test"), list[Tensor]()
+
+    class Network(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(images)
+            return torch.zeros(1, 11, 3, 3)
+
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    eval_segmentation.confusion_table(Network(), data, options(workers=0, test_size=70), mean, std,  # type: ignore[arg-type]
+                                      Rank(0, 1))
+    for image, (found,) in zip(data.images, seen, strict=True):
+        assert found.shape == (3, 96, 96) and not found[:, 70:].any() and not found[:, :, 70:].any()
+        with Image.open(image.path) as file:
+            pixels = np.asarray(file.convert("RGB").resize((70, 70), Image.Resampling.BILINEAR)) / 255
+        expected = torch.from_numpy((pixels - mean) / std).permute(2, 0, 1).float()
+        torch.testing.assert_close(found[:, :70, :70], expected, atol=2 / 255 / 0.5, rtol=0)
+
+
 def test_tables_do_not_depend_on_ranks(folder: Path) -> None:
     """The tables of two ranks add up to that of one."""
     args, data = options(workers=0), load(folder, "test")
     model = eval_segmentation.Segmenter(common.backbone("resnet18", 4, True), 10, args)
-
-    class Rank:
-        def __init__(self, rank: int, world: int) -> None:
-            self.rank, self.world, self.device = rank, world, common.CPU
-
-        def pause(self, epoch: int, step: int) -> None:
-            pass
-
-        def autocast(self) -> torch.autocast:
-            return torch.autocast("cpu", torch.bfloat16, enabled=False)
-
-        def gather(self, tensor: Tensor) -> tuple[Tensor]:
-            return (tensor,)
 
     def table(rank: int, world: int) -> Tensor:
         mean, std = common.DATASETS["shapes"][1:]
