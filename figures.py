@@ -174,20 +174,19 @@ def open_network(
     args: argparse.Namespace, name: str, first: common.Encoder | None
 ) -> tuple[common.Encoder, Source]:
     """The encoder in a run's folder or in a file; "random": an untrained one like `first`, with a head if that has."""
-    small = args.image_size < common.SMALL if args.image_size else None
     if name == "random":
         if first is None:
             raise common.Fault('name a run beside "random": the untrained network takes its architecture')
         arch, width = args.arch or first.options["arch"], args.width or first.options.get("width", 64)
         torch.manual_seed(args.seed)
-        stem = first.data.get("small", False) if small is None else small
+        stem = args.image_size < common.SMALL if args.image_size else first.data.get("small", False)
         channels = 2 if isinstance(first.backbone.front, common.Sobel) else 3
         encoder = common.untrained_encoder(arch, width, stem, args.device, input_channels=channels)
         encoder = dataclasses.replace(encoder, head=encoder.head if first.head else None, options=first.options,
                                       data=first.data)
         return encoder, Source("untrained", {}, {}, "", 0)
     path = Path(name, "checkpoint.pth") if Path(name).is_dir() else Path(name)
-    encoder = common.load_encoder(path, args.arch, args.width, small, args.device, args.layer)
+    encoder = common.load_encoder(path, args.arch, args.width, None, args.device, args.layer)
     if not encoder.options:
         return encoder, Source(path.name, {}, {}, "", 0)
     saved = common.load_checkpoint(path)
@@ -204,18 +203,36 @@ def open_networks(args: argparse.Namespace) -> tuple[list[common.Encoder], dict[
     return list(encoders), legend(sources)
 
 
-def load_train(encoder: common.Encoder, args: argparse.Namespace) -> common.ImageSet:
-    """The training images of the encoder's own run, unless --data or --subset names others."""
-    split = "train" if {"data", "subset"} & set(args.typed) else "pretrain"
-    return keep(args, ("images", encoder.sha256),
-                lambda: common.load_train(argparse.Namespace(**vars(args)), encoder, split, args.device))
+def load_train(encoders: Sequence[common.Encoder], args: argparse.Namespace) -> common.ImageSet:
+    """The training images of the first encoder's own run, unless --data or --subset names others; if one of them is
+    foreign, at the set's own size and with its mean and std."""
+    split, first = "train" if {"data", "subset"} & set(args.typed) else "pretrain", encoders[0]
+    if not all(encoder.data for encoder in encoders):
+        first = dataclasses.replace(first, data={})
+    return keep(args, ("images", first.sha256),
+                lambda: common.load_train(argparse.Namespace(**vars(args)), first, split, args.device))
+
+
+def side(encoder: common.Encoder, data: common.ImageSet, args: argparse.Namespace) -> int:
+    """px of the images that the encoder sees: of --image-size, else of its run, of foreign ones the set's own."""
+    size: int = args.image_size or encoder.data.get("size", data.size)
+    return size
+
+
+def sides(data: common.ImageSet, args: argparse.Namespace) -> str:
+    """A line of small print, if the networks see images of different sizes."""
+    encoders, runs = open_networks(args)
+    found = {name: side(encoder, data, args) for name, encoder in zip(runs, encoders, strict=True)}
+    words = "\nSide of the images: " + ", ".join(f"{size} px for {name}" for name, size in found.items()) + "."
+    return words * (len(set(found.values())) > 1)
 
 
 def extract(
     encoder: common.Encoder, data: common.ImageSet, args: argparse.Namespace,
     describe: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Unit rows (N, D) of all images, or describe(images), at the size and with the statistics of the encoder's run."""
+    """Unit rows (N, D) of all images, or describe(images), at the size and with the statistics of the encoder's run;
+    a foreign encoder has those of `data`."""
 
     def embed(images: Tensor) -> Tensor:
         amp = common.amp_default(args.device) if args.amp is None else args.amp
@@ -223,10 +240,8 @@ def extract(
             return (describe or encoder.embed)(images)
 
     def make() -> Tensor:
-        shown = data
-        if encoder.data:
-            size, mean, std = args.image_size or encoder.data["size"], encoder.data["mean"], encoder.data["std"]
-            shown = dataclasses.replace(data, size=size, mean=tuple(mean), std=tuple(std))
+        mean, std = common.statistics(args, encoder.data, data)
+        shown = dataclasses.replace(data, size=side(encoder, data, args), mean=mean, std=std)
         return common.extract(args.device, shown, embed, args.batch_size)
 
     # Network and images are kept, too: nothing else can take their ids.
@@ -246,17 +261,17 @@ class Strip(NamedTuple):
     notes: Sequence[str] = ()  # at the end of each row; default: how many are right
 
 
-def labelled(encoder: common.Encoder, args: argparse.Namespace, split: str) -> common.ImageSet:
-    """Train or test images of the encoder's run, those that have a class."""
+def labelled(encoders: Sequence[common.Encoder], args: argparse.Namespace, split: str) -> common.ImageSet:
+    """Train or test images of the first encoder's run, those that have a class."""
 
     def choose() -> common.ImageSet:
-        train = load_train(encoder, args)
+        train = load_train(encoders, args)
         own = argparse.Namespace(**vars(args))
-        data = train if split == "train" else common.load_test(own, encoder, train, args.device)
+        data = train if split == "train" else common.load_test(own, encoders[0], train, args.device)
         known = data.labels >= 0
         return data if known.all() else data.select(known.nonzero()[:, 0])
 
-    data = keep(args, (split, encoder.sha256), choose)
+    data = keep(args, (split, encoders[0].sha256), choose)
     if not len(data):
         raise common.Fault(f"{data.name} has no classes: the picture needs a folder for each class")
     return data
@@ -353,7 +368,7 @@ def compare(
     choose: labels (Q,) of all test images, how many of their neighbours in the first network are right (Q,) -> queries.
     """
     encoders, runs = open_networks(args)
-    train, test = labelled(encoders[0], args, "train"), labelled(encoders[0], args, "test")
+    train, test = labelled(encoders, args, "train"), labelled(encoders, args, "test")
     chosen, strips = list[int](), list[Strip]()
     for encoder, title in zip(encoders, runs, strict=True):
         queries, keys = extract(encoder, test, args), extract(encoder, train, args)
@@ -380,7 +395,7 @@ def gallery(args: argparse.Namespace) -> None:
     note = (f"Left: test images of {test.name}, chosen by neighbours in the first network, seed {args.seed}. Right: "
             f"the {k} nearest of {len(train):,} training images, nearest first; green and ✓: the class is right.")
     figure = draw_gallery(*pictures(test, torch.tensor(chosen), args), strips, parts)
-    save(figure, f"Test images and their {k} nearest training images", note, runs, args.out)
+    save(figure, f"Test images and their {k} nearest training images", note + sides(train, args), runs, args.out)
 
 
 def votes(queries: Tensor, keys: Tensor, train: common.ImageSet) -> tuple[Tensor, Tensor, Tensor]:
@@ -398,7 +413,7 @@ def votes(queries: Tensor, keys: Tensor, train: common.ImageSet) -> tuple[Tensor
 def neighbors(args: argparse.Namespace) -> None:
     """Sure and unsure test images and their neighbours, trained and untrained (Local Aggregation, Fig. 3)."""
     encoders, runs = open_networks(args)
-    train, test = labelled(encoders[0], args, "train"), labelled(encoders[0], args, "test")
+    train, test = labelled(encoders, args, "train"), labelled(encoders, args, "test")
     if args.num_neighbors > len(train):
         raise common.Fault(f"--k {args.num_neighbors} is more than the {len(train)} training images")
     chosen, parts, strips = list[int](), dict[str, int](), list[Strip]()
@@ -423,7 +438,7 @@ def neighbors(args: argparse.Namespace) -> None:
             f"class that the weighted kNN (K = {index.shape[1]}, tau = 0.07) finds, and its share of the votes; "
             f"{len(train):,} training images, nearest first; green and ✓: the class is right.")
     figure = draw_gallery(*pictures(test, torch.tensor(chosen), args), strips, parts)
-    save(figure, "Nearest neighbours by confidence", note, runs, args.out)
+    save(figure, "Nearest neighbours by confidence", note + sides(train, args), runs, args.out)
 
 
 def retrieval(args: argparse.Namespace) -> None:
@@ -439,7 +454,7 @@ def retrieval(args: argparse.Namespace) -> None:
         return sorted(spread_out(order, labels, args.rows), key=lambda query: -int(right[query]))
 
     encoders, runs = open_networks(args)
-    train = load_train(encoders[0], args)
+    train = load_train(encoders, args)
     if (train.labels >= 0).any():
         runs, train, test, chosen, strips = compare(args, choose)
         note = (f"Left: test images of {test.name}, drawn by seed {args.seed}, a class at most once more than any "
@@ -455,7 +470,7 @@ def retrieval(args: argparse.Namespace) -> None:
         note = (f"Left: images of {train.name}, drawn by seed {args.seed}. Right: of all {len(train):,} but itself the "
                 f"{args.num_neighbors} nearest.")
     figure = draw_gallery(*pictures(test, torch.tensor(chosen), args), strips, {"random queries": args.rows})
-    save(figure, "Retrievals side by side", note, runs, args.out)
+    save(figure, "Retrievals side by side", note + sides(train, args), runs, args.out)
 
 
 # ---- curves ----------------------------------------------------------------------------------------------------------
@@ -595,7 +610,7 @@ def density(args: argparse.Namespace) -> None:
     kind = args.features or ("bank" if banks else "clean")
     if kind == "bank" and {"data", "subset"} & set(args.typed):
         raise common.Fault("--features bank has the images of the run: leave --data and --subset out")
-    data = load_train(encoders[0], args) if kind == "clean" else None
+    data = load_train(encoders, args) if kind == "clean" else None
     near, far, ranks, counts = dict[str, Tensor](), dict[str, Tensor](), set[tuple[int, int, int]](), set[str]()
     for encoder, (label, source) in zip(encoders, runs.items(), strict=True):
         features = encoder.bank if data is None else extract(encoder, data, args)
@@ -612,6 +627,7 @@ def density(args: argparse.Namespace) -> None:
               "Background density: " + " or ".join(f"ranks {first:,} to {last:,}" for _, first, last in sorted(ranks)))
     words = "of the memory bank, as training left them" if data is None else f"of {data.name}, without augmentation"
     note = f"Features {words}; {' or '.join(sorted(counts))} images, each against all others."
+    note += "" if data is None else sides(data, args)
     figure = draw_density(dict(zip(titles, (near, far), strict=True)))
     save(figure, "Density of the embedding", note, runs, args.out)
 
@@ -682,7 +698,7 @@ def draw_mds(clouds: list[Cloud]) -> Figure:
 def mds(args: argparse.Namespace) -> None:
     """Training images of classes with high and with low kNN accuracy in the plane (Local Aggregation, Fig. 4)."""
     encoders, runs = open_networks(args)
-    train, test = labelled(encoders[0], args, "train"), labelled(encoders[0], args, "test")
+    train, test = labelled(encoders, args, "train"), labelled(encoders, args, "test")
     clouds = list[Cloud]()
     present = (torch.bincount(train.labels) > 2).nonzero()[:, 0].tolist()
     count = min(args.classes, len(present) // 2)
@@ -706,7 +722,7 @@ def mds(args: argparse.Namespace) -> None:
             f"seed {args.seed}; each panel on its own. In the legend each class's kNN accuracy among {len(test):,} "
             "test images.\nGrey boxes: the class that falls most clearly into two parts, and the images next to the "
             "centre of each part.")
-    save(draw_mds(clouds), "The embedding in the plane", note, runs, args.out)
+    save(draw_mds(clouds), "The embedding in the plane", note + sides(train, args), runs, args.out)
 
 
 # ---- filters ---------------------------------------------------------------------------------------------------------
@@ -874,14 +890,14 @@ def maximize(args: argparse.Namespace) -> None:
     if len(encoders) > 1:
         raise common.Fault("maximize looks into one network: name one run")
     network: Any = encoders[0].backbone
-    data = load_train(encoders[0], args)
+    data = load_train(encoders, args)
     data = data.select(torch.randperm(len(data), generator=common.generator(args.seed, "images"))[: args.images])
     wanted = [STAGES.index(stage) for stage in args.stages]
 
     def means(images: Tensor) -> Tensor:
         return torch.cat([network.stages(images)[stage].mean((2, 3)) for stage in wanted], 1)
 
-    size = args.image_size or encoders[0].data.get("size", data.size)
+    size = side(encoders[0], data, args)
     widths = [maps.shape[1] for maps in network.stages(torch.zeros(1, 3, size, size, device=args.device))]
     fired = torch.split(extract(encoders[0], data, args, means).cpu(), [widths[stage] for stage in wanted], 1)
     rows = dict[str, list[Channel]]()
@@ -980,8 +996,9 @@ def edges(args: argparse.Namespace) -> None:
     boxes, chance, notes, runs = dict[str, Tensor](), math.nan, list[str](), dict[str, Source]()
     if drawn:
         named = [name for name in args.runs if name in (*drawn, "random")]
-        encoders, runs = open_networks(argparse.Namespace(**vars(args) | dict(runs=named)))
-        data = labelled(encoders[0], args, "train")
+        boxed = argparse.Namespace(**vars(args) | dict(runs=named))
+        encoders, runs = open_networks(boxed)
+        data = labelled(encoders, args, "train")
         itself = torch.arange(len(data), device=args.device)
         for encoder, name in zip(encoders, runs, strict=True):
             features = descriptors(encoder, data, args)
@@ -992,7 +1009,7 @@ def edges(args: argparse.Namespace) -> None:
         notes.append(f"Box plots: {args.num_neighbors} nearest neighbours among {len(data):,} training images of "
                      f"{data.name}, of DeepCluster's networks by whitened features before the last ReLU; orange: "
                      "median, diamond and number: mean, box: quartiles, whiskers: the last class "
-                     "within 1.5 times their distance; rings: classes beyond.")
+                     "within 1.5 times their distance; rings: classes beyond." + sides(data, boxed))
     if points:
         notes.append("Curves: from the logs, 10 neighbours, by the descriptors that are clustered.")
     logs = legend(sources)
@@ -1034,7 +1051,7 @@ def draw_pca(curves: dict[str, Tensor]) -> Figure:
 def pca(args: argparse.Namespace) -> None:
     """Share of the variance that the largest eigenvalues keep, before whitening (DeepCluster, Fig. 4.3)."""
     encoders, runs = open_networks(args)
-    data = load_train(encoders[0], args)
+    data = load_train(encoders, args)
     curves = dict[str, Tensor]()
     for encoder, name in zip(encoders, runs, strict=True):
         network: Any = encoder.backbone
@@ -1042,7 +1059,7 @@ def pca(args: argparse.Namespace) -> None:
         curves[name] = variance_kept(extract(encoder, data, args, before_relu).cpu())
     layer = "Unit features of the heads" if args.layer == "head" else "Features of the backbones, before the last ReLU"
     note = f"{layer}; {len(data):,} training images of {data.name}."
-    save(draw_pca(curves), "Principal components", note, runs, args.out)
+    save(draw_pca(curves), "Principal components", note + sides(data, args), runs, args.out)
 
 
 # ---- pictures from evaluations ---------------------------------------------------------------------------------------
@@ -1071,6 +1088,32 @@ def last(rows: Rows, key: str) -> float | None:
     return next((float(row[key]) for row in reversed(rows) if row.get(key) is not None), None)
 
 
+def agree(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether the values that both have are the same: older results have fewer."""
+    return all(one[key] == other[key] for key in one.keys() & other.keys())
+
+
+def knn_results(runs: dict[str, Rows], k: int) -> dict[str, Rows]:
+    """Of each run that was evaluated with this K the kNN with tau = 0.07 on the head's features of all test images,
+    among training images that were chosen alike in all runs: entries of "knn", with the rest of their line."""
+    entries = {name: [row | entry for row in rows for entry in row.get("knn", []) if entry["num_neighbors"] == k]
+               for name, rows in runs.items()}
+    usual = dict(temperature=0.07, layer="head", test_subset=None)
+    found = {name: [row for row in rows if agree(row, usual)] for name, rows in entries.items() if rows}
+    choices = [{key: row[key] for key in ("train_features", "subset", "image_size") if key in row}
+               for row in next(iter(found.values()), [])[::-1]] or [{}]
+    for choice in choices:
+        alike = {name: [row for row in rows if agree(row, choice)] for name, rows in found.items()}
+        if all(alike.values()):
+            return alike
+    name = next(name for name, rows in found.items() if not any(agree(row, choices[0]) for row in rows))
+    options = "".join(f" --{key.replace('_', '-')} {value}".removesuffix(".0")
+                      for key, value in choices[0].items() if value is not None)
+    raise common.Fault(f"{name} has no kNN with tau = 0.07 on the head's features of all test images"
+                       f"{', as the first run has it' * bool(options)}: run eval_knn.py "
+                       f"{folder_of(name)}/checkpoint.pth --k {k}{options}")
+
+
 def draw_queue(points: dict[str, dict[int, list[float]]]) -> Figure:
     """A panel for each figure of merit, by the size of the queue; several runs of a size: their mean, each a dot."""
     figure = Figure((3.1 * len(points) + 0.3, 3.4), layout="constrained")
@@ -1094,20 +1137,21 @@ def draw_queue(points: dict[str, dict[int, list[float]]]) -> Figure:
 
 def queue(args: argparse.Namespace) -> None:
     """NMI, retrieval and kNN accuracy of MoCo by the size of its queue (CLD, Fig. A.2)."""
-    merits = {"NMI": "nmi", "retrieval: 1 nearest": "precision_at_1", "kNN accuracy": "knn_top1"}
+    merits = {"NMI": "nmi", "retrieval: 1 nearest": "precision_at_1", "kNN accuracy": "top1"}
     sources, points = list[Source](), {name: dict[int, list[float]]() for name in merits}
     for name in args.runs:
-        source = read_log(name)[0]
-        rows = of_set([row for row in read_eval(name) if row.get("protocol") == "knn"], source.data["name"])
-        if not str(source.options.get("host")).startswith(("moco", "infomin")):
+        sources.append(read_log(name)[0])
+        if not str(sources[-1].options.get("host")).startswith(("moco", "infomin")):
             raise common.Fault(f"{name} has no queue: it takes runs of cld.py --host moco")
+    results = knn_results({name: of_set(read_eval(name), source.data["name"])
+                           for name, source in zip(args.runs, sources, strict=True)}, 200)
+    for name, source in zip(args.runs, sources, strict=True):
         for merit, key in merits.items():
-            value = last(rows, key)
+            value = last(results.get(name, []), key)
             if value is None:
                 raise common.Fault(f"{name} has no {key} in eval.jsonl: run eval_knn.py {name}/checkpoint.pth "
                                    "--retrieval --clustering")
             points[merit].setdefault(source.options["queue_size"], []).append(value)
-        sources.append(source)
     note = "Test images: their k-means against the classes, their nearest training image, weighted kNN."
     save(draw_queue(points), "MoCo by the size of its queue", note, legend(sources), args.out)
 
@@ -1180,15 +1224,23 @@ def semisup(args: argparse.Namespace) -> None:
 
 
 LAYERS = "conv1 conv2 conv3 conv4 conv5 pool5 backbone head"
+SETTINGS = ("preset", "subset", "epochs", "images", "train_images", "test_images", "train_crops", "test_crops",
+            "normalize", "batch_size", "lr_grid", "weight_decay_grid", "holdout", "schedule")
+
+
+def settings_of(row: dict[str, Any]) -> dict[str, Any]:
+    """How a line of eval_linear.py was measured, as far as it says so, whichever layers it has."""
+    options: dict[str, Any] = dict(subset=None) | row.get("settings", {})
+    return options | {key: row[key] for key in SETTINGS if key in row} | dict(layers=None)
 
 
 def read_layers(names: Sequence[str], protocol: str, data: str | None) -> tuple[dict[str, dict[str, float]], Rows]:
     """The last results of `protocol` for each network in the eval.jsonl of these folders: top-1 in % by layer, all with
     the settings of the last; those with few labels, "draws", are something else. And the last line of each.
 
-    data: the set; default: a run's own.
+    data: the set; default: a run's own, named if they differ.
     """
-    found, drawn = dict[tuple[str, str], dict[str, float]](), dict[tuple[str, str], dict[str, Any]]()
+    found = dict[tuple[str, str, str], Rows]()
     for name in names:
         rows = [row for row in read_eval(name, baselines=True) if row.get("protocol") == protocol and "layers" in row
                 and "draws" not in row and data in (None, row["data"])]
@@ -1198,14 +1250,14 @@ def read_layers(names: Sequence[str], protocol: str, data: str | None) -> tuple[
         own = read_log(name)[0].data["name"] if (folder_of(name) / "log.jsonl").exists() else rows[-1]["data"]
         for row in of_set(rows, data or own):
             which = row["checkpoint_sha256"][:6] or "{arch}, width {width}, seed {seed}".format(**{"width": "?"} | row)
-            network, settings = (row["method"], which), ("preset", "subset", "epochs")
-            before = drawn.get(network, row)
-            line = found.get(network, {}) if all(before.get(key) == row.get(key) for key in settings) else {}
-            found[network] = line | {entry["layer"]: entry["top1"] for entry in row["layers"]}
-            drawn[network] = row
-    methods = Counter(method for method, _ in found)
-    lines = {method if methods[method] == 1 else f"{method} {which}": line for (method, which), line in found.items()}
-    return lines, list(drawn.values())
+            found.setdefault((row["method"], which, row["data"]), []).append(row)
+    methods, sets = Counter(method for method, _ in {key[:2] for key in found}), {key[2] for key in found}
+    lines = dict[str, dict[str, float]]()
+    for (method, which, images), rows in found.items():
+        label = method + f" {which}" * (methods[method] > 1) + f", {images}" * (len(sets) > 1)
+        alike = [row for row in rows if agree(settings_of(row), settings_of(rows[-1]))]
+        lines[label] = {entry["layer"]: entry["top1"] for row in alike for entry in row["layers"]}
+    return lines, [rows[-1] for rows in found.values()]
 
 
 def draw_layers(lines: dict[str, dict[str, float]], protocol: str) -> Figure:
@@ -1249,22 +1301,17 @@ class Table(NamedTuple):
     rows: dict[str, tuple[Any, ...]]
 
 
-def knn_of(rows: Rows, k: int) -> float | None:
-    """kNN accuracy of the last evaluation with K = k, at the temperature that was typed first."""
-    found = [entry for row in rows for entry in row.get("knn", [])[::-1] if entry["num_neighbors"] == k]
-    return last(found, "top1")
-
-
 def step_of(options: dict[str, Any], log: Rows) -> float | None:
     """Milliseconds of a training step; an epoch that was resumed at its end had none."""
     speed = last([row for row in log if row.get("images_per_second")], "images_per_second")
     return speed and 1000 * options["batch_size"] / speed
 
 
+K_OF = {"knn": 200, "nn": 1}  # of the columns that eval_knn.py fills
 # What a figure is called, and where it comes from: (options of the run, log, evaluations) -> the figure.
 MERITS: dict[str, tuple[str, Callable[[dict[str, Any], Rows, Rows], float | None]]] = {
-    "knn": ("kNN, K = 200", lambda options, log, rows: knn_of(rows, 200)),
-    "nn": ("nearest neighbour", lambda options, log, rows: knn_of(rows, 1)),
+    "knn": ("kNN, K = 200", lambda options, log, rows: last(rows, "top1")),
+    "nn": ("nearest neighbour", lambda options, log, rows: last(rows, "top1")),
     "svm": ("linear SVM", lambda options, log, rows: last(rows, "svm_top1")),
     "linear1": ("linear, top-1", lambda options, log, rows: last(rows, "linear_top1")),
     "linear5": ("linear, top-5", lambda options, log, rows: last(rows, "linear_top5")),
@@ -1388,9 +1435,12 @@ def ablation(args: argparse.Namespace) -> None:
         return sum(row_of(source.options, TABLES[key]) is not None for source, *_ in found.values())
 
     table, sources = TABLES[args.table or max(TABLES, key=hits)], dict[tuple[str, str], list[Source]]()
-    monitored = not any(knn_of(rows, 200) for *_, rows in found.values())  # a column has one protocol
+    evaluations = {name: rows for name, (*_, rows) in found.items()}
+    results = {column: knn_results(evaluations, K_OF[column]) if column in K_OF else evaluations
+               for column in table.columns}
+    monitored = not results.get("knn")  # a column has one protocol
     ours = {column: dict[str, list[float]]() for column in table.columns}
-    for name, (source, log, rows) in found.items():
+    for name, (source, log, _) in found.items():
         row = row_of(source.options, table)
         if row is None:
             others = [other.title for other in TABLES.values() if row_of(source.options, other)]
@@ -1398,7 +1448,7 @@ def ablation(args: argparse.Namespace) -> None:
                     "its preset is {preset} of {script}.py".format_map(source.options))
             raise common.Fault(f"{name} is no row of {table.title if args.table or others else 'any table'}: {what}")
         for column in table.columns:
-            value = MERITS[column][1](source.options, log, rows)
+            value = MERITS[column][1](source.options, log, results[column].get(name, []))
             if column == "knn" and monitored:
                 value = last(log, "knn_top1")
             if value is not None:

@@ -333,8 +333,8 @@ def test_retrieval_without_classes_or_test_images(run: Path, tmp_path: Path, mon
     args = figures.parse_args(["retrieval", *map(str, [run, *words])])
     args.device = torch.device("cpu")
     (encoder, _), _ = figures.open_networks(args)
-    every = torch.cat(list(figures.load_train(encoder, args).centers(torch.arange(50), 50, args.device)))
-    features = figures.extract(encoder, figures.load_train(encoder, args), args).double()
+    every = torch.cat(list(figures.load_train([encoder], args).centers(torch.arange(50), 50, args.device)))
+    features = figures.extract(encoder, figures.load_train([encoder], args), args).double()
     for query, shown in zip(queries, strips[0].images, strict=True):
         itself = int((every - query).abs().amax((1, 2, 3)).argmin())
         nearest = (features @ features[itself]).argsort(descending=True).tolist()
@@ -410,6 +410,41 @@ def test_the_untrained_network_is_like_the_run(run: Path, tmp_path: Path, channe
     assert untrained.embed(images).shape == own.embed(images).shape
     for encoder in (untrained, own):
         assert isinstance(encoder.backbone.front, common.Sobel) == (channels == 2)
+
+
+# foreign networks
+
+
+def test_foreign_networks_see_the_images_as_alone(run: Path, tmp_path: Path) -> None:
+    """Beside a run, before or after it, a foreign network has the features that it has alone, and the run has its own;
+    the small print has the sides of the images where they differ."""
+    torch.save(common.backbone("resnet18", 4).state_dict(), tmp_path / "foreign.pth")
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (12, 48, 48, 3), dtype=np.uint8)):
+        path = tmp_path / "set" / ("train", "val")[number % 2] / str(number % 3) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    own, foreign = str(run), str(tmp_path / "foreign.pth")
+    found, words = dict[str, list[torch.Tensor]](), list[str]()
+    for names in ([own, foreign], [foreign, own], [foreign]):
+        options = ["--data", str(tmp_path / "set"), "--arch", "resnet18", "--width", "4", "--layer", "backbone"]
+        args = figures.parse_args(["gallery", *names, *options])
+        args.device = torch.device("cpu")
+        encoders, _ = figures.open_networks(args)
+        test = figures.labelled(encoders, args, "test")
+        for name, encoder in zip(names, encoders, strict=True):
+            found.setdefault(name, []).append(figures.extract(encoder, test, args))
+        words.append(figures.sides(test, args))
+    assert [len(features) for features in found.values()] == [2, 3]
+    assert all(torch.equal(features[0], other) for features in found.values() for other in features)
+    assert words == ["\nSide of the images: 32 px for npid smoke, 48 px for foreign.pth.",
+                     "\nSide of the images: 48 px for foreign.pth, 32 px for npid smoke.", ""]
+
+
+@pytest.mark.parametrize(("small", "size"), [(False, 32), (True, 96)])
+def test_the_stem_is_the_file_s(tmp_path: Path, small: bool, size: int) -> None:
+    """A file keeps its stem whatever --image-size says."""
+    torch.save(common.backbone("resnet18", 4, small).state_dict(), tmp_path / "foreign.pth")
+    draw("filters", tmp_path / "foreign.pth", "--arch", "resnet18", "--width", 4, "--image-size", size)
 
 
 # filters
@@ -507,7 +542,7 @@ def test_maximize_shows_the_images_that_fire_most(run: Path, tmp_path: Path, mon
     network: Any = encoder.backbone
     args = figures.parse_args(["maximize", str(run)])
     args.device = torch.device("cpu")
-    data = figures.load_train(encoder, args)
+    data = figures.load_train([encoder], args)
     pixels = torch.cat(list(data.centers(torch.arange(256), 256, torch.device("cpu"))))
     maps = network.stages(data.normalize(pixels))
     for stage, channels in zip((0, 2), seen[0].values(), strict=True):
@@ -557,7 +592,7 @@ def test_edges_of_deepcluster_are_of_its_descriptors(run: Path) -> None:
     args = figures.parse_args(["edges", str(run)])
     args.device = torch.device("cpu")
     (encoder, _), _ = figures.open_networks(args)
-    data = figures.load_train(encoder, args)
+    data = figures.load_train([encoder], args)
     assert torch.equal(figures.descriptors(encoder, data, args), figures.extract(encoder, data, args))
     network: Any = common.untrained_encoder("alexnet_bn", 4, True, args.device).backbone  # a ResNet ends with a mean
     encoder = dataclasses.replace(encoder, backbone=network, options=dict(script="deepcluster", feature_dim=16))
@@ -611,8 +646,10 @@ def test_queue(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(figures, "draw_queue", lambda points: (seen.append(points), drawn(points))[1])
     runs = []
     for size, seed, top1 in ((64, 0, 30.0), (64, 1, 34.0), (256, 0, 40.0)):
-        line = dict(protocol="knn", knn_top1=top1, nmi=top1 / 2, precision_at_1=top1 - 5)
-        lines = [line | dict(knn_top1=1.0), line, dict(checkpoint="random", protocol="knn", knn_top1=5.0)]
+        entry = dict(num_neighbors=200, temperature=0.07, top1=top1)
+        line = dict(protocol="knn", knn=[entry], nmi=top1 / 2, precision_at_1=top1 - 5)
+        lines = [line | dict(nmi=1.0, precision_at_1=1.0), line, line | dict(checkpoint="random", nmi=5.0)]
+        lines.append(line | dict(layer="backbone", nmi=2.0))
         runs.append(evaluated(run, tmp_path / f"q{size}-{seed}", lines, host="moco", queue_size=size, seed=seed))
     draw("queue", *runs, "--out", tmp_path / "queue.png")
     image(tmp_path / "queue.png")
@@ -683,7 +720,7 @@ def test_tables_name_presets_that_exist() -> None:
 
 def test_ablation(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs find their table and row by their preset, thin ones too; seeds are averaged; what was not run says so; of
-    several temperatures the first counts; a run of another table is said to be one."""
+    several temperatures 0.07 counts; a run of another table is said to be one."""
     seen = list[Any]()
     drawn = figures.draw_ablation
 
@@ -694,7 +731,7 @@ def test_ablation(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(figures, "draw_ablation", spy)
     entries = [dict(num_neighbors=k, temperature=tau, top1=top - 50 * (tau > 0.07))
-               for k, top in ((200, 60.0), (1, 50.0)) for tau in (0.07, 0.1)]
+               for k, top in ((200, 60.0), (1, 50.0)) for tau in (0.1, 0.07)]
     lines = [dict(protocol="knn", knn=entries, data="shapes"), dict(protocol="svm", svm_top1=55.0, data="shapes")]
     lines += [dict(protocol="knn", knn=[row | dict(top1=9.0) for row in entries], data="places205")]  # elsewhere
     runs = [evaluated(run, tmp_path / f"nce{seed}", lines, preset="cifar10-nce10", seed=seed) for seed in (0, 1)]
@@ -719,6 +756,61 @@ def test_ablation(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert seen[2][1] == {"nn": {"(1, 10k)": [50.0]}}
     for name in ("npid", "cld", "la"):
         image(tmp_path / f"{name}.png")
+
+
+def test_ablation_compares_like_with_like(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """kNN of the head's features, tau = 0.07, all test images, the newest that all runs have alike; where there is none
+    the command to run is named. Lines without these facts are taken."""
+    seen = list[Any]()
+    monkeypatch.setattr(figures, "draw_ablation", lambda table, ours: seen.append(ours["knn"]) or Figure())
+
+    def line(top1: float, tau: float = 0.07, **facts: Any) -> dict[str, Any]:
+        usual = dict(protocol="knn", data="shapes", layer="head", test_subset=None, train_features="clean", subset=None)
+        return usual | dict(knn=[dict(num_neighbors=200, temperature=tau, top1=top1)]) | facts
+
+    unusual = [line(1.0, layer="backbone"), line(2.0, test_subset=100.0), line(3.0, tau=1.0)]
+    whole = [line(60.0), line(61.0, train_features="bank"), *unusual]
+    old = dict(protocol="knn", data="shapes", subset=None, train_features="clean", knn=line(40.0)["knn"])
+    for name, lines in (("whole", whole), ("clean", [line(50.0)]), ("old", [old]), ("unusual", unusual),
+                        ("part", [line(30.0, subset=5000.0)])):
+        preset = "cifar10" if name == "whole" else "cifar10-nce10"
+        evaluated(run, tmp_path / name, lines, preset=preset)
+    paths = {path.name: path for path in tmp_path.iterdir()}
+    draw("ablation", paths["whole"])
+    draw("ablation", paths["whole"], paths["clean"])
+    draw("ablation", paths["whole"], paths["old"])
+    assert seen == [{"exact softmax": [61.0]}, {"exact softmax": [60.0], "NCE, m = 10": [50.0]},
+                    {"exact softmax": [60.0], "NCE, m = 10": [40.0]}]
+    for names, command in ((["unusual"], "unusual/checkpoint.pth --k 200$"),
+                           (["clean", "unusual"], "unusual/checkpoint.pth --k 200 --train-features clean$"),
+                           (["part", "clean"], "clean/checkpoint.pth --k 200 --train-features clean --subset 5000$")):
+        with pytest.raises(common.Fault, match=rf"all test images.*: run eval_knn.py .*/{command}"):
+            draw("ablation", *(paths[name] for name in names))
+
+
+def test_layers_of_one_line_have_the_same_settings(tmp_path: Path) -> None:
+    """Results of eval_linear.py become one line where the settings that both name agree, whichever layers they are of;
+    of several data sets each line says its own."""
+
+    def row(layer: str, top1: float, **facts: Any) -> dict[str, Any]:
+        usual = dict(protocol="linear", method="npid", checkpoint="x", checkpoint_sha256="abc", data="shapes")
+        return usual | dict(normalize="none", layers=[dict(layer=layer, top1=top1)]) | facts
+
+    def lines(*rows: dict[str, Any], folder: str = "one") -> dict[str, dict[str, float]]:
+        for name, some in (("one", rows), ("two", [row("conv1", 9, data="cifar10", checkpoint_sha256="def")])):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+        return figures.read_layers([str(tmp_path / name) for name in dict.fromkeys(["one", folder])], "linear", None)[0]
+
+    first, second = ({"settings": dict(layers=[layer], cost=1, **more)} for layer, more in
+                     (("conv3", {}), ("conv5", {"folds": 5})))
+    assert lines(row("conv3", 3, **first), row("conv5", 5, **second)) == {"npid": {"conv3": 3, "conv5": 5}}
+    assert lines(row("conv3", 3), row("conv5", 5, schedule="cosine", **first)) == {"npid": {"conv3": 3, "conv5": 5}}
+    for other in (dict(normalize="standard"), dict(settings=dict(cost=2))):
+        assert lines(row("conv3", 3, **first), row("conv5", 5, **other)) == {"npid": {"conv5": 5}}
+    joined = lines(row("conv3", 3), row("conv4", 4, normalize="standard"), row("conv5", 5))
+    assert joined == {"npid": {"conv3": 3, "conv5": 5}}
+    assert lines(row("conv3", 3), folder="two") == {"npid abc, shapes": {"conv3": 3}, "npid def, cifar10": {"conv1": 9}}
 
 
 def test_all(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
