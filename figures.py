@@ -1094,14 +1094,15 @@ def agree(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def knn_results(runs: dict[str, Rows], k: int) -> dict[str, Rows]:
-    """Of each run that was evaluated with this K the kNN with tau = 0.07 on the head's features of all test images,
-    among training images that were chosen alike in all runs: entries of "knn", with the rest of their line."""
+    """Of each run that was evaluated with this K the kNN with tau = 0.07 on the head's features, with training and test
+    images that were chosen alike in all runs, best all test images: entries of "knn", with the rest of their line."""
     entries = {name: [row | entry for row in rows for entry in row.get("knn", []) if entry["num_neighbors"] == k]
                for name, rows in runs.items()}
-    usual = dict(temperature=0.07, layer="head", test_subset=None)
+    usual = dict(temperature=0.07, layer="head")
     found = {name: [row for row in rows if agree(row, usual)] for name, rows in entries.items() if rows}
-    choices = [{key: row[key] for key in ("train_features", "subset", "image_size") if key in row}
+    choices = [{key: row[key] for key in ("train_features", "subset", "test_subset", "image_size") if key in row}
                for row in next(iter(found.values()), [])[::-1]] or [{}]
+    choices.sort(key=lambda choice: choice.get("test_subset") is not None)
     for choice in choices:
         alike = {name: [row for row in rows if agree(row, choice)] for name, rows in found.items()}
         if all(alike.values()):
@@ -1109,7 +1110,7 @@ def knn_results(runs: dict[str, Rows], k: int) -> dict[str, Rows]:
     name = next(name for name, rows in found.items() if not any(agree(row, choices[0]) for row in rows))
     options = "".join(f" --{key.replace('_', '-')} {value}".removesuffix(".0")
                       for key, value in choices[0].items() if value is not None)
-    raise common.Fault(f"{name} has no kNN with tau = 0.07 on the head's features of all test images"
+    raise common.Fault(f"{name} has no kNN with tau = 0.07 on the head's features"
                        f"{', as the first run has it' * bool(options)}: run eval_knn.py "
                        f"{folder_of(name)}/checkpoint.pth --k {k}{options}")
 
