@@ -33,6 +33,7 @@ import functools
 import gc
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -1019,7 +1020,7 @@ DATASETS = {
     "places205": IMAGENET,
 }
 DATASETS["kitchen-hc"] = DATASETS["cifar10"]  # 32 px: CLD's supplement; mean and std: our choice
-SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 SMALL = 64  # px; networks for images below it take a 3x3 stem
 CROP_NUMBERS = 22  # uniform numbers that crop_boxes takes for an image: ten areas, ten ratios, a corner
 CPU = torch.device("cpu")
@@ -1471,11 +1472,12 @@ def _folder(args: argparse.Namespace, split: str) -> tuple[ImageSet, bool]:
     place = val if split == "test" and val else train
     # Without train/, all of root is trained on, except val/, test/ and --val-dir.
     others = {f.resolve() for f in (args.val_dir, root / "val", root / "test") if f is not None and train == root}
-    classes = sorted(f.name for f in train.iterdir()
-                     if f.is_dir() and f.resolve() not in others and not f.name.startswith("."))
+    with os.scandir(train) as entries:  # a flat folder of a million files takes no look at each
+        classes = sorted(f.name for f in entries if f.name[0] != "." and f.is_dir()
+                         and not (others and Path(f).resolve() in others))
     files = _image_files(place, others if place == train else set())
     first = [file.split("/", 1)[0] if "/" in file else None for file in files]
-    if strange := sorted({name for name in first if name is not None and name not in classes}):
+    if strange := sorted({name for name in first if name is not None} - set(classes)):
         raise Fault(f"{place} has folders that {train} has not: {', '.join(strange[:3])}")
     number = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([-1 if name is None else number[name] for name in first])
@@ -1502,7 +1504,7 @@ def _image_files(place: Path, without: set[Path]) -> list[str]:
         folders[:] = [name for name in folders if name[0] != "." and not leads_back(Path(folder, name))
                       and not (without and Path(folder, name).resolve() in without)]
         inner = f"{folder}/"[len(f"{place}/") :]
-        files += [inner + name for name in names if name[0] != "." and Path(name).suffix.lower() in SUFFIXES]
+        files += [inner + name for name in names if name[0] != "." and name.lower().endswith(SUFFIXES)]
     if not files:
         raise Fault(f"no images in {place} ({' '.join(sorted(SUFFIXES))})")
     return sorted(files)
@@ -1537,17 +1539,19 @@ def _decode_small(data: ImageSet, small: bool, cache: str | None) -> None:
     data.pixels = torch.full((len(data), 3, side, side), 128, dtype=torch.uint8)
     pixels = data.pixels.numpy()  # written through torch, each thread of the pool would start more
 
-    def decode(row: int) -> bool:
-        try:
-            pixels[row] = central_square(data.path(row), side, side)
-            return True
-        except UNREADABLE:
-            return False
+    def unreadable(rows: range) -> list[int]:
+        bad = []
+        for row in rows:
+            try:
+                pixels[row] = central_square(data.path(row), side, side)
+            except UNREADABLE:
+                bad.append(row)
+        return bad
 
+    parts = (range(first, min(first + 256, len(data))) for first in range(0, len(data), 256))
     with ThreadPoolExecutor(max(1, data.workers)) as pool:
-        for row, readable in enumerate(pool.map(decode, range(len(data)))):
-            if not readable:
-                data.bad.add(data.path(row), all_ranks=True)
+        for row in itertools.chain.from_iterable(pool.map(unreadable, parts)):
+            data.bad.add(data.path(row), all_ranks=True)
 
 
 # ---- 6. shapes -------------------------------------------------------------------------------------------------------
@@ -2111,8 +2115,9 @@ class MemoryBank(nn.Module):
 
     def __init__(self, size: int, dim: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        rows = torch.randn(size, dim, generator=generator)  # on the CPU: the same on every device and rank
-        self.register_buffer("features", F.normalize(rows, dim=1))
+        self.register_buffer("features", torch.empty(size, dim))
+        for rows in torch.split(self.features, 16_384):  # on the CPU: the same on every device and rank
+            rows.copy_(F.normalize(torch.randn(rows.shape, generator=generator), dim=1))
 
     @torch.no_grad()
     def update(self, z: Tensor, index: Tensor, momentum: float) -> None:

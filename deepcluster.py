@@ -52,6 +52,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.sparse import csr_matrix
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor, nn
 
@@ -524,13 +525,12 @@ def affinity(x: Tensor, nearest: Tensor, sigma: float | str) -> Graph:
 def power_iteration(graph: Graph, alpha: float = 0.001, iterations: int = 200) -> Tensor:
     """v (N,) after 200 times v <- alpha W v + (1 - alpha) / N, v <- v / sum(v), from v = 1 / N."""
     n = len(graph.nearest)
-    lengths = torch.bincount(graph.rows, minlength=n)
-    v = torch.full((n,), 1 / n, dtype=torch.float64)
+    matrix = csr_matrix((graph.weights.numpy(), (graph.rows.numpy(), graph.columns.numpy())), shape=(n, n))
+    v = np.full(n, 1 / n)
     for _ in range(iterations):
-        product = torch.segment_reduce(graph.weights * v[graph.columns], "sum", lengths=lengths, initial=0.0)
-        v = alpha * product + (1 - alpha) / n
+        v = alpha * (matrix @ v) + (1 - alpha) / n
         v /= v.sum()
-    return v
+    return torch.from_numpy(v)
 
 
 def basins(graph: Graph, v: Tensor) -> Tensor:
@@ -668,10 +668,10 @@ def image_names(data: common.ImageSet) -> list[str]:
     """What a row of the assignments stands for: the path of its file, or set/position."""
     if data.files is None:
         return [f"{data.name}/{row}" for row in data.ids.tolist()]
-    return [str(data.path(row)) for row in range(len(data))]
+    return [f"{data.root}/{os.fsdecode(file)}" for file in data.files]
 
 
-def save_assignments(folder: Path, epoch: int, labels: Tensor, names: list[str]) -> None:
+def save_assignments(folder: Path, epoch: int, labels: Tensor, data: common.ImageSet) -> None:
     """assignments/images.txt and epochNNNN.npz with `cluster`, -1 for images that were not clustered.
 
     The first epoch removes those of a run that was in the folder before.
@@ -681,7 +681,7 @@ def save_assignments(folder: Path, epoch: int, labels: Tensor, names: list[str])
         for old in [folder / "images.txt", *folder.glob("epoch*.npz")]:
             old.unlink(missing_ok=True)
     if not (folder / "images.txt").exists():
-        (folder / "images.tmp").write_text("".join(f"{name}\n" for name in names), errors="surrogateescape")
+        (folder / "images.tmp").write_text("".join(f"{name}\n" for name in image_names(data)), errors="surrogateescape")
         (folder / "images.tmp").replace(folder / "images.txt")
     part = folder / "epoch.tmp"
     with part.open("wb") as file:
@@ -777,7 +777,6 @@ def main(args: argparse.Namespace) -> None:
     totals = common.Totals(run)
     state = dict(encoder=encoder, optimizer=optimizer, top=top, clusters=clusters, totals=totals)
     first_epoch, first_step = run.resume(state, steps)
-    names = image_names(data) if run.rank == 0 else []
 
     def encode(images: Tensor) -> Tensor:
         h: Tensor = encoder(images)
@@ -840,7 +839,7 @@ def main(args: argparse.Namespace) -> None:
             count = args.num_clusters if args.clustering == "kmeans" else int(labels.max()) + 1
             top.reset(count, run.generator("top", epoch))
             if run.rank == 0:
-                save_assignments(run.output / "assignments", epoch + 1, clusters.pseudo_labels, names)
+                save_assignments(run.output / "assignments", epoch + 1, clusters.pseudo_labels, data)
         if judged and args.clustering != "labels":
             clusters.figures |= label_figures(x, clusters.pseudo_labels[pool], data.labels[pool], run)
 

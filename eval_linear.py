@@ -1205,7 +1205,8 @@ def train_networks(
                 ledger.history, ledger.chosen, ledger.best = [], {}, {}
         run.log(epoch=epoch + 1, training=number + 1, lr=rate(args, lr, decay, local, local * steps), **row,
                 seconds=round(time.perf_counter() - began, 1))
-        run.save(state, epoch + 1, 0)
+        if last or not args.save_minutes:  # epochs on few labels are shorter than a checkpoint takes
+            run.save(state, epoch + 1, 0)
     return ledger.rows
 
 
