@@ -791,6 +791,22 @@ def test_small_batches_have_parts_too(checkpoint: Path, monkeypatch: pytest.Monk
     assert sizes == [4, 3, 3]
 
 
+def test_checkpoints_of_fine_tuning(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after each training, since its epochs may be shorter than a checkpoint takes; each epoch if none is timed."""
+    saved, save = list[int](), common.Run.save
+
+    def watched(self: common.Run, state: dict[str, Any], epoch: int, step: int) -> None:
+        saved.append(epoch)
+        save(self, state, epoch, step)
+
+    monkeypatch.setattr(common.Run, "save", watched)
+    words = ["--protocol", "finetune", "--lr", 0.01, 0.02, "--weight-decay", 0, "--labels", 20, "--epochs", 2]
+    for minutes, epochs in ((10, [2, 4, 6]), (0, [1, 2, 3, 4, 5, 6])):  # two rates, and the better one again
+        saved.clear()
+        evaluate(checkpoint, *words, "--save-minutes", minutes, "--output", checkpoint.parent / f"{minutes}")
+        assert saved == epochs
+
+
 def test_features_serve_all_protocols(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The SVM after the probes finds their features, and makes none."""
     evaluate(checkpoint)
