@@ -163,6 +163,9 @@ def test_every_figure_has_its_overlaps() -> None:
     wanted = dict(ap50_voc07=100, ap50_voc10=100, ap75_voc07=100, ap_voc07=60, ap50=100, ap75=100, ap=60)
     assert {key: figures[key] for key in wanted} == pytest.approx(wanted)
     assert figures["ap50_voc07_by_class"] == {"c0": 100}
+    two = truth_of([([[0.0, 0, 10, 10], [50, 50, 60, 60]], [0, 0], [0, 0])], 1)  # one of which is found
+    figures = eval_detection.figures(pick(fed_back(two), torch.tensor([0])), two)
+    assert (figures["ap50_voc07"], figures["ap50_voc10"]) == (pytest.approx(600 / 11, abs=0.01), 50)
 
 
 def real_truth() -> common.VocSet:
@@ -262,6 +265,25 @@ def test_agrees_with_coco() -> None:
 def options(**more: object) -> argparse.Namespace:
     args = eval_detection.parse_args(["random", "--preset", "shapes"])
     return argparse.Namespace(**vars(args) | more)
+
+
+def test_a_batch_has_boxes_where_the_objects_are() -> None:
+    """Boxes follow their image's size and flip, classes count from 1, difficult objects are trained on if so asked,
+    images are normalised and filled up with zeros."""
+    data = truth_of([([[10, 20, 30, 60], [0, 0, 100, 100]], [2, 0], [0, 1]), ([[10, 20, 30, 60]], [1], [0])], 3)
+    part = [(Sample(0, 50, False), torch.full((3, 50, 50), 51, dtype=torch.uint8)),
+            (Sample(1, 40, True), torch.full((3, 40, 40), 204, dtype=torch.uint8))]
+    for kept in (False, True):
+        batch = eval_detection.collate(part, data, None, options(train_difficult=kept), (0.1,) * 3, (0.5,) * 3,
+                                       common.CPU)
+        one, two = batch.targets
+        assert one["boxes"].tolist() == [[5, 10, 15, 30], *[[0, 0, 50, 50]] * kept]
+        assert one["labels"].tolist() == [3, *[1] * kept] and two["labels"].tolist() == [2]
+        assert two["boxes"].tolist() == [[28, 8, 36, 24]]
+        assert batch.images.shape == (2, 3, 64, 64) and batch.sizes == [(50, 50), (40, 40)]
+        for image, side, value in zip(batch.images, (50, 40), (0.2, 1.4), strict=True):
+            torch.testing.assert_close(image[:, :side, :side], torch.full((3, side, side), value))
+            assert not image[:, side:].any() and not image[:, :, side:].any()
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "vgg16_bn", "alexnet_bn", "alexnet"])
