@@ -569,8 +569,8 @@ def test_fast_rcnn(arch: str, folder: Path, tmp_path: Path) -> None:
 
 
 def test_run(folder: Path, tmp_path: Path) -> None:
-    """A run leaves log, checkpoint, backbone, detections and one JSON line, also in eval.jsonl; it is not redone. An
-    untrained network is a ResNet-18 unless --arch says another."""
+    """A run leaves log, checkpoint, backbone, detections and one JSON line, also in eval.jsonl; it is not redone. The
+    loss is the sum of its parts. An untrained network is a ResNet-18 unless --arch says another."""
     words = [word for word in tiny(folder, tmp_path / "out") if word not in ("--arch", "resnet18")]
     process = run("eval_detection", words)
     assert process.code == 0 and process.err == ""
@@ -581,6 +581,9 @@ def test_run(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out/eval.jsonl").read_text() == json.dumps(result) + "\n"
     header, *rows = log(tmp_path / "out")
     assert [row["iteration"] for row in rows] == [2, 4]
+    for row in rows:
+        parts = [value for name, value in row.items() if name.startswith("loss_")]
+        assert len(parts) == 4 and row["loss"] == pytest.approx(sum(parts), abs=1e-4)
     assert header["options"]["checkpoint_sha256"] == ""
     saved = torch.load(tmp_path / "out/detections.pth")
     assert len(saved["images"]) == 5 and saved["found"]["boxes"].shape[1] == 4 and saved["result"] == result
