@@ -507,9 +507,13 @@ def two_at_most() -> None:
 
 
 def test_parts_bound_the_memory(folder: Path, tmp_path: Path) -> None:
-    """With --accumulate 2 no more than half the batch is on the device at once, in training and for --precise-bn."""
+    """With --accumulate 2 no more than half the batch is on the device at once, in training and for --precise-bn; the
+    loss is the mean over the parts."""
     process = run("eval_detection", tiny(folder, tmp_path / "out", "--accumulate", 2), two_at_most)
     assert process.code == 0, process.err
+    for row in log(tmp_path / "out")[1:]:
+        parts = [value for name, value in row.items() if name.startswith("loss_")]
+        assert row["loss"] == pytest.approx(sum(parts), abs=1e-4)
 
 
 # proposals
