@@ -117,9 +117,10 @@ def test_the_first_table_has_each_scripts_own_figures() -> None:
     lines = (common.ROOT / "results/cifar10-whole/eval.jsonl").read_text().splitlines()
     found = {result["checkpoint"]: [f"{entry['top1']:.1f}" for entry in result["knn"]]
              for result in map(json.loads, lines)}
-    runs = {"pixels": "pixels", "untrained": "random", "npid.py": "runs/npid/", "local_aggregation.py": "runs/la/",
-            "cld.py --preset cifar10 ": "runs/cld/", "cifar10-moco ": "runs/moco/", "cifar10-moco-cld ":
-            "runs/moco-cld/", "deepcluster.py": "runs/deepcluster-"}
+    runs = {"pixels": "pixels", "untrained": "random", "npid.py --preset cifar10 ": "runs/npid/",
+            "cifar10-nce4096 ": "runs/nce/", "local_aggregation.py": "runs/la/", "deepcluster.py": "runs/deepcluster-",
+            "cld.py --preset cifar10 ": "runs/cld/", "cifar10-moco ": "runs/moco/",
+            "cifar10-moco-cld ": "runs/moco-cld/"}
     table = [row for row in rows() if "results/cifar10-whole/eval.jsonl" in row[-1]]
     assert len(table) == len(runs)
     for word, run in runs.items():
