@@ -199,3 +199,19 @@ def one_line(process: Process, *words: str) -> None:
     assert "Traceback" not in process.out
     for word in words:
         assert word in lines[0], (word, lines[0])
+
+
+class Rank:
+    """What the tests of detection and segmentation need of a run."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.world, self.device = rank, world, torch.device("cpu")
+
+    def pause(self, epoch: int, step: int) -> None:
+        pass
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=False)
+
+    def gather(self, tensor: torch.Tensor) -> tuple[torch.Tensor]:
+        return (tensor,)

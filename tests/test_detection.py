@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import checkpoint, log, one_line, run, same, start
+from helpers import Rank, checkpoint, log, one_line, run, same, start
 from PIL import Image
 from scipy.io import savemat
 from test_distributed import free_port
@@ -700,26 +700,17 @@ def test_detections_do_not_depend_on_ranks(folder: Path) -> None:
     model = eval_detection.Detector(common.backbone("resnet18", 4, True), 10, args)
     parts: list[Tensor] = []
 
-    class Rank:
+    class Share(Rank):
         share = common.Run.share
-
-        def __init__(self, rank: int, world: int) -> None:
-            self.rank, self.world, self.device = rank, world, common.CPU
-
-        def pause(self, epoch: int, step: int) -> None:
-            pass
-
-        def autocast(self) -> torch.autocast:
-            return torch.autocast("cpu", torch.bfloat16, enabled=False)
 
         def gather(self, tensor: Tensor) -> tuple[Tensor]:
             parts.append(tensor)  # rank 0's turn comes first
             return (torch.cat(parts),)
 
     mean, std = common.DATASETS["shapes"][1:]
-    alone = eval_detection.detect(model, data, None, args, mean, std, Rank(0, 1))  # type: ignore[arg-type]
-    eval_detection.detect(model, data, None, args, mean, std, Rank(0, 2))  # type: ignore[arg-type]
-    both = eval_detection.detect(model, data, None, args, mean, std, Rank(1, 2))  # type: ignore[arg-type]
+    alone = eval_detection.detect(model, data, None, args, mean, std, Share(0, 1))  # type: ignore[arg-type]
+    eval_detection.detect(model, data, None, args, mean, std, Share(0, 2))  # type: ignore[arg-type]
+    both = eval_detection.detect(model, data, None, args, mean, std, Share(1, 2))  # type: ignore[arg-type]
     assert len(alone.scores) > 50 and all(torch.equal(a, b) for a, b in zip(alone, both, strict=True))
 
 

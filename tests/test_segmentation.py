@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import checkpoint, log, one_line, run, same, start
+from helpers import Rank, checkpoint, log, one_line, run, same, start
 from PIL import Image
 from test_detection import killed_after, rank_of, signalled
 from test_distributed import free_port
@@ -271,22 +271,6 @@ def test_two_ranks(folder: Path, tmp_path: Path) -> None:
     for process in ranks:
         assert process.wait().code == 0, process.err
     assert json.loads(ranks[0].out.splitlines()[-1])["test_images"] == 3 and "protocol" not in ranks[1].out
-
-
-class Rank:
-    """What confusion_table needs of a run."""
-
-    def __init__(self, rank: int, world: int) -> None:
-        self.rank, self.world, self.device = rank, world, common.CPU
-
-    def pause(self, epoch: int, step: int) -> None:
-        pass
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=False)
-
-    def gather(self, tensor: Tensor) -> tuple[Tensor]:
-        return (tensor,)
 
 
 def test_what_the_network_sees_in_the_test(folder: Path) -> None:
