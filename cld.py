@@ -580,35 +580,35 @@ def gather_branch(run: common.Run, z: Tensor) -> Tensor:
 # Each has
 #   state                                     parts of the checkpoint
 #   targets(views)                            features of the momentum encoder, unit rows, without gradient
-#   instance_loss(z, jigsaw, targets, index)  unit f_I (2, B, D), jigsaw feature, slots -> losses (B,), accuracy ();
-#                                             keeps what after_step will write
-#   after_step(encoder, gather, progress)     after the optimiser's step: what outlives a step is written, once;
-#                                             gather: Run.gather; progress: the share of all steps that is done
+#   instance_loss(z, jigsaw, targets, index)  unit f_I (2, B, D), jigsaw feature, slots -> losses (B,), accuracy (), and
+#                                             what after_step will write
+#   after_step(encoder, written, progress)    after the optimiser's step: what outlives a step is written, once;
+#                                             written: of all ranks; progress: the share of all steps that is done
 
-Gather = Callable[..., tuple[Tensor, ...]]
+InstanceLoss = tuple[Tensor, Tensor, tuple[Tensor, ...]]
 
 
 class Npid:
     """Every image is a class: the exact softmax over the bank, for both views."""
 
-    def __init__(self, bank: common.MemoryBank, temperature: float, bank_momentum: float) -> None:
-        self.bank, self.temperature, self.bank_momentum = bank, temperature, bank_momentum
+    def __init__(
+        self, bank: common.MemoryBank, temperature: float, bank_momentum: float, amp: bool = False
+    ) -> None:
+        self.bank, self.temperature, self.bank_momentum, self.amp = bank, temperature, bank_momentum, amp
         self.state: dict[str, Any] = dict(bank=bank)
-        self.pending: list[tuple[Tensor, Tensor]] = []
 
     def targets(self, views: Tensor) -> Tensor:
         return views.new_empty(0)  # the bank is all
 
-    def instance_loss(self, z: Tensor, jigsaw: Tensor | None, targets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        losses = [common.bank_softmax(view, index, self.bank.features, self.temperature) for view in z]
-        self.pending.append((F.normalize(z.detach().mean(0), dim=1), index))
+    def instance_loss(self, z: Tensor, jigsaw: Tensor | None, targets: Tensor, index: Tensor) -> InstanceLoss:
+        losses = [common.bank_softmax(view, index, self.bank.features, self.temperature, self.amp) for view in z]
         found = (z[0, :32].detach() @ self.bank.features.T).argmax(1)  # of all rows it would be (B, N) numbers
-        return torch.stack(losses).mean(0), (found == index[:32]).float().mean()
+        written = F.normalize(z.detach().mean(0), dim=1), index
+        return torch.stack(losses).mean(0), (found == index[:32]).float().mean(), written
 
-    def after_step(self, encoder: Encoder, gather: Gather, progress: float) -> None:
-        z, index = gather(*map(torch.cat, zip(*self.pending, strict=True)))
+    def after_step(self, encoder: Encoder, written: tuple[Tensor, ...], progress: float) -> None:
+        z, index = written
         self.bank.update(z, index, self.bank_momentum)
-        self.pending.clear()
 
 
 class Queue(common.MemoryBank):
@@ -643,25 +643,23 @@ class Moco:
     def __init__(self, keys: Encoder, queue: Queue, temperature: float, key_momentum: float) -> None:
         self.keys, self.queue, self.temperature, self.key_momentum = keys, queue, temperature, key_momentum
         self.state: dict[str, Any] = dict(key_encoder=keys, queue=queue)
-        self.pending: list[Tensor] = []
 
     @torch.no_grad()
     def targets(self, views: Tensor) -> Tensor:
         features: Tensor = self.keys(views[2:])[0][0]  # f_I of the third crop, (B, D)
         return features
 
-    def instance_loss(self, z: Tensor, jigsaw: Tensor | None, targets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        self.pending.append(targets)
+    def instance_loss(self, z: Tensor, jigsaw: Tensor | None, targets: Tensor, index: Tensor) -> InstanceLoss:
         losses, accuracy = info_nce(z, targets, self.queue.features, self.temperature)
         if jigsaw is None:
-            return losses.mean(0), accuracy
+            return losses.mean(0), accuracy, (targets,)
         patched, _ = info_nce(jigsaw[None], targets, self.queue.features, self.temperature)
-        return (losses.mean(0) + patched[0]) / 2, accuracy
+        return (losses.mean(0) + patched[0]) / 2, accuracy, (targets,)
 
-    def after_step(self, encoder: Encoder, gather: Gather, progress: float) -> None:
+    def after_step(self, encoder: Encoder, written: tuple[Tensor, ...], progress: float) -> None:
         follow(self.keys, encoder, self.key_momentum)
-        self.queue.push(*gather(torch.cat(self.pending)))
-        self.pending.clear()
+        (new_keys,) = written
+        self.queue.push(new_keys)
 
 
 class Byol:
@@ -676,12 +674,12 @@ class Byol:
         features: Tensor = self.keys(views)[0]
         return features.flip(0)  # a view's target is the other view
 
-    def instance_loss(self, z: Tensor, jigsaw: Tensor | None, targets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    def instance_loss(self, z: Tensor, jigsaw: Tensor | None, targets: Tensor, index: Tensor) -> InstanceLoss:
         found = (z.detach() @ targets.mT).argmax(2)  # among the batch, to have a figure
         accuracy = (found == torch.arange(z.shape[1], device=z.device)).float().mean()
-        return (2 - 2 * (z * targets).sum(2)).sum(0), accuracy
+        return (2 - 2 * (z * targets).sum(2)).sum(0), accuracy, ()
 
-    def after_step(self, encoder: Encoder, gather: Gather, progress: float) -> None:
+    def after_step(self, encoder: Encoder, written: tuple[Tensor, ...], progress: float) -> None:
         left = (1 + math.cos(math.pi * min(progress, 1))) / 2  # from 1 to 0 on a cosine
         follow(self.keys, encoder, 1 - (1 - self.key_momentum) * left)
 
@@ -721,7 +719,7 @@ def main(args: argparse.Namespace) -> None:
     host: Npid | Moco | Byol
     if args.host == "npid":
         bank = common.MemoryBank(len(data), args.feature_dim, run.generator("bank")).to(run.device)
-        host = Npid(bank, args.temperature, args.bank_momentum)
+        host = Npid(bank, args.temperature, args.bank_momentum, run.amp)
     elif args.host == "byol":
         host = Byol(run.place(keys), args.key_momentum)
     else:
@@ -737,6 +735,45 @@ def main(args: argparse.Namespace) -> None:
         with run.autocast():
             return F.normalize(encoder.embed(images)[0].float())
 
+    def train_step(crops: Tensor, index: Tensor, draw: common.Draw) -> tuple[Tensor, list[dict[str, Tensor]], Any]:
+        """From crops (V, B, 3, S, S) and slots (B,) to the new weights: the loss, figures of each part, what the host
+        will write."""
+        # InfoMin's patches; without them an empty tensor, which --accumulate can split
+        cut = data.normalize(patches(crops[3], draw)) if len(crops) == 4 else crops.new_empty(len(index), 0)
+        views = torch.stack([data.normalize(augment(images, draw, args.augment, view, not data.small))
+                             for view, images in enumerate(crops[:3])])
+        if args.erase:
+            views = torch.stack([random_erase(images, draw, args.erase) for images in views])
+
+        optimizer.zero_grad()
+        all_figures, written = list[dict[str, Tensor]](), list[tuple[Tensor, ...]]()
+        loss = torch.zeros((), device=run.device)
+        chunks = views.chunk(args.accumulate, 1), cut.chunk(args.accumulate), index.chunk(args.accumulate)
+        for part, pieces, i in common.parts([model], *chunks):  # views (V, b, ...), patches and slots
+            with run.autocast():
+                z, g, jigsaw = model(part[:2], pieces)
+                targets = host.targets(part)
+            losses, accuracy, to_write = host.instance_loss(z, jigsaw, targets, i)
+            part_loss = losses.mean()
+            figures = dict(instance_loss=part_loss, instance_accuracy=accuracy,
+                           feature_std=z[0].detach().std(0).mean() * z.shape[2] ** 0.5)
+            if args.group_weight:
+                if args.groups_over == "all":
+                    g = gather_branch(run, g)
+                groups = group(g, num_groups, args.kmeans_iterations, args.clustering)
+                cross, group_accuracy = group_loss(g, groups, args.group_temperature, args.cross_view)
+                part_loss = part_loss + args.group_weight * cross.mean()
+                figures |= dict(group_loss=cross.mean(), group_accuracy=group_accuracy) | group_figures(g, groups)
+            (part_loss / args.accumulate).backward()
+            all_figures.append({name: figure.detach() for name, figure in dict(loss=part_loss, **figures).items()})
+            written.append(to_write)
+            loss += part_loss.detach() / args.accumulate
+        optimizer.step()
+        return loss, all_figures, run.gather(*map(torch.cat, zip(*written, strict=True)))
+
+    # A graph cannot hold what copies from the CPU (InfoMin's patches, rotations) or waits for the GPU (eigenvectors).
+    steady = "infomin" not in (args.host, args.augment) and args.clustering != "spectral"
+    graphed_step = run.graphed(train_step, data.small) if steady else train_step
     for epoch in range(first_epoch, args.epochs):
         order = run.permutation(epoch, len(data))
         start = first_step if epoch == first_epoch else 0
@@ -744,39 +781,11 @@ def main(args: argparse.Namespace) -> None:
         encoder.train()
         for step, index, crops in data.batches(run, order, crop, epoch, start, CROPS[args.host]):
             lr = common.learning_rate(args, epoch + step / steps) * warm_up(epoch + step / steps, args.warmup_epochs)
-            for param_group in optimizer.param_groups:
-                param_group["lr"] = lr
-            draw = run.draw(epoch, step)
-            # InfoMin's patches; without them an empty tensor, which --accumulate can split
-            cut = data.normalize(patches(crops[3], draw)) if len(crops) == 4 else crops.new_empty(len(index), 0)
-            views = torch.stack([data.normalize(augment(images, draw, args.augment, view, not data.small))
-                                 for view, images in enumerate(crops[:3])])
-            if args.erase:
-                views = torch.stack([random_erase(images, draw, args.erase) for images in views])
-
-            optimizer.zero_grad()
-            loss = torch.zeros((), device=run.device)
-            chunks = views.chunk(args.accumulate, 1), cut.chunk(args.accumulate), index.chunk(args.accumulate)
-            for part, pieces, i in common.parts([model], *chunks):  # views (V, b, ...), patches and slots
-                with run.autocast():
-                    z, g, jigsaw = model(part[:2], pieces)
-                    targets = host.targets(part)
-                losses, accuracy = host.instance_loss(z, jigsaw, targets, i)
-                part_loss = losses.mean()
-                figures = dict(instance_loss=part_loss, instance_accuracy=accuracy,
-                               feature_std=z[0].detach().std(0).mean() * z.shape[2] ** 0.5)
-                if args.group_weight:
-                    if args.groups_over == "all":
-                        g = gather_branch(run, g)
-                    groups = group(g, num_groups, args.kmeans_iterations, args.clustering)
-                    cross, group_accuracy = group_loss(g, groups, args.group_temperature, args.cross_view)
-                    part_loss = part_loss + args.group_weight * cross.mean()
-                    figures |= dict(group_loss=cross.mean(), group_accuracy=group_accuracy) | group_figures(g, groups)
-                (part_loss / args.accumulate).backward()
-                totals.add(loss=part_loss, **figures)
-                loss += part_loss.detach() / args.accumulate
-            optimizer.step()
-            host.after_step(encoder, run.gather, (epoch + (step + 1) / steps) / args.epochs)
+            common.set_rate(optimizer, lr)
+            loss, all_figures, written = graphed_step(crops, index, run.draw(epoch, step))
+            host.after_step(encoder, written, (epoch + (step + 1) / steps) / args.epochs)
+            for figures in all_figures:
+                totals.add(**figures)
             run.after_step(state, epoch, step, loss)
 
         row: dict[str, float] = totals.means()  # waits for the device's last steps
@@ -786,7 +795,7 @@ def main(args: argparse.Namespace) -> None:
             run.broadcast(encoder)
             features = common.extract(run, data, embed)
             row |= common.knn_monitor(features, data, common.extract(run, test, embed), test, args.temperature)
-        run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=optimizer.param_groups[0]["lr"], **row,
+        run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=common.rate(optimizer), **row,
                 images_per_second=round(images_per_second), seconds=round(time.perf_counter() - began, 1),
                 memory_gb=common.memory_gb(run.device))
         run.save(state, epoch + 1, 0)

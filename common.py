@@ -331,6 +331,8 @@ def add_training_options(options: argparse.ArgumentParser) -> None:
     add_device_options(options)
     run = add_run_options(options, "runs/<script>-<preset>-seed<seed>")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the model")
+    run.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=None, help="on a single GPU, "
+                     "record a step and replay it with one launch; default: where images are smaller than 64 px")
     run.add_argument("--sync-bn", action="store_true", help="batch statistics over all GPUs")
     run.add_argument("--knn-every", type=COUNT_OR_ZERO, default=10, metavar="N", help="weighted kNN accuracy each N "
                      "epochs and after the last (0: never), by the labels")
@@ -406,12 +408,76 @@ class Draw:
 
     def __init__(self, source: torch.Generator, batch_size: int, rows: slice, device: torch.device) -> None:
         self.source, self.batch_size, self.rows, self.device = source, batch_size, rows, device
+        self.shapes = list[tuple[int, ...]]()  # of all that has been asked for
 
     def __call__(self, *shape: int) -> Tensor:
         """The next numbers in [0, 1): (rows, *shape). Drawn on the CPU, so that all devices see the same."""
+        self.shapes.append(shape)
         pinned = self.device.type == "cuda"  # a copy from other memory may wait for all that the GPU has to do
         numbers = torch.rand(self.batch_size, *shape, generator=self.source, pin_memory=pinned)[self.rows]
         return numbers.to(self.device, non_blocking=True)
+
+
+class Redraw:
+    """A `Draw` for a CUDA graph: its numbers, of known shapes, lie in a tensor that is filled anew for each replay."""
+
+    def __init__(self, draw: Draw, shapes: Sequence[tuple[int, ...]]) -> None:
+        self.shapes, rows = shapes, len(range(draw.batch_size)[draw.rows])
+        self.numbers = torch.empty(rows, sum(map(math.prod, shapes)), device=draw.device)
+        self.parts = iter(torch.split(self.numbers, [math.prod(shape) for shape in shapes], 1))
+
+    def copy_(self, draw: Draw, non_blocking: bool) -> None:
+        """Fill it with the numbers that `draw` would have given."""
+        if self.shapes:
+            each = [torch.rand(draw.batch_size, *shape, generator=draw.source) for shape in self.shapes]
+            numbers = torch.cat([part.view(draw.batch_size, -1) for part in each], 1)[draw.rows]
+            numbers = numbers.pin_memory() if draw.device.type == "cuda" else numbers
+            self.numbers.copy_(numbers, non_blocking=non_blocking)
+
+    def __call__(self, *shape: int) -> Tensor:
+        part = next(self.parts)
+        return part.reshape(len(part), *shape)
+
+
+class Graph:
+    """A function of tensors and `Draw`s as one CUDA graph: one launch in place of hundreds, which take longer than
+    their kernels where images are small.
+
+    The first calls run the function as it is, the next one records its kernels, and from then on these are replayed. So
+    whatever the function does in Python, such as to choose a branch or to append to a list, it does in the first calls
+    alone; tensors that outlive a call have to be written in place; inputs keep their shapes; and what a call returns is
+    overwritten by the next one.
+    """
+
+    FIRST = 3  # calls without a graph, which make what lasts, such as the optimiser's momentum
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.calls = function, 0
+        self.shapes = list[list[tuple[int, ...]]]()  # of the numbers that each Draw was asked for
+
+    def __call__(self, *inputs: Any) -> Any:
+        self.calls += 1
+        if self.calls <= self.FIRST:
+            outputs = self.function(*inputs)
+            self.shapes = [x.shapes for x in inputs if isinstance(x, Draw)]
+            return outputs
+        new = self.calls == self.FIRST + 1
+        if new:
+            shapes = iter(self.shapes)
+            self.inputs = [Redraw(x, next(shapes)) if isinstance(x, Draw) else torch.empty_like(x) for x in inputs]
+        for held, given in zip(self.inputs, inputs, strict=True):
+            held.copy_(given, non_blocking=True)
+        if new:
+            self.outputs, self.replay = self.record()
+        self.replay()
+        return self.outputs
+
+    def record(self) -> tuple[Any, Callable[[], None]]:
+        """What the function returns for `inputs`, and what has to be called to compute it."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on
+            outputs = self.function(*self.inputs)
+        return outputs, graph.replay
 
 
 # ---- 4. the run ------------------------------------------------------------------------------------------------------
@@ -419,8 +485,8 @@ class Draw:
 # A resumed run may change these: they do not change what is learnt; of the data `ImageSet.identity` is compared.
 FREE_OPTIONS = {
     "output", "overwrite", "preset", "typed", "data", "data_dir", "val_dir", "cache", "workers", "max_bad_images",
-    "device", "compile", "save_minutes", "knn_every", "knn_features", "test_subset", "epochs", "checkpoint",
-    "log_every", "test_list", "shard_bank", "memory", "features", "image_batch",
+    "device", "compile", "cuda_graph", "save_minutes", "knn_every", "knn_features", "test_subset", "epochs",
+    "checkpoint", "log_every", "test_list", "shard_bank", "memory", "features", "image_batch",
 }
 NEVER = 2**62  # a step that no run reaches
 
@@ -454,6 +520,7 @@ class Run:
                         f"{self.world} x {args.accumulate}")
         self.amp = amp_default(self.device) if args.amp is None else args.amp
         self.output: Path = args.output
+        self.cuts = dict[Any, Callable[..., Any]]()  # how batches are cut from pixels
         self.signal = 0  # the last one received
         self.bar: Any = None  # tqdm's, on a terminal
         self.first_bad = torch.tensor(NEVER, device=self.device)  # the first step whose loss was not finite
@@ -543,6 +610,12 @@ class Run:
             return model
         with warnings.catch_warnings(action="ignore"):  # newer versions have another name for broadcast_buffers
             return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def graphed(self, function: Callable[..., Any], small: bool) -> Callable[..., Any]:
+        """The function as a `Graph` where --cuda-graph says so: by default for `small` images, on a single GPU."""
+        choice = getattr(self.args, "cuda_graph", None)  # of the methods alone
+        wanted = small if choice is None else choice
+        return Graph(function) if wanted and self.device.type == "cuda" and self.world == 1 else function
 
     def autocast(self) -> torch.autocast:
         """bfloat16 for the network, where --amp says so."""
@@ -698,7 +771,7 @@ class Run:
         now = time.monotonic()
         bad = torch.where(torch.isfinite(loss.detach()), NEVER, epoch * self.steps + step)
         self.first_bad = torch.minimum(self.first_bad, bad)
-        if self.device.type == "cpu" or step % 20 == 0:  # a look waits for the device
+        if self.device.type == "cpu" or step % 50 == 0:  # a look waits for the device
             self.check_finite()
         if self.bar is not None:
             self.bar.set_description(f"epoch {epoch + 1}/{self.args.epochs}", refresh=False)
@@ -846,6 +919,27 @@ class Totals:
         # On another number of ranks each takes the mean, which `means` averages to the same.
         self.sums = {name: (totals[run.rank] if len(totals) == run.world else totals.mean()).to(run.device)
                      for name, totals in state["sums"].items()}
+
+
+def set_rate(optimizer: torch.optim.SGD, lr: float) -> None:
+    """Give all groups this learning rate: on a GPU in a tensor, which a CUDA graph reads anew in each replay.
+
+    A checkpoint brings the options of the device that it was written on.
+    """
+    for group in optimizer.param_groups:
+        device = group["params"][0].device
+        if device.type != "cuda":
+            group.update(lr=lr, fused=None, foreach=None)
+            continue
+        if not isinstance(group["lr"], Tensor) or group["lr"].device != device:
+            group.update(lr=torch.empty((), device=device), fused=True, foreach=False)  # the kernel that takes a tensor
+        group["lr"].fill_(lr)
+
+
+def rate(optimizer: torch.optim.SGD) -> float:
+    """The learning rate that was set last."""
+    lr = optimizer.param_groups[0]["lr"]
+    return float(f"{lr.item():.6g}") if isinstance(lr, Tensor) else lr  # float32 has seven digits
 
 
 def learning_rate(args: argparse.Namespace, progress: float) -> float:
@@ -1098,20 +1192,31 @@ class ImageSet:
         if self.pixels is not None:
             order = order.to(self.pixels.device)  # once: a copy in each step would wait for the device
 
-        def numbers(step: int) -> list[Tensor]:
-            draw = Draw(run.generator("crop", epoch, step), batch, rows, run.device if self.pixels is not None else CPU)
-            return [draw(CROP_NUMBERS) for _ in range(views)]
+        def numbers(step: int) -> Draw:
+            place = run.device if self.pixels is not None else CPU
+            return Draw(run.generator("crop", epoch, step), batch, rows, place)
+
+        def cut(pixels: Tensor, draw: Draw) -> Tensor:
+            height, width = pixels.shape[2:]
+            boxes = [crop_boxes(draw(CROP_NUMBERS), height, width, crop.scale, crop.ratio) for _ in range(views)]
+            return torch.stack([resized_crop(pixels, box, crop.size) for box in boxes])
 
         steps = range(start, len(order) // batch)
         indices = (order[step * batch : (step + 1) * batch][rows] for step in steps)
         if self.pixels is not None:
+            key = (self.name, crop, views)
+            if key not in run.cuts:  # kept for all epochs
+                run.cuts[key] = run.graphed(cut, self.small)
             for step, index in zip(steps, indices, strict=True):
-                pixels = self.pixels[index].to(run.device, non_blocking=True)
-                boxes = [crop_boxes(u, pixels.shape[2], pixels.shape[3], crop.scale, crop.ratio) for u in numbers(step)]
+                images = run.cuts[key](self.pixels[index].to(run.device, non_blocking=True), numbers(step))
                 run.seed_step(epoch, step)
-                yield step, index.to(run.device), torch.stack([resized_crop(pixels, box, crop.size) for box in boxes])
+                yield step, index.to(run.device), images
         else:
-            items = (list(zip(index.tolist(), torch.stack(numbers(step), 1), strict=True))
+            def drawn(step: int) -> Tensor:
+                draw = numbers(step)
+                return torch.stack([draw(CROP_NUMBERS) for _ in range(views)], 1)
+
+            items = (list(zip(index.tolist(), drawn(step), strict=True))
                      for step, index in zip(steps, indices, strict=True))
             decoder = _Decoder(self, functools.partial(random_crops, crop=crop), (views, 3, crop.size, crop.size))
             for step, (index, images) in zip(steps, self._decoded(decoder, items, run.device), strict=True):
@@ -2176,29 +2281,58 @@ def bank_attention(z: Tensor, bank: Tensor, temperature: float) -> tuple[Tensor,
     return output / total, (peak + total.log())[:, 0]
 
 
+def bank_attention_in_heads(z: Tensor, bank: Tensor, temperature: float, heads: int = 132) -> tuple[Tensor, Tensor]:
+    """bank_attention in bfloat16 on a GPU, by PyTorch's own kernel: no scores in memory, ten times as fast.
+
+    The kernel gives each multiprocessor some queries of a head, and a batch has few queries. So the bank is cut into as
+    many heads as an H100 has multiprocessors, whose outputs are merged by their LSE.
+    """
+    query, keys, dim = z.bfloat16()[None, None], bank.bfloat16(), z.shape[1]
+    rows, outputs, lses = len(bank) // heads, list[Tensor](), list[Tensor]()
+    for part in (keys[: heads * rows].view(1, heads, rows, dim), keys[heads * rows :].view(1, 1, -1, dim)):
+        if part.shape[2]:
+            found = FLASH(query.expand(1, part.shape[1], -1, -1), part, part, scale=1 / temperature)
+            outputs.append(found[0][0].float())  # (heads, B, D)
+            lses.append(found[1][0])  # (heads, B)
+    output, lse = torch.cat(outputs), torch.cat(lses)
+    whole = lse.logsumexp(0)
+    return ((lse - whole).exp()[..., None] * output).sum(0), whole
+
+
+FLASH: Any = torch.ops.aten._scaled_dot_product_flash_attention  # private: the public one does not return the LSE
+
+
+def has_flash(z: Tensor) -> bool:
+    """Whether the kernel takes features z (B, D) where they are: from GPUs of 2020 on, for D of up to 256."""
+    dim = z.shape[1]
+    return z.device.type == "cuda" and dim % 8 == 0 and dim <= 256 and torch.cuda.get_device_capability(z.device)[0] > 7
+
+
 class _BankSoftmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, index: Tensor, bank: Tensor, temperature: float) -> Tensor:
+    def forward(ctx: Any, z: Tensor, index: Tensor, bank: Tensor, temperature: float, half: bool) -> Tensor:
         if ctx.needs_input_grad[3]:
             raise ValueError("bank_softmax: the temperature takes no gradient")
+        attention = bank_attention_in_heads if half and has_flash(z) else bank_attention
         with torch.autocast(z.device.type, enabled=False):
-            output, lse = bank_attention(z, bank, temperature)
+            output, lse = attention(z, bank, temperature)
             positive = bank[index].to(z.dtype)
             ctx.save_for_backward((output - positive) / temperature)
             return lse - (z * positive).sum(1) / temperature
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return grads[0].unsqueeze(1) * gradient, None, None, None
+        return grads[0].unsqueeze(1) * gradient, None, None, None, None
 
 
-def bank_softmax(z: Tensor, index: Tensor, bank: Tensor, temperature: float) -> Tensor:
-    """-log P(i|z), NPID's eq. (2), exact over all N slots. z: (B, D); index: (B,); bank: (N, D); returns (B,).
+def bank_softmax(z: Tensor, index: Tensor, bank: Tensor, temperature: float, half: bool = False) -> Tensor:
+    """-log P(i|z), NPID's eq. (2), over all N slots. z: (B, D); index: (B,); bank: (N, D); returns (B,).
 
-    The bank takes no gradient. With attention's O, LSE: loss = LSE - z.v_i/tau, dloss/dz = (O - v_i)/tau.
+    The bank takes no gradient. With attention's O, LSE: loss = LSE - z.v_i/tau, dloss/dz = (O - v_i)/tau. `half`, where
+    the network is in bfloat16: a GPU makes its products of O and LSE in it too.
     """
-    loss: Tensor = _BankSoftmax.apply(z if z.dtype == torch.float64 else z.float(), index, bank, temperature)
+    loss: Tensor = _BankSoftmax.apply(z if z.dtype == torch.float64 else z.float(), index, bank, temperature, half)
     return loss
 
 

@@ -41,6 +41,7 @@ assignments/epochNNNN.npz holds `cluster`, a number for each line of assignments
 
 import argparse
 import csv
+import functools
 import json
 import math
 import os
@@ -302,7 +303,7 @@ class TopLayer(nn.Module):
         return F.linear(features, self.weight[rows], self.bias[rows])
 
     @torch.no_grad()
-    def step(self, lr: float, weight_decay: float, rows: Tensor | None = None) -> None:
+    def step(self, lr: float | Tensor, weight_decay: float, rows: Tensor | None = None) -> None:
         """Its own SGD, without momentum: nothing to keep. Only the clusters `rows` move and decay."""
         where = slice(None) if rows is None else rows
         for p in (self.weight, self.bias):
@@ -795,6 +796,34 @@ def main(args: argparse.Namespace) -> None:
         queries = common.extract(run, test, lambda images: whiten(encode(images), projection, offset))
         return common.knn_monitor(x, data, queries, test, temperature=0.07)
 
+    def train_step(
+        images: Tensor, targets: Tensor, draw: common.Draw, rows: Tensor | None = None,
+        dropout: Callable[[int], Callable[[int], Tensor]] | None = None,
+    ) -> Tensor:
+        """From crops (B, 3, S, S) and their clusters (B,), among `rows` if given, to the new weights: the loss.
+
+        dropout: part of the batch -> its numbers.
+        """
+        images = data.normalize(augment(images, draw, args.flip, data.size))
+        optimizer.zero_grad()
+        top.zero_grad()
+        loss = torch.zeros((), device=run.device)
+        chunks = images.chunk(args.accumulate), targets.chunk(args.accumulate)
+        for number, (part, target) in enumerate(common.parts([model, classifier], *chunks)):
+            if dropout is not None:
+                encoder.seed_dropout(dropout(number))
+            with run.autocast():
+                h = model(part)
+            part_loss = F.cross_entropy(classifier(encoder.activate(h), rows), target) / args.accumulate
+            part_loss.backward()
+            loss += part_loss.detach()
+        optimizer.step()
+        top.step(optimizer.param_groups[0]["lr"], args.weight_decay, rows)
+        return loss
+
+    # Neither targets of changing number nor numbers for dropout fit into a graph.
+    drops = any(isinstance(module, Dropout) and module.p for module in encoder.modules())
+    steady = not args.targets_per_step and not drops
     crop = training_crop(args, data)
     for epoch in range(first_epoch, args.epochs):
         start = first_step if epoch == first_epoch else 0
@@ -848,13 +877,11 @@ def main(args: argparse.Namespace) -> None:
         pseudo_labels = clusters.pseudo_labels.long().to(run.device)
         classifier = run.parallel(top)  # in each epoch: its parameters may be new
         encoder.train()
+        graphed_step = run.graphed(train_step, data.small)  # in each epoch, too
         began_training = time.perf_counter()
         for step, index, (images,) in data.batches(run, order, crop, epoch, start):
-            lr = common.learning_rate(args, epoch + step / steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            images = data.normalize(augment(images, run.draw(epoch, step), args.flip, data.size))
-            targets = pseudo_labels[index]
+            common.set_rate(optimizer, common.learning_rate(args, epoch + step / steps))
+            draw, targets = run.draw(epoch, step), pseudo_labels[index]
             rows = None
             if args.targets_per_step:
                 source = run.generator("targets", epoch, step)
@@ -862,20 +889,11 @@ def main(args: argparse.Namespace) -> None:
                 rows = target_rows(clusters.pseudo_labels[batch].long(), len(top.weight), args.targets_per_step, source)
                 rows = (rows.pin_memory() if run.device.type == "cuda" else rows).to(run.device, non_blocking=True)
                 targets = torch.searchsorted(rows, targets)
-
-            optimizer.zero_grad()
-            top.zero_grad()
-            loss = torch.zeros((), device=run.device)
-            chunks = images.chunk(args.accumulate), targets.chunk(args.accumulate)
-            for number, (part, target) in enumerate(common.parts([model, classifier], *chunks)):
-                encoder.seed_dropout(dropout_numbers(run, epoch, step, number))
-                with run.autocast():
-                    h = model(part)
-                part_loss = F.cross_entropy(classifier(encoder.activate(h), rows), target) / args.accumulate
-                part_loss.backward()
-                loss += part_loss.detach()
-            optimizer.step()
-            top.step(lr, args.weight_decay, rows)
+            if steady:
+                loss = graphed_step(images, targets, draw)
+            else:
+                dropout = functools.partial(dropout_numbers, run, epoch, step)
+                loss = train_step(images, targets, draw, rows, dropout)
             totals.add(loss=loss)
             run.after_step(state, epoch, step, loss)
 
@@ -886,7 +904,7 @@ def main(args: argparse.Namespace) -> None:
             if args.clustering == "labels":  # Table 4.2
                 guesses = common.extract(run, test, lambda images: top(encoder.activate(encoder(images))).argmax(1))
                 row["test_top1"] = round(100 * float((guesses.cpu() == test.labels).double().mean()), 2)
-        run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=optimizer.param_groups[0]["lr"], **row, **seconds,
+        run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=common.rate(optimizer), **row, **seconds,
                 images_per_second=round((steps - start) * args.batch_size / train_seconds),
                 train_seconds=round(train_seconds, 1), seconds=round(time.perf_counter() - began, 1),
                 memory_gb=common.memory_gb(run.device))

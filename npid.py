@@ -233,8 +233,7 @@ class Normalizer(nn.Module):
         mixed = self.log_z
         if momentum < 1:  # of 1 nothing is mixed in, and log(0) is an error
             mixed = torch.logaddexp(self.log_z + math.log(momentum), estimate + math.log(1 - momentum))
-        self.log_z = torch.where(self.log_z.isnan(), estimate, mixed)
-        return self.log_z
+        return self.log_z.copy_(torch.where(self.log_z.isnan(), estimate, mixed))  # in place, for common.Graph
 
 
 # ---- a bank in parts -------------------------------------------------------------------------------------------------
@@ -355,62 +354,69 @@ def main(args: argparse.Namespace) -> None:
         with run.autocast():
             return F.normalize(encoder(images))
 
+    def train_step(
+        images: Tensor, index: Tensor, noise: Tensor, draw: common.Draw
+    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """From crops (B, 3, S, S), slots (B,), noise slots (B, m) to the new bank: the loss, figures of each part."""
+        images = data.normalize(augment(images, draw, not data.small, args.flip))
+        optimizer.zero_grad()
+        z_parts, figures, loss = [], list[dict[str, Tensor]](), torch.zeros((), device=run.device)
+        # i: slots of a part's images; j: slots of the noise images drawn for them
+        for part, i, j in common.parts([model], *(x.chunk(args.accumulate) for x in (images, index, noise))):
+            with run.autocast():
+                feature = model(part)
+            z = F.normalize(feature)
+            if isinstance(bank, ShardedBank):
+                losses = sharded_softmax(z, i, bank, args.temperature)
+            elif args.loss == "softmax":
+                losses = common.bank_softmax(z, i, bank.features, args.temperature, run.amp)
+            elif encoder.classes is not None:  # --loss parametric
+                losses = parametric_softmax(feature, i, encoder.classes)
+            else:
+                positive = positive_scores(z, i, bank.features, args.temperature)
+                negative = noise_scores(z, j, bank.features, args.temperature)
+                if args.loss == "sampled":
+                    losses = sampled_softmax(positive, negative)
+                elif args.z == "exact":
+                    log_z = common.bank_attention(z.detach(), bank.features, args.temperature)[1]
+                    losses = nce(positive, negative, log_z, len(data))
+                    figures.append(dict(z_over_n=log_z.exp().mean() / len(data)))
+                else:
+                    (estimates,) = run.gather(estimate_log_z(negative, len(data)).view(1))
+                    estimate = estimates.logsumexp(0) - math.log(run.world)  # log of the mean over ranks
+                    z_momentum = 1.0 if args.z == "first" else 0.99 ** (1 / args.accumulate)  # 0.99 a step
+                    log_z = normalizer.update(estimate, z_momentum)
+                    losses = nce(positive, negative, log_z, len(data))
+                    figures.append(dict(z_over_n=log_z.exp() / len(data)))
+            if args.proximal_weight:
+                losses = losses + args.proximal_weight * proximal(z, i, bank.features)
+            part_loss = losses.mean() / args.accumulate
+            part_loss.backward()
+            loss += part_loss.detach()
+            z_parts.append(z.detach())
+        optimizer.step()
+        all_z, all_index = run.gather(torch.cat(z_parts), index)
+        bank.update(all_z, all_index, args.bank_momentum)
+        # Of unit vectors spread over the sphere each component has the deviation 1 / sqrt(D).
+        figures.append(dict(loss=loss, feature_std=all_z.std(0).mean() * args.feature_dim**0.5))
+        return loss, figures
+
+    graphed_step = run.graphed(train_step, data.small)
     for epoch in range(first_epoch, args.epochs):
         order = run.permutation(epoch, len(data))
         start = first_step if epoch == first_epoch else 0
         began = time.perf_counter()
         encoder.train()
         for step, index, (images,) in data.batches(run, order, common.Crop(data.size, SCALE), epoch, start):
-            lr = common.learning_rate(args, epoch + step / steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            images = data.normalize(augment(images, run.draw(epoch, step), not data.small, args.flip))
+            common.set_rate(optimizer, common.learning_rate(args, epoch + step / steps))
             noise = index[:, None]  # stands in where no noise is drawn
             if args.loss in ("nce", "sampled"):
                 source = run.generator("noise", epoch, step, device=run.device)
                 shape = (args.batch_size, args.num_negatives)
                 noise = torch.randint(len(data), shape, generator=source, device=run.device)[run.rows(args.batch_size)]
-
-            optimizer.zero_grad()
-            z_parts, loss = [], torch.zeros((), device=run.device)
-            # i: slots of a part's images; j: slots of the noise images drawn for them
-            for part, i, j in common.parts([model], *(x.chunk(args.accumulate) for x in (images, index, noise))):
-                with run.autocast():
-                    feature = model(part)
-                z = F.normalize(feature)
-                if isinstance(bank, ShardedBank):
-                    losses = sharded_softmax(z, i, bank, args.temperature)
-                elif args.loss == "softmax":
-                    losses = common.bank_softmax(z, i, bank.features, args.temperature)
-                elif encoder.classes is not None:  # --loss parametric
-                    losses = parametric_softmax(feature, i, encoder.classes)
-                else:
-                    positive = positive_scores(z, i, bank.features, args.temperature)
-                    negative = noise_scores(z, j, bank.features, args.temperature)
-                    if args.loss == "sampled":
-                        losses = sampled_softmax(positive, negative)
-                    elif args.z == "exact":
-                        log_z = common.bank_attention(z.detach(), bank.features, args.temperature)[1]
-                        losses = nce(positive, negative, log_z, len(data))
-                        totals.add(z_over_n=log_z.exp().mean() / len(data))
-                    else:
-                        (estimates,) = run.gather(estimate_log_z(negative, len(data)).view(1))
-                        estimate = estimates.logsumexp(0) - math.log(run.world)  # log of the mean over ranks
-                        z_momentum = 1.0 if args.z == "first" else 0.99 ** (1 / args.accumulate)  # 0.99 a step
-                        log_z = normalizer.update(estimate, z_momentum)
-                        losses = nce(positive, negative, log_z, len(data))
-                        totals.add(z_over_n=log_z.exp() / len(data))
-                if args.proximal_weight:
-                    losses = losses + args.proximal_weight * proximal(z, i, bank.features)
-                part_loss = losses.mean() / args.accumulate
-                part_loss.backward()
-                loss += part_loss.detach()
-                z_parts.append(z.detach())
-            optimizer.step()
-            all_z, all_index = run.gather(torch.cat(z_parts), index)
-            bank.update(all_z, all_index, args.bank_momentum)
-            # Of unit vectors spread over the sphere each component has the deviation 1 / sqrt(D).
-            totals.add(loss=loss, feature_std=all_z.std(0).mean() * args.feature_dim**0.5)
+            loss, figures = graphed_step(images, index, noise, run.draw(epoch, step))
+            for part_figures in figures:
+                totals.add(**part_figures)
             run.after_step(state, epoch, step, loss)
 
         row: dict[str, float] = totals.means()  # waits for the device's last steps
@@ -425,7 +431,7 @@ def main(args: argparse.Namespace) -> None:
             else:
                 features = bank.features
             row |= common.knn_monitor(features, data, common.extract(run, test, embed), test, args.temperature)
-        run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=optimizer.param_groups[0]["lr"], **row,
+        run.log(epoch=epoch + 1, step=(epoch + 1) * steps, lr=common.rate(optimizer), **row,
                 images_per_second=round(images_per_second), seconds=round(time.perf_counter() - began, 1),
                 memory_gb=common.memory_gb(run.device))
         run.save(state, epoch + 1, 0)

@@ -314,13 +314,15 @@ def softmax_of(bench: Bench, count: int, aim: float) -> None:
         z = z.clone().requires_grad_()
         return torch.autograd.grad(F.cross_entropy((z @ bank.T).float() / TAU, index), z)[0]
 
-    def ours() -> Tensor:
+    def ours(half: bool) -> Tensor:
         query = z.clone().requires_grad_()
-        return torch.autograd.grad(common.bank_softmax(query, index, bank, TAU).mean(), query)[0]
+        return torch.autograd.grad(common.bank_softmax(query, index, bank, TAU, half).mean(), query)[0]
 
     bench.case(case, "plain", lambda: plain(z, bank), kind="float32", read=4.0 * bank.numel(), **work)
     bench.case(case, "plain, bfloat16 logits", lambda: plain(z.bfloat16(), half), **work)
-    bench.case(case, "bank_softmax, forward and backward", ours, kind="float32", read=4.0 * bank.numel(), **work)
+    bench.case(case, "bank_softmax in float32, forward and backward", lambda: ours(False), kind="float32",
+               read=4.0 * bank.numel(), **work)
+    bench.case(case, "bank_softmax, forward and backward", lambda: ours(True), read=4.0 * bank.numel(), **work)
     attend: Attention = functools.partial(common.bank_attention, temperature=TAU)
     ways: dict[str, tuple[Attention, Tensor]] = {
         "chunked float32": (attend, bank),
@@ -493,7 +495,7 @@ class Step:
         if self.plain:
             loss = F.cross_entropy(z @ self.bank.features.T / TAU, self.index)
         else:
-            loss = common.bank_softmax(z, self.index, self.bank.features, TAU).mean()
+            loss = common.bank_softmax(z, self.index, self.bank.features, TAU, self.amp).mean()
         loss.backward()
         self.sgd.step()
         self.bank.update(z.detach(), self.index, 0.5)
@@ -648,7 +650,8 @@ def scripts(bench: Bench) -> None:
     root = Path(__file__).resolve().parent.parent
     small = ["--data", "shapes", "--epochs", "3", "--knn-every", "0", "--device", bench.device.type, "--subset"]
     small += ["200", "--width", "4"] if bench.args.tiny else ["20000"]
-    runs = {"npid.py": [], "npid.py --no-amp": [], "npid.py --compile": [], "npid.py --preset cifar10-nce4096": [],
+    runs = {"npid.py": [], "npid.py --no-cuda-graph": [], "npid.py --no-amp": [], "npid.py --compile": [],
+            "npid.py --preset cifar10-nce4096": [],
             "local_aggregation.py": ["--warmup-epochs", "0"], "deepcluster.py": [], "cld.py": [],
             "cld.py --preset cifar10-moco-cld": []}
     for name, words in list(runs.items())[: 1 if bench.args.tiny else None]:

@@ -6,6 +6,7 @@ import importlib
 import math
 from typing import Any
 
+import pretend_cuda
 import pytest
 import torch
 import torch.nn.functional as F
@@ -98,6 +99,36 @@ def test_autocast_changes_nothing(device: str) -> None:
     plain = common.bank_softmax(z, index, bank, 0.07)
     with torch.autocast(device, torch.bfloat16):
         assert torch.equal(common.bank_softmax(z, index, bank, 0.07), plain)
+
+
+@pytest.mark.parametrize("size", [5, 132, 1000])
+def test_heads_merge_to_the_whole(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """O and LSE from heads of the bank equal the whole's, as near as bfloat16 is, for fewer rows than heads too."""
+    z, _, bank = make(size, 32, 6)
+    monkeypatch.setattr(common, "FLASH", pretend_cuda.flash)
+    output, lse = common.bank_attention_in_heads(z, bank, 0.07)
+    exact_output, exact_lse = common.bank_attention(z.double(), bank.double(), 0.07)
+    assert output.dtype == lse.dtype == torch.float32
+    torch.testing.assert_close(lse.double(), exact_lse, atol=2e-2, rtol=0)
+    torch.testing.assert_close(output.double(), exact_output, atol=2e-2, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [100, 50_000, 200_003])
+def test_softmax_in_half_precision(size: int) -> None:
+    """On a GPU the softmax in bfloat16 has nearly the loss and the gradient of the exact one, and is what amp takes."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    z, index, bank = make(size, 128, 128, "cuda")
+    losses, gradients = [], []
+    for half in (False, True):
+        query = z.clone().requires_grad_()
+        loss = common.bank_softmax(query, index, bank, 0.07, half)
+        losses.append(loss.detach())
+        gradients.append(torch.autograd.grad(loss.mean(), query)[0])
+    assert common.has_flash(z) and not torch.equal(*losses)
+    assert float((losses[0] - losses[1]).abs().max()) < 2e-2
+    assert float((gradients[0] - gradients[1]).norm() / gradients[0].norm()) < 1e-2
 
 
 def test_compile_gives_the_same() -> None:

@@ -182,7 +182,7 @@ def test_central_crops_are_those_of_the_descriptors(held: bool, tmp_path: Path) 
         pixels = [torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in sorted(folder.iterdir())]
         data = dataclasses.replace(data, pixels=torch.stack(pixels), files=None)
     run: Any = FakeRun()
-    run.args, run.seed_step = args, lambda *at: None
+    run.args, run.seed_step, run.cuts, run.graphed = args, lambda *at: None, {}, lambda function, small: function
     (_, _, (cut,)), *_ = data.batches(run, torch.arange(4), dc.training_crop(args, data), 0)
     draw = common.Draw(seeded(), 4, slice(0, 4), common.CPU)
     (center,) = data.centers(torch.arange(4), 4, common.CPU)

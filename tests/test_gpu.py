@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pretend_cuda
+import pretend_graph
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, log, run, start
+from helpers import TINY, checkpoint, log, run, same, start
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cld
@@ -103,6 +104,26 @@ def test_training_on_a_pretended_gpu(words: list[str], tmp_path: Path) -> None:
         found.append(Counter(tuple(line) for line in lines if line[2] not in unsteady))
         assert log(tmp_path / count)[-1]["epoch"] == 2
     assert found[1] == found[0] and any(line[2] == "check_finite" for line in found[0])
+
+
+@pytest.mark.parametrize("words", LOOPS, ids=" ".join)
+def test_replayed_steps_are_those_of_the_loop(words: list[str], tmp_path: Path) -> None:
+    """With steps and crops replayed on the same memory, as by a CUDA graph, a run ends with the same log and checkpoint
+    to the bit as without: nothing that a step depends on is left to Python, nothing that lasts is replaced."""
+    script, *options = words
+    unsteady = {"infomin", "spectral", "--targets-per-step"} & set(words)
+    for name in ("plain", "graph"):
+        done = run(script, [*TINY, "--subset", "128", "--epochs", "4", "--schedule", "cosine", *options, "--output",
+                            tmp_path / name],
+                   functools.partial(pretend_graph.install, name == "graph", tmp_path / f"{name}.graphs"))
+        assert done.code == 0, done.err
+    recorded = (tmp_path / "graph.graphs").read_text()
+    assert not (tmp_path / "plain.graphs").exists()
+    assert "cut at" in recorded and ("train_step" in recorded) == (not unsteady)
+    logs = [[{key: value for key, value in row.items() if not key.endswith("seconds")} for row in log(tmp_path / name)]
+            for name in ("graph", "plain")]
+    assert logs[0] == logs[1]
+    same(checkpoint(tmp_path / "graph"), checkpoint(tmp_path / "plain"))
 
 
 def half_a_second_behind() -> None:
@@ -240,6 +261,21 @@ def test_trains_on_a_gpu(method: str, cuda: None, tmp_path: Path) -> None:
     words += ["--device", "cuda", "--epochs", "2", "--output", tmp_path / "cpu"]
     done = start(method, words).wait(300)
     assert done.code == 0 and "resumed" in done.out, done.err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("words", LOOPS, ids=" ".join)
+def test_graphs_on_a_gpu(words: list[str], cuda: None, tmp_path: Path) -> None:
+    """A run whose steps are replayed by a CUDA graph has the losses of one without, nearly: some kernels add in any
+    order."""
+    script, *options = words
+    losses = []
+    for graph in ("--cuda-graph", "--no-cuda-graph"):
+        command = [*TINY, *ON_GPU, "--no-amp", "--subset", "128", "--epochs", "2", "--lr", "0.003", graph, *options]
+        done = start(script, [*command, "--output", tmp_path / graph]).wait(300)
+        assert done.code == 0, done.err
+        losses.append([row["loss"] for row in log(tmp_path / graph)[1:]])
+    assert losses[0] == pytest.approx(losses[1], rel=5e-2 if script == "deepcluster" else 1e-2)
 
 
 @pytest.mark.gpu
