@@ -107,7 +107,8 @@ def test_figures_equal_the_logs(name: str) -> None:
     logged |= {f"{mean(each):.1f} ± {stdev(each):.1f}" for each in seeds.values() if len(each) > 1}
     shown = [row for row in rows() if any(f"results/{name}/" in cell for cell in row)]
     for row in shown:
-        for cell in row:
+        papers = (2, 4) if len(row) == 9 and "`" in row[7] else ()  # columns of the papers' own rows
+        for cell in (cell for place, cell in enumerate(row) if place not in papers):
             for figure in re.findall(r"^\d+\.\d(?: ± \d+\.\d)?$", cell):
                 assert figure in logged or "paper" in row[0], (name, figure, sorted(logged))
 
