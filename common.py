@@ -613,7 +613,7 @@ class Run:
 
     def graphed(self, function: Callable[..., Any], small: bool) -> Callable[..., Any]:
         """The function as a `Graph` where --cuda-graph says so: by default for `small` images, on a single GPU."""
-        choice = getattr(self.args, "cuda_graph", None)  # of the methods alone
+        choice = getattr(self.args, "cuda_graph", False)  # an option of the methods alone
         wanted = small if choice is None else choice
         return Graph(function) if wanted and self.device.type == "cuda" and self.world == 1 else function
 
@@ -1204,7 +1204,7 @@ class ImageSet:
         steps = range(start, len(order) // batch)
         indices = (order[step * batch : (step + 1) * batch][rows] for step in steps)
         if self.pixels is not None:
-            key = (self.name, crop, views)
+            key = (self.name, self.pixels.shape[1:], crop, views)
             if key not in run.cuts:  # kept for all epochs
                 run.cuts[key] = run.graphed(cut, self.small)
             for step, index in zip(steps, indices, strict=True):
@@ -2303,9 +2303,23 @@ FLASH: Any = torch.ops.aten._scaled_dot_product_flash_attention  # private: the 
 
 
 def has_flash(z: Tensor) -> bool:
-    """Whether the kernel takes features z (B, D) where they are: from GPUs of 2020 on, for D of up to 256."""
+    """Whether the kernel takes features z (B, D) where they are: NVIDIA's GPUs from 2020 on, D of up to 256."""
     dim = z.shape[1]
-    return z.device.type == "cuda" and dim % 8 == 0 and dim <= 256 and torch.cuda.get_device_capability(z.device)[0] > 7
+    return (z.device.type == "cuda" and z.dtype == torch.float32 and dim % 8 == 0 and dim <= 256
+            and torch.version.hip is None and torch.backends.cuda.is_flash_attention_available()
+            and torch.cuda.get_device_capability(z.device)[0] > 7)
+
+
+def with_own_row(output: Tensor, lse: Tensor, z: Tensor, own: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """O and LSE from bfloat16 with the term of one row of the bank in float32. own: (B, D), the row of each query.
+
+    Once an image is nearly memorised its own row is nearly all of both.
+    """
+    rounded = own.bfloat16().float()
+    score = (z.bfloat16().float() * rounded).sum(1) / temperature  # as the kernel has it
+    share, ratio = (score - lse).exp()[:, None], ((z * own).sum(1) / temperature - score).exp()[:, None]
+    total = 1 + share * (ratio - 1)
+    return (output + share * (ratio * own - rounded)) / total, lse + total.log()[:, 0]
 
 
 class _BankSoftmax(torch.autograd.Function):
@@ -2313,10 +2327,12 @@ class _BankSoftmax(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, index: Tensor, bank: Tensor, temperature: float, half: bool) -> Tensor:
         if ctx.needs_input_grad[3]:
             raise ValueError("bank_softmax: the temperature takes no gradient")
-        attention = bank_attention_in_heads if half and has_flash(z) else bank_attention
         with torch.autocast(z.device.type, enabled=False):
-            output, lse = attention(z, bank, temperature)
             positive = bank[index].to(z.dtype)
+            if half and has_flash(z):
+                output, lse = with_own_row(*bank_attention_in_heads(z, bank, temperature), z, positive, temperature)
+            else:
+                output, lse = bank_attention(z, bank, temperature)
             ctx.save_for_backward((output - positive) / temperature)
             return lse - (z * positive).sum(1) / temperature
 

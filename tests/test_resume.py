@@ -370,3 +370,17 @@ def test_checkpoint_in_the_background(tmp_path: Path, monkeypatch: pytest.Monkey
         work.save(state, 0, 3)
     assert checkpoint(tmp_path)["step"] == 1
     work.close()
+
+
+def test_rate_of_a_checkpoint_from_a_gpu() -> None:
+    """On a CPU the learning rate is a plain number again, to the last digit, and SGD its usual one."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    saved = torch.optim.SGD([weight], torch.tensor(0.5), fused=True).state_dict()
+    optimizer = torch.optim.SGD([weight], 1.0)
+    optimizer.load_state_dict(saved)
+    common.set_rate(optimizer, 0.03)
+    assert common.rate(optimizer) == optimizer.param_groups[0]["lr"] == 0.03
+    assert not optimizer.param_groups[0]["fused"]
+    weight.sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.full((2,), 0.97))
