@@ -373,7 +373,8 @@ def rand_augment(images: Tensor, draw: common.Draw) -> Tensor:
         counts = which.bincount(minlength=len(operations) + 1).tolist()
         order = which.argsort(stable=True)
         order = order.pin_memory() if images.is_cuda else order  # a copy from other memory may wait for the GPU
-        together = torch.split(order.to(images.device, non_blocking=True), counts)  # the last ones stay as they are
+        order = order.to(images.device, non_blocking=images.is_cuda)
+        together = torch.split(order, counts)  # the last ones stay as they are
         for operation, rows in zip(operations, together, strict=False):
             if len(rows):
                 images[rows] = operation(images[rows])
@@ -708,6 +709,8 @@ def main(args: argparse.Namespace) -> None:
         if queue_size < args.queue_size and run.rank == 0:
             print(f"--queue-size {queue_size}, from {args.queue_size}: there are no more images", flush=True)
     run.describe(data, num_groups=num_groups, queue_size=queue_size)
+    if args.warmup_epochs >= args.epochs and "warmup_epochs" not in args.typed:
+        common.note(f"note: --warmup-epochs {args.warmup_epochs} of {args.epochs} epochs: the rate never reaches --lr")
     steps = run.steps_per_epoch(len(data))
 
     torch.manual_seed(args.seed)
@@ -735,9 +738,13 @@ def main(args: argparse.Namespace) -> None:
         with run.autocast():
             return F.normalize(encoder.embed(images)[0].float())
 
-    def train_step(crops: Tensor, index: Tensor, draw: common.Draw) -> tuple[Tensor, list[dict[str, Tensor]], Any]:
-        """From crops (V, B, 3, S, S) and slots (B,) to the new weights: the loss, figures of each part, what the host
-        will write."""
+    def train_step(
+        crops: Tensor, index: Tensor, draw: common.Draw
+    ) -> tuple[Tensor, list[dict[str, Tensor]], tuple[Tensor, ...]]:
+        """One step: from crops (V, B, 3, S, S) and their slots (B,) to new weights.
+
+        Returns the loss, metrics for the log of each part of the batch (--accumulate), and what the host will write.
+        """
         # InfoMin's patches; without them an empty tensor, which --accumulate can split
         cut = data.normalize(patches(crops[3], draw)) if len(crops) == 4 else crops.new_empty(len(index), 0)
         views = torch.stack([data.normalize(augment(images, draw, args.augment, view, not data.small))
@@ -772,8 +779,8 @@ def main(args: argparse.Namespace) -> None:
         return loss, all_figures, run.gather(*map(torch.cat, zip(*written, strict=True)))
 
     # A graph cannot hold what copies from the CPU (InfoMin's patches, rotations) or waits for the GPU (eigenvectors).
-    steady = "infomin" not in (args.host, args.augment) and args.clustering != "spectral"
-    graphed_step = run.graphed(train_step, data.small) if steady else train_step
+    graphable = "infomin" not in (args.host, args.augment) and args.clustering != "spectral"
+    graphed_step = run.graphed(train_step, data.small) if graphable else train_step
     for epoch in range(first_epoch, args.epochs):
         order = run.permutation(epoch, len(data))
         start = first_step if epoch == first_epoch else 0

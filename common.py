@@ -235,10 +235,14 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def default_workers() -> int:
-    """This rank's share of the processor's cores, 16 at most. SLURM may have bound it to its own cores already."""
+    """This rank's share of the processor's cores, 16 at most. SLURM may have bound it to its own cores already.
+
+    Elsewhere than on Linux each worker imports everything anew: two at most.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     bound = "TORCHELASTIC_RUN_ID" not in os.environ and cores <= int(os.environ.get("SLURM_CPUS_PER_TASK", "0"))
-    return min(16, max(1, cores // (1 if bound else int(os.environ.get("LOCAL_WORLD_SIZE", "1")))))
+    share = max(1, cores // (1 if bound else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return min(16 if sys.platform == "linux" else 2, share)
 
 
 def add_set_options(data: argparse._ArgumentGroup) -> None:
@@ -413,9 +417,10 @@ class Draw:
     def __call__(self, *shape: int) -> Tensor:
         """The next numbers in [0, 1): (rows, *shape). Drawn on the CPU, so that all devices see the same."""
         self.shapes.append(shape)
-        pinned = self.device.type == "cuda"  # a copy from other memory may wait for all that the GPU has to do
+        # From other memory a copy may wait for all that a GPU has to do or, unawaited on Apple's, read what comes after
+        pinned = self.device.type == "cuda"
         numbers = torch.rand(self.batch_size, *shape, generator=self.source, pin_memory=pinned)[self.rows]
-        return numbers.to(self.device, non_blocking=True)
+        return numbers.to(self.device, non_blocking=pinned)
 
 
 class Redraw:
@@ -437,6 +442,14 @@ class Redraw:
     def __call__(self, *shape: int) -> Tensor:
         part = next(self.parts)
         return part.reshape(len(part), *shape)
+
+
+def free_variables(function: Any) -> dict[str, Any]:
+    """What a nested function reads from around it, by name."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return {name: cell.cell_contents for name, cell in cells}
 
 
 class Graph:
@@ -463,12 +476,20 @@ class Graph:
             return outputs
         new = self.calls == self.FIRST + 1
         if new:
+            if len({getattr(x, "device", None) for x in inputs}) > 1:
+                raise Fault("a CUDA graph records numbers and tensors of the CPU as constants: pass each input as a "
+                            "tensor of the GPU, such as torch.full((), number, device=run.device)")
             shapes = iter(self.shapes)
             self.inputs = [Redraw(x, next(shapes)) if isinstance(x, Draw) else torch.empty_like(x) for x in inputs]
         for held, given in zip(self.inputs, inputs, strict=True):
             held.copy_(given, non_blocking=True)
         if new:
             self.outputs, self.replay = self.record()
+            self.seen = free_variables(self.function)
+        for name, value in free_variables(self.function).items():
+            if value is not self.seen[name] and not (isinstance(value, (int, float, str)) and value == self.seen[name]):
+                raise Fault(f"{name} has changed since a CUDA graph recorded it: pass it to the function as a tensor, "
+                            "write it in place, or use --no-cuda-graph")
         self.replay()
         return self.outputs
 
@@ -538,7 +559,8 @@ class Run:
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not inherited by workers
         except (BlockingIOError, PermissionError):
-            raise Fault(f"{self.output} is in use by another run: choose another --output") from None
+            raise Fault(f"{self.output} is in use by another run: choose another --output; if there is none, as after "
+                        f"the death of a node, remove {self.output / 'lock'}") from None
         except OSError as error:
             print(f"note: {self.output} cannot be locked ({error.strerror}): start nothing else there", file=sys.stderr)
         for leftover in self.output.glob("*.pth.tmp"):  # ours: other files may lie there too
@@ -957,6 +979,9 @@ def pick_device(name: str | None) -> torch.device:
     """The device asked for, else cuda, mps or cpu, in this order. Under a launcher: this rank's GPU."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name == "cpu" and (os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("SLURM_GPUS_ON_NODE")):
+            note("warning: there should be GPUs, but this PyTorch sees none (a build for CPUs, or for a newer driver): "
+                 "running on the CPU")
     if name == "cuda" and not torch.cuda.is_available():
         raise Fault("--device cuda: this PyTorch sees no CUDA device; use --device cpu or install a CUDA build")
     if name == "mps" and not torch.backends.mps.is_available():
@@ -1014,7 +1039,7 @@ def git_commit(folder: Path = ROOT) -> str:
         return (folder / "COMMIT").read_text()  # of a submission's snapshot
 
     def git(*words: str) -> str:
-        command = ["git", "-C", str(folder), *words]
+        command = ["git", "-c", "safe.directory=*", "-C", str(folder), *words]  # another user's installation too
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -1208,7 +1233,8 @@ class ImageSet:
             if key not in run.cuts:  # kept for all epochs
                 run.cuts[key] = run.graphed(cut, self.small)
             for step, index in zip(steps, indices, strict=True):
-                images = run.cuts[key](self.pixels[index].to(run.device, non_blocking=True), numbers(step))
+                pixels = self.pixels[index].to(run.device, non_blocking=run.device.type == "cuda")
+                images = run.cuts[key](pixels, numbers(step))
                 run.seed_step(epoch, step)
                 yield step, index.to(run.device), images
         else:
@@ -1233,7 +1259,7 @@ class ImageSet:
         side = round(self.size * 8 / 7)
         if self.pixels is not None:
             for part in torch.split(rows, batch_size):
-                pixels = self.pixels[part.to(self.pixels.device)].to(device, non_blocking=True)
+                pixels = self.pixels[part.to(self.pixels.device)].to(device, non_blocking=device.type == "cuda")
                 if ten:
                     yield torch.stack(ten_crop(resize_center_crop(pixels, side, side), self.size), 1)
                 else:
@@ -1257,7 +1283,8 @@ class ImageSet:
         for index, images, bad in loader:
             for row in index[bad].tolist():
                 self.bad.add(self.path(row))
-            yield index.to(device, non_blocking=True), images.to(device, non_blocking=True).float() / 255
+            pinned = device.type == "cuda"
+            yield index.to(device, non_blocking=pinned), images.to(device, non_blocking=pinned).float() / 255
 
 
 @functools.cache
@@ -1540,7 +1567,12 @@ def _download(args: argparse.Namespace, name: str, folder: Path, **what: str) ->
         if os.environ.get(rank, "0") == "0" and not folder.exists():
             print(f"downloading {name} to {args.data_dir}", file=sys.stderr, flush=True)
             try:
-                getattr(torchvision.datasets, name)(str(args.data_dir), download=True, **what)
+                args.data_dir.mkdir(parents=True, exist_ok=True)
+                # Renamed once it is whole: other runs may look. If one of them was first, its copy is as good.
+                with tempfile.TemporaryDirectory(dir=args.data_dir) as place:
+                    getattr(torchvision.datasets, name)(place, download=True, **what)
+                    if not folder.exists():
+                        (Path(place) / folder.name).rename(folder)
             except (OSError, RuntimeError) as error:
                 raise Fault(f"{name} is not in {args.data_dir} and could not be downloaded ({error}): name its "
                             "parent folder with --data-dir, or use --data shapes") from None

@@ -800,18 +800,19 @@ def main(args: argparse.Namespace) -> None:
         images: Tensor, targets: Tensor, draw: common.Draw, rows: Tensor | None = None,
         dropout: Callable[[int], Callable[[int], Tensor]] | None = None,
     ) -> Tensor:
-        """From crops (B, 3, S, S) and their clusters (B,), among `rows` if given, to the new weights: the loss.
+        """One step: from crops (B, 3, S, S) and their clusters (B,), among `rows` if given, to new weights. Returns the
+        loss.
 
-        dropout: part of the batch -> its numbers.
+        dropout: part of the batch (--accumulate) -> its numbers. The last layer is the loop's `classifier`.
         """
         images = data.normalize(augment(images, draw, args.flip, data.size))
         optimizer.zero_grad()
         top.zero_grad()
         loss = torch.zeros((), device=run.device)
         chunks = images.chunk(args.accumulate), targets.chunk(args.accumulate)
-        for number, (part, target) in enumerate(common.parts([model, classifier], *chunks)):
+        for part_number, (part, target) in enumerate(common.parts([model, classifier], *chunks)):
             if dropout is not None:
-                encoder.seed_dropout(dropout(number))
+                encoder.seed_dropout(dropout(part_number))
             with run.autocast():
                 h = model(part)
             part_loss = F.cross_entropy(classifier(encoder.activate(h), rows), target) / args.accumulate
@@ -823,7 +824,7 @@ def main(args: argparse.Namespace) -> None:
 
     # Neither targets of changing number nor numbers for dropout fit into a graph.
     drops = any(isinstance(module, Dropout) and module.p for module in encoder.modules())
-    steady = not args.targets_per_step and not drops
+    graphable = not args.targets_per_step and not drops
     crop = training_crop(args, data)
     for epoch in range(first_epoch, args.epochs):
         start = first_step if epoch == first_epoch else 0
@@ -887,9 +888,10 @@ def main(args: argparse.Namespace) -> None:
                 source = run.generator("targets", epoch, step)
                 batch = order[step * args.batch_size : (step + 1) * args.batch_size]  # of all ranks, on the CPU
                 rows = target_rows(clusters.pseudo_labels[batch].long(), len(top.weight), args.targets_per_step, source)
-                rows = (rows.pin_memory() if run.device.type == "cuda" else rows).to(run.device, non_blocking=True)
+                pinned = run.device.type == "cuda"
+                rows = (rows.pin_memory() if pinned else rows).to(run.device, non_blocking=pinned)
                 targets = torch.searchsorted(rows, targets)
-            if steady:
+            if graphable:
                 loss = graphed_step(images, targets, draw)
             else:
                 dropout = functools.partial(dropout_numbers, run, epoch, step)

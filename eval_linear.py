@@ -579,7 +579,7 @@ class Layer:
 
     def normal(self, x: Tensor) -> Tensor:
         """(..., d) as stored -> float32, normalised."""
-        x = x.to(self.device, non_blocking=True).float()
+        x = x.to(self.device, non_blocking=self.device.type == "cuda").float()
         if self.mean is not None and self.scale is not None:
             x = (x - self.mean) * self.scale
         return F.normalize(x, dim=-1) if self.unit else x

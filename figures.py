@@ -36,7 +36,7 @@ import sys
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -73,11 +73,12 @@ class Source(NamedTuple):
     data: dict[str, Any]
     git: str
     epochs: int
+    also: str = ""  # what else tells it from the others
 
     def __str__(self) -> str:
         text = "{script}.py, preset {preset}, {arch} of width {width}, seed {seed}, ".format_map(self.options)
         return (f"{text}{self.data['images']:,} images of {self.data['name']}, "
-                f"epoch {self.epochs} of {self.options['epochs']}, commit {self.git}")
+                f"epoch {self.epochs} of {self.options['epochs']}{self.also}, commit {self.git}")
 
 
 def experiment(source: Source) -> str:
@@ -1397,8 +1398,9 @@ TABLES: dict[str, Table] = {
 }
 
 
-def draw_ablation(table: Table, ours: dict[str, dict[str, list[float]]]) -> Figure:
-    """The paper's bar and ours, mean and deviation of several runs. ours: column -> row -> figures."""
+def draw_ablation(table: Table, ours: dict[str, dict[str, list[float]]], given: Container[str]) -> Figure:
+    """The paper's bar and ours, mean and deviation of several runs. ours: column -> row -> figures; given: rows that
+    there are runs of."""
     figure = Figure((1.6 + 3.6 * len(table.columns), 0.9 + 0.42 * len(table.rows)), layout="constrained")
     panels = figure.subplots(1, len(table.columns), sharey=True, squeeze=False)[0]
     for column, (axes, merit) in enumerate(zip(panels, table.columns, strict=True)):
@@ -1409,7 +1411,8 @@ def draw_ablation(table: Table, ours: dict[str, dict[str, list[float]]]) -> Figu
                 text = f"{found.mean():.1f}" + (f" ± {found.std():.1f} ({len(found)})" if len(found) > 1 else "")
                 bars.append(("ours", float(found.mean()), text, 0.2, COLORS[0]))
             else:
-                axes.annotate("not run", (0, place + 0.2), (3, 0), va="center", color="0.4", **BESIDE)
+                text = "not evaluated" if row in given else "not run"
+                axes.annotate(text, (0, place + 0.2), (3, 0), va="center", color="0.4", **BESIDE)
             for label, length, text, offset, color in bars:
                 axes.barh(place + offset, length, 0.38, color=color, label=label)
                 axes.annotate(text, (length, place + offset), (3, 0), va="center", **BESIDE)
@@ -1429,6 +1432,8 @@ def ablation(args: argparse.Namespace) -> None:
 
     def row_of(options: dict[str, Any], table: Table) -> str | None:
         preset = options["preset"].removeprefix("thin-").removesuffix("-thin")
+        if options["script"] == "cld":  # whose miniature of Table A.2 has rendered images too
+            preset = preset.replace("shapes", "cifar10")
         rows = (row for row, (key, *_) in table.rows.items() if (table.script, key) == (options["script"], preset))
         return next(rows, None)
 
@@ -1461,10 +1466,17 @@ def ablation(args: argparse.Namespace) -> None:
             "are miniatures, to be compared with each other alone.")
     if "knn" in table.columns:
         note += " kNN by " + ("the monitor in the logs." if monitored else "eval_knn.py.")
+    options = [source.options for source, *_ in found.values()]
+    shown = {"script", "preset", "arch", "width", "epochs", "data", "subset"}
+    differ = [key for key in sorted(options[0].keys() - IGNORED - shown)
+              if len({repr(other.get(key)) for other in options}) > 1]
     runs = dict[str, Source]()
     for (row, _), members in sources.items():
-        runs[f"{row} ({members[0].name})" if row in runs else row] = pooled(members)
-    save(draw_ablation(table, ours), table.title, note, runs, args.out)
+        if row in runs:
+            note += f" {row} is a mean over different settings."
+        also = "".join(f", {key.replace('_', ' ')} {members[0].options.get(key)}" for key in differ)
+        runs[f"{row} ({members[0].name})" if row in runs else row] = pooled(members)._replace(also=also)
+    save(draw_ablation(table, ours, {row for row, _ in sources}), table.title, note, runs, args.out)
 
 
 # ---- detections ------------------------------------------------------------------------------------------------------

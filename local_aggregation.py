@@ -199,6 +199,9 @@ def fit_to(count: int, args: argparse.Namespace) -> list[str]:
     if m > count // 2:
         notes.append(f"warning: m = {m} clusters of {count:,} images hold {count / m:.1f} each: hardly any "
                      "image has a close neighbour but itself; ImageNet has 43 a cluster at m = 30000")
+    by_kmeans = args.close == "clusters" and args.clustering == "kmeans"
+    if by_kmeans and args.background == "nearest" and count // m > k:
+        notes.append(f"warning: clusters of {count // m} images are larger than B_i, k = {k}: raise --m or --k")
     if args.background == "nearest" and k > count // 4:
         notes.append(f"warning: k = {k} is {100 * k / count:.0f} % of the images: B_i is hardly local")
     if args.background == "clusters":
@@ -209,7 +212,7 @@ def fit_to(count: int, args: argparse.Namespace) -> list[str]:
                          f"{count:,} images")
         elif given > count:
             raise common.Fault(f"--background-clusters {repeats} {given}: more clusters than the {count} images")
-    if args.close == "nearest" and args.close_neighbors >= k:
+    if args.close == "nearest" and args.close_neighbors > (k - 1 if "close_neighbors" in args.typed else k // 10):
         if "close_neighbors" in args.typed:
             raise common.Fault(f"--close-neighbors {args.close_neighbors} would be all of B_i, k = {k}: lower it")
         notes.append(f"--close-neighbors {max(1, k // 100)}, from {args.close_neighbors}: B_i has {k} images")
@@ -505,9 +508,10 @@ def main(args: argparse.Namespace) -> None:
     def train_step(
         warming: bool, images: Tensor, index: Tensor, noise: Tensor, draw: common.Draw
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """From crops (B, 3, S, S), slots (B,), noise slots (B, m) to the new bank: the loss, figures of each part.
+        """One step: from crops (B, 3, S, S), their slots (B,) and noise slots (B, m) to new weights and bank.
 
-        warming: with NPID's loss.
+        warming: with NPID's loss. Returns the loss and metrics for the log: dicts of each part of the batch
+        (--accumulate), then one of the whole.
         """
         images = data.normalize(augment(images, draw, not data.small, args.flip))
         optimizer.zero_grad()
@@ -553,6 +557,7 @@ def main(args: argparse.Namespace) -> None:
         figures.append(dict(loss=loss, feature_std=all_z.std(0).mean() * args.feature_dim**0.5))
         return loss, figures
 
+    # On a CPU, or on several ranks, train_step itself
     graphed_steps = {warming: run.graphed(functools.partial(train_step, warming), data.small)
                      for warming in (True, False)}
     for epoch in range(first_epoch, args.epochs):
@@ -588,7 +593,7 @@ def main(args: argparse.Namespace) -> None:
                 clustered["cluster_seconds"] = round(time.perf_counter() - clustering_began, 2)
                 totals.add(**{name: torch.tensor(value, device=run.device) for name, value in clustered.items()})
 
-            noise = index[:, None]  # stands in where no noise is drawn
+            noise = index[:, None]  # stands in where no noise is drawn, and is not read
             if warming and args.warmup_loss == "nce":
                 source = run.generator("noise", epoch, step, device=run.device)
                 shape = (args.batch_size, NOISE)

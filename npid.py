@@ -357,7 +357,10 @@ def main(args: argparse.Namespace) -> None:
     def train_step(
         images: Tensor, index: Tensor, noise: Tensor, draw: common.Draw
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """From crops (B, 3, S, S), slots (B,), noise slots (B, m) to the new bank: the loss, figures of each part."""
+        """One step: from crops (B, 3, S, S), their slots (B,) and noise slots (B, m) to new weights and bank.
+
+        Returns the loss and metrics for the log: dicts of each part of the batch (--accumulate), then one of the whole.
+        """
         images = data.normalize(augment(images, draw, not data.small, args.flip))
         optimizer.zero_grad()
         z_parts, figures, loss = [], list[dict[str, Tensor]](), torch.zeros((), device=run.device)
@@ -401,7 +404,7 @@ def main(args: argparse.Namespace) -> None:
         figures.append(dict(loss=loss, feature_std=all_z.std(0).mean() * args.feature_dim**0.5))
         return loss, figures
 
-    graphed_step = run.graphed(train_step, data.small)
+    graphed_step = run.graphed(train_step, data.small)  # on a CPU, or on several ranks, train_step itself
     for epoch in range(first_epoch, args.epochs):
         order = run.permutation(epoch, len(data))
         start = first_step if epoch == first_epoch else 0
@@ -409,7 +412,7 @@ def main(args: argparse.Namespace) -> None:
         encoder.train()
         for step, index, (images,) in data.batches(run, order, common.Crop(data.size, SCALE), epoch, start):
             common.set_rate(optimizer, common.learning_rate(args, epoch + step / steps))
-            noise = index[:, None]  # stands in where no noise is drawn
+            noise = index[:, None]  # stands in where no noise is drawn, and is not read
             if args.loss in ("nce", "sampled"):
                 source = run.generator("noise", epoch, step, device=run.device)
                 shape = (args.batch_size, args.num_negatives)

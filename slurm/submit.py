@@ -92,10 +92,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="local: processes of this machine, in the foreground; debug: in this process")
     parser.add_argument("--nodes", type=common.COUNT, default=1, metavar="N", help="machines")
     parser.add_argument("--gpus", type=common.COUNT_OR_ZERO, metavar="N", help="GPUs of each node, each with a task, "
-                        "all visible to all its tasks; default: 1, and on a local machine all that it has")
+                        "all visible to all its tasks; of one type: with --slurm gres=gpu:TYPE:N; default: 1, and on a "
+                        "local machine all that it has")
     parser.add_argument("--tasks", type=common.COUNT, metavar="N", help="tasks of each node; default: its GPUs, or 1")
     parser.add_argument("--hours", type=common.number(float, 0, 10_000, open_low=True), default=24, help="time limit "
-                        "of one attempt; on SLURM rounded up to minutes")
+                        "of one attempt, not above the partition's; on SLURM rounded up to minutes")
     parser.add_argument("--grace", type=common.COUNT, metavar="SECONDS", help=f"a job is told to save this long before "
                         f"its time is over; default: {GRACE}, or a quarter of the time if that is less")
     parser.add_argument("--requeues", type=common.COUNT_OR_ZERO, default=100, metavar="N", help="how many times a job "
@@ -344,13 +345,17 @@ def make_executor(args: argparse.Namespace, folder: Path, nodes: int, gpus: int,
         local.update_parameters(nodes=nodes, gpus_per_node=gpus, tasks_per_node=tasks, timeout_min=60 * args.hours,
                                 signal_delay_s=args.grace, visible_gpus=visible)
         return local
+    if "SLURM_JOB_ID" in os.environ:  # the memory and tasks of an interactive job are not the new job's
+        for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
+            del os.environ[name]
     try:
         slurm = submitit.SlurmExecutor(folder, max_num_timeout=args.requeues)
     except RuntimeError:
         raise common.Fault("no SLURM here, srun is missing: use --cluster local") from None
     own: dict[str, Any] = dict(
         time=max(1, math.ceil(60 * args.hours)), nodes=nodes, ntasks_per_node=tasks,
-        gpus_per_node=gpus or None, partition=args.partition, account=args.account, constraint=args.constraint,
+        gpus_per_node=None if "gres" in dict(args.slurm) else gpus or None,  # gres has type and number
+        partition=args.partition, account=args.account, constraint=args.constraint,
         signal_delay_s=args.grace, srun_args=["--kill-on-bad-exit=1"],  # a rank that dies ends the job
     )
     rest: dict[str, Any] = dict(requeue=True)
@@ -391,11 +396,12 @@ def main(args: argparse.Namespace) -> None:
     try:
         first = make_executor(args, folder, args.nodes, args.gpus, tasks)
         then = make_executor(args, folder, 1, min(1, args.gpus), 1)
-        if args.cluster == "slurm":
-            return submit(folder, first, then, jobs)
     except BaseException:
         shutil.rmtree(folder)
         raise
+    if args.cluster == "slurm":
+        submit(folder, first, then, jobs)
+        return
     for some in zip(*jobs, strict=True):
         for i, job in enumerate(some):
             run_here(folder, then if i else first, job)
@@ -416,9 +422,14 @@ def submit(folder: Path, first: Any, then: Any, jobs: list[list[Job]]) -> None:
                 submitted = executor.submit_array(some)
             numbers.append(submitted[0].job_id.split("_")[0])
             training = training or submitted
-    except submitit.core.utils.FailedJobError as error:
-        if numbers:
+    except BaseException as error:
+        if isinstance(error, submitit.core.utils.FailedJobError) and numbers:
             subprocess.run(["scancel", *numbers], check=False)
+            numbers.clear()
+        if not numbers:  # else the folder holds what a job in the queue will run
+            shutil.rmtree(folder)
+        if not isinstance(error, submitit.core.utils.FailedJobError):
+            raise
         reason = "; ".join(re.sub("^sbatch: (error: |fatal: )?", "", line) for line in str(error).splitlines())
         raise common.Fault(f"sbatch refuses: {reason}") from None
     for job, one in zip(training, jobs[0], strict=True):

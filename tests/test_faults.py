@@ -6,6 +6,7 @@ import fcntl
 import functools
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -83,6 +84,40 @@ def test_download_fails(train: list[str], tmp_path: Path) -> None:
         assert process.code == 2 and lines[-1].startswith("npid.py: error: ") and "--data-dir" in lines[-1]
         assert lines[:-1] == [f"downloading {name.upper()} to {tmp_path}"]
     nothing_written(tmp_path / "out")
+
+
+def test_downloads_of_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set that is being unpacked is not seen by other runs; one that another run has completed meanwhile stays."""
+    import torchvision
+
+    args, folder = npid.parse_args(["--data", "stl10", "--data-dir", str(tmp_path / "data")]), Path("stl10_binary")
+
+    def fetch(root: str, download: bool) -> None:
+        assert not (args.data_dir / folder).exists()
+        (Path(root) / folder).mkdir()
+        (Path(root) / folder / "ours").touch()
+
+    def fetch_beside_another(root: str, download: bool) -> None:
+        (args.data_dir / folder).mkdir()
+        (Path(root) / folder).mkdir()
+
+    for fetched, files in ((fetch, ["ours"]), (fetch_beside_another, [])):
+        monkeypatch.setattr(torchvision.datasets, "STL10", fetched)
+        common._download(args, "STL10", args.data_dir / folder)
+        assert [file.name for file in (args.data_dir / folder).iterdir()] == files
+        assert [file.name for file in args.data_dir.iterdir()] == [folder.name]
+        shutil.rmtree(args.data_dir / folder)
+
+
+def test_gpus_that_are_not_seen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A job with GPUs whose PyTorch sees none says so before it takes the CPU."""
+    for name, value in (("is_available", False), ("device_count", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert common.pick_device(None).type == "cpu" and capsys.readouterr().err == ""
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+    assert common.pick_device(None).type == "cpu" and "this PyTorch sees none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cache", ["host", "none"])

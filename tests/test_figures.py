@@ -698,7 +698,7 @@ def test_caption_of_what_is_drawn(run: Path, tmp_path: Path, monkeypatch: pytest
 def test_time_of_a_step(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It follows from the images a second, also where the last epoch was resumed, even at its very end."""
     seen = list[Any]()
-    monkeypatch.setattr(figures, "draw_ablation", lambda table, ours: seen.append(ours) or Figure())
+    monkeypatch.setattr(figures, "draw_ablation", lambda table, ours, given: seen.append(ours) or Figure())
     for last in (640, 0):
         folder = other(run, tmp_path / f"{last}", script="deepcluster", preset="table4.3-256", batch_size=256)
         header = (folder / "log.jsonl").read_text().splitlines()[0]
@@ -724,8 +724,8 @@ def test_ablation(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     seen = list[Any]()
     drawn = figures.draw_ablation
 
-    def spy(table: figures.Table, ours: Any) -> Figure:
-        figure = drawn(table, ours)
+    def spy(table: figures.Table, ours: Any, given: Any) -> Figure:
+        figure = drawn(table, ours, given)
         seen.append((table.title, ours, texts(figure)))
         return figure
 
@@ -741,7 +741,8 @@ def test_ablation(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert title.startswith("NPID, Table 1") and ours["svm"] == {"NCE, m = 10": [55.0, 55.0]}
     last = json.loads((runs[2] / "log.jsonl").read_text().splitlines()[-1])["knn_top1"]
     assert ours["knn"] == {"NCE, m = 10": [60.0, 60.0]}  # not the monitor's figure beside eval_knn.py's
-    assert "60.0 ± 0.0 (2)" in words and "80.8" in words and words.count("not run") == 5 + 5
+    assert "60.0 ± 0.0 (2)" in words and "80.8" in words and words.count("not run") == 4 + 4
+    assert words.count("not evaluated") == 2  # the exact softmax
     draw("ablation", runs[2], "--out", tmp_path / "monitor.png")
     assert seen.pop()[1]["knn"] == {"exact softmax": [last]}
     thin = evaluated(run, tmp_path / "thin", lines, preset="thin-cifar10-shared", script="cld")
@@ -762,7 +763,7 @@ def test_ablation_compares_like_with_like(run: Path, tmp_path: Path, monkeypatch
     """kNN of the head's features, tau = 0.07, best on all test images, the newest that all runs have alike; where there
     is none the command to run is named. Lines without these facts are taken."""
     seen = list[Any]()
-    monkeypatch.setattr(figures, "draw_ablation", lambda table, ours: seen.append(ours["knn"]) or Figure())
+    monkeypatch.setattr(figures, "draw_ablation", lambda table, ours, given: seen.append(ours["knn"]) or Figure())
 
     def line(top1: float, tau: float = 0.07, **facts: Any) -> dict[str, Any]:
         usual = dict(protocol="knn", data="shapes", layer="head", test_subset=None, train_features="clean", subset=None)

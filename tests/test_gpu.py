@@ -126,6 +126,34 @@ def test_replayed_steps_are_those_of_the_loop(words: list[str], tmp_path: Path) 
     same(checkpoint(tmp_path / "graph"), checkpoint(tmp_path / "plain"))
 
 
+def test_a_graph_refuses_what_it_would_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable around the step that has another value than when it was recorded, and a number or a tensor of another
+    device as an input, are faults, not stale values; a variable that is set to the same again is none."""
+    monkeypatch.setattr(common.Graph, "record", pretend_graph.record)
+    weight, queue = 1.0, torch.ones(2)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return weight * x + queue
+
+    graph = common.Graph(functools.partial(step))
+    for _ in range(6):
+        found = graph(torch.ones(2))
+        weight = 2.0 / 2
+        queue += 1
+    assert found.tolist() == [7.0, 7.0]
+    weight = 2.0
+    with pytest.raises(common.Fault, match="weight has changed since a CUDA graph recorded it"):
+        graph(torch.ones(2))
+    weight, queue = 1.0, torch.cat([queue[1:], queue[:1]])
+    with pytest.raises(common.Fault, match="queue has changed"):
+        graph(torch.ones(2))
+    other = common.Graph(lambda x, y: x)
+    for _ in range(common.Graph.FIRST):
+        other(torch.ones(2), 1.0)
+    with pytest.raises(common.Fault, match="pass each input as a tensor"):
+        other(torch.ones(2), 1.0)
+
+
 def half_a_second_behind() -> None:
     """Sums that the host waits for this long, as it does where a GPU has steps to do."""
     means = common.Totals.means

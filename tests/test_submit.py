@@ -171,6 +171,26 @@ def test_what_sbatch_gets(fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.
     assert [file.name for file in (tmp_path / "here" / "runs" / "slurm").iterdir()] == [folder.name]
 
 
+def test_a_job_in_the_queue_keeps_its_folder(
+    fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If nobody reads the output, as after `| head -1`, the submitted job still finds its code; within another job its
+    memory is not asked for; GPUs of one type are asked for by gres alone."""
+    def closed(*_: Any, **__: Any) -> None:
+        raise BrokenPipeError
+
+    (tmp_path / "here").mkdir()
+    for name in ("SLURM_JOB_ID", "SLURM_MEM_PER_CPU"):
+        monkeypatch.setenv(name, "300")
+    monkeypatch.setattr(submit, "print", closed, raising=False)
+    with pytest.raises(BrokenPipeError):
+        submitted(["--gpus", "2", "--slurm", "gres=gpu:a100:2", NPID], monkeypatch, tmp_path / "here")
+    text = (fake_slurm / "1.sh").read_text()
+    assert "#SBATCH --gres=gpu:a100:2\n" in text and "gpus-per-node" not in text and "ntasks-per-node=2" in text
+    (folder,) = (tmp_path / "here" / "runs" / "slurm").iterdir()
+    assert (folder / "code" / "npid.py").exists() and not {"SLURM_JOB_ID", "SLURM_MEM_PER_CPU"} & set(os.environ)
+
+
 def test_no_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without SLURM the submission says what to do."""
     monkeypatch.setenv("PATH", str(tmp_path))
