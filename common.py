@@ -1217,13 +1217,11 @@ class ImageSet:
         if self.pixels is not None:
             order = order.to(self.pixels.device)  # once: a copy in each step would wait for the device
 
-        def numbers(step: int) -> Draw:
-            place = run.device if self.pixels is not None else CPU
-            return Draw(run.generator("crop", epoch, step), batch, rows, place)
+        def numbers(step: int) -> Tensor:
+            draw = Draw(run.generator("crop", epoch, step), batch, rows, CPU)
+            return torch.stack([draw(CROP_NUMBERS) for _ in range(views)])
 
-        def cut(pixels: Tensor, draw: Draw) -> Tensor:
-            height, width = pixels.shape[2:]
-            boxes = [crop_boxes(draw(CROP_NUMBERS), height, width, crop.scale, crop.ratio) for _ in range(views)]
+        def cut(pixels: Tensor, boxes: Tensor) -> Tensor:
             return torch.stack([resized_crop(pixels, box, crop.size) for box in boxes])
 
         steps = range(start, len(order) // batch)
@@ -1232,17 +1230,17 @@ class ImageSet:
             key = (self.name, self.pixels.shape[1:], crop, views)
             if key not in run.cuts:  # kept for all epochs
                 run.cuts[key] = run.graphed(cut, self.small)
+            (height, width), pinned = self.pixels.shape[2:], run.device.type == "cuda"
             for step, index in zip(steps, indices, strict=True):
-                pixels = self.pixels[index].to(run.device, non_blocking=run.device.type == "cuda")
-                images = run.cuts[key](pixels, numbers(step))
+                # On the CPU, where so small operators take less than their launches on a GPU
+                boxes = crop_boxes(numbers(step).flatten(0, 1), height, width, crop.scale, crop.ratio)
+                boxes = (boxes.pin_memory() if pinned else boxes).to(run.device, non_blocking=pinned)
+                pixels = self.pixels[index].to(run.device, non_blocking=pinned)
+                images = run.cuts[key](pixels, boxes.view(views, -1, 4))
                 run.seed_step(epoch, step)
                 yield step, index.to(run.device), images
         else:
-            def drawn(step: int) -> Tensor:
-                draw = numbers(step)
-                return torch.stack([draw(CROP_NUMBERS) for _ in range(views)], 1)
-
-            items = (list(zip(index.tolist(), drawn(step), strict=True))
+            items = (list(zip(index.tolist(), numbers(step).transpose(0, 1), strict=True))
                      for step, index in zip(steps, indices, strict=True))
             decoder = _Decoder(self, functools.partial(random_crops, crop=crop), (views, 3, crop.size, crop.size))
             for step, (index, images) in zip(steps, self._decoded(decoder, items, run.device), strict=True):
