@@ -1559,18 +1559,22 @@ def _stl10(args: argparse.Namespace, split: str) -> tuple[Tensor, Tensor, list[s
     raise Fault(f"cannot read {path} ({reason}): remove {folder} to download the data again")
 
 
-def _download(args: argparse.Namespace, name: str, folder: Path, **what: str) -> None:
-    """Fetch and unpack a data set by torchvision: rank 0, then the first rank of each node that does not see it."""
+def _download(args: argparse.Namespace, name: str, there: Path, **what: str) -> None:
+    """Fetch and unpack a data set by torchvision: rank 0, then the first rank of each node that does not see it.
+
+    there: the set's own folder, or a file of it where `what` says which part is wanted: parts share their folders.
+    """
     for rank in ("RANK", "LOCAL_RANK"):
-        if os.environ.get(rank, "0") == "0" and not folder.exists():
+        if os.environ.get(rank, "0") == "0" and not there.exists():
             print(f"downloading {name} to {args.data_dir}", file=sys.stderr, flush=True)
             try:
                 args.data_dir.mkdir(parents=True, exist_ok=True)
-                # Renamed once it is whole: other runs may look. If one of them was first, its copy is as good.
+                # Whole sets are renamed once they are whole: other runs may look, or have been first.
                 with tempfile.TemporaryDirectory(dir=args.data_dir) as place:
-                    getattr(torchvision.datasets, name)(place, download=True, **what)
-                    if not folder.exists():
-                        (Path(place) / folder.name).rename(folder)
+                    root = str(args.data_dir) if what else place
+                    getattr(torchvision.datasets, name)(root, download=True, **what)
+                    if not there.exists() and not what:
+                        (Path(place) / there.name).rename(there)
             except (OSError, RuntimeError) as error:
                 raise Fault(f"{name} is not in {args.data_dir} and could not be downloaded ({error}): name its "
                             "parent folder with --data-dir, or use --data shapes") from None
