@@ -878,7 +878,7 @@ def main(args: argparse.Namespace) -> None:
         pseudo_labels = clusters.pseudo_labels.long().to(run.device)
         classifier = run.parallel(top)  # in each epoch: its parameters may be new
         encoder.train()
-        graphed_step = run.graphed(train_step, data.small)  # in each epoch, too
+        graphed_step = run.graphed(train_step, data.small)  # in each epoch anew, since its last layer may be new
         began_training = time.perf_counter()
         for step, index, (images,) in data.batches(run, order, crop, epoch, start):
             common.set_rate(optimizer, common.learning_rate(args, epoch + step / steps))

@@ -9,7 +9,7 @@ noise-contrastive estimation; here it is exact by default (`--loss softmax`), si
 is then one attention call. `--loss nce` is the paper's, `--loss parametric` the baseline of its Table 1.
 
     python npid.py                              # rendered shapes, for a first try
-    python npid.py --data cifar10               # Table 1, exact softmax: 80.8 kNN in the paper; 5.5 minutes on an H100
+    python npid.py --data cifar10               # Table 1, exact softmax: 80.8 kNN in the paper; 5.2 minutes on an H100
     python npid.py --preset cifar10-nce4096     # Table 1, NCE: 80.4 in the paper
     python npid.py --data imagenet              # ImageNet layout: train/ and val/ with a folder for each class
     torchrun --nproc-per-node 8 npid.py --preset imagenet-resnet50

@@ -191,6 +191,27 @@ def test_a_job_in_the_queue_keeps_its_folder(
     assert (folder / "code" / "npid.py").exists() and not {"SLURM_JOB_ID", "SLURM_MEM_PER_CPU"} & set(os.environ)
 
 
+@pytest.mark.parametrize("submitted_before", [0, 1])
+def test_ctrl_c_between_submissions(
+    submitted_before: int, fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C before anything is in the queue leaves no folder, after the first job it leaves what that will run."""
+    submit_array, count = submit.submitit.SlurmExecutor.submit_array, [0]
+
+    def interrupted(self: Any, jobs: Any) -> Any:
+        if count[0] == submitted_before:
+            raise KeyboardInterrupt
+        count[0] += 1
+        return submit_array(self, jobs)
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.setattr(submit.submitit.SlurmExecutor, "submit_array", interrupted, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        submitted(["--then", "eval_knn.py --k 20", NPID], monkeypatch, tmp_path / "here")
+    assert len(list((tmp_path / "here" / "runs" / "slurm").iterdir())) == submitted_before
+    assert len(list(fake_slurm.iterdir())) == submitted_before
+
+
 def test_no_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without SLURM the submission says what to do."""
     monkeypatch.setenv("PATH", str(tmp_path))
