@@ -258,8 +258,9 @@ def voc_images(
 def open_task(args: argparse.Namespace, encoder: common.Encoder | None, device: torch.device) -> Task:
     """Labelled training and test images at the encoder's size and channel statistics."""
     if args.protocol.startswith("voc07"):
-        known = common.IMAGENET._asdict() | (encoder.data if encoder else {})
-        spec = common.DataSet(args.image_size or known["size"], tuple(known["mean"]), tuple(known["std"]))
+        known = encoder.data if encoder else {}
+        size = args.image_size or known.get("size", common.IMAGENET.size)
+        spec = common.DataSet(size, *common.statistics(args, known, common.IMAGENET))
         train, targets = voc_images(args, "train", None, spec)
         test, test_targets = voc_images(args, "test", train.classes, spec)
         return Task(train, test, targets, test_targets)

@@ -929,6 +929,20 @@ def test_voc07_svm(shots: list[str], trained: Path, voc: Path, tmp_path: Path) -
         assert [(entry[key], entry["draws"]) for entry in found["draws"]] == [(count, 2) for count in counts]
 
 
+def test_voc07_sees_images_as_the_network_did(trained: Path, voc: Path) -> None:
+    """At the size of the network's run, and normalised by --mean and --std, else by its run's figures, else ImageNet's.
+    """
+    words = [str(trained), "--protocol", "voc07-svm", "--data", "shapes", "--data-dir", str(voc), "--subset", "20",
+             "--test-subset", "10"]
+    encoder, imagenet = common.load_encoder(trained, None, None, None, CPU, "auto"), common.IMAGENET
+    for typed, network, expected in (([], encoder, (32, (0.5,) * 3, (0.25,) * 3)), ([], None, tuple(imagenet)),
+                                     (["--mean", "0", "0", "0", "--std", "1", "1", "1"], None,
+                                      (imagenet.size, (0, 0, 0), (1, 1, 1)))):
+        task = eval_linear.open_task(eval_linear.parse_args([*words, *typed]), network, CPU)
+        assert (task.train.size, task.train.mean, task.train.std) == expected
+        assert (task.test.size, task.test.mean, task.test.std) == expected
+
+
 @pytest.mark.parametrize("split", ["trainval", "test"])
 def test_corrected_annotations_are_another_task(split: str, checkpoint: Path, tmp_path: Path) -> None:
     """Once a class in an annotation is corrected, the old result is not given as that of the new classes."""
