@@ -1406,9 +1406,13 @@ def extract(
     run = None if isinstance(run_or_device, torch.device) else run_or_device
     device = run_or_device if isinstance(run_or_device, torch.device) else run_or_device.device
     rows = torch.arange(len(data)) if run is None else run.share(len(data))
+    features, end = torch.empty(0), 0
     with torch.no_grad():
-        parts = [encode(data.normalize(images)).float() for images in data.centers(rows, batch_size, device)]
-    features = torch.cat(parts)
+        for images in data.centers(rows, batch_size, device):
+            part, start, end = encode(data.normalize(images)), end, end + len(images)
+            if start == 0:  # to keep the parts and join them in the end would take twice the memory
+                features = part.new_empty(len(rows), *part.shape[1:], dtype=torch.float32)
+            features[start:end] = part
     return features if run is None else run.gather(features)[0][: len(data)]
 
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pickle
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,22 @@ def test_thin_images_take_no_more_memory_than_others(tmp_path: Path, monkeypatch
         square = common.central_square(tmp_path / "thin.png", 28, 32)
         assert square.shape == (3, 28, 28) and abs(float(square.float().mean()) - 127) < 10
     assert max(largest) == 16 * 32
+
+
+def test_features_stand_in_memory_once() -> None:
+    """While features are made no more is kept of them than the whole and the last part; they are each image's own."""
+    alive, data = weakref.WeakSet[Tensor](), common.load(options("--subset", "50"), "pretrain", CPU)
+
+    def encode(images: Tensor) -> Tensor:
+        assert len(alive) < 2
+        alive.add(features := images.flatten(1)[:, ::100])
+        return features
+
+    found = common.extract(CPU, data, encode, 8)
+    assert data.pixels is not None
+    assert torch.equal(found, encode(data.normalize(data.pixels.float() / 255)))
+    halves = common.extract(CPU, data, lambda images: images.flatten(1)[:, ::100].bfloat16(), 8)
+    assert torch.equal(halves, found.bfloat16().float())
 
 
 def test_the_monitor_sees_images_as_training_does() -> None:
