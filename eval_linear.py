@@ -324,8 +324,8 @@ def listed(path: Path, data: common.ImageSet) -> Tensor:
     """Positions of the images that a text file names."""
     try:
         names = {Path(line.strip()).name for line in path.read_text().splitlines() if line.strip()}
-    except (OSError, UnicodeDecodeError) as error:
-        raise common.Fault(f"cannot read {path} ({getattr(error, 'strerror', None) or 'not text'})") from None
+    except UnicodeDecodeError:
+        raise common.Fault(f"cannot read {path} (not text)") from None
     if data.files is None:
         raise common.Fault(f"--label-list is for directories of large images, and {data.name} is held decoded")
     if not names:
