@@ -1023,12 +1023,9 @@ def edges(args: argparse.Namespace) -> None:
 
 def variance_kept(features: Tensor) -> Tensor:
     """Share in percent of the variance of rows (N, D) that the 1, 2, ... D largest eigenvalues have, (D,)."""
-    parts = torch.split(features, 8192)  # in float64 all rows of ImageNet would take tens of GB
-    mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / len(features)
-    scatter = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
-    for part in parts:
-        scatter.addmm_((part.double() - mean).T, part.double() - mean)
-    values: Tensor = torch.linalg.eigvalsh(scatter).flip(0).clamp(min=0)
+    total, square, count = deepcluster.moments(torch.split(features, 8192), features.shape[1], features.device)
+    mean = total / count
+    values: Tensor = torch.linalg.eigvalsh(square / count - mean.outer(mean)).flip(0).clamp(min=0)
     return 100 * values.cumsum(0) / values.sum().clamp(min=1e-300)
 
 
@@ -1057,7 +1054,7 @@ def pca(args: argparse.Namespace) -> None:
     for encoder, name in zip(encoders, runs, strict=True):
         network: Any = encoder.backbone
         before_relu = functools.partial(network, relu_last=False) if args.layer != "head" else None
-        curves[name] = variance_kept(extract(encoder, data, args, before_relu).cpu())
+        curves[name] = variance_kept(extract(encoder, data, args, before_relu))
     layer = "Unit features of the heads" if args.layer == "head" else "Features of the backbones, before the last ReLU"
     note = f"{layer}; {len(data):,} training images of {data.name}."
     save(draw_pca(curves), "Principal components", note + sides(data, args), runs, args.out)
