@@ -814,24 +814,22 @@ class Optima(NamedTuple):
     """Of C channels: the images that fire them most (C, 3, S, S), and the mean activation of the maps (C,) on noise, on
     noise of those images' contrast and on those images."""
 
-    channels: Tensor
     images: Tensor
     before: Tensor
     loud: Tensor
     after: Tensor
 
 
-def optima(network: Any, stage: int, wanted: Tensor, noise: Tensor, steps: int) -> Optima:
-    """Ascent for those of the channels `wanted` of a stage that any of the noise images (B, 3, S, S) fires.
+def optima(network: Any, stage: int, channels: Tensor, noise: Tensor, steps: int) -> Optima:
+    """Ascent for `channels` (C,) of a stage, each of which some of the noise images (B, 3, S, S) fire.
 
     Activation is the mean of a channel's map after its ReLU; on noise, the mean over all noise images, silent ones too.
     Each channel starts from the STARTS of them that fire it most, since silence has no gradient, towards the mean of
     its map and towards its largest place; of the four results the one with the highest mean is kept.
     """
     with torch.no_grad():
-        rest = network.stages(noise)[stage].mean((2, 3))
-    channels = wanted[rest[:, wanted].amax(0) > 0]
-    start = rest[:, channels].topk(STARTS, 0).indices.repeat(2, 1)  # (2 STARTS, C)
+        rest = network.stages(noise)[stage].mean((2, 3))[:, channels]
+    start = rest.topk(STARTS, 0).indices.repeat(2, 1)  # (2 STARTS, C)
     channel, place = channels.repeat(2 * STARTS), torch.arange(start.numel(), device=noise.device)
 
     def maps(images: Tensor) -> Tensor:
@@ -844,7 +842,7 @@ def optima(network: Any, stage: int, wanted: Tensor, noise: Tensor, steps: int) 
     with torch.no_grad():
         loud = [network.stages(noise / rms(noise) * contrast)[stage][:, index].mean()
                 for index, contrast in zip(channels.tolist(), rms(images), strict=True)]
-    return Optima(channels, images, rest.mean(0)[channels], torch.stack(loud), after)
+    return Optima(images, rest.mean(0), torch.stack(loud), after)
 
 
 class Channel(NamedTuple):
