@@ -549,7 +549,7 @@ def curves(args: argparse.Namespace) -> None:
     for name in args.runs:
         source, rows, level = read_log(name)
         key = experiment(source)
-        if source.options["seed"] in [other.options["seed"] for other, _ in groups.get(key, [])]:
+        while source.options["seed"] in [other.options["seed"] for other, _ in groups.get(key, [])]:
             key += name  # the same run once more, perhaps of changed code: not another seed
         groups.setdefault(key, []).append((source, rows))
         if level is not None:

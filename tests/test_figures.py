@@ -190,6 +190,8 @@ def test_curves_of_runs_and_seeds(run: Path, tmp_path: Path, monkeypatch: pytest
     assert list(seen[2][0]) == ["npid smoke", "npid other", "local_aggregation smoke"] and len(seen[2][1]) == 1
     draw("curves", *nce, "--out", tmp_path / "picture.png")
     assert seen[3][1] == {}
+    draw("curves", run, run, run, "--out", tmp_path / "picture.png")
+    assert [len(runs) for runs in seen[4][0].values()] == [1, 1, 1]
 
 
 def test_curves_of_other_images_are_not_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
