@@ -59,7 +59,7 @@ COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 WRONG, RIGHT = COLORS[1:3]
 STYLE: Any = {"font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
               "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "figure.titlesize": 11,
-              "figure.titleweight": "bold"}
+              "figure.titleweight": "bold", "text.parse_math": False}  # a $ in a name begins no formula
 BESIDE: Any = dict(textcoords="offset points", fontsize=7)  # a number or a word beside a point
 # Options that do not make a run another experiment; --data stands for its images.
 IGNORED = {*common.FREE_OPTIONS, "seed"} - {"epochs", "data"}

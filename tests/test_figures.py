@@ -871,6 +871,12 @@ def test_legend_and_small_print(run: Path) -> None:
         assert part in words
 
 
+def test_names_are_no_formulas(run: Path, tmp_path: Path) -> None:
+    """Dollar signs in the name of a folder are written as they stand."""
+    draw("curves", run, other(run, tmp_path / "$_$"), "--out", tmp_path / "curves.svg")
+    assert "<!-- $_$ -->" in (tmp_path / "curves.svg").read_text()
+
+
 @pytest.mark.filterwarnings("error")  # "constrained_layout not applied"
 def test_small_print_takes_nothing_from_the_picture(run: Path, tmp_path: Path) -> None:
     """A figure grows by the height of its small print, however many sources it has."""
