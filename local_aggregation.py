@@ -210,8 +210,9 @@ def fit_to(count: int, args: argparse.Namespace) -> list[str]:
             args.background_clusters = [repeats, max(2, round(given * count / meant_for))]
             notes.append(f"--background-clusters {repeats} {args.background_clusters[1]}, scaled from {given} to "
                          f"{count:,} images")
-        elif given > count:
-            raise common.Fault(f"--background-clusters {repeats} {given}: more clusters than the {count} images")
+        if args.background_clusters[1] > count:
+            raise common.Fault(f"--background-clusters {repeats} {args.background_clusters[1]}: more clusters than the "
+                               f"{count} images")
     if args.close == "nearest" and args.close_neighbors > (k - 1 if "close_neighbors" in args.typed else k // 10):
         if "close_neighbors" in args.typed:
             raise common.Fault(f"--close-neighbors {args.close_neighbors} would be all of B_i, k = {k}: lower it")

@@ -290,6 +290,8 @@ def test_sizes_of_the_ablations_fit_too() -> None:
     assert args.background_clusters == [3, 10]
     with pytest.raises(common.Fault, match="more clusters than the 50 images"):
         la.fit_to(50, la.parse_args(["--preset", "table4-clusters", "--background-clusters", "3", "60"]))
+    with pytest.raises(common.Fault, match="3 250: more clusters than the 64 images"):  # of 1,000 for 256 images
+        la.fit_to(64, la.parse_args(["--preset", "smoke", "--background", "clusters"]))
     args = la.parse_args(["--preset", "table5-nearest"])
     la.fit_to(400, args)
     assert (args.num_neighbors, args.close_neighbors) == (40, 1)
