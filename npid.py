@@ -340,7 +340,7 @@ def main(args: argparse.Namespace) -> None:
     encoder = run.place(Encoder(args.arch, args.width, data.small, args.feature_dim, num_classes))
     model = run.parallel(encoder)
     bank: common.MemoryBank
-    if args.shard_bank:
+    if args.shard_bank and run.world > 1:
         bank = ShardedBank(run, len(data), args.feature_dim, run.generator("bank")).to(run.device)
     else:
         bank = common.MemoryBank(len(data), args.feature_dim, run.generator("bank")).to(run.device)

@@ -76,7 +76,8 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise RuntimeError(f"expected all tensors to be on the same device: {name} at {place()}")
     asked = kwargs.get("device")
     there = here if asked is None else torch.device(asked).type in ("cuda", "meta")
-    if here and (name in READS or (elsewhere and name.startswith(("index", "_index")))):
+    masks = any(part.dtype == torch.bool for part in tensors[1:])  # where they are true is counted by the host
+    if here and (name in READS or ((elsewhere or masks) and name.startswith(("index", "_index")))):
         note(name)
     if name in ("_to_copy", "copy_"):
         source, target = (args[0], there) if name == "_to_copy" else (args[1], isinstance(args[0], Pretended))

@@ -76,7 +76,7 @@ def steps(device: str, output: Path, count: int) -> Iterator[Callable[[], None]]
 
 LOOPS = [
     ["npid"], ["npid", "--loss", "nce", "--m", "20", "--z", "ema", "--accumulate", "2"],
-    ["npid", "--loss", "sampled", "--m", "20"], ["npid", "--loss", "parametric"], ["cld"],
+    ["npid", "--loss", "sampled", "--m", "20"], ["npid", "--loss", "parametric"], ["npid", "--shard-bank"], ["cld"],
     ["cld", "--host", "mocov2"], ["cld", "--host", "byol"],
     pytest.param(["cld", "--host", "infomin"], marks=pytest.mark.slow), ["cld", "--clustering", "spectral"],
     ["deepcluster"], ["deepcluster", "--clustering", "pic"], ["deepcluster", "--targets-per-step", "6"],
