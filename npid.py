@@ -289,9 +289,8 @@ class ShardedBank(common.MemoryBank):
         self.features.copy_(state_dict["features"][self.start : self.start + len(self.features)])
 
 
-def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Attention over all rows from attention over parts of them: each (O (B, D), LSE (B,)), exact."""
-    outputs, lses = torch.stack([output for output, _ in parts]), torch.stack([lse for _, lse in parts])
+def merge(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over all rows from attention over P parts of them, exact: O (P, B, D), LSE (P, B) -> (B, D), (B,)."""
     lse = lses.logsumexp(0)
     return ((lses - lse).exp().unsqueeze(-1) * outputs).sum(0), lse
 
@@ -304,15 +303,14 @@ def sharded_softmax(z: Tensor, index: Tensor, bank: ShardedBank, temperature: fl
     """
     run, batch = bank.run, len(z)
     queries, slots = run.gather(z.detach().float(), index)
-    with torch.autocast(z.device.type, enabled=False):
-        output, lse = common.bank_attention(queries, bank.features, temperature)
+    output, lse = common.bank_attention(queries, bank.features, temperature)
     place = slots - bank.start
     here = (place >= 0) & (place < len(bank.features))  # whether this rank has the query's own row
     positive = bank.features[place.clamp(0, len(bank.features) - 1)] * here[:, None]
     (parts,) = run.gather(torch.cat([output, lse[:, None], positive], 1)[None])  # (ranks, all queries, D + 1 + D)
     parts = parts[:, run.rank * batch : (run.rank + 1) * batch]  # the answers to this rank's queries
     outputs, lses, positives = torch.split(parts, [z.shape[1], 1, z.shape[1]], 2)
-    output, lse = merge(list(zip(outputs, lses[..., 0], strict=True)))
+    output, lse = merge(outputs, lses[..., 0])
     own = positives.sum(0)  # v_i: the ranks without it sent zeros
     loss = lse - (z.detach() * own).sum(1) / temperature
     value: Tensor = loss + ((z - z.detach()) * (output - own) / temperature).sum(1)  # adds 0, and the gradient

@@ -196,8 +196,8 @@ def test_shards_merge_exactly() -> None:
     """Attention over parts of the bank merges to attention over all of it."""
     z, _, bank = make(1003, 32, 6)
     whole = common.bank_attention(z, bank, 0.07)
-    merged = npid.merge([common.bank_attention(z, part, 0.07) for part in bank.split([1, 400, 602])])
-    torch.testing.assert_close(merged, whole)
+    parts = [common.bank_attention(z, part, 0.07) for part in bank.split([1, 400, 602])]
+    torch.testing.assert_close(npid.merge(*map(torch.stack, zip(*parts, strict=True))), whole)
 
 
 def test_bank_starts_the_same_everywhere() -> None:
