@@ -207,10 +207,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def long_tailed(data: common.ImageSet, ratio: float, seed: int) -> common.ImageSet:
     """CIFAR-LT: of class c of C the share ratio^(-c/(C-1)) of the smallest class's size, drawn from `seed`."""
-    if (data.labels < 0).any() or len(data.classes) < 2:
+    classes = torch.unique(data.labels)  # a --file-list may leave some without an image
+    if (data.labels < 0).any() or len(classes) < 2:
         raise common.Fault(f"--imbalance needs the classes of all images, which {data.name} does not have")
     order = torch.randperm(len(data), generator=common.generator(seed, "imbalance"))
-    members = [order[data.labels[order] == c] for c in range(len(data.classes))]
+    members = [order[data.labels[order] == c] for c in classes]
     most, last = min(len(rows) for rows in members), len(members) - 1
     kept = [rows[: max(1, round(most * ratio ** (-c / last)))] for c, rows in enumerate(members)]
     return data.select(torch.cat(kept).sort().values)

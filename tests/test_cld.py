@@ -812,6 +812,11 @@ def test_long_tail_is_exponential_and_seeded() -> None:
     assert torch.bincount(one.labels).tolist() == [200, 20, 2]
     assert torch.equal(one.ids, same.ids) and not torch.equal(one.ids, other.ids)
     assert torch.bincount(cld.long_tailed(data, 1, 0).labels).tolist() == [200, 200, 200]
+    data.labels = torch.tensor([1, 3, 5])[data.labels]  # no image of the others
+    assert torch.bincount(cld.long_tailed(data, 100, 0).labels).tolist() == [0, 200, 0, 20, 0, 2]
+    data.labels = torch.ones_like(data.labels)
+    with pytest.raises(common.Fault, match="--imbalance needs the classes"):
+        cld.long_tailed(data, 100, 0)
 
 
 def test_class_counts_of_a_long_tail_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
