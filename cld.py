@@ -198,6 +198,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--instances renders images anew, of classes of equal size: leave --imbalance out")
     common.note_idle(args, dict(bank_momentum=(args.host == "npid", "--host npid"),
                                 key_momentum=(args.host != "npid", "another --host than npid"),
+                                num_groups=(args.group_weight > 0, "--lambda above 0"),
+                                group_temperature=(args.group_weight > 0, "--lambda above 0"),
                                 queue_size=(CROPS[args.host] > 2, "--host moco, mocov2 or infomin")))
     return args
 

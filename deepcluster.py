@@ -189,8 +189,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             raise common.Fault("--kmeans faiss splits empty clusters itself: use --empties split")
         args.empties = "split"
     needed = dict(kmeans=("num_clusters", "kmeans", "empties"), pic=("num_neighbors", "sigma", "singletons"))
-    common.note_idle(args, {name: (args.clustering == way, f"--clustering {way}")
-                            for way, names in needed.items() for name in names})
+    idle = {name: (args.clustering == way, f"--clustering {way}") for way, names in needed.items() for name in names}
+    common.note_idle(args, idle | dict(descriptors=(args.head in ("full", "2fc"), "--head full or 2fc"),
+                                       dropout=(args.head not in ("map", "pooled"), "hidden layers, see --head")))
     if args.assign and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise common.Fault("--assign takes one process: start it without a launcher")
     return args
