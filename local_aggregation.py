@@ -288,11 +288,12 @@ def nearest(z: Tensor, index: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Ten
     whether i had to be put in (B,).
     """
     similarity, slots = common.neighbors(z, bank, k, best_first=False)
-    forced = (slots != index[:, None]).all(1)
-    farthest, own = similarity.argmin(1, keepdim=True), (z * bank[index]).sum(1)
-    slots.scatter_(1, farthest, torch.where(forced, index, slots.gather(1, farthest)[:, 0])[:, None])
-    similarity.scatter_(1, farthest, torch.where(forced, own, similarity.gather(1, farthest)[:, 0])[:, None])
-    return slots, similarity, forced
+    itself, own = index[:, None], (z * bank[index]).sum(1, keepdim=True)
+    forced = (slots != itself).all(1, keepdim=True)
+    farthest = similarity.argmin(1, keepdim=True)
+    slots.scatter_(1, farthest, torch.where(forced, itself, slots.gather(1, farthest)))
+    similarity.scatter_(1, farthest, torch.where(forced, own, similarity.gather(1, farthest)))
+    return slots, similarity, forced[:, 0]
 
 
 def most_similar(similarity: Tensor, count: int) -> Tensor:
