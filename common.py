@@ -3058,6 +3058,9 @@ def _neck(weights: dict[str, Tensor], dim: int) -> nn.Sequential | None:
 
 def _load_inert(content: bytes, path: Path) -> Any:
     """What a file holds; objects of its authors' own classes, as old checkpoints have them, are skipped, not made."""
+    if b"/constants.pkl" in content:  # by this name torch.load knows TorchScript, and runs what it brings
+        raise Fault(f"{path} is TorchScript: if you trust it, convert it by torch.save(torch.jit.load({str(path)!r}, "
+                    "'cpu').state_dict(), 'weights.pth')")
     for options in (dict(weights_only=True), dict(weights_only=False, pickle_module=_InertPickle)):
         with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):  # garbage raises almost anything
             check_archive(io.BytesIO(content))

@@ -19,6 +19,7 @@ import pytest
 import torch
 from helpers import TINY, checkpoint, one_line, run, same, start
 from PIL import Image
+from torch import Tensor, nn
 
 import common
 import eval_knn
@@ -273,6 +274,26 @@ class Bomb:
         return os.system, (f"touch {self.path}",)
 
 
+class ScriptBomb(nn.Module):
+    """TorchScript that writes a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = str(path)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[str, bool]:
+        return self.path, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]) -> None:
+        self.path, self.training = state
+        torch.save(torch.zeros(1), self.path)
+
+
 def garbage(kind: str, trained: Path, folder: Path) -> bytes:
     """The content of a checkpoint that is none."""
     whole = (trained / "checkpoint.pth").read_bytes()
@@ -282,6 +303,8 @@ def garbage(kind: str, trained: Path, folder: Path) -> bytes:
         torch.save({"state": Bomb(folder / "executed")}, folder / "made", _use_new_zipfile_serialization=False)
     elif kind == "hostile pickle":
         (folder / "made").write_bytes(pickle.dumps(Bomb(folder / "executed")))
+    elif kind == "hostile TorchScript":
+        torch.jit.script(ScriptBomb(folder / "executed")).save(folder / "made")
     elif kind == "truncated":
         (folder / "made").write_bytes(whole[: len(whole) // 2])
     elif kind == "empty":
@@ -293,7 +316,8 @@ def garbage(kind: str, trained: Path, folder: Path) -> bytes:
     return (folder / "made").read_bytes()
 
 
-GARBAGE = ["hostile", "hostile legacy", "hostile pickle", "truncated", "empty", "text", "random 0", "random 1"]
+GARBAGE = ["hostile", "hostile legacy", "hostile pickle", "hostile TorchScript", "truncated", "empty", "text",
+           "random 0", "random 1"]
 
 
 @pytest.mark.parametrize("kind", GARBAGE)

@@ -1,10 +1,12 @@
 """Weights are found under the names of many authors, half-loaded networks are refused, and kNN reports what it did."""
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
 import math
+import re
 import sys
 import types
 from collections import OrderedDict
@@ -222,6 +224,20 @@ def test_other_heads_and_stems_of_ours(trained: Path, tmp_path: Path) -> None:
     torch.save(saved | dict(data=saved["data"] | dict(small=False)), tmp_path / "file.pth")
     found = common.load_encoder(tmp_path / "file.pth", None, None, None, CPU, "auto")
     assert found.report["missing"] == [] and found.head is not None
+
+
+def test_torchscript_is_converted_first(resnet: dict[str, Tensor], tmp_path: Path) -> None:
+    """A TorchScript file, which torch.load would run, is refused with the command that converts it; that works."""
+    network = torchvision.models.resnet18()
+    network.load_state_dict(resnet)
+    torch.jit.script(network).save(tmp_path / "script.pt")
+    with pytest.raises(common.Fault, match="is TorchScript") as refused:
+        encoder(tmp_path / "script.pt")
+    command = re.findall(r"torch\.save\(.*\)", str(refused.value))[0]
+    with contextlib.chdir(tmp_path):
+        exec(command)
+    found = encoder(tmp_path / "weights.pth")
+    assert all(torch.equal(value, resnet[name]) for name, value in found.backbone.state_dict().items())
 
 
 def test_a_missing_convolution_is_no_trifle(resnet: dict[str, Tensor], tmp_path: Path) -> None:
