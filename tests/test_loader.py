@@ -277,6 +277,19 @@ def test_legacy_file_with_objects(resnet: dict[str, Tensor], tmp_path: Path) -> 
     assert encoder(tmp_path / "True.pth.tar").report["missing"] == []
 
 
+def test_head_of_clds_authors(resnet: dict[str, Tensor], tmp_path: Path) -> None:
+    """Their MoCo+CLD on CIFAR ends in `linear`, cosines with the columns of a matrix without bias: --layer head."""
+    directions = torch.randn(512, 128)
+    weights = {f"module.{name}".replace("downsample", "shortcut"): value for name, value in resnet.items()
+               if not name.startswith("fc.")}
+    weights |= {"module.linear.weight": directions, "module.groupDis.0.weight": torch.randn(512, 128)}
+    torch.save(dict(model=weights, model_ema=resnet, opt=argparse.Namespace(lr=0.03)), tmp_path / "file.pth")
+    found, images = encoder(tmp_path / "file.pth", layer="head"), torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        cosines = nn.functional.normalize(found.backbone(images)) @ nn.functional.normalize(directions, dim=0)
+        torch.testing.assert_close(found.embed(images), nn.functional.normalize(cosines))
+
+
 def test_half_loaded_is_refused(resnet: dict[str, Tensor], trained: Path, tmp_path: Path) -> None:
     """Under 95 % of the weights, another architecture, width or stem: refused with names from both sides."""
     part = {name: value for name, value in resnet.items() if not name.startswith("layer4.1")}
