@@ -2903,7 +2903,8 @@ class Encoder:
                  for what, part in (("missing", missing), ("unexpected", unexpected))]
         taken, *others = self.report["prefixes"]
         choice = f"; taken: {taken}*, also there: {', '.join(f'{other}*' for other in others)}" if others else ""
-        return f"{found} tensors matched, {', '.join(names)}; {'with' if self.head else 'without'} head{choice}"
+        sobel = "; it sees Sobel gradients" * isinstance(getattr(self.backbone, "front", None), Sobel)
+        return f"{found} tensors matched, {', '.join(names)}; {'with' if self.head else 'without'} head{sobel}{choice}"
 
 
 def _images_of_run(args: argparse.Namespace, options: dict[str, Any]) -> None:

@@ -142,6 +142,21 @@ def test_alexnet_of_data_parallel(tmp_path: Path) -> None:
         assert torch.equal(value, weights[name])
 
 
+@pytest.mark.parametrize("arch", ["alexnet_bn", "vgg16_bn"])
+def test_deepclusters_own_files(arch: str, tmp_path: Path) -> None:
+    """Sobel's filters, which come last in the file, are applied, and the line about the weights says so."""
+    network = common.backbone(arch, 4, input_channels=2).eval()
+    weights = {name.replace("features.", "features.module."): value for name, value in network.state_dict().items()
+               if not name.endswith("num_batches_tracked")}
+    sobel = {"sobel.0.weight": torch.rand(1, 3, 1, 1), "sobel.1.weight": torch.rand(2, 1, 3, 3)}
+    torch.save(dict(arch=arch, state_dict=weights | {"top_layer.bias": torch.rand(9)} | sobel),
+               tmp_path / "file.pth")
+    found, images = common.load_encoder(tmp_path / "file.pth", arch, 4, None, CPU, "auto"), torch.rand(1, 3, 224, 224)
+    assert found.describe().endswith("it sees Sobel gradients")
+    with torch.no_grad():
+        torch.testing.assert_close(found.backbone(images), network(images))
+
+
 @pytest.mark.parametrize("arch", ["alexnet_bn_fc", "vgg16_bn_fc"])
 def test_norms_of_fully_connected_layers_are_folded(arch: str, tmp_path: Path) -> None:
     """A loaded network has them in fc6 and fc7: the same features, and just the layers that evaluations know."""
