@@ -3069,7 +3069,8 @@ def _load_inert(content: bytes, path: Path) -> Any:
             check_archive(io.BytesIO(content))
             return torch.load(io.BytesIO(content), map_location="cpu", **options)
     if path.suffix == ".safetensors":
-        raise Fault(f"{path}: convert it by torch.save(safetensors.torch.load_file(...), 'weights.pth')")
+        raise Fault(f"{path}: convert it by torch.save(safetensors.torch.load_file({str(path)!r}), 'weights.pth') "
+                    "(pip install safetensors)")
     raise Fault(f"{path} is damaged, truncated or no PyTorch checkpoint")
 
 

@@ -326,7 +326,8 @@ def test_half_loaded_is_refused(resnet: dict[str, Tensor], trained: Path, tmp_pa
     torch.save(torchvision.models.alexnet().state_dict(), tmp_path / "alexnet.pth")
     one_line(run("eval_knn", [tmp_path / "alexnet.pth", "--arch", "alexnet", *SMALL_SET]), "not torchvision's")
     (tmp_path / "x.safetensors").write_bytes(b"abc")
-    one_line(run("eval_knn", [tmp_path / "x.safetensors", "--arch", "resnet18", *SMALL_SET]), "convert it by")
+    one_line(run("eval_knn", [tmp_path / "x.safetensors", "--arch", "resnet18", *SMALL_SET]), "convert it by",
+             f"load_file('{tmp_path / 'x.safetensors'}')", "pip install safetensors")
     torch.save({"weights": 3}, tmp_path / "none.pth")
     one_line(run("eval_knn", [tmp_path / "none.pth", "--arch", "resnet18"]), "holds no weights")
     no_head = {name: value for name, value in resnet.items() if not name.startswith("fc.")}
