@@ -2977,14 +2977,14 @@ def load_encoder(
     everything = saved["state"]["encoder"] if ours else _state_dict(saved, path)
     if not all(isinstance(weight, Tensor) for weight in everything.values()):
         raise Fault(f"{path} is damaged: among its weights is something else")
-    arch = arch or options.get("arch")
-    if arch not in ARCHITECTURES:
-        raise Fault(f"{path} has {f'the unknown architecture {arch}' if arch else 'no word of its architecture'}: name "
-                    f"one with --arch ({', '.join(ARCHITECTURES)})")
-    width = width or options.get("width", 64)
+    arch, width = arch or options.get("arch"), width or options.get("width", 64)
     filters = (w for name, w in everything.items() if w.ndim == 4 and "sobel" not in name)
     channels = next((w.shape[1] for w in filters), 3)  # 2: behind DeepCluster's Sobel
     channels = 2 if channels == 2 else 3
+    if arch not in ARCHITECTURES:
+        fit = _fitting(everything, width, channels)
+        raise Fault(f"{path} has {f'the unknown architecture {arch}' if arch else 'no word of its architecture'}: name "
+                    f"one with --arch ({f'{fit} fits' if fit else ', '.join(ARCHITECTURES)})")
     # Ours had the stem of its images' size, unless its script was changed.
     stems = [data["small"], not data["small"]] if ours else [False, True] if small is None else [small]
     for stem in stems:
@@ -3029,9 +3029,11 @@ def load_encoder(
     if share < 0.95 or other:  # of another shape, of a deeper ResNet, or a whole convolution or normalisation
         left = [name for name in dict.fromkeys(other + unexpected) if name in weights]
         which = " (AlexNet is the original's, of 96 filters, not torchvision's)" * arch.startswith("alexnet")
-        raise Fault(f"{path} has {100 * share:.0f} % of the weights of {arch}, width {width}{which}: wrong --arch or "
-                    f"--width? Missing {', '.join(missing[:3]) or 'none'} ...; left over "
-                    f"{', '.join(left[:3]) or 'none'} ...")
+        fit = _fitting(everything, width, channels)
+        advice = f"take --arch {fit}" if fit else (f"wrong --arch or --width{which}? Names other than torchvision's "
+                                                   "have to be changed first (README.md, Evaluate)")
+        raise Fault(f"{path} has {100 * share:.0f} % of the weights of {arch}, width {width}: {advice}. Missing "
+                    f"{', '.join(missing[:3]) or 'none'} ...; left over {', '.join(left[:3]) or 'none'} ...")
     if not all(weight.isfinite().all() for weight in matched.values()):
         raise Fault(f"{path} has weights that are not finite: take an earlier checkpoint")
     if head is None and layer == "head":
@@ -3044,6 +3046,19 @@ def load_encoder(
     bank = saved["state"]["bank"]["features"] if ours and "bank" in saved["state"] else None
     report = dict(matched=len(matched), missing=missing, unexpected=unexpected, prefixes=prefixes)
     return Encoder(network, head, options, data, bank, hashlib.sha256(content).hexdigest(), report)
+
+
+def _fitting(everything: dict[str, Tensor], width: int, channels: int) -> str | None:
+    """The architecture of which a file has every weight, and no layer more, if there is one."""
+    for arch, small in itertools.product(ARCHITECTURES, (False, True)):
+        with torch.device("meta"):
+            target = backbone(arch, width, small, channels).state_dict()
+        weights, _ = _strip(everything, target)
+        more = any(name.startswith("layer") for name in weights.keys() - target.keys())
+        if not more and all(name in weights and weights[name].shape == value.shape for name, value in target.items()
+                            if not name.endswith("num_batches_tracked")):
+            return arch
+    return None
 
 
 def _neck(weights: dict[str, Tensor], dim: int) -> nn.Sequential | None:

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 import types
 from collections import OrderedDict
 from pathlib import Path
@@ -144,13 +145,16 @@ def test_alexnet_of_data_parallel(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arch", ["alexnet_bn", "vgg16_bn"])
 def test_deepclusters_own_files(arch: str, tmp_path: Path) -> None:
-    """Sobel's filters, which come last in the file, are applied, and the line about the weights says so."""
+    """They call themselves alexnet and vgg16: whoever takes that name is told the right one, under which Sobel's
+    filters, which come last in the file, are applied and named."""
     network = common.backbone(arch, 4, input_channels=2).eval()
     weights = {name.replace("features.", "features.module."): value for name, value in network.state_dict().items()
                if not name.endswith("num_batches_tracked")}
     sobel = {"sobel.0.weight": torch.rand(1, 3, 1, 1), "sobel.1.weight": torch.rand(2, 1, 3, 3)}
-    torch.save(dict(arch=arch, state_dict=weights | {"top_layer.bias": torch.rand(9)} | sobel),
+    torch.save(dict(arch=arch[:-3], state_dict=weights | {"top_layer.bias": torch.rand(9)} | sobel),
                tmp_path / "file.pth")
+    with pytest.raises(common.Fault, match=f"take --arch {arch}"):
+        common.load_encoder(tmp_path / "file.pth", arch[:-3], 4, None, CPU, "auto")
     found, images = common.load_encoder(tmp_path / "file.pth", arch, 4, None, CPU, "auto"), torch.rand(1, 3, 224, 224)
     assert found.describe().endswith("it sees Sobel gradients")
     with torch.no_grad():
@@ -305,6 +309,21 @@ def test_head_of_clds_authors(resnet: dict[str, Tensor], tmp_path: Path) -> None
         torch.testing.assert_close(found.embed(images), nn.functional.normalize(cosines))
 
 
+def test_layers_of_an_nn_sequential_are_renamed_first(resnet: dict[str, Tensor], tmp_path: Path) -> None:
+    """Names like lightly's (children by their number) are refused with a word of README's command, which works."""
+    network = torchvision.models.resnet18()
+    network.load_state_dict(resnet)
+    children = nn.Sequential(*list(network.children())[:-1]).state_dict()
+    torch.save(dict(state_dict={f"backbone.{name}": value for name, value in children.items()}), tmp_path / "file.pth")
+    with pytest.raises(common.Fault, match=r"have to be changed first \(README.md, Evaluate\)"):
+        encoder(tmp_path / "file.pth")
+    (commands,) = re.findall(r"    weights = .*\n    torch.save.*\n", (common.ROOT / "README.md").read_text())
+    with contextlib.chdir(tmp_path):
+        exec(textwrap.dedent(commands).replace("resnet50", "resnet18"))
+    found = encoder(tmp_path / "weights.pth")
+    assert all(torch.equal(value, resnet[name]) for name, value in found.backbone.state_dict().items())
+
+
 def test_half_loaded_is_refused(resnet: dict[str, Tensor], trained: Path, tmp_path: Path) -> None:
     """Under 95 % of the weights, another architecture, width or stem: refused with names from both sides."""
     part = {name: value for name, value in resnet.items() if not name.startswith("layer4.1")}
@@ -313,10 +332,10 @@ def test_half_loaded_is_refused(resnet: dict[str, Tensor], trained: Path, tmp_pa
     one_line(run("eval_knn", [tmp_path / "part.pth", *command]), "% of the weights of resnet18", "layer4.1")
     torch.save(resnet, tmp_path / "whole.pth")
     one_line(run("eval_knn", [tmp_path / "whole.pth", "--arch", "resnet50", *SMALL_SET]), "of the weights of resnet50")
-    one_line(run("eval_knn", [tmp_path / "whole.pth", *SMALL_SET]), "--arch")
+    one_line(run("eval_knn", [tmp_path / "whole.pth", *SMALL_SET]), "name one with --arch (resnet18 fits)")
     one_line(run("eval_knn", [trained / "checkpoint.pth", "--width", "8"]), "width 8", "bn1.bias")
     torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "deeper.pth")
-    one_line(run("eval_knn", [tmp_path / "deeper.pth", *command]), "wrong --arch", "left over layer1.2.bn1.bias")
+    one_line(run("eval_knn", [tmp_path / "deeper.pth", *command]), "take --arch resnet34", "left over layer1.2.bn1")
     one_line(run("eval_knn", [tmp_path / "nowhere.pth", "--arch", "resnet18"]), "cannot read", "nowhere.pth")
     one_line(run("eval_knn", [tmp_path / "whole.pth", "--arch", "resnet34", *SMALL_SET]), "of the weights of resnet34")
     torch.save(resnet | {"conv1.weight": torch.zeros(64, 3, 5, 5)}, tmp_path / "stem.pth")
