@@ -3013,7 +3013,7 @@ def load_encoder(
         found = {key: weights[f"{name}.{key}"] for key in ("weight", "bias") if f"{name}.{key}" in weights}
         if f"{name}.direction" in weights:  # cld.NormLinear; the input's length that it divides by cancels in embed
             found = dict(weight=F.normalize(weights[f"{name}.direction"]))
-        elif found.keys() == {"weight"} and [inputs] == [*found["weight"].shape[:-1]] != [*found["weight"].shape[1:]]:
+        elif found.keys() == {"weight"} and found["weight"].shape[:1] == (inputs,) != found["weight"].shape[1:]:
             found = dict(weight=F.normalize(found["weight"].T))  # the same of its authors, transposed
         if "weight" in found and found["weight"].shape[1:] == (inputs,):
             linear = nn.Linear(inputs, len(found["weight"]), bias="bias" in found)
