@@ -2507,8 +2507,12 @@ HAS_INT8: bool = getattr(torch.cpu, "_is_vnni_supported", lambda: False)() and h
 
 
 def _screens(x: Tensor) -> bool:
-    """Whether products of rows x (N, D) are made in 8 bits first; of one column PyTorch 2.11's are silently garbage."""
-    return x.device.type == "cpu" and HAS_INT8 and x.shape[1] > 1
+    """Whether products of rows x (N, D) are made in 8 bits first; of one column PyTorch 2.11's are silently garbage.
+
+    Longer rows than features are images' pixels: in flat areas rounding errors are alike, not the noise that `_reach`
+    takes them for, and from D = 2^16 on a product overflows.
+    """
+    return x.device.type == "cpu" and HAS_INT8 and 1 < x.shape[1] <= 2048
 
 
 class _Int8(NamedTuple):

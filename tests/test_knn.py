@@ -75,6 +75,23 @@ def test_screened_neighbors_of_many_alike() -> None:
     assert torch.equal(index % 2, (torch.arange(5) % 2)[:, None].expand(5, 40))
 
 
+@pytest.mark.parametrize(("count", "side", "ink"), [(300, 32, -0.6), (140, 224, -1.0)])
+def test_neighbors_by_pixels(count: int, side: int, ink: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of raw pixels, too, none is nearer than those found: of pages, in whose flat areas errors of rounding add up, and
+    of images so large that products in 8 bits overflow."""
+    monkeypatch.setattr(common, "HAS_INT8", True)
+    source, pages = torch.Generator().manual_seed(0), torch.ones(count, 3, side, side)
+    for page in pages:
+        top, left, height, width = torch.randint(side // 2, (4,), generator=source).tolist()
+        page[:, top : top + height + 1, left : left + width + 1] = ink
+    keys = F.normalize(pages.flatten(1), dim=1)
+    itself = torch.arange(20)
+    similarity, index = common.neighbors(keys[:20], keys, 1, exclude=itself)
+    exact = (keys[:20] @ keys.T).scatter(1, itself[:, None], -1)
+    torch.testing.assert_close(similarity[:, 0], exact.amax(1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(exact.gather(1, index), similarity, atol=1e-4, rtol=0)
+
+
 def test_neighbors_of_one_column() -> None:
     """Features of one number have neighbours too, where a screen in 8 bits of one column is garbage (PyTorch 2.11)."""
     keys = torch.randn(4096, 1, generator=torch.Generator().manual_seed(0))
