@@ -3302,7 +3302,7 @@ def _voc_list(path: Path) -> list[str]:
 def _voc_class_lists(root: Path) -> list[str]:
     """Classes by the lists of one class, CLASS_trainval.txt or CLASS_train.txt; none if there are no such lists."""
     for end in ("_trainval.txt", "_train.txt"):
-        names = sorted(path.name[: -len(end)] for path in (root / "ImageSets" / "Main").glob(f"*{end}"))
+        names = sorted(path.name[: -len(end)] for path in (root / "ImageSets" / "Main").glob(f"[!.]*{end}"))
         if names:
             return names
     return []

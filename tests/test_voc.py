@@ -100,6 +100,13 @@ def test_class_lists_agree_with_the_annotations(rendered: Path) -> None:
     assert eval_linear.presence(common.VocSet("", list("abcd"), [image])).tolist() == [[-1, 0, 1, -1]]
 
 
+def test_hidden_files_are_no_class_lists(folder: Path) -> None:
+    """Lists of one class name the classes, but for those that a Mac leaves beside each file on foreign disks."""
+    for name in ("cat_train.txt", "dog_train.txt", "._cat_train.txt"):
+        (folder / "ImageSets/Main" / name).write_text("a 1\n")
+    assert common.load_voc(options(folder), "train").classes == ["cat", "dog"]
+
+
 def test_rendered_by_need(tmp_path: Path) -> None:
     """--data shapes renders once, just what --subset asks for, and the images do not depend on how many there are."""
     wanted = options("shapes", data_dir=tmp_path, subset=4.0, test_subset=2.0)
