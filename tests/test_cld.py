@@ -1000,7 +1000,8 @@ def test_patches_are_of_an_image_or_its_mirror_image() -> None:
 
 
 def test_crops_from_boxes(tmp_path: Path) -> None:
-    """A crop for each box that meets its image, in its class's folder, with the pixels of the box."""
+    """A crop for each box that meets its image, in its class's folder, with the pixels of the box; a line without a box
+    or with a class that is no folder's name is named."""
     scene = Image.new("RGB", (20, 10))
     scene.paste((255, 0, 0), (5, 2, 9, 8))
     scene.save(tmp_path / "scene.png")
@@ -1008,6 +1009,12 @@ def test_crops_from_boxes(tmp_path: Path) -> None:
     boxes = ["image,x1,y1,x2,y2,class", "scene.png,5,2,9,8,cup", "scene.png,15,5,40,30,bowl", "scene.png,30,0,40,9,cup"]
     table.write_text("\n".join(boxes))
     assert crop_boxes.crop_boxes(table, tmp_path, tmp_path / "out") == (2, 1)
+    table.write_text("\n".join(boxes), encoding="utf-8-sig")  # as spreadsheets save it
+    assert crop_boxes.crop_boxes(table, tmp_path, tmp_path / "again") == (2, 1)
+    for row in ("5,2", "5,2,x,8,cup", "5,2,nan,8,cup", "5,2,9,8", "5,2,9,8,", "5,2,9,8,..", "5,2,9,8,a/b"):
+        table.write_text(f"{boxes[0]}\nscene.png,{row}\n")
+        with pytest.raises(common.Fault, match=r"boxes.csv, line 2: .*(are not numbers|is no name of a folder)"):
+            crop_boxes.crop_boxes(table, tmp_path, tmp_path / "out")
     (tmp_path / "other.csv").write_text("file,left\n")
     for name, words in (("other.csv", "has not the header image,x1,"), ("none.csv", "No such file")):
         tool = [common.ROOT / "tools/crop_boxes.py", tmp_path / name, tmp_path, tmp_path / "none"]

@@ -26,14 +26,19 @@ COLUMNS = ["image", "x1", "y1", "x2", "y2", "class"]
 def crop_boxes(table: Path, scenes: Path, out: Path) -> tuple[int, int]:
     """Writes OUT/<class>/<line>-<image>.png for each line of `table`; returns (written, left out)."""
     written = left_out = 0
-    with table.open(newline="") as file:
+    with table.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin it with a mark
         reader = csv.DictReader(file)
         if not set(COLUMNS) <= set(reader.fieldnames or ()):
             raise common.Fault(f"{table} has not the header {','.join(COLUMNS)}")
         for line, row in enumerate(reader):
+            try:
+                x1, y1, x2, y2 = (round(float(row[key])) for key in COLUMNS[1:5])
+            except (TypeError, ValueError, OverflowError):
+                raise common.Fault(f"{table}, line {reader.line_num}: the corners of the box are not numbers") from None
+            if (row["class"] or ".")[0] == "." or "/" in row["class"]:
+                raise common.Fault(f"{table}, line {reader.line_num}: {row['class']!r} is no name of a folder")
             with Image.open(scenes / row["image"]) as scene:
-                x1, y1 = (max(0, round(float(row[key]))) for key in ("x1", "y1"))
-                x2, y2 = min(scene.width, round(float(row["x2"]))), min(scene.height, round(float(row["y2"])))
+                x1, y1, x2, y2 = max(0, x1), max(0, y1), min(scene.width, x2), min(scene.height, y2)
                 if x1 >= x2 or y1 >= y2:
                     left_out += 1
                     continue
