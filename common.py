@@ -2958,15 +2958,14 @@ BESIDE = ("classes", "group_head.", "predictor.", "jigsaw.")
 
 
 def load_encoder(
-    path: Path | str, arch: str | None, width: int | None, small: bool | None, device: torch.device, layer: str
+    path: Path | str, arch: str | None = None, width: int | None = None, device: torch.device = CPU, layer: str = "auto"
 ) -> Encoder:
     """The encoder in a checkpoint of ours, a backbone.pth, or any file with torchvision's or timm's names.
 
-    Checkpoints of ours say arch and width themselves; small: whether a foreign file has the 3x3 stem (None: as its
-    weights fit). `layer`: "head", "backbone", or "auto": the head of checkpoints of ours, the backbone of foreign
-    files, whose last layer may be a classifier. An AlexNet or VGG16 that has fc6 and no fc7 ends there. Under 95 % of
-    the backbone's weights found, or any of another shape, is a Fault: numbers of a half-loaded network look like
-    results.
+    Checkpoints of ours say arch and width themselves; of the two stems that is taken which fits the weights. `layer`:
+    "head", "backbone", or "auto": the head of checkpoints of ours, the backbone of foreign files, whose last layer may
+    be a classifier. An AlexNet or VGG16 that has fc6 and no fc7 ends there. Under 95 % of the backbone's weights found,
+    or any of another shape, is a Fault: numbers of a half-loaded network look like results.
     """
     path = Path(path)
     try:
@@ -2989,9 +2988,9 @@ def load_encoder(
         fit = _fitting(everything, width, channels)
         raise Fault(f"{path} has {f'the unknown architecture {arch}' if arch else 'no word of its architecture'}: name "
                     f"one with --arch ({f'{fit} fits' if fit else ', '.join(ARCHITECTURES)})")
-    # Ours had the stem of its images' size, unless its script was changed.
-    stems = [data["small"], not data["small"]] if ours else [False, True] if small is None else [small]
-    for stem in stems:
+    # Ours has the stem of its images' size, unless its script was changed.
+    usual = data.get("small", False)
+    for stem in (usual, not usual):
         network = backbone(arch, width, stem, channels)
         weights, prefixes = _strip(everything, network.state_dict())
         if isinstance(network, PlainNet):

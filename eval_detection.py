@@ -707,7 +707,7 @@ def main(args: argparse.Namespace) -> None:
     if args.checkpoint == "random":
         encoder = common.untrained_encoder(args.arch or "resnet18", args.width or 64, args.small, run.device)
     else:
-        encoder = common.load_encoder(Path(args.checkpoint), args.arch, args.width, None, run.device, "backbone")
+        encoder = common.load_encoder(Path(args.checkpoint), args.arch, args.width, run.device, "backbone")
         if run.rank == 0:
             print(f"{args.checkpoint}: {encoder.describe()}", flush=True)
     arch, wanted = args.arch or encoder.options.get("arch", "resnet18"), args.preset.rpartition("-")[2]

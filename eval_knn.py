@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
         if args.layer == "backbone":
             encoder.head = None
     else:
-        encoder = common.load_encoder(path, args.arch, args.width, None, device, args.layer)
+        encoder = common.load_encoder(path, args.arch, args.width, device, args.layer)
         print(f"{path}: {encoder.describe()}", flush=True)
         if args.train_features == "bank" and encoder.bank is None:
             raise common.Fault(f"{path} has no memory bank: use --train-features clean")

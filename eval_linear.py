@@ -1312,8 +1312,7 @@ def main(args: argparse.Namespace) -> None:
     device = common.pick_device(args.device)
     encoder, path = None, Path(args.checkpoint)
     if args.checkpoint != "random":
-        encoder = common.load_encoder(path, args.arch, args.width, None, device,
-                                      "head" if "head" in args.layers else "auto")
+        encoder = common.load_encoder(path, args.arch, args.width, device, "head" if "head" in args.layers else "auto")
         if common.first_rank():
             print(f"{path}: {encoder.describe()}", flush=True)
     # Of its own: a protocol trains several times --epochs, and a batch may be smaller.

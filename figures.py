@@ -187,7 +187,7 @@ def open_network(
                                       data=first.data)
         return encoder, Source("untrained", {}, {}, "", 0)
     path = Path(name, "checkpoint.pth") if Path(name).is_dir() else Path(name)
-    encoder = common.load_encoder(path, args.arch, args.width, None, args.device, args.layer)
+    encoder = common.load_encoder(path, args.arch, args.width, args.device, args.layer)
     if not encoder.options:
         return encoder, Source(path.name, {}, {}, "", 0)
     saved = common.load_checkpoint(path)

@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--output", type=Path, help="file to which the line is added")
     args = parser.parse_args()
-    encoder = common.load_encoder(args.run / "checkpoint.pth", None, None, None, torch.device("cpu"), "auto")
+    encoder = common.load_encoder(args.run / "checkpoint.pth")
     network: Any = encoder.backbone.requires_grad_(False)
     size, names, ratios, above = encoder.data["size"], list[tuple[str, int]](), list[float](), list[float]()
     for stage, name in enumerate(figures.STAGES):

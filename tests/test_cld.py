@@ -673,7 +673,7 @@ def test_checkpoint_is_read_by_the_evaluations(head: str, tmp_path: Path) -> Non
     content = dict(options=dict(arch="resnet18", width=4), data=dict(small=True), git="", epoch=0, step=0, log_size=0,
                    state=dict(encoder=encoder.state_dict()))
     torch.save(content, tmp_path / "checkpoint.pth")
-    loaded = common.load_encoder(tmp_path / "checkpoint.pth", None, None, None, common.CPU, "auto")
+    loaded = common.load_encoder(tmp_path / "checkpoint.pth")
     images = torch.rand(4, 3, 16, 16)
     with torch.no_grad():
         expected = F.normalize(encoder.eval().embed(images)[0], dim=1)

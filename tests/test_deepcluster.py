@@ -210,7 +210,7 @@ def test_sobel_survives_save_and_load(arch: str, width: int, sobel: bool, tmp_pa
     """A backbone that was trained on gradients is loaded with its Sobel filter, by any evaluation, others without."""
     encoder = dc.Encoder(arch, width, True, 32, "full" if arch == "alexnet_bn" else "pooled", sobel, 0.0).eval()
     torch.save(encoder.backbone.state_dict(), tmp_path / "backbone.pth")
-    loaded = common.load_encoder(tmp_path / "backbone.pth", arch, width, True, torch.device("cpu"), "auto")
+    loaded = common.load_encoder(tmp_path / "backbone.pth", arch, width)
     images = torch.randn(2, 3, 32, 32, generator=seeded())
     with torch.no_grad():
         assert torch.equal(loaded.backbone(images), encoder.backbone(images))
@@ -229,7 +229,7 @@ def test_every_head_is_read_by_the_evaluations(arch: str, head: str, sobel: bool
                     state=dict(encoder=encoder.state_dict())), tmp_path / "checkpoint.pth")
     images = torch.randn(2, 3, 32, 32, generator=seeded())
     for name, said in (("checkpoint.pth", None), ("backbone.pth", arch)):
-        loaded = common.load_encoder(tmp_path / name, said, 4, None, common.CPU, "auto")
+        loaded = common.load_encoder(tmp_path / name, said, 4)
         assert loaded.report["missing"] == [] and loaded.head is None
         assert all(name.startswith("mlp.") for name in loaded.report["unexpected"])
         with torch.no_grad():
@@ -242,7 +242,7 @@ def test_a_lost_fc6_is_refused(tmp_path: Path) -> None:
     for lost in (["classifier.1.weight", "classifier.4.weight"], ["classifier.1.weight"]):
         torch.save({name: w for name, w in weights.items() if name not in lost}, tmp_path / "file.pth")
         with pytest.raises(common.Fault, match=r"% of the weights"):
-            common.load_encoder(tmp_path / "file.pth", "alexnet_bn", 4, True, common.CPU, "auto")
+            common.load_encoder(tmp_path / "file.pth", "alexnet_bn", 4)
 
 
 @pytest.mark.parametrize(

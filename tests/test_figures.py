@@ -480,7 +480,7 @@ def test_ascent_raises_the_activation(run: Path) -> None:
     """Gradient ascent raises each channel of conv1 to conv3 that noise fires at least tenfold over that noise, and
     twofold over noise of the image's own contrast; of conv4, after two epochs of training, most channels; what is said
     of an image is its activation."""
-    network: Any = common.load_encoder(run / "checkpoint.pth", None, None, None, torch.device("cpu"), "auto").backbone
+    network: Any = common.load_encoder(run / "checkpoint.pth").backbone
     noise = figures.CONTRAST * torch.randn(8, 3, 32, 32, generator=common.generator("noise"))
     for stage, share in enumerate((1, 1, 1, 0.8, 0)):  # conv5 has few live ones, other ones on other processors
         rest = network.stages(noise)[stage].mean((2, 3))
@@ -541,7 +541,7 @@ def test_maximize_shows_the_images_that_fire_most(run: Path, tmp_path: Path, mon
     draw("maximize", run, "--stages", "conv1", "conv3", "--channels", 2, "--steps", 20, "--out", tmp_path / "m.png")
     image(tmp_path / "m.png")
     assert list(seen[0]) == ["conv1", "conv3"]
-    encoder = common.load_encoder(run / "checkpoint.pth", None, None, None, torch.device("cpu"), "auto")
+    encoder = common.load_encoder(run / "checkpoint.pth")
     network: Any = encoder.backbone
     args = figures.parse_args(["maximize", str(run)])
     args.device = torch.device("cpu")

@@ -838,7 +838,7 @@ def test_voc07(trainable: str, trained: Path, voc: Path, tmp_path: Path) -> None
                      "--weight-decay", 1e-6, "--workers", 0, data_dir=voc)
     (row,) = found["runs"]
     assert row["map_11_points"] == found["map_voc07_classification"] and len(row["ap_11_points"]) == 10
-    before = common.load_encoder(path, None, None, None, CPU, "auto").backbone.state_dict()
+    before = common.load_encoder(path).backbone.state_dict()
     (after,) = tmp_path.glob("eval_linear/smoke-*/checkpoint.pth")
     for name, weight in common.load_checkpoint(after)["state"]["model"].items():
         name = name.removeprefix("body.")
@@ -864,7 +864,7 @@ def test_batch_normalisation_may_train(trained: Path, voc: Path, tmp_path: Path)
     path = Path(shutil.copy(trained, tmp_path / "checkpoint.pth"))
     evaluate(path, "--protocol", "voc07", "--data", "shapes", "--trainable", "fc", "--train-batchnorm", "--lr", 0.01,
              "--weight-decay", 0, "--workers", 0, data_dir=voc)
-    before = common.load_encoder(path, None, None, None, CPU, "auto").backbone.state_dict()
+    before = common.load_encoder(path).backbone.state_dict()
     (after,) = tmp_path.glob("eval_linear/smoke-*/checkpoint.pth")
     weights = common.load_checkpoint(after)["state"]["model"]
     assert not torch.equal(weights["body.layer1.0.bn1.weight"], before["layer1.0.bn1.weight"])
@@ -934,7 +934,7 @@ def test_voc07_sees_images_as_the_network_did(trained: Path, voc: Path) -> None:
     """
     words = [str(trained), "--protocol", "voc07-svm", "--data", "shapes", "--data-dir", str(voc), "--subset", "20",
              "--test-subset", "10"]
-    encoder, imagenet = common.load_encoder(trained, None, None, None, CPU, "auto"), common.IMAGENET
+    encoder, imagenet = common.load_encoder(trained), common.IMAGENET
     for typed, network, expected in (([], encoder, (32, (0.5,) * 3, (0.25,) * 3)), ([], None, tuple(imagenet)),
                                      (["--mean", "0", "0", "0", "--std", "1", "1", "1"], None,
                                       (imagenet.size, (0, 0, 0), (1, 1, 1)))):
@@ -1104,7 +1104,7 @@ def test_faults(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     small = [checkpoint, *SMALL, tmp_path]
     one_line(run("eval_linear", [tmp_path / "none.pth", "--device", "cpu"]), "cannot read", "none.pth")
     one_line(run("eval_linear", [*small, "--protocol", "svm", "--per-class", "7"]), "a class of shapes has 6 images")
-    backbone = common.load_encoder(checkpoint, None, None, None, CPU, "auto").backbone.state_dict()
+    backbone = common.load_encoder(checkpoint).backbone.state_dict()
     torch.save(backbone, tmp_path / "backbone.pth")
     one_line(run("eval_linear", [tmp_path / "backbone.pth", *SMALL, tmp_path, "--arch", "resnet18", "--width", "4",
                                  "--layers", "head"]), "no linear layer", "take backbone, not head")

@@ -40,8 +40,8 @@ def resnet() -> dict[str, Tensor]:
     return torchvision.models.resnet18().state_dict()
 
 
-def encoder(path: Path, arch: str = "resnet18", layer: str = "auto", small: bool | None = None) -> common.Encoder:
-    return common.load_encoder(path, arch, None, small, CPU, layer)
+def encoder(path: Path, arch: str = "resnet18", layer: str = "auto") -> common.Encoder:
+    return common.load_encoder(path, arch, layer=layer)
 
 
 def wrap(weights: dict[str, Tensor], kind: str) -> Any:
@@ -114,7 +114,7 @@ def test_sobel_before_the_network(tmp_path: Path) -> None:
     """A file whose Sobel filters come first, of three channels, is one of DeepCluster's networks all the same."""
     weights = common.backbone("alexnet_bn", 4, True, input_channels=2).state_dict()
     torch.save({"sobel.0.weight": torch.rand(1, 3, 1, 1)} | weights, tmp_path / "file.pth")
-    found = common.load_encoder(tmp_path / "file.pth", "alexnet_bn", 4, True, CPU, "auto")
+    found = common.load_encoder(tmp_path / "file.pth", "alexnet_bn", 4)
     assert isinstance(found.backbone.front, common.Sobel)
 
 
@@ -137,7 +137,7 @@ def test_alexnet_of_data_parallel(tmp_path: Path) -> None:
     weights = common.backbone("alexnet", 4).state_dict()
     renamed = {name.replace("features.", "features.module."): value for name, value in weights.items()}
     torch.save({"state_dict": renamed | {"top_layer.weight": torch.zeros(10, 256)}}, tmp_path / "file.pth")
-    found = common.load_encoder(tmp_path / "file.pth", "alexnet", 4, None, CPU, "auto")
+    found = common.load_encoder(tmp_path / "file.pth", "alexnet", 4)
     assert found.report["missing"] == [] and found.report["unexpected"] == ["top_layer.weight"]
     for name, value in found.backbone.state_dict().items():
         assert torch.equal(value, weights[name])
@@ -154,8 +154,8 @@ def test_deepclusters_own_files(arch: str, tmp_path: Path) -> None:
     torch.save(dict(arch=arch[:-3], state_dict=weights | {"top_layer.bias": torch.rand(9)} | sobel),
                tmp_path / "file.pth")
     with pytest.raises(common.Fault, match=f"take --arch {arch}"):
-        common.load_encoder(tmp_path / "file.pth", arch[:-3], 4, None, CPU, "auto")
-    found, images = common.load_encoder(tmp_path / "file.pth", arch, 4, None, CPU, "auto"), torch.rand(1, 3, 224, 224)
+        common.load_encoder(tmp_path / "file.pth", arch[:-3], 4)
+    found, images = common.load_encoder(tmp_path / "file.pth", arch, 4), torch.rand(1, 3, 224, 224)
     assert found.describe().endswith("it sees Sobel gradients")
     with torch.no_grad():
         torch.testing.assert_close(found.backbone(images), network(images))
@@ -172,7 +172,7 @@ def test_norms_of_fully_connected_layers_are_folded(arch: str, tmp_path: Path) -
                 assert values is not None
                 nn.init.uniform_(values, 0.5, 1.5)
     torch.save(network.state_dict(), tmp_path / "file.pth")
-    found = common.load_encoder(tmp_path / "file.pth", arch, 4, None, CPU, "auto")
+    found = common.load_encoder(tmp_path / "file.pth", arch, 4)
     assert found.report["missing"] == found.report["unexpected"] == []
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
@@ -189,7 +189,7 @@ def test_plain_network_of_another_kind_is_refused(tmp_path: Path) -> None:
     for saved, asked in itertools.permutations(("vgg16", "vgg16_bn", "vgg16_bn_fc"), 2):
         torch.save(common.backbone(saved, 4, True).state_dict(), tmp_path / "file.pth")
         with pytest.raises(common.Fault, match=f"of the weights of {asked}"):
-            common.load_encoder(tmp_path / "file.pth", asked, 4, True, CPU, "auto")
+            common.load_encoder(tmp_path / "file.pth", asked, 4)
 
 
 def test_timms_vgg(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_timms_vgg(tmp_path: Path) -> None:
     theirs["pre_logits.fc1.weight"] = theirs["pre_logits.fc1.weight"].view(256, 32, 7, 7)
     theirs["pre_logits.fc2.weight"] = theirs["pre_logits.fc2.weight"].view(256, 256, 1, 1)
     torch.save(theirs, tmp_path / "file.pth")
-    found = common.load_encoder(tmp_path / "file.pth", "vgg16", 4, None, CPU, "auto")
+    found = common.load_encoder(tmp_path / "file.pth", "vgg16", 4)
     assert found.report["missing"] == found.report["unexpected"] == []
     assert all(torch.equal(value, weights[name]) for name, value in found.backbone.state_dict().items())
 
@@ -228,20 +228,20 @@ def test_other_heads_and_stems_of_ours(trained: Path, tmp_path: Path) -> None:
     more = {f"neck.{place}.{kind}": torch.rand(dim, *[dim] * (kind == "weight")) for place in (0, 2)
             for kind in ("weight", "bias")}
     torch.save(saved | dict(state=dict(encoder=weights | more)), tmp_path / "file.pth")
-    found = common.load_encoder(tmp_path / "file.pth", None, None, None, CPU, "auto")
+    found = common.load_encoder(tmp_path / "file.pth")
     assert found.head is None and set(more) < set(found.report["unexpected"])
     for name, kept in (("mlp.0.weight", False), ("group_head.weight", True), ("classes", True)):
         torch.save(saved | dict(state=dict(encoder=weights | {name: torch.rand(dim, dim)})), tmp_path / "file.pth")
-        found = common.load_encoder(tmp_path / "file.pth", None, None, None, CPU, "auto")
+        found = common.load_encoder(tmp_path / "file.pth")
         assert (found.head is not None) == kept and found.report["unexpected"] == [name]
-        assert common.load_encoder(str(tmp_path / "file.pth"), None, None, None, CPU, "head").head is not None
+        assert common.load_encoder(str(tmp_path / "file.pth"), layer="head").head is not None
     copy = {f"teacher_{name}": torch.zeros_like(value) for name, value in weights.items() if "backbone" in name}
     torch.save(saved | dict(state=dict(encoder=weights | copy)), tmp_path / "file.pth")
-    found = common.load_encoder(tmp_path / "file.pth", None, None, None, CPU, "auto")
+    found = common.load_encoder(tmp_path / "file.pth")
     assert found.head is not None and len(found.report["unexpected"]) == len(copy)
     assert torch.equal(found.backbone.state_dict()["conv1.weight"], weights["backbone.conv1.weight"])
     torch.save(saved | dict(data=saved["data"] | dict(small=False)), tmp_path / "file.pth")
-    found = common.load_encoder(tmp_path / "file.pth", None, None, None, CPU, "auto")
+    found = common.load_encoder(tmp_path / "file.pth")
     assert found.report["missing"] == [] and found.head is not None
 
 
