@@ -118,8 +118,9 @@ STRUCTURED = {
 
 
 @pytest.mark.parametrize("case", STRUCTURED)
-def test_screen_holds_on_structured_rows(case: str) -> None:
+def test_screen_holds_on_structured_rows(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where errors of rounding are not like noise, too, no centroid is nearer than the label's in float64."""
+    monkeypatch.setattr(common, "HAS_INT8", True)
     x, centroids = STRUCTURED[case]()
     labels, _ = common.assign(x, centroids)
     scores = x.double() @ centroids.double().T - 0.5 * centroids.double().square().sum(1)
