@@ -36,6 +36,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import resource
@@ -113,6 +114,10 @@ def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], 
             problem = f"{error.strerror or error}: {error.filename or 'input or output failed'}"
         else:
             raise
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises when a worker is killed
+        for worker in multiprocessing.active_children():  # an error's frames keep them alive; see `ignore_signals`
+            worker.kill()
     # Most faults meet all ranks. One speaks first, then the launcher ends the others.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(wait)
@@ -1317,7 +1322,10 @@ class BadImages:
 
 
 def ignore_signals(worker: int) -> None:
-    """A launcher or Ctrl-C signals workers too: they go on, so that their parent can finish its step."""
+    """A launcher or Ctrl-C signals workers too: they go on, so that their parent can finish its step.
+
+    At exit Python sends SIGTERM to those that are left and waits for them: `launch` has to kill them before.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 

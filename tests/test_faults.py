@@ -574,3 +574,15 @@ def test_killed_worker(train: list[str], tmp_path: Path) -> None:
     images(tmp_path / "data", 20)
     command = [*train, "--data", str(tmp_path / "data"), "--cache", "none", "--workers", "1", "--subset", "20"]
     one_line(run("npid", command, before=killed_worker), "DataLoader worker", "--workers")
+
+
+def mistake() -> None:
+    common.crop_boxes = None  # type: ignore[assignment]
+
+
+def test_mistake_in_a_worker(train: list[str], tmp_path: Path) -> None:
+    """An exception in a worker that no one expects ends the run with its traceback: no worker is waited for."""
+    images(tmp_path / "data", 20)
+    command = [*train, "--data", str(tmp_path / "data"), "--cache", "none", "--workers", "2", "--subset", "20"]
+    done = run("npid", command, before=mistake)
+    assert done.code == 1 and "TypeError: 'NoneType' object is not callable" in done.err
