@@ -105,6 +105,8 @@ def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], 
             problem = f"out of memory: {less_memory(args)}"
         elif "Output size is too small" in reason or "greater than actual input size" in reason:
             problem = f"the images are too small for --arch {getattr(args, 'arch', '')}: raise --image-size"
+        elif "shared memory" in reason:
+            problem = "/dev/shm, for the workers' images, is full: enlarge it (Docker: --shm-size) or lower --workers"
         elif reason.startswith("DataLoader worker"):
             problem = f"{reason.splitlines()[0]}: lower --workers"
         elif isinstance(error, BrokenPipeError):

@@ -586,3 +586,17 @@ def test_mistake_in_a_worker(train: list[str], tmp_path: Path) -> None:
     command = [*train, "--data", str(tmp_path / "data"), "--cache", "none", "--workers", "2", "--subset", "20"]
     done = run("npid", command, before=mistake)
     assert done.code == 1 and "TypeError: 'NoneType' object is not callable" in done.err
+
+
+def full_shared_memory() -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)")
+
+    common.crop_boxes = fail  # type: ignore[assignment]
+
+
+def test_full_shared_memory(train: list[str], tmp_path: Path) -> None:
+    """A container's small /dev/shm is named, with what enlarges it."""
+    images(tmp_path / "data", 20)
+    command = [*train, "--data", str(tmp_path / "data"), "--cache", "none", "--workers", "1", "--subset", "20"]
+    one_line(run("npid", command, before=full_shared_memory), "/dev/shm", "--shm-size", "--workers")
