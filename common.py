@@ -124,7 +124,7 @@ def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(wait)
     clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # the progress bar's line
-    print(f"{clear}{Path(sys.argv[0]).name}: error: {problem}", file=sys.stderr, flush=True)
+    say(f"{clear}{Path(sys.argv[0]).name}: error: {problem}")
     sys.exit(code)
 
 
@@ -133,10 +133,18 @@ def first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def say(text: str) -> None:
+    """Print on stderr; where nobody reads that, as after Ctrl-C in `2>&1 | tee log`, nothing happens."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what is left in the buffer goes there
+
+
 def note(text: str) -> None:
     """Say on stderr what all ranks have found, once."""
     if first_rank():
-        print(text, file=sys.stderr, flush=True)
+        say(text)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -792,16 +800,23 @@ class Run:
         if self.signal == number == signal.SIGINT:  # a second Ctrl-C does not wait for the step
             raise KeyboardInterrupt
         self.signal = number
-        if self.rank == 0:  # not by print, which this signal may have interrupted
-            os.write(2, f"\n{signal.Signals(number).name}: saving at the next step boundary\n".encode())
+        if self.rank == 0:
+            with contextlib.suppress(OSError):  # not by print, which this signal may have interrupted
+                os.write(2, f"\n{signal.Signals(number).name}: saving at the next step boundary\n".encode())
 
     def after_step(self, state: dict[str, Any], epoch: int, step: int, loss: Tensor) -> None:
-        """Between steps: show progress, check that the loss is finite, save every --save-minutes and on a signal."""
+        """Between steps: check that the loss is finite, save every --save-minutes and on a signal, show progress."""
         now = time.monotonic()
         bad = torch.where(torch.isfinite(loss.detach()), NEVER, epoch * self.steps + step)
         self.first_bad = torch.minimum(self.first_bad, bad)
         if self.device.type == "cpu" or step % 50 == 0:  # a look waits for the device
             self.check_finite()
+        due = self.rank == 0 and now - self.saved_at > 60 * self.args.save_minutes > 0
+        wish = self.agree(self.signal or (0 if due else -1))  # signal > 0: save and stop; 0: save; -1: go on
+        if wish >= 0:
+            self.save(state, epoch, step + 1)
+        if wish > 0:
+            self.stop(wish, epoch, step + 1)
         if self.bar is not None:
             self.bar.set_description(f"epoch {epoch + 1}/{self.args.epochs}", refresh=False)
             self.bar.update()
@@ -809,12 +824,6 @@ class Run:
             print(f"epoch {epoch + 1}/{self.args.epochs}, step {step + 1}/{self.steps}, "
                   f"{now - self.start:.1f} s after the start of training", flush=True)
             self.printed_at = now
-        due = self.rank == 0 and now - self.saved_at > 60 * self.args.save_minutes > 0
-        wish = self.agree(self.signal or (0 if due else -1))  # signal > 0: save and stop; 0: save; -1: go on
-        if wish >= 0:
-            self.save(state, epoch, step + 1)
-        if wish > 0:
-            self.stop(wish, epoch, step + 1)
 
     def check_finite(self) -> None:
         """A loss that was not finite on any rank is a Fault on all."""
@@ -830,7 +839,7 @@ class Run:
         self.close()
         if self.rank == 0:
             command = "the same command, without --overwrite," if self.args.overwrite else "the same command"
-            print(f"stopped after {epoch} epochs and {step} steps; {command} continues", file=sys.stderr, flush=True)
+            say(f"stopped after {epoch} epochs and {step} steps; {command} continues")
         if callable(previous) and previous is not signal.default_int_handler:
             previous(number, None)  # a launcher's own handler, such as submitit's: it requeues the job
         sys.exit(128 + number)

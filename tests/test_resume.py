@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -199,6 +200,32 @@ def test_stops_at_a_step_boundary(
     assert checkpoint(tmp_path)["step"] > 0
     assert run("npid", command).code == 0
     same_runs_but_options(undisturbed, tmp_path)
+
+
+def interrupt_with_the_reader() -> None:
+    """A terminal's Ctrl-C in `2>&1 | tee log`: tee ends at once."""
+    read, write = os.pipe()
+    for stream in (1, 2):
+        os.dup2(write, stream)
+    os.close(write)
+    sys.stdout, sys.stderr = (os.fdopen(stream, "w", 1, closefd=False) for stream in (1, 2))
+    stop_at(1, 1, signal.SIGINT)
+    original = common.Run.after_step
+
+    def after_step(self: common.Run, state: dict[str, object], at: int, now: int, loss: torch.Tensor) -> None:
+        if (at, now) == (1, 1):
+            os.close(read)
+            self.printed_at = -100.0  # a line of progress is due, too
+        original(self, state, at, now, loss)
+
+    common.Run.after_step = after_step  # type: ignore[method-assign]
+
+
+def test_interrupted_with_the_reader_of_the_output(tmp_path: Path) -> None:
+    """Ctrl-C saves also where it ends whoever reads the output first."""
+    command = [*OFTEN, "--output", tmp_path, "--save-minutes", "0"]
+    assert run("npid", command, before=interrupt_with_the_reader).code == 130
+    assert (checkpoint(tmp_path)["epoch"], checkpoint(tmp_path)["step"]) == (1, 2)
 
 
 def same_runs_but_options(a: Path, b: Path) -> None:
