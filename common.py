@@ -995,7 +995,8 @@ def pick_device(name: str | None) -> torch.device:
     """The device asked for, else cuda, mps or cpu, in this order. Under a launcher: this rank's GPU."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if name == "cpu" and (os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("SLURM_GPUS_ON_NODE")):
+        expected = os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("SLURM_GPUS_ON_NODE")
+        if name == "cpu" and expected not in (None, "-1", "NoDevFiles"):  # which hide all of them
             note("warning: there should be GPUs, but this PyTorch sees none (a build for CPUs, or for a newer driver): "
                  "running on the CPU")
     if name == "cuda" and not torch.cuda.is_available():

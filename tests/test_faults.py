@@ -109,7 +109,7 @@ def test_downloads_of_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_gpus_that_are_not_seen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A job with GPUs whose PyTorch sees none says so before it takes the CPU."""
+    """A job with GPUs whose PyTorch sees none says so before it takes the CPU, unless they were hidden from it."""
     for name, value in (("is_available", False), ("device_count", 0)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -117,6 +117,9 @@ def test_gpus_that_are_not_seen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert common.pick_device(None).type == "cpu" and capsys.readouterr().err == ""
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
     assert common.pick_device(None).type == "cpu" and "this PyTorch sees none" in capsys.readouterr().err
+    for nothing in ("-1", "NoDevFiles"):  # by hand, by SLURM
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", nothing)
+        assert common.pick_device(None).type == "cpu" and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("cache", ["host", "none"])
