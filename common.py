@@ -752,6 +752,8 @@ class Run:
                 for name, part in state.items():
                     part.load_state_dict(saved["state"][name])
             except (KeyError, RuntimeError, ValueError) as error:
+                if out_of_memory(error):
+                    raise
                 raise Fault(f"{path} does not fit this code ({str(error).splitlines()[-1].strip()}): choose another "
                             "--output or --overwrite") from None
             if self.rank == 0:

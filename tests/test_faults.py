@@ -535,6 +535,22 @@ def test_out_of_memory(error: Exception, train: list[str]) -> None:
     one_line(run("npid", train, before=functools.partial(out_of_memory, error)), "--batch-size", "--accumulate")
 
 
+def out_of_memory_in_resume() -> None:
+    torch.optim.SGD.load_state_dict = lambda *args: out_of_memory_now()  # type: ignore[assignment,method-assign]
+
+
+def out_of_memory_now() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+
+
+def test_out_of_memory_in_resume(trained: Path, tmp_path: Path) -> None:
+    """A checkpoint that finds no room on the GPU is not called unfit: no one is told to overwrite it."""
+    shutil.copytree(trained, tmp_path / "out")
+    process = run("npid", [*TINY, "--output", tmp_path / "out"], before=out_of_memory_in_resume)
+    one_line(process, "out of memory: lower --batch-size")
+    assert "--overwrite" not in process.err
+
+
 OPTIONAL = ["faiss", "pycocotools", "submitit", "matplotlib"]
 
 
