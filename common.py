@@ -1646,7 +1646,8 @@ def _folder(args: argparse.Namespace, split: str) -> tuple[ImageSet, bool]:
         raise Fault(f"{place} has folders that {train} has not: {', '.join(strange[:3])}")
     number = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([-1 if name is None else number[name] for name in first])
-    data = ImageSet(args.data if named else root.name, 0, *DATASETS.get(args.data, IMAGENET)[1:], labels, classes,
+    name = args.data if named else (root if root.name.strip(".") else root.resolve()).name  # "." and ".." are none
+    data = ImageSet(name, 0, *DATASETS.get(args.data, IMAGENET)[1:], labels, classes,
                     torch.arange(len(files)), root=place, files=np.array([os.fsencode(file) for file in files]),
                     workers=args.workers, bad=BadImages(args.max_bad_images))
     side = _largest_side(data)

@@ -487,6 +487,14 @@ def test_identity(tree: Path, tmp_path: Path) -> None:
     assert load("pretrain", *words, moved).identity() != before
 
 
+def test_a_folder_has_its_name_from_inside(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--data . or .. is the same data as the folder by its name."""
+    expected = load("pretrain", "--data", tree).identity()
+    for place, words in ((tree, "."), (tree / "train", "..")):
+        monkeypatch.chdir(place)
+        assert load("pretrain", "--data", words).identity() == expected
+
+
 def test_what_all_ranks_find_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
