@@ -1664,7 +1664,7 @@ def _image_files(place: Path, without: set[Path]) -> list[str]:
         raise error
 
     def leads_back(path: Path) -> bool:
-        return path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
+        return path.is_symlink() and any(above.resolve().is_relative_to(path.resolve()) for above in path.parents)
 
     for folder, folders, names in os.walk(place, followlinks=True, onerror=fail):
         folders[:] = [name for name in folders if name[0] != "." and not leads_back(Path(folder, name))

@@ -390,12 +390,16 @@ def test_result_that_cannot_be_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_links_that_lead_back(tmp_path: Path) -> None:
-    """A link to a folder above is no folder of images: each is found once; other links are followed."""
+    """A link to a folder above is no folder of images: each is found once; other links are followed, but in no circle.
+    """
     images(tmp_path / "data" / "a", 3)
     images(tmp_path / "elsewhere", 2)
     (tmp_path / "data" / "a" / "loop").symlink_to(tmp_path / "data", target_is_directory=True)
     (tmp_path / "data" / "b").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     assert common._image_files(tmp_path / "data", None) == ["a/0.png", "a/1.png", "a/2.png", "b/0.png", "b/1.png"]
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data" / "a", target_is_directory=True)
+    (tmp_path / "data" / "a" / "forth").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert len(common._image_files(tmp_path / "data", None)) == 3 + 2 + 2 + 3  # in a, a/forth, b and b/back
 
 
 def test_what_takes_less_memory() -> None:
