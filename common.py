@@ -362,12 +362,11 @@ def parse(
     base: str = "imagenet",
 ) -> argparse.Namespace:
     """Defaults < preset `base` < preset (by --preset, else by --data) < command line. Bad presets are errors."""
-    default = options.get_default("data")
     options.add_argument("--preset", choices=list(presets), metavar="NAME", help="a row of a paper's table (README.md, "
                          f"PAPERS.md), one of {', '.join(presets)}; default: the one named like --data, else {base}")
     first = _Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
-    first.add_argument("--data", default=default)
+    first.add_argument("--data", default=options.get_default("data"))
     early = first.parse_known_args(argv)[0]
     if early.preset is not None and early.preset not in presets:
         near = ", ".join(difflib.get_close_matches(early.preset, presets, cutoff=0.4))
@@ -1287,20 +1286,19 @@ class ImageSet:
                 decoder = _Decoder(self, functools.partial(ten_squares, size=self.size, side=side), (10, *shape))
             else:
                 decoder = _Decoder(self, functools.partial(central_square, size=self.size), shape)
-            items = [[(i,) for i in part.tolist()] for part in torch.split(rows, batch_size)]
+            items = ([(i,) for i in part.tolist()] for part in torch.split(rows, batch_size))
             for _, images in self._decoded(decoder, items, device):
                 yield images
 
     def _decoded(self, decoder: _Decoder, items: Any, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """(index, images in [0, 1]) on the device for each batch: `items` yields lists of _Decoder's items."""
+        pinned = device.type == "cuda"
         loader = torch.utils.data.DataLoader(
-            decoder, batch_sampler=items, num_workers=self.workers, pin_memory=device.type == "cuda",
-            worker_init_fn=ignore_signals,
+            decoder, batch_sampler=items, num_workers=self.workers, pin_memory=pinned, worker_init_fn=ignore_signals,
         )
         for index, images, bad in loader:
             for row in index[bad].tolist():
                 self.bad.add(self.path(row))
-            pinned = device.type == "cuda"
             yield index.to(device, non_blocking=pinned), images.to(device, non_blocking=pinned).float() / 255
 
 
