@@ -467,9 +467,10 @@ def run_here(folder: Path, executor: Any, job: Job) -> None:
         print(f"submit.py: error: stopped, {started.paths.stderr} says where; the same command continues",
               file=sys.stderr)
         raise SystemExit(128 + stopped[0])
-    if not all(task.paths.result_pickle.exists() for task in (started.task(i) for i in range(started.num_tasks))):
+    results = [started.task(i).paths.result_pickle for i in range(started.num_tasks)]
+    if not all(path.exists() and submitit.core.utils.pickle_load(path)[0] == "success" for path in results):
         error = started.paths.stderr
-        lines = [line for line in error.read_text().splitlines() if "error: " in line] if error.exists() else []
+        lines = [line for line in error.read_text(errors="replace").splitlines() if "error: " in line] if error.exists() else []
         reason = f" ({lines[-1]})" if lines else ""
         raise common.Fault(f"{job.script} did not finish{reason}: see {error}; the same command continues")
 

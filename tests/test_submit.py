@@ -4,6 +4,7 @@ import functools
 import importlib
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -304,7 +305,8 @@ def test_local_time_out(tmp_path: Path) -> None:
 def test_signals_between_local_jobs(tmp_path: Path) -> None:
     """Once a local job has ended, Ctrl-C and TERM are what they were before it: none is lost before the next."""
     done = subprocess.Popen([sys.executable, "-c", ""])
-    paths = SimpleNamespace(stdout=tmp_path / "out", stderr=tmp_path / "err", result_pickle=tmp_path)
+    paths = SimpleNamespace(stdout=tmp_path / "out", stderr=tmp_path / "err", result_pickle=tmp_path / "result")
+    paths.result_pickle.write_bytes(pickle.dumps(("success", None)))
     started = SimpleNamespace(paths=paths, _process=done, num_tasks=1, task=lambda i: SimpleNamespace(paths=paths))
     executor = SimpleNamespace(submit=lambda job: started)
     job = SimpleNamespace(script="npid.py", run=SimpleNamespace(argv=[]))
@@ -314,15 +316,17 @@ def test_signals_between_local_jobs(tmp_path: Path) -> None:
 
 
 def test_a_local_job_that_fails(tmp_path: Path) -> None:
-    """The fault names the script, the last error of its output, and where all of it is."""
+    """The fault names the script, the last error of its output, and where all of it is; an exception, which submitit
+    keeps as the job's result, is no success."""
     done = subprocess.Popen([sys.executable, "-c", ""])
-    paths = SimpleNamespace(stdout=tmp_path / "out", stderr=tmp_path / "err", result_pickle=tmp_path / "none")
+    paths = SimpleNamespace(stdout=tmp_path / "out", stderr=tmp_path / "err", result_pickle=tmp_path / "result")
     started = SimpleNamespace(paths=paths, _process=done, num_tasks=1, task=lambda i: SimpleNamespace(paths=paths))
     job = SimpleNamespace(script="npid.py", run=SimpleNamespace(argv=[]))
-    for text, reason in (("npid.py: error: no images\nend\n", r" \(npid.py: error: no images\)"), ("end\n", "")):
-        paths.stderr.write_text(text)
+    for text, reason in (("npid.py: error: no images\nend\n", r" \(npid.py: error: no images\)"), ("\udcff\n", "")):
+        paths.stderr.write_text(text, errors="surrogateescape")
         with pytest.raises(common.Fault, match=f"^npid.py did not finish{reason}: see {paths.stderr}; the same"):
             submit.run_here(tmp_path, SimpleNamespace(submit=lambda job: started), job)
+        paths.result_pickle.write_bytes(pickle.dumps(("error", "Traceback ...")))
 
 
 def test_help_of_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
