@@ -150,10 +150,11 @@ def snapshot(folder: Path, place: Path) -> None:
     """Copy what a script in `folder` can import from there, and say of which commit it is."""
     place.mkdir(parents=True)
     for path in sorted(folder.iterdir()):
-        if path.suffix == ".py":
+        if path.suffix == ".py" and path.is_file():  # not an editor's lock, a link that leads nowhere
             shutil.copy2(path, place)
         elif (path / "__init__.py").is_file():
-            shutil.copytree(path, place / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(path, place / path.name, ignore=shutil.ignore_patterns("__pycache__"),
+                            ignore_dangling_symlinks=True)
     (place / "COMMIT").write_text(common.git_commit(folder))
 
 

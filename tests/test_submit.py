@@ -90,6 +90,18 @@ def test_outputs_of_swept_evaluations(script: str, names: list[str | None]) -> N
         assert run.argv == [*script.split()[1:], "random", "--lr", lr, *(["--output", name] if name else [])]
 
 
+def test_files_that_an_editor_holds_open(tmp_path: Path) -> None:
+    """The links to nowhere that Emacs leaves beside files with unsaved changes are no part of the code."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    (here / "package").mkdir(parents=True)
+    for name in ("mine.py", "package/__init__.py"):
+        (here / name).write_text("")
+        (here / name).with_name(f".#{Path(name).name}").symlink_to("user@host.1234")
+    submit.snapshot(here, there)
+    assert sorted(str(path.relative_to(there)) for path in there.rglob("*")) == [
+        "COMMIT", "mine.py", "package", "package/__init__.py"]
+
+
 def submitted(argv: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """`python slurm/submit.py argv` in `folder`, within this process."""
     monkeypatch.chdir(folder)
