@@ -165,7 +165,7 @@ sys.path[0], found = sys.argv[1], []
 for script, tasks, commands in json.loads(sys.argv[2]):
     os.environ["WORLD_SIZE"] = str(tasks)
     try:
-        module = importlib.import_module(script[:-3])
+        module, _ = importlib.import_module(script[:-3]), importlib.import_module("common")  # which runs it in the job
     except ImportError as error:
         sys.exit(f"submit.py: error: {script}: {error}; only modules and packages beside the script go with it")
     if not hasattr(module, "parse_args") or not hasattr(module, "main"):

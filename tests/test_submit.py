@@ -70,10 +70,21 @@ def test_what_follows_is_tried_on_a_folder(tmp_path: Path) -> None:
     a script prints meanwhile changes nothing."""
     script = "import argparse, pathlib\nparse_args = lambda argv: argparse.Namespace({})\nmain = print\n"
     script += "print('imported', end='')\nimport atexit\natexit.register(print, 'ended')\n"
+    (tmp_path / "common.py").touch()
     (tmp_path / "mine.py").write_text(script.format("output='runs/x'"))
     (tmp_path / "after.py").write_text(script.format("out=next(pathlib.Path(argv[1]).parent.iterdir())"))
     args = submit.parse_args(["--then", "after.py --out {output}/curves.png", "mine.py"])
     assert submit.runs_of(tmp_path, args, 1)[1] == ("after.py", [submit.Command(["--out", "runs/x/curves.png"], None)])
+
+
+def test_a_script_without_common(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                 capfd: pytest.CaptureFixture[str]) -> None:
+    """A script that has no common.py beside it is refused before it waits: the job takes `launch` from there."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    (tmp_path / "mine.py").write_text("import argparse\nparse_args = argparse.ArgumentParser().parse_args\nmain = print\n")
+    with pytest.raises(SystemExit) as stop:
+        submit.runs_of(tmp_path, submit.parse_args(["mine.py"]), 1)
+    assert stop.value.code == 2 and "mine.py: No module named 'common'; only modules" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("script", "names"), [
