@@ -335,7 +335,7 @@ class Job(submitit.helpers.Checkpointable):
 # ---- submission ------------------------------------------------------------------------------------------------------
 
 
-def make_executor(args: argparse.Namespace, folder: Path, nodes: int, gpus: int, tasks: int) -> Any:
+def make_executor(args: argparse.Namespace, folder: Path) -> Any:
     """submitit's executor of jobs of this size."""
     if args.cluster == "debug":
         return submitit.DebugExecutor(folder)
@@ -343,7 +343,7 @@ def make_executor(args: argparse.Namespace, folder: Path, nodes: int, gpus: int,
         local = submitit.LocalExecutor(folder, max_num_timeout=args.requeues)
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         visible = [int(one) for one in seen.split(",")] if re.fullmatch(r"\d+(,\d+)*", seen) else ()
-        local.update_parameters(nodes=nodes, gpus_per_node=gpus, tasks_per_node=tasks, timeout_min=60 * args.hours,
+        local.update_parameters(gpus_per_node=args.gpus, tasks_per_node=args.tasks, timeout_min=60 * args.hours,
                                 signal_delay_s=args.grace, visible_gpus=visible)
         return local
     if "SLURM_JOB_ID" in os.environ:  # the memory and tasks of an interactive job are not the new job's
@@ -354,8 +354,8 @@ def make_executor(args: argparse.Namespace, folder: Path, nodes: int, gpus: int,
     except RuntimeError:
         raise common.Fault("no SLURM here, srun is missing: use --cluster local") from None
     own: dict[str, Any] = dict(
-        time=max(1, math.ceil(60 * args.hours)), nodes=nodes, ntasks_per_node=tasks,
-        gpus_per_node=None if "gres" in dict(args.slurm) else gpus or None,  # gres has type and number
+        time=max(1, math.ceil(60 * args.hours)), nodes=args.nodes, ntasks_per_node=args.tasks,
+        gpus_per_node=None if "gres" in dict(args.slurm) else args.gpus or None,  # gres has type and number
         partition=args.partition, account=args.account, constraint=args.constraint,
         signal_delay_s=args.grace, srun_args=["--kill-on-bad-exit=1"],  # a rank that dies ends the job
     )
@@ -374,6 +374,13 @@ def make_executor(args: argparse.Namespace, folder: Path, nodes: int, gpus: int,
     return slurm
 
 
+def of_one_gpu(args: argparse.Namespace) -> argparse.Namespace:
+    """The options of the jobs that follow: those of the first, but one task, and one GPU where it has some."""
+    rest = [(key, re.sub(r"\b(gpu(:[^:,]+)?):\d+", r"\1:1", value) if key == "gres" else value)
+            for key, value in args.slurm]  # gpu:TYPE:N and gpu:N
+    return argparse.Namespace(**vars(args) | dict(nodes=1, gpus=min(1, args.gpus), tasks=1, slurm=rest))
+
+
 def main(args: argparse.Namespace) -> None:
     if not args.script.is_file():
         raise common.Fault(f"no script {args.script}")
@@ -381,7 +388,7 @@ def main(args: argparse.Namespace) -> None:
         raise common.Fault(f"--cluster {args.cluster} has one node: leave --nodes out")
     if args.gpus is None:
         args.gpus = 1 if args.cluster == "slurm" else torch.cuda.device_count()
-    tasks = 1 if args.cluster == "debug" else args.tasks or max(1, args.gpus)
+    tasks = args.tasks = 1 if args.cluster == "debug" else args.tasks or max(1, args.gpus)
     if 0 < args.gpus < tasks:
         raise common.Fault(f"--tasks {tasks} on --gpus {args.gpus}: each task takes a GPU of its own, or all --gpus 0")
     with tempfile.TemporaryDirectory() as temporary:
@@ -395,8 +402,7 @@ def main(args: argparse.Namespace) -> None:
     again = shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
     jobs = [[Job(folder / "code", name, run, again) for run in some] for name, some in groups]
     try:
-        first = make_executor(args, folder, args.nodes, args.gpus, tasks)
-        then = make_executor(args, folder, 1, min(1, args.gpus), 1)
+        first, then = make_executor(args, folder), make_executor(of_one_gpu(args), folder)
     except BaseException:
         shutil.rmtree(folder)
         raise
@@ -471,7 +477,8 @@ def run_here(folder: Path, executor: Any, job: Job) -> None:
     results = [started.task(i).paths.result_pickle for i in range(started.num_tasks)]
     if not all(path.exists() and submitit.core.utils.pickle_load(path)[0] == "success" for path in results):
         error = started.paths.stderr
-        lines = [line for line in error.read_text(errors="replace").splitlines() if "error: " in line] if error.exists() else []
+        text = error.read_text(errors="replace") if error.exists() else ""
+        lines = [line for line in text.splitlines() if "error: " in line]
         reason = f" ({lines[-1]})" if lines else ""
         raise common.Fault(f"{job.script} did not finish{reason}: see {error}; the same command continues")
 

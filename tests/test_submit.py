@@ -81,7 +81,7 @@ def test_a_script_without_common(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                                  capfd: pytest.CaptureFixture[str]) -> None:
     """A script that has no common.py beside it is refused before it waits: the job takes `launch` from there."""
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    (tmp_path / "mine.py").write_text("import argparse\nparse_args = argparse.ArgumentParser().parse_args\nmain = print\n")
+    (tmp_path / "mine.py").write_text("parse_args = main = print\n")
     with pytest.raises(SystemExit) as stop:
         submit.runs_of(tmp_path, submit.parse_args(["mine.py"]), 1)
     assert stop.value.code == 2 and "mine.py: No module named 'common'; only modules" in capfd.readouterr().err
@@ -213,6 +213,21 @@ def test_a_job_in_the_queue_keeps_its_folder(
     assert "#SBATCH --gres=gpu:a100:2\n" in text and "gpus-per-node" not in text and "ntasks-per-node=2" in text
     (folder,) = (tmp_path / "here" / "runs" / "slurm").iterdir()
     assert (folder / "code" / "npid.py").exists() and not {"SLURM_JOB_ID", "SLURM_MEM_PER_CPU"} & set(os.environ)
+
+
+def test_what_follows_has_one_gpu_of_the_type(
+    fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation takes one GPU of the type that the training has, however that is written, not all of the node."""
+    (tmp_path / "here").mkdir()
+    submitted(["--gpus", "8", "--slurm", "gres=gpu:a100:8", "mem=9G", "--then", "eval_knn.py", NPID], monkeypatch,
+              tmp_path / "here")
+    for number, count in ((1, 8), (2, 1)):
+        text = (fake_slurm / f"{number}.sh").read_text()
+        assert f"#SBATCH --gres=gpu:a100:{count}\n" in text and "--mem=9G\n" in text and "gpus-per-node" not in text
+    for gres, one in (("gpu:8,shard:4", "gpu:1,shard:4"), ("gpu:1g.10gb:2", "gpu:1g.10gb:1"), ("gpu:a", "gpu:a")):
+        args = submit.parse_args(["--gpus", "8", "--slurm", f"gres={gres}", NPID])
+        assert submit.of_one_gpu(args).slurm == [("gres", one)]
 
 
 @pytest.mark.parametrize("submitted_before", [0, 1])
