@@ -341,10 +341,12 @@ def make_executor(args: argparse.Namespace, folder: Path) -> Any:
         return submitit.DebugExecutor(folder)
     if args.cluster == "local":
         local = submitit.LocalExecutor(folder, max_num_timeout=args.requeues)
-        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        visible = [int(one) for one in seen.split(",")] if re.fullmatch(r"\d+(,\d+)*", seen) else ()
         local.update_parameters(gpus_per_node=args.gpus, tasks_per_node=args.tasks, timeout_min=60 * args.hours,
-                                signal_delay_s=args.grace, visible_gpus=visible)
+                                signal_delay_s=args.grace)
+        if seen := os.environ.get("CUDA_VISIBLE_DEVICES"):
+            local.parameters["visible_gpus"] = seen.split(",")  # update_parameters refuses names, such as MIG's
+            if args.gpus > seen.count(",") + 1:
+                raise common.Fault(f"--gpus {args.gpus}: $CUDA_VISIBLE_DEVICES is {seen}")
         return local
     if "SLURM_JOB_ID" in os.environ:  # the memory and tasks of an interactive job are not the new job's
         for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:

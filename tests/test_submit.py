@@ -340,6 +340,22 @@ def test_local_time_out(tmp_path: Path) -> None:
     assert result["checkpoint"] == "runs/mine-smoke-seed0/checkpoint.pth"
 
 
+def test_local_gpus_are_those_that_are_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local job gets the first --gpus of $CUDA_VISIBLE_DEVICES, numbers or names; more than it has are refused."""
+    given = list[str]()
+    monkeypatch.setattr(submit.submitit.local.local, "LocalJob", lambda **_: None)
+    monkeypatch.setattr(submit.submitit.local.local, "start_controller",
+                        lambda cuda_devices, **_: given.append(cuda_devices) or SimpleNamespace(pid=1))
+    for seen in ("2,3", "MIG-a,GPU-b", ""):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+        submit.make_executor(submit.parse_args(["--cluster", "local", "--gpus", "1", "--tasks", "1", NPID]),
+                             tmp_path)._submit_command("")
+    assert given == ["2", "MIG-a", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    with pytest.raises(common.Fault, match=r"^--gpus 4: \$CUDA_VISIBLE_DEVICES is 2,3$"):
+        submit.make_executor(submit.parse_args(["--cluster", "local", "--gpus", "4", "--tasks", "4", NPID]), tmp_path)
+
+
 def test_signals_between_local_jobs(tmp_path: Path) -> None:
     """Once a local job has ended, Ctrl-C and TERM are what they were before it: none is lost before the next."""
     done = subprocess.Popen([sys.executable, "-c", ""])
