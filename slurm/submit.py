@@ -400,14 +400,14 @@ def main(args: argparse.Namespace) -> None:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         place = Path(groups[0][1][0].output or "runs/evaluation").parent / "slurm"
         folder = (place / f"{args.script.stem}-{stamp}-{os.getpid()}").resolve()
-        shutil.copytree(code, folder / "code")
+        try:
+            shutil.copytree(code, folder / "code")
+            first, then = make_executor(args, folder), make_executor(of_one_gpu(args), folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     again = shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
     jobs = [[Job(folder / "code", name, run, again) for run in some] for name, some in groups]
-    try:
-        first, then = make_executor(args, folder), make_executor(of_one_gpu(args), folder)
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
     if args.cluster == "slurm":
         submit(folder, first, then, jobs)
         return

@@ -230,6 +230,20 @@ def test_what_follows_has_one_gpu_of_the_type(
         assert submit.of_one_gpu(args).slurm == [("gres", one)]
 
 
+def test_a_full_disk_leaves_no_half_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the code cannot be copied, what has been copied of it goes."""
+    def full(source: Path, target: Path) -> None:
+        target.mkdir(parents=True)
+        (target / "npid.py").touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(submit, "runs_of", lambda *_: [("npid.py", [submit.Command([], "runs/x")])])
+    monkeypatch.setattr(submit.shutil, "copytree", full)
+    with pytest.raises(OSError, match="No space left"):
+        submitted(["--cluster", "local", NPID], monkeypatch, tmp_path)
+    assert list((tmp_path / "runs/slurm").iterdir()) == []
+
+
 @pytest.mark.parametrize("submitted_before", [0, 1])
 def test_ctrl_c_between_submissions(
     submitted_before: int, fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -526,7 +526,6 @@ def changed_data(world: World, name: str, draw: random.Random) -> int:
     before = (out / "checkpoint.pth").read_bytes()
     victim = draw.choice(sorted((out / "data/train").rglob("*.png")))
     content, how = victim.read_bytes(), draw.choice(["replaced", "renamed", "removed and subset"])
-    aside = victim.with_name("new.png")
     if how == "replaced":
         Image.fromarray(np.zeros((24, 24, 3), np.uint8)).save(victim)
     elif how == "renamed":
@@ -539,7 +538,6 @@ def changed_data(world: World, name: str, draw: random.Random) -> int:
     if process.code or how != "renamed":  # renamed within the order of the images it may be the same set
         one_fault(process, "other data")
         (victim.parents[1] / "a" / "zzz.png").unlink(missing_ok=True)
-        aside.unlink(missing_ok=True)
         victim.write_bytes(content)
         words[words.index("19") if "19" in words else words.index("20")] = "20"
         assert world.run(name, out, *words, "3").code == 0
@@ -862,9 +860,8 @@ def submission(world: World, name: str, draw: random.Random) -> int:
             lines = [line for line in error.splitlines() if ": error: " in line]
             assert len(lines) == 1 and lines == error.splitlines()[-1:], (how, error)
         if how == "full disk":
-            made = out / "run" / "slurm"
             assert "No space left on device" in error or process.returncode == 0, error
-            assert all((folder / "code" / "COMMIT").exists() for folder in made.parent.glob("slurm/*")), "half a folder"
+            assert all((folder / "code" / "COMMIT").exists() for folder in out.glob("slurm/*")), "half a folder"
             subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         while tasks(out):
             assert time.monotonic() < end, "the job does not end"
