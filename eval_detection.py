@@ -208,37 +208,45 @@ def scaled(size: tuple[int, int], side: int, longest: int) -> tuple[int, int]:
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
-class Decoder(torch.utils.data.Dataset[tuple[Sample, Tensor | None]]):
-    """Sample -> itself and its pixels (3, h, w) uint8, None for a file that cannot be read."""
+class Decoder(torch.utils.data.Dataset[tuple[Sample, Tensor]]):
+    """Sample -> itself and its pixels (h, w, 3) uint8, none of them for a file that cannot be read."""
 
     def __init__(self, data: common.VocSet, longest: int) -> None:
         self.data, self.longest = data, longest
 
-    def __getitem__(self, sample: Any) -> tuple[Sample, Tensor | None]:
+    def __getitem__(self, sample: Any) -> tuple[Sample, Tensor]:
         image = self.data.images[sample.row]
         try:
             with Image.open(image.path) as file:
                 pixels = common.rgb(file).resize(scaled(image.size, sample.side, self.longest),
                                                  Image.Resampling.BILINEAR)
         except common.UNREADABLE:
-            return sample, None
+            return sample, torch.empty(0, 0, 3, dtype=torch.uint8)
         if sample.flip:
             pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return sample, torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+        return sample, torch.from_numpy(np.array(pixels))
+
+
+def joined(items: list[tuple[Sample, Tensor]]) -> tuple[list[Sample], list[torch.Size], Tensor]:
+    """Samples, shapes and pixels of a batch: one tensor, since each that a worker sends keeps a file open."""
+    pixels = [part for _, part in items]
+    return [sample for sample, _ in items], [part.shape for part in pixels], torch.cat([p.flatten() for p in pixels])
 
 
 def decoded(data: common.VocSet, args: argparse.Namespace, batches: Any) -> Iterator[list[tuple[Sample, Tensor]]]:
     """The images of each batch of samples, decoded by workers."""
     loader: Any = torch.utils.data.DataLoader(
-        Decoder(data, args.max_size), batch_sampler=batches, num_workers=args.workers, collate_fn=list,
+        Decoder(data, args.max_size), batch_sampler=batches, num_workers=args.workers, collate_fn=joined,
         worker_init_fn=common.ignore_signals,
     )
-    for batch in loader:
-        for sample, pixels in batch:
-            if pixels is None:
+    for samples, shapes, pixels in loader:
+        for sample, shape in zip(samples, shapes, strict=True):
+            if not shape.numel():
                 raise common.Fault(f"cannot read the image {data.images[sample.row].path}: mend it, or take it off "
                                    "its list")
-        yield batch
+        parts = pixels.split([shape.numel() for shape in shapes])
+        yield [(sample, part.view(shape).permute(2, 0, 1))
+               for sample, shape, part in zip(samples, shapes, parts, strict=True)]
 
 
 def training_batches(
@@ -298,7 +306,7 @@ def collate(
     for canvas, (height, width), (sample, pixels) in zip(images, sizes, part, strict=True):
         canvas[:, :height, :width] = common.normalize(pixels[None].to(device).float() / 255, mean, std)[0]
         image = data.images[sample.row]
-        kept = ~image.difficult if not args.train_difficult else torch.ones_like(image.difficult)
+        kept = ~image.difficult | args.train_difficult
         boxes = move_boxes(image.boxes[kept], sample, image.size, (width, height))
         targets.append(dict(boxes=boxes.to(device), labels=(image.labels[kept] + 1).to(device)))
         if proposals:

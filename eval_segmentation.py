@@ -140,14 +140,14 @@ def read_mask(image: common.VocImage, num_classes: int) -> Image.Image:
     return mask
 
 
-class Decoder(torch.utils.data.Dataset[tuple[Sample, Tensor, Tensor] | str]):
-    """Sample -> itself, pixels (3, h, w) uint8 and classes (h, w) uint8, of a test image (no crop) at the mask's own
-    size; what is wrong with the file instead, as a text, where that is so."""
+class Decoder(torch.utils.data.Dataset[tuple[Tensor, Tensor] | str]):
+    """Sample -> pixels (3, h, w) uint8 and classes (h, w) uint8, of a test image (no crop) at the mask's own size; what
+    is wrong with the file instead, as a text, where that is so."""
 
     def __init__(self, data: common.VocSet, mean: Sequence[float]) -> None:
         self.data, self.mean = data, tuple(round(255 * value) for value in mean)
 
-    def __getitem__(self, sample: Any) -> tuple[Sample, Tensor, Tensor] | str:
+    def __getitem__(self, sample: Any) -> tuple[Tensor, Tensor] | str:
         image = self.data.images[sample.row]
         try:
             mask = read_mask(image, len(self.data.classes))
@@ -171,21 +171,26 @@ class Decoder(torch.utils.data.Dataset[tuple[Sample, Tensor, Tensor] | str]):
             whole.paste(pixels, (-left, -top))
             void.paste(Image.fromarray(np.asarray(mask)), (-left, -top))
             pixels, mask = whole, void
-        return sample, torch.from_numpy(np.array(pixels)).permute(2, 0, 1), torch.from_numpy(np.array(mask))
+        return torch.from_numpy(np.array(pixels)).permute(2, 0, 1), torch.from_numpy(np.array(mask))
+
+
+def joined(items: list[tuple[Tensor, Tensor] | str]) -> Any:
+    """A batch as two tensors, since each that a worker sends keeps a file open; or the first that is wrong with it."""
+    wrong = [item for item in items if isinstance(item, str)]
+    return wrong[0] if wrong else torch.utils.data.default_collate(items)
 
 
 def decoded(
     data: common.VocSet, args: argparse.Namespace, mean: Sequence[float], batches: Any
-) -> Iterator[list[tuple[Sample, Tensor, Tensor]]]:
-    """The images and masks of each batch of samples, decoded by workers."""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images (b, 3, h, w) and masks (b, h, w) of each batch of samples, decoded by workers."""
     loader: Any = torch.utils.data.DataLoader(
-        Decoder(data, mean), batch_sampler=batches, num_workers=args.workers, collate_fn=list,
+        Decoder(data, mean), batch_sampler=batches, num_workers=args.workers, collate_fn=joined,
         worker_init_fn=common.ignore_signals,
     )
     for batch in loader:
-        for item in batch:
-            if isinstance(item, str):
-                raise common.Fault(item)
+        if isinstance(batch, str):
+            raise common.Fault(batch)
         yield batch
 
 
@@ -205,10 +210,10 @@ def training_batches(
         return [Sample(row, max(1, round(args.test_size * (low + (high - low) * u))), v < 0.5, args.crop, x, y)
                 for row, (u, v, x, y) in zip(order.tolist(), draw.tolist(), strict=True)]
 
-    for step, items in zip(steps, decoded(data, args, mean, (samples(step) for step in steps)), strict=True):
+    batches = decoded(data, args, mean, (samples(step) for step in steps))
+    for step, (images, masks) in zip(steps, batches, strict=True):
         run.seed_step(0, step)
-        images, masks = (torch.stack([item[i] for item in items]).to(run.device) for i in (1, 2))  # type: ignore[misc]
-        yield step, images.float() / 255, masks.long()
+        yield step, images.to(run.device).float() / 255, masks.to(run.device).long()
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -343,18 +348,18 @@ def confusion_table(
     table = torch.zeros(count, count, dtype=torch.int64, device=run.device)
     batches = tqdm(decoded(data, args, mean, [[Sample(row, args.test_size)] for row in rows]), total=len(rows),
                    desc="test", unit="image", dynamic_ncols=True, leave=False, disable=run.rank > 0 or None)
-    for number, ((_, pixels, mask),) in enumerate(batches):
+    for number, (pixels, mask) in enumerate(batches):
         if number % 10 == 0 and number < len(data) // run.world:  # ranks, which all have so many, wait for each other
             run.pause(1, 0)
-        height, width = pixels.shape[1:]
-        image = common.normalize(pixels[None].to(run.device).float() / 255, mean, std)
+        height, width = pixels.shape[2:]
+        image = common.normalize(pixels.to(run.device).float() / 255, mean, std)
         # Zeros at the right and below, so that the map has whole cells.
         image = F.pad(image, (0, -width % 32, 0, -height % 32)).contiguous(memory_format=torch.channels_last)
         with run.autocast():
             scores = model(image)
         scores = F.interpolate(scores, image.shape[2:], mode="bilinear", align_corners=False)[..., :height, :width]
-        scores = F.interpolate(scores, mask.shape, mode="bilinear", align_corners=False)
-        table += confusion(scores[0].argmax(0), mask.to(run.device), count)
+        scores = F.interpolate(scores, mask.shape[1:], mode="bilinear", align_corners=False)
+        table += confusion(scores.argmax(1), mask.to(run.device), count)
     (tables,) = run.gather(table[None])
     return tables.sum(0)
 

@@ -5,9 +5,11 @@ import functools
 import importlib
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -672,6 +674,30 @@ def test_signal_after_the_last_step(where: str, done: tuple[int, int], folder: P
     assert again.code == 0 and ("already finished" if done == (1, 0) else "resumed") in again.out
     same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
     assert (tmp_path / "whole/eval.jsonl").read_text() == (tmp_path / "parts/eval.jsonl").read_text()
+
+
+def slow_with_few_files(script: str) -> None:
+    """The first worker takes its time at first, and this process may open 40 files more."""
+    module, begun = importlib.import_module(script), list[None]()
+    original = module.Decoder.__getitem__
+
+    def slow(self: Any, sample: Any) -> Any:
+        worker = torch.utils.data.get_worker_info()
+        if worker and worker.id == 0 and not begun:
+            begun.append(None)
+            time.sleep(3)
+        return original(self, sample)
+
+    module.Decoder.__getitem__ = slow
+    most = len(list(Path("/proc/self/fd").iterdir())) + 40
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def test_images_that_wait_keep_few_files_open(folder: Path, tmp_path: Path) -> None:
+    """While a worker is slow the others' batches wait for it: each is a tensor, that is a file, not one an image."""
+    words = tiny(folder, tmp_path / "out", "--batch-size", 32, "--lr", 0.001, "--workers", 2)
+    process = run("eval_detection", words, functools.partial(slow_with_few_files, "eval_detection"))
+    assert process.code == 0, process.err
 
 
 def rank_of(world: int, rank: int, port: int) -> None:

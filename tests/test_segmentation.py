@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from helpers import Rank, checkpoint, log, one_line, run, same, start
 from PIL import Image
-from test_detection import killed_after, rank_of, signalled
+from test_detection import killed_after, rank_of, signalled, slow_with_few_files
 from test_distributed import free_port
 from torch import Tensor, nn
 from torchvision.models import resnet50
@@ -155,7 +155,7 @@ def test_image_and_mask_stay_together(folder: Path, tmp_path: Path) -> None:
     for sample in (Sample(0, 64, False, 48, 0.3, 0.8), Sample(0, 200, True, 96, 1.0, 0.0), Sample(0, 40, True, 64)):
         item = decoder[sample]
         assert not isinstance(item, str)
-        _, pixels, classes = item
+        pixels, classes = item
         assert pixels.shape[1:] == classes.shape == (sample.crop, sample.crop)
         bright = pixels[0] > 170
         assert ((classes == 3) != bright).float().mean() < 0.04 and (classes == 3).any()
@@ -163,8 +163,8 @@ def test_image_and_mask_stay_together(folder: Path, tmp_path: Path) -> None:
         beyond[: sample.side, : sample.side] = False
         assert (classes[beyond] == common.VOID).all() and (pixels[:, beyond] == 128).all()
     whole = decoder[Sample(0, 32)]
-    assert not isinstance(whole, str) and whole[1].shape == (3, 32, 32)
-    assert torch.equal(whole[2], torch.from_numpy(mask))
+    assert not isinstance(whole, str) and whole[0].shape == (3, 32, 32)
+    assert torch.equal(whole[1], torch.from_numpy(mask))
 
 
 # runs
@@ -190,6 +190,13 @@ def test_run(folder: Path, tmp_path: Path) -> None:
     same({name: value for name, value in after.items() if name.startswith(("conv1", "bn1", "layer1"))},
          {name: value for name, value in before.items() if name.startswith(("conv1", "bn1", "layer1"))})
     assert not torch.equal(after["layer2.0.conv1.weight"], before["layer2.0.conv1.weight"])
+
+
+def test_images_that_wait_keep_few_files_open(folder: Path, tmp_path: Path) -> None:
+    """While a worker is slow the others' batches wait for it: images and masks of each are a tensor, that is a file."""
+    words = tiny(folder, tmp_path / "out", "--batch-size", 32, "--workers", 2)
+    process = run("eval_segmentation", words, functools.partial(slow_with_few_files, "eval_segmentation"))
+    assert process.code == 0, process.err
 
 
 def test_parts_weigh_by_their_pixels(folder: Path, tmp_path: Path) -> None:
