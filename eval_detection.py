@@ -331,10 +331,9 @@ def read_proposals(names: Sequence[str], data: common.VocSet, limit: int) -> lis
                     if line.strip():
                         name, *numbers = line.split()
                         found[name] = np.array(numbers, np.float32).reshape(-1, 4)
-        except OSError as error:
-            raise common.Fault(f"cannot read {path} ({error.strerror})") from None
-        except (ValueError, KeyError, TypeError, NotImplementedError) as error:
-            raise common.Fault(f"{path} is no file of proposals ({error}): see the top of --help") from None
+        except Exception as error:  # a damaged .mat raises almost anything
+            reason = getattr(error, "strerror", None) or error
+            raise common.Fault(f"{path} is no file of proposals ({reason}): see the top of --help") from None
     regions = []
     for image in data.images:
         if image.path.stem not in found:

@@ -540,6 +540,21 @@ def test_proposals_files(folder: Path, tmp_path: Path) -> None:
             assert one.tolist() == [[0, 1, 30, 40], [89, 89, 96, 96]]
 
 
+def test_damaged_proposals(tmp_path: Path) -> None:
+    """A MATLAB file that is missing, cut off or has a flipped bit is named, whatever its reader makes of it."""
+    path, none = tmp_path / "boxes.mat", common.VocSet("x", [], [])
+    cells = np.empty((1, 2), object)
+    cells[0, 0] = cells[0, 1] = np.ones((9, 4))
+    savemat(path, dict(images=np.array(["a", "b"], object), boxes=cells), do_compression=True)
+    whole = path.read_bytes()
+    eval_detection.read_proposals([str(path)], none, 1)
+    flipped = whole[:200] + bytes([whole[200] ^ 1]) + whole[201:]
+    for content in (None, *(whole[:end] for end in (0, 1, 100, 150, len(whole) - 1)), flipped):
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(common.Fault, match=r"boxes.mat is no file of proposals \((?!None)."):
+            eval_detection.read_proposals([str(path)], none, 1)
+
+
 def write_proposals(folder: Path, path: Path) -> None:
     """The true boxes and a grid, for both lists."""
     lines = []
