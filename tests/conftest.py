@@ -14,6 +14,12 @@ torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))  # for helpers
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Without a CUDA device, a test that needs one is skipped."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
 @pytest.fixture(autouse=True)
 def _no_survivors() -> Iterator[None]:
     """Scripts that a failed test left at work end with it."""

@@ -34,13 +34,6 @@ METHODS = ["npid", "local_aggregation", "deepcluster", "cld"]
 ON_GPU = ["--device", "cuda"]
 
 
-@pytest.fixture
-def cuda() -> None:
-    """A CUDA device, or no test."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-
-
 def steps(device: str, output: Path, count: int) -> Iterator[Callable[[], None]]:
     """The parts of NPID's, Local Aggregation's and CLD's steps around the network, ready to be called."""
     args = npid.parse_args([*TINY, "--device", device, "--output", str(output)])
@@ -266,7 +259,7 @@ def test_weights_are_saved_for_any_machine(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_no_step_waits_for_the_gpu(cuda: None, tmp_path: Path) -> None:
+def test_no_step_waits_for_the_gpu(tmp_path: Path) -> None:
     """From the second step on nothing around the network waits, by PyTorch's own watch over synchronising calls."""
     first, second, third = steps("cuda", tmp_path, 3)
     first()
@@ -285,7 +278,7 @@ def without_tf32() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", METHODS)
-def test_trains_on_a_gpu(method: str, cuda: None, tmp_path: Path) -> None:
+def test_trains_on_a_gpu(method: str, tmp_path: Path) -> None:
     """Each method's losses on a GPU in float32 are the CPU's, nearly; the checkpoint of one resumes on the other."""
     losses, words = {}, [*TINY, "--no-amp", "--schedule", "constant"]
     for device in ("cpu", "cuda"):
@@ -315,7 +308,7 @@ def the_same_each_time() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("words", [*LOOPS, ["npid", "--compile"], ["local_aggregation", "--H", "2", "--m", "8", "--k",
                                                                    "16", "--warmup-epochs", "0"]], ids=" ".join)
-def test_graphs_on_a_gpu(words: list[str], cuda: None, tmp_path: Path) -> None:
+def test_graphs_on_a_gpu(words: list[str], tmp_path: Path) -> None:
     """A run whose steps are replayed by a CUDA graph has the loss of one without, and goes on to its end."""
     script, *options = words
     losses = []
@@ -330,7 +323,7 @@ def test_graphs_on_a_gpu(words: list[str], cuda: None, tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [["--amp"], ["--compile", "--no-amp"], ["--amp", "--accumulate", "2"]])
-def test_options_of_a_gpu(options: list[str], cuda: None, tmp_path: Path) -> None:
+def test_options_of_a_gpu(options: list[str], tmp_path: Path) -> None:
     """bfloat16, compilation and split batches end with nearly the loss of plain float32."""
     losses, gentle = [], ["--lr", "0.003", "--epochs", "2"]  # at the usual rate these few steps are chaotic
     for name, words in (("plain", ["--no-amp"]), ("other", options)):

@@ -1206,8 +1206,6 @@ def test_lines_of_networks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("protocol", ["linear", "svm", "mlp", "finetune"])
 def test_on_a_gpu(protocol: str, trained: Path, tmp_path: Path) -> None:
     """Every protocol runs on a GPU."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     path = Path(shutil.copy(trained, tmp_path / "checkpoint.pth"))
     args = eval_linear.parse_args([str(path), "--preset", "smoke", "--device", "cuda", "--protocol", protocol,
                                    "--layers", "conv5"])
