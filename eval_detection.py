@@ -570,7 +570,7 @@ def judge(
     object does not count.
     """
     hit = (overlap >= least) & (partner >= 0)
-    ignored = hit & difficult[partner] if len(difficult) else hit
+    ignored = hit & difficult[partner]
     order = scores.argsort(descending=True, stable=True)
     claims = order[(hit & ~ignored)[order]]
     turn = torch.arange(len(claims))
@@ -673,9 +673,7 @@ def detect(
         factors = torch.tensor([old_width / width, old_height / height] * 2)
         place[: len(answer["boxes"])] = torch.cat([answer["boxes"].cpu() * factors, answer["labels"].cpu()[:, None] - 1,
                                                    answer["scores"].cpu()[:, None]], 1)
-    if run.world > 1:
-        packed = run.gather(packed.to(run.device))[0].cpu()
-    packed = packed[: len(data)]
+    packed = run.gather(packed.to(run.device))[0][: len(data)].cpu()
     image, slot = (packed[..., 5] >= 0).nonzero(as_tuple=True)
     values = packed[image, slot]
     return Detections(image, values[:, :4], values[:, 4].long(), values[:, 5])

@@ -750,6 +750,7 @@ def test_detections_do_not_depend_on_ranks(folder: Path) -> None:
 
     mean, std = common.DATASETS["shapes"][1:]
     alone = eval_detection.detect(model, data, None, args, mean, std, Share(0, 1))  # type: ignore[arg-type]
+    parts.clear()
     eval_detection.detect(model, data, None, args, mean, std, Share(0, 2))  # type: ignore[arg-type]
     both = eval_detection.detect(model, data, None, args, mean, std, Share(1, 2))  # type: ignore[arg-type]
     assert len(alone.scores) > 50 and all(torch.equal(a, b) for a, b in zip(alone, both, strict=True))
