@@ -32,6 +32,7 @@ import fcntl
 import functools
 import gc
 import hashlib
+import http.client
 import io
 import itertools
 import json
@@ -1498,7 +1499,7 @@ def _shapes(args: argparse.Namespace, split: str) -> tuple[Tensor, Tensor, list[
     if wanted is not None:
         count = max(1, round(wanted * count)) if wanted < 1 else int(wanted)
     pixels, labels = shapes(count, seed=int(split == "test"))
-    return pixels, labels, [f"class {i}" for i in range(10)]
+    return pixels, labels, [f"class {i}" for i in range(NUM_CLASSES)]
 
 
 def _cifar(args: argparse.Namespace, split: str) -> tuple[Tensor, Tensor, list[str]]:
@@ -1599,7 +1600,7 @@ def _download(args: argparse.Namespace, name: str, there: Path, **what: str) -> 
                     getattr(torchvision.datasets, name)(root, download=True, **what)
                     if not there.exists() and not what:
                         (Path(place) / there.name).rename(there)
-            except (OSError, RuntimeError) as error:
+            except (OSError, RuntimeError, http.client.HTTPException) as error:
                 raise Fault(f"{name} is not in {args.data_dir} and could not be downloaded ({error}): name its "
                             "parent folder with --data-dir, or use --data shapes") from None
         if dist.is_initialized():
@@ -1714,8 +1715,11 @@ def _decode_small(data: ImageSet, small: bool, cache: str | None) -> None:
 
     parts = (range(first, min(first + 256, len(data))) for first in range(0, len(data), 256))
     with ThreadPoolExecutor(max(1, data.workers)) as pool:
-        for row in itertools.chain.from_iterable(pool.map(unreadable, parts)):
-            data.bad.add(data.path(row), all_ranks=True)
+        try:
+            for row in itertools.chain.from_iterable(pool.map(unreadable, parts)):
+                data.bad.add(data.path(row), all_ranks=True)
+        finally:
+            pool.shutdown(cancel_futures=True)  # once one is too many, the rest is not waited for
 
 
 # ---- 6. shapes -------------------------------------------------------------------------------------------------------
@@ -3291,10 +3295,11 @@ def _voc_root(args: argparse.Namespace) -> Path:
             if wanted is not None:
                 counts[i] = max(1, round(wanted * counts[i])) if wanted < 1 else int(wanted)
         root: Path = args.data_dir / f"shapes-voc-{counts[0]}-{counts[1]}"
-        if first_rank() and not root.is_dir():
-            render_voc(root, *counts)
-        if dist.is_initialized():
-            dist.barrier()
+        for rank in ("RANK", "LOCAL_RANK"):  # the first rank, then that of each node which does not see its files
+            if os.environ.get(rank, "0") == "0" and not root.is_dir():
+                render_voc(root, *counts)
+            if dist.is_initialized():
+                dist.barrier()
         return root
     root = Path(args.data)
     if not root.is_dir():

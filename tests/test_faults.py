@@ -599,6 +599,21 @@ def test_killed_worker(train: list[str], tmp_path: Path) -> None:
     one_line(run("npid", command, before=killed_worker), "DataLoader worker", "--workers")
 
 
+def test_an_unreadable_image_ends_the_decoding_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small images are decoded at once; after the first that is one too many the others are not waited for."""
+    read, args = list[Path](), npid.parse_args(["--data", str(images(tmp_path / "data", 20)), "--cache", "none"])
+    data = common.load(args, "pretrain", torch.device("cpu")).select(torch.arange(20).repeat(500))
+
+    def fail(path: Path, *sizes: int) -> None:
+        read.append(path)
+        raise OSError
+
+    monkeypatch.setattr(common, "central_square", fail)
+    with pytest.raises(common.Fault, match="cannot read the image"):
+        common._decode_small(data, True, None)
+    assert len(read) < 5000
+
+
 def mistake() -> None:
     common.crop_boxes = None  # type: ignore[assignment]
 

@@ -1,6 +1,7 @@
 """VOC: the rendered set, the reader of folders in its layout, and average precision."""
 
 import argparse
+import http.client
 import math
 import re
 import shutil
@@ -121,6 +122,15 @@ def test_rendered_by_need(tmp_path: Path) -> None:
     assert not train & {image.path.read_bytes() for image in common.load_voc(wanted, "test", classes=None).images}
 
 
+def test_rendered_on_each_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that does not see the files of the first one renders its own, by one of its ranks."""
+    wanted = options("shapes", data_dir=tmp_path, subset=3.0, test_subset=2.0)
+    monkeypatch.setenv("RANK", "3")
+    for local_rank, there in (("1", False), ("0", True)):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert common._voc_root(wanted).is_dir() == there
+
+
 def test_two_processes_render_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where another process renders the same set meanwhile, both end well; it is whole, and nothing else is left."""
     root, render = tmp_path / "new" / "set", common.render_scene
@@ -201,7 +211,7 @@ def test_download(rendered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def fetch(root: str, download: bool, year: str, image_set: str) -> None:
         asked.append((year, image_set))
         if len(asked) == 4:
-            raise OSError("no network")
+            raise http.client.BadStatusLine("no network")  # as of a proxy
         place = Path(root) / "VOCdevkit" / f"VOC{year}"
         shutil.copytree(rendered, place, dirs_exist_ok=True)
         for annotation in (place / "Annotations").iterdir():
