@@ -43,7 +43,7 @@ class Process:
     process: ForkServerProcess
     folder: tempfile.TemporaryDirectory[str]
 
-    def wait(self, seconds: float = 60) -> "Process":
+    def wait(self, seconds: float = 180) -> "Process":
         self.process.join(seconds)
         assert self.process.exitcode is not None, "the script hangs"
         return self
@@ -67,7 +67,7 @@ class Process:
     def err(self) -> str:
         return (Path(self.folder.name) / "err").read_text()
 
-    def wait_for(self, text: str, seconds: float = 60) -> None:
+    def wait_for(self, text: str, seconds: float = 180) -> None:
         """Until `text` stands in the output."""
         end = time.monotonic() + seconds
         while text not in self.out:

@@ -709,7 +709,7 @@ def test_two_ranks_equal_one(host: str, over: str, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(cld, "key_copy", lambda encoder: copy(encoder).eval())
     monkeypatch.setattr(cld.Encoder, "train", lambda self, mode=True: nn.Module.train(self, False))
     train(tmp_path / "1", *options, *(["--accumulate", "2"] if over == "local" else []))
-    _, errors = ranks.communicate(timeout=120)
+    _, errors = ranks.communicate(timeout=240)
     assert ranks.returncode == 0 and "Warning: torch.distributed" not in errors, errors[-2000:]
     one, two = (common.load_checkpoint(tmp_path / str(ranks) / "checkpoint.pth")["state"] for ranks in (1, 2))
     for part in ("encoder", "bank", "queue", "key_encoder"):

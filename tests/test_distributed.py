@@ -250,7 +250,7 @@ def torchrun(folder: Path, argv: list[str]) -> subprocess.Popen[str]:
 
 
 def wait_for(path: Path, text: str, process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 240
     while text not in path.read_text():
         assert process.poll() is None and time.monotonic() < end, path.read_text()
         time.sleep(0.05)

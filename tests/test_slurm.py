@@ -110,7 +110,7 @@ def test_failed_training_has_no_evaluation(pair: Cluster, tmp_path: Path) -> Non
     sent = Sent(tmp_path, *TWO, "--then", "eval_knn.py --k 20", ROOT / "npid.py", *TINY, "--data", "missing")
     pair.wait(sent.number, "FAILED", seconds=LONG)
     assert "npid.py: error: no directory missing" in sent.errors()
-    pair.wait(sent.numbers[1], "CANCELLED", "DEPENDENCY", seconds=60)
+    pair.wait(sent.numbers[1], "CANCELLED", "DEPENDENCY", seconds=LONG)
 
 
 def test_cancelled(pair: Cluster, tmp_path: Path) -> None:
@@ -135,12 +135,12 @@ def test_a_job_that_matters_more(pair: Cluster, tmp_path: Path) -> None:
                 "100000")
     sent.reaches('"epoch": 2')
     urgent = ["sbatch", "--parsable", "-N2", "-c4", "-p", "urgent", "-o", "/dev/null", "--wrap", "sleep 1"]
-    pair.wait(pair.ask(*urgent).strip(), "COMPLETED", seconds=60)
+    pair.wait(pair.ask(*urgent).strip(), "COMPLETED", seconds=LONG)
     pair.wait(sent.number, "RUNNING", seconds=LONG)
     sent.reaches("resumed: ")
     assert "SIGTERM: saving" in sent.errors()
     pair.ask("scancel", sent.number)
-    pair.wait(sent.number, "CANCELLED", seconds=60)
+    pair.wait(sent.number, "CANCELLED", seconds=LONG)
 
 
 def test_a_node_dies(pair: Cluster, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_node_dies(pair: Cluster, tmp_path: Path) -> None:
     sent = Sent(tmp_path, *command, "--epochs", "100000")
     sent.reaches('"epoch": 2')
     pair.kill_node("n2")
-    pair.wait(sent.number, "COMPLETING", seconds=60)  # ended, as far as a node that answers no more can tell
+    pair.wait(sent.number, "COMPLETING", seconds=LONG)  # ended, as far as a node that answers no more can tell
     assert "another rank ended" in sent.errors()
     pair.node("n2")
     pair.wait(sent.number, "FAILED", seconds=LONG)
