@@ -841,7 +841,7 @@ def test_gpu(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_bfloat16(folder: Path, tmp_path: Path) -> None:
-    """Autocast leaves boxes and scores in float32, and the losses of the first steps to a few percent."""
+    """Autocast leaves boxes and scores in float32, and the losses of the first two steps to a few percent."""
     losses = []
     for amp in ("--amp", "--no-amp"):
         words = [word for word in tiny(folder, tmp_path / amp, "--log-every", 1) if word != "--no-amp"]
@@ -849,7 +849,7 @@ def test_bfloat16(folder: Path, tmp_path: Path) -> None:
         assert run("eval_detection", [*words, amp]).code == 0
         losses.append([row["loss"] for row in log(tmp_path / amp)[1:]])
         assert torch.load(tmp_path / amp / "detections.pth")["found"]["boxes"].dtype == torch.float32
-    assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
+    assert losses[0][:2] == pytest.approx(losses[1][:2], rel=0.05) and losses[0] != losses[1]
 
 
 def test_scores_and_boxes_keep_their_bits() -> None:
