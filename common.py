@@ -102,6 +102,8 @@ def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], 
         if dist.is_initialized() and isinstance(error, RuntimeError) and (
                 isinstance(error, dist.DistError) or "gloo" in reason or "Socket" in reason):
             problem, wait = "another rank ended: see its message", 3.0
+            if last := reason.partition("Last error:")[2].strip():  # of NCCL, which can also fail on all ranks
+                problem += f"; if there is none, NCCL failed: {last.splitlines()[0]}"
         elif out_of_memory(error):
             problem = f"out of memory: {less_memory(args)}"
         elif "Output size is too small" in reason or "greater than actual input size" in reason:
@@ -150,7 +152,7 @@ def note(text: str) -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether host, GPU or a library ran out of memory ("overflowed": a size too large to count in bytes)."""
-    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "calculation overflowed")
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "calculation overflowed")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 

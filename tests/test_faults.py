@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import TINY, checkpoint, one_line, run, same, start
 from PIL import Image
 from torch import Tensor, nn
@@ -533,10 +534,25 @@ def out_of_memory(error: Exception) -> None:
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...\nmore lines"),
     RuntimeError("CUDA error: out of memory\nmore lines"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
 ])
 def test_out_of_memory(error: Exception, train: list[str]) -> None:
     """Too little memory, whoever asked for it, ends with one line that names what to lower."""
     one_line(run("npid", train, before=functools.partial(out_of_memory, error)), "--batch-size", "--accumulate")
+
+
+def nccl_fails() -> None:
+    """What NCCL says on every rank of a container whose /dev/shm is too small."""
+    dist.is_initialized = lambda: True
+    out_of_memory(dist.DistBackendError(
+        "NCCL error in: NCCLUtils.hpp:268, unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version "
+        "2.21.5\nncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error. \n"
+        "Last error:\nError while creating shared memory segment /dev/shm/nccl-LeXlEJ (size 9637888)"))
+
+
+def test_nccl_itself_fails(train: list[str]) -> None:
+    """Where NCCL fails on all ranks, the reason that it gives is said: no other rank has a message of its own."""
+    one_line(run("npid", train, before=nccl_fails), "another rank ended", "shared memory segment /dev/shm/nccl-LeXlEJ")
 
 
 def out_of_memory_in_resume() -> None:
