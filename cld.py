@@ -374,9 +374,7 @@ def rand_augment(images: Tensor, draw: common.Draw) -> Tensor:
     for number in numbers.unbind(1):
         which = torch.where(number[:, 1] < 0.5, (number[:, 0] * len(operations)).long(), len(operations))
         counts = which.bincount(minlength=len(operations) + 1).tolist()
-        order = which.argsort(stable=True)
-        order = order.pin_memory() if images.is_cuda else order  # a copy from other memory may wait for the GPU
-        order = order.to(images.device, non_blocking=images.is_cuda)
+        order = common.sent(which.argsort(stable=True), images.device)
         together = torch.split(order, counts)  # the last ones stay as they are
         for operation, rows in zip(operations, together, strict=False):
             if len(rows):

@@ -440,6 +440,14 @@ class Draw:
         return numbers.to(self.device, non_blocking=pinned)
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device. From pinned memory, since from other memory the host may wait for all a GPU has to do.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 class Redraw:
     """A `Draw` for a CUDA graph: its numbers, of known shapes, lie in a tensor that is filled anew for each replay."""
 
@@ -1251,15 +1259,14 @@ class ImageSet:
             key = (self.name, self.pixels.shape[1:], crop, views)
             if key not in run.cuts:  # kept for all epochs
                 run.cuts[key] = run.graphed(cut, self.small)
-            (height, width), pinned = self.pixels.shape[2:], run.device.type == "cuda"
+            height, width = self.pixels.shape[2:]
             for step, index in zip(steps, indices, strict=True):
                 # On the CPU, where so small operators take less than their launches on a GPU
                 boxes = crop_boxes(numbers(step).flatten(0, 1), height, width, crop.scale, crop.ratio)
-                boxes = (boxes.pin_memory() if pinned else boxes).to(run.device, non_blocking=pinned)
-                pixels = self.pixels[index].to(run.device, non_blocking=pinned)
-                images = run.cuts[key](pixels, boxes.view(views, -1, 4))
+                pixels = sent(self.pixels[index], run.device)
+                images = run.cuts[key](pixels, sent(boxes, run.device).view(views, -1, 4))
                 run.seed_step(epoch, step)
-                yield step, index.to(run.device), images
+                yield step, sent(index, run.device), images
         else:
             items = (list(zip(index.tolist(), numbers(step).transpose(0, 1), strict=True))
                      for step, index in zip(steps, indices, strict=True))
@@ -1278,7 +1285,7 @@ class ImageSet:
         side = round(self.size * 8 / 7)
         if self.pixels is not None:
             for part in torch.split(rows, batch_size):
-                pixels = self.pixels[part.to(self.pixels.device)].to(device, non_blocking=device.type == "cuda")
+                pixels = sent(self.pixels[part.to(self.pixels.device)], device)
                 if ten:
                     yield torch.stack(ten_crop(resize_center_crop(pixels, side, side), self.size), 1)
                 else:

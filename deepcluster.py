@@ -889,8 +889,7 @@ def main(args: argparse.Namespace) -> None:
                 source = run.generator("targets", epoch, step)
                 batch = order[step * args.batch_size : (step + 1) * args.batch_size]  # of all ranks, on the CPU
                 rows = target_rows(clusters.pseudo_labels[batch].long(), len(top.weight), args.targets_per_step, source)
-                pinned = run.device.type == "cuda"
-                rows = (rows.pin_memory() if pinned else rows).to(run.device, non_blocking=pinned)
+                rows = common.sent(rows, run.device)
                 targets = torch.searchsorted(rows, targets)
             if graphable:
                 loss = graphed_step(images, targets, draw)

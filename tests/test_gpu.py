@@ -83,7 +83,7 @@ KNOWN = {"infomin": "<lambda>",  # rotations and shears, whose matrices torchvis
          "spectral": "spectral_embedding"}  # its eigenvectors
 
 
-@pytest.mark.parametrize("words", LOOPS, ids=" ".join)
+@pytest.mark.parametrize("words", [*LOOPS, ["npid", "--cache", "host"]], ids=" ".join)
 def test_training_on_a_pretended_gpu(words: list[str], tmp_path: Path) -> None:
     """With all tensors on a CUDA device that is not there a run goes to its end, so that none is on the wrong one; and
     twice the steps make the host wait for it no more often."""
