@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -118,6 +119,32 @@ def test_replayed_steps_are_those_of_the_loop(words: list[str], tmp_path: Path) 
             for name in ("graph", "plain")]
     assert logs[0] == logs[1]
     same(checkpoint(tmp_path / "graph"), checkpoint(tmp_path / "plain"))
+
+
+def graphs_that_are_left(log: Path) -> None:
+    """Say at the end which functions still have a graph."""
+    pretend_graph.install(True, log)
+    init, finish, made = common.Graph.__init__, common.Run.finish, list[weakref.ref[common.Graph]]()
+
+    def noted(self: common.Graph, function: Callable[..., Any]) -> None:
+        init(self, function)
+        made.append(weakref.ref(self))
+
+    def said(self: common.Run, backbone: torch.nn.Module) -> None:
+        finish(self, backbone)
+        left = [graph.function for graph in (ref() for ref in made) if graph is not None and graph.calls]
+        print("left:", *(getattr(function, "args", "cut") for function in left), flush=True)
+
+    common.Graph.__init__, common.Run.finish = noted, said  # type: ignore[method-assign]
+
+
+def test_the_warm_up_leaves_no_graph(tmp_path: Path) -> None:
+    """A graph keeps the memory of its step: Local Aggregation's first one goes before the second is recorded, so that
+    what fits in the warm-up fits after it."""
+    words = ["--epochs", "2", "--H", "2", "--m", "8", "--k", "16", "--warmup-epochs", "1", "--output", tmp_path / "out"]
+    done = run("local_aggregation", [*TINY, *words], functools.partial(graphs_that_are_left, tmp_path / "graphs"))
+    assert done.code == 0 and "left: (False,) cut\n" in done.out, (done.out, done.err)
+    assert (tmp_path / "graphs").read_text().count("train_step") == 2
 
 
 def test_a_graph_refuses_what_it_would_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
