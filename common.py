@@ -64,6 +64,7 @@ import torchvision
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_linear_bn_eval
+from torch.utils import _pytree as pytree
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.transforms.functional import pil_to_tensor, ten_crop
 
@@ -498,7 +499,8 @@ class Graph:
         if self.calls <= self.FIRST:
             outputs = self.function(*inputs)
             self.shapes = [x.shapes for x in inputs if isinstance(x, Draw)]
-            return outputs
+            # What autograd keeps behind a metric belongs to the default stream, and could not be recorded on another.
+            return pytree.tree_map_only(Tensor, Tensor.detach, outputs)
         new = self.calls == self.FIRST + 1
         if new:
             if len({getattr(x, "device", None) for x in inputs}) > 1:
@@ -509,7 +511,8 @@ class Graph:
         for held, given in zip(self.inputs, inputs, strict=True):
             held.copy_(given, non_blocking=True)
         if new:
-            self.outputs, self.replay = self.record()
+            outputs, self.replay = self.record()
+            self.outputs = pytree.tree_map_only(Tensor, Tensor.detach, outputs)
             self.seen = free_variables(self.function)
         for name, value in free_variables(self.function).items():
             if value is not self.seen[name] and not (isinstance(value, (int, float, str)) and value == self.seen[name]):

@@ -175,6 +175,17 @@ def test_a_graph_refuses_what_it_would_not_see(monkeypatch: pytest.MonkeyPatch) 
         other(torch.ones(2), 1.0)
 
 
+def test_a_graph_returns_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A metric that the step has not detached is: else the parameters would still accumulate on the stream of the first
+    calls when the next one is recorded, which CUDA refuses."""
+    monkeypatch.setattr(common.Graph, "record", pretend_graph.record)
+    weight = torch.ones(2, requires_grad=True)
+    graph = common.Graph(lambda x: [dict(loss=(weight * x).sum())])
+    for _ in range(common.Graph.FIRST + 3):
+        (found,) = graph(torch.ones(2))
+        assert found["loss"].item() == 2 and not found["loss"].requires_grad
+
+
 def half_a_second_behind() -> None:
     """Sums that the host waits for this long, as it does where a GPU has steps to do."""
     means = common.Totals.means
