@@ -163,8 +163,8 @@ def encoding(row: Row, args: argparse.Namespace) -> str:
 def portable(text: str, args: argparse.Namespace) -> str:
     """A log without the paths of this machine."""
     names = {args.data_dir: "data", args.work: "runs/rows", args.results: "results", ROOT: ".", Path.home(): "~"}
-    places = {str(way): name for path, name in names.items() for way in (path, path.resolve())
-              if way.is_absolute() and way.name}  # a home may be /
+    places = {json.dumps(str(way))[1:-1]: name for path, name in names.items() for way in (path, path.resolve())
+              if way.is_absolute() and way.name}  # as JSON writes them; a home may be /
     for place in sorted(places, key=len, reverse=True):  # a folder before the one it lies in
         text = text.replace(place, places[place])
     return text
@@ -175,6 +175,22 @@ def write(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def read(path: Path, way: str, lines: bool = False) -> Any:
+    """What a JSON file holds, or each of its lines. way: what to do where that is damaged."""
+    try:
+        text = path.read_text()
+        return [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
+    except ValueError:
+        raise common.Fault(f"{path} is damaged: restore it, or {way}") from None
+
+
+def published(name: str, results: Path) -> dict[str, Any]:
+    """results/<row>/row.json, or that the row was not run."""
+    path = results / name / "row.json"
+    facts = read(path, f"delete {path.parent} and make the row again") if path.exists() else {}
+    return dict(finished=False, added=[]) | facts
 
 
 def publish(name: str, facts: dict[str, Any], args: argparse.Namespace) -> None:
@@ -196,29 +212,32 @@ def make(name: str, args: argparse.Namespace, deadline: float) -> bool:
     state = folder / "row.json"
     facts: dict[str, Any] = dict(row=name, added=args.added, images=encoding(row, args), device="", finished=False,
                                  minutes=0.0, steps=[])
-    if state.exists():
-        facts = json.loads(state.read_text())
-        publish(name, facts, args)  # the last call may have been killed before it did, or its results be gone
     train = [word.replace("data/", f"{args.data_dir}/") for word in row.train.split()]
     train += ["--data-dir", str(args.data_dir), "--output", str(folder), *args.added]
     steps = [train, *([word.format(run=folder) for word in step.split()] for step in row.steps)]
     if importlib.util.find_spec("matplotlib") is None:
         print(f"{name}: without pictures, which need matplotlib", flush=True)
         steps = [step for step in steps if step[0] != "figures.py"]
-    for number, step in enumerate(steps):
-        if number < len(facts["steps"]):
-            continue
+    if state.exists():
+        facts = read(state, f"delete it, and the row goes on from its {folder}/checkpoint.pth")
+        facts["finished"] = len(facts["steps"]) >= len(steps)
+        publish(name, facts, args)  # the last call may have been killed before it did, or its results be gone
+    if not facts["steps"]:
+        facts["added"] = args.added  # --epochs, for one, may change until the training ends
+    for step in steps[len(facts["steps"]) :]:
         print(f"{name}: {shlex.join(step)}", flush=True)
-        began = time.monotonic()
-        code = run_step(step, deadline)
-        facts["minutes"] = round(facts["minutes"] + (time.monotonic() - began) / 60, 2)
-        if code == 0:
-            facts["steps"].append(shlex.join(["python", *step]))
-        facts["finished"] = len(facts["steps"]) == len(steps)
-        with contextlib.suppress(OSError, ValueError):  # a script that was killed early has left no whole line
-            facts["device"] = json.loads((folder / "log.jsonl").read_text().partition("\n")[0])["device"]
-        write(state, json.dumps(facts))
-        publish(name, facts, args)
+        began, code = time.monotonic(), -1
+        try:
+            code = run_step(step, deadline)
+        finally:  # the minutes of a call that is ended count, too
+            facts["minutes"] = round(facts["minutes"] + (time.monotonic() - began) / 60, 2)
+            if code == 0:
+                facts["steps"].append(shlex.join(["python", *step]))
+            facts["finished"] = len(facts["steps"]) == len(steps)
+            with contextlib.suppress(OSError, ValueError):  # a script that was killed early has left no whole line
+                facts["device"] = json.loads((folder / "log.jsonl").read_text().partition("\n")[0])["device"]
+            write(state, json.dumps(facts))
+            publish(name, facts, args)
         if code and time.monotonic() >= deadline:
             return False
         if code:
@@ -256,8 +275,7 @@ def accuracies(name: str, results: Path) -> dict[str, str]:
     """knn, svm and linear accuracy of a finished row in percent, from the last line of each in its eval.jsonl."""
     found: dict[str, str] = {}
     path = results / name / "eval.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else ():
-        result = json.loads(line)
+    for result in read(path, f"delete {path.parent} and make the row again", True) if path.exists() else ():
         for key in ("knn", "svm", "linear"):
             if f"{key}_top1" in result:
                 found[key] = f"{result[f'{key}_top1']:.1f}"
@@ -268,9 +286,7 @@ def table(results: Path) -> str:
     """The README's table. A row that is not finished says so."""
     lines = [HEAD, ("---",) * len(HEAD)]
     for name, row in ROWS.items():
-        state, ours, log = results / name / "row.json", dict[str, str](), ""
-        facts = dict[str, Any](finished=False, added=[])
-        facts |= json.loads(state.read_text()) if state.exists() else {}
+        facts, ours, log = published(name, results), dict[str, str](), ""
         if facts["finished"]:
             ours = accuracies(name, results)
             images = "" if facts["images"] == "original" else f", {facts['images']}"
@@ -298,10 +314,7 @@ def main(args: argparse.Namespace) -> None:
     if args.table:
         write_table(Path("README.md"), args.results)
         return
-    finished = {}
-    for name in ROWS:
-        state = args.results / name / "row.json"
-        finished[name] = state.exists() and json.loads(state.read_text())["finished"]
+    finished = {name: published(name, args.results)["finished"] for name in ROWS}
     if args.list:
         for name, row in ROWS.items():
             said = "finished" if finished[name] else "begun" if (args.work / name).exists() else "not run"

@@ -130,13 +130,17 @@ def test_a_row_is_made_in_pieces(run: ModuleType, fake: list[str], tmp_path: Pat
 
 
 def test_options_that_were_added_stand_in_the_table(run: ModuleType, fake: list[str], tmp_path: Path) -> None:
-    """A row made with more options is not shown as one of the plain command."""
-    assert call(run, [*fake, "one", "--", "--compile"]) == 0
-    assert f"| `{run.shown(run.ROWS['one'])} --compile` |" in run.table(tmp_path / "results")
+    """A row made with more options is not shown as one of the plain command, be they added in a later call."""
+    assert call(run, [*fake, "one", "--minutes", "0.05", "--", "slow"]) == 3
+    assert call(run, [*fake, "one", "--", "--epochs", "250"]) == 0
+    assert f"| `{run.shown(run.ROWS['one'])} --epochs 250` |" in run.table(tmp_path / "results")
+    assert call(run, [*fake, "one", "--", "--compile"]) == 0  # nothing is left to add this to
+    assert "--compile" not in run.table(tmp_path / "results")
 
 
 def test_a_call_that_is_ended_ends_its_script(run: ModuleType, fake: list[str], tmp_path: Path) -> None:
-    """SIGTERM reaches the script, which would otherwise go on and keep the row's folder from the next call."""
+    """SIGTERM reaches the script, which would otherwise go on and keep the row's folder from the next call; the
+    minutes of such a call count."""
     row = run.ROWS["one"]
     code = (f"import sys; sys.path.insert(0, {str(common.ROOT)!r}); from results import run; import common; "
             f"run.ROWS = dict(one=run.Row(*{tuple(row)!r})); common.launch(run.main, run.parse_args)")
@@ -147,6 +151,7 @@ def test_a_call_that_is_ended_ends_its_script(run: ModuleType, fake: list[str], 
         time.sleep(0.02)
     process.terminate()
     assert process.wait(30) == 143 and (tmp_path / "work/one/ended").exists()
+    assert "minutes" in facts(tmp_path, "one") and not facts(tmp_path, "one")["finished"]
 
 
 def test_results_are_written_whole(run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +163,24 @@ def test_results_are_written_whole(run: ModuleType, tmp_path: Path, monkeypatch:
     assert (tmp_path / "row.json").read_text() == "before"
     monkeypatch.setenv("HOME", "/")
     assert run.portable("/a/b", run.parse_args([])) == "/a/b"
+
+
+def test_paths_of_other_letters(run: ModuleType) -> None:
+    """A folder is made portable also where its name is written otherwise in JSON."""
+    args = run.parse_args(["--work", "/home/ren\u00e9/work"])
+    assert run.portable(json.dumps("/home/ren\u00e9/work/one"), args) == '"runs/rows/one"'
+
+
+@pytest.mark.parametrize("file", ["results/one/row.json", "results/one/eval.jsonl", "work/one/row.json"])
+def test_damaged_files_are_named(run: ModuleType, fake: list[str], tmp_path: Path, file: str) -> None:
+    """A file of a row that was cut off is an error of one line that names it."""
+    assert call(run, [*fake, "one"]) == 0
+    (tmp_path / file).write_text((tmp_path / file).read_text()[:-9])
+    if file == "work/one/row.json":
+        shutil.rmtree(tmp_path / "results/one")
+    with pytest.raises(common.Fault, match=f"{file} is damaged: restore it, or delete"):
+        run.table(tmp_path / "results")
+        run.main(run.parse_args([*fake, "one"]))
 
 
 def test_a_row_that_fails_is_named(run: ModuleType, fake: list[str], tmp_path: Path,
@@ -178,6 +201,18 @@ def test_a_row_without_pictures(run: ModuleType, fake: list[str], monkeypatch: p
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert call(run, [*fake, "one"]) == 0
     assert facts(tmp_path, "one")["finished"] and len(facts(tmp_path, "one")["steps"]) == 3
+
+
+def test_pictures_that_cannot_be_made_any_more(run: ModuleType, fake: list[str], tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that has one of its pictures when matplotlib goes is finished without the others."""
+    row = run.ROWS["one"]
+    monkeypatch.setitem(run.ROWS, "one", row._replace(steps=("figures.py curves", "figures.py gallery")))
+    monkeypatch.setattr(run, "run_step", lambda step, deadline: int("gallery" in step))
+    with pytest.raises(common.Fault):
+        call(run, [*fake, "one"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert call(run, [*fake, "one"]) == 0 and facts(tmp_path, "one")["finished"]
 
 
 def test_unknown_encodings_have_to_be_said(run: ModuleType, tmp_path: Path) -> None:
