@@ -1065,7 +1065,10 @@ def read_eval(name: str, baselines: bool = False) -> Rows:
     """The lines of eval.jsonl beside a run's checkpoint, oldest first; baselines: those of untrained networks, too."""
     path = folder_of(name) / "eval.jsonl"
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        *lines, rest = path.read_text().split("\n")
+        rows = [json.loads(line) for line in lines]
+        with contextlib.suppress(ValueError):  # half a line, left by a kill; the next result takes its place
+            rows.append(json.loads(rest))
     except OSError:
         return []
     except ValueError:
