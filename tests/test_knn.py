@@ -265,6 +265,45 @@ def test_ratio_edge_is_that_of_deepcluster(device: str) -> None:
     assert found == pytest.approx(expected, abs=0.011) and 20 < found < 50
 
 
+def test_retrieval_is_counted_one_by_one(device: str) -> None:
+    """Of every query the share of its nearest image, and of its ten nearest, that have its class; of few images of as
+    many as there are."""
+    queries, features = unit(40, 4, 0, device), unit(90, 4, 1, device)
+    query_labels, labels = (torch.arange(len(rows), device=device) % 3 for rows in (queries, features))
+    for known in (90, 7):
+        found = eval_knn.retrieval(queries, query_labels, features[:known], labels[:known])
+        shares = [list[float](), list[float]()]
+        for query, label in zip(queries, query_labels, strict=True):
+            order = (features[:known] @ query).argsort(descending=True).tolist()
+            for share, count in zip(shares, (1, 10), strict=True):
+                near = order[:count]
+                share.append(100 * sum(int(labels[i]) == int(label) for i in near) / len(near))
+        expected = [sum(share) / len(share) for share in shares]
+        assert [found["precision_at_1"], found["precision_at_10"]] == pytest.approx(expected, abs=0.006)
+
+
+def test_nmi_and_ami(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NMI is the mutual information of clusters and classes over the mean of their entropies; AMI takes from both what
+    shuffled clusters have."""
+    source = torch.Generator().manual_seed(0)
+    labels = torch.randint(2, (60,), generator=source)
+    clusters = 4 * labels + torch.randint(4, (60,), generator=source)  # so the entropies differ
+    monkeypatch.setattr(common, "kmeans", lambda *rest, **more: argparse.Namespace(labels=clusters))
+
+    def entropy(values: Tensor) -> float:
+        share = values.unique(return_counts=True)[1].double() / len(values)
+        return float(-(share * share.log()).sum())
+
+    def information(shown: Tensor) -> float:
+        return entropy(labels) + entropy(shown) - entropy(10 * labels + shown)
+
+    mean = (entropy(labels) + entropy(clusters)) / 2
+    chance = sum(information(clusters[torch.randperm(60, generator=source)]) for _ in range(2000)) / 2000
+    found = eval_knn.clustering(torch.zeros(60, 1), labels, 8, 0)
+    assert found["nmi"] == pytest.approx(100 * information(clusters) / mean, abs=0.006)
+    assert found["ami"] == pytest.approx(100 * (information(clusters) - chance) / (mean - chance), abs=0.3)
+
+
 @pytest.mark.parametrize("k", [2, 4, 6])
 def test_cluster_accuracy(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The most images that any one-to-one assignment of clusters to four classes has right, by trying all, with fewer
