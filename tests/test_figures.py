@@ -793,6 +793,13 @@ def test_ablation_compares_like_with_like(run: Path, tmp_path: Path, monkeypatch
             draw("ablation", *(paths[name] for name in names))
 
 
+def test_runs_of_several_seeds_are_one_source() -> None:
+    """It names every seed and commit, and the last epoch that all of them have."""
+    one = figures.Source("run", dict(seed=0, epochs=9), dict(images=64), "abc", 3)
+    both = figures.pooled([one, one._replace(options=one.options | dict(seed=1), git="def", epochs=2)])
+    assert (both.options["seed"], both.git, both.epochs) == ("0/1", "abc/def", 2)
+
+
 def test_half_a_result_is_left_out(tmp_path: Path) -> None:
     """What a kill has left of the last line of eval.jsonl is no result, and no reason to draw none; a whole line is."""
     for rest, results in (('{"top1": 3', [1, 2]), ('{"top1": 3}', [1, 2, 3]), ("", [1, 2])):

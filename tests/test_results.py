@@ -229,10 +229,12 @@ def test_unknown_encodings_have_to_be_said(run: ModuleType, tmp_path: Path) -> N
 
 
 def test_table_holds_figures_of_finished_rows(run: ModuleType, fake: list[str], tmp_path: Path) -> None:
-    """The table takes a finished row's figures from its eval.jsonl and says "not run" of the others; writing it
+    """The table takes a finished row's last figures from its eval.jsonl and says "not run" of the others; writing it
     changes nothing else of the page."""
     call(run, [*fake, "one"])
     readme, results = tmp_path / "README.md", tmp_path / "results"
+    evaluated = results / "one/eval.jsonl"
+    evaluated.write_text('{"knn_top1": 1.0, "svm_top1": 2.0}\n' + evaluated.read_text())  # evaluated twice
     readme.write_text("Before.\n\n| paper | data |\n| --- | --- |\n| old | old |\n\nAfter.\n")
     run.write_table(readme, results)
     one, two = readme.read_text().splitlines()[4:6]
