@@ -391,8 +391,11 @@ def weights_checksum(encoder: common.Encoder) -> str:
 
 
 def images_checksum(data: common.ImageSet) -> str:
-    """Of all pixels that are held, and of the images' positions; files are told apart by `identity`."""
+    """Of all pixels that are held, or of the sizes of up to 20,000 files, and of the images' positions; `identity` has
+    the names of all files, but of their sizes a few."""
     content = hashlib.blake2b(data.ids.numpy().tobytes(), digest_size=16)
+    if data.pixels is None and len(data) <= 20_000:  # where a look at each is quick
+        content.update(repr([common.file_size(data.path(row)) for row in range(len(data))]).encode())
     if data.pixels is not None:
         for part in torch.split(data.pixels, 8192):
             content.update(part.cpu().contiguous().numpy().data)
@@ -653,7 +656,8 @@ class Ledger:
 
     def __init__(self, task: Task) -> None:
         targets = [part.numpy().tobytes() for part in (task.train_targets, task.test_targets)]
-        self.test = task.test.identity() | dict(targets=hashlib.blake2b(b"".join(targets), digest_size=8).hexdigest())
+        self.test = task.test.identity() | dict(targets=hashlib.blake2b(b"".join(targets), digest_size=8).hexdigest(),
+                                                images=[images_checksum(part) for part in (task.train, task.test)])
         self.history = list[Any]()  # held-out accuracies of the search at work
         self.chosen = dict[str, Any]()
         self.best = dict[str, Any]()  # test figures at the chosen epoch
@@ -664,8 +668,8 @@ class Ledger:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if any(self.test.get(key) != value for key, value in state["test"].items()):
-            raise common.Fault("the test images are not those that this run began with, or images have other classes: "
-                               "use --overwrite, or another --output")
+            raise common.Fault("the images are not those that this run began with, or images have other classes: use "
+                               "--overwrite, or another --output")
         vars(self).update(state)
 
 

@@ -1095,8 +1095,26 @@ def test_other_test_images_are_another_evaluation(tmp_path: Path) -> None:
     found = [evaluate("random", *words, "--val-dir", tmp_path / split)["svm_top1"] for split in ("first", "second")]
     assert found == [100, 0]
     (tmp_path / "second/a/5.png").unlink()
-    with pytest.raises(common.Fault, match="the test images are not those"):
+    with pytest.raises(common.Fault, match="images are not those"):
         evaluate("random", *words, "--val-dir", tmp_path / "second")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_replaced_photograph_is_another_evaluation(split: str, tmp_path: Path) -> None:
+    """Features and results of a photograph are not those of another that has taken its name, whichever it is."""
+    for name in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / name).mkdir(parents=True)
+        for number in range(65):
+            Image.new("RGB", (100, 2), (number, 0, 0)).save(tmp_path / name / f"{number}.png")
+    words = ["--data", tmp_path, "--subset", 1 - 1e-9, "--test-subset", 1 - 1e-9, "--protocol", "svm", "--layers",
+             "backbone", "--image-size", 16, "--width", 4, "--workers", 0, "--output", tmp_path / "out"]
+    evaluate("random", *words)
+    Image.effect_noise((100, 2), 99).save(tmp_path / split / "a/60.png")
+    with pytest.raises(common.Fault, match="images are not those"):
+        evaluate("random", *words)
+    before = len(list((tmp_path / "out/features").glob("*.bin")))
+    evaluate("random", *words, "--overwrite")
+    assert (before, len(list((tmp_path / "out/features").glob("*.bin")))) == (3, 3)
 
 
 def test_faults(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
