@@ -321,18 +321,22 @@ def draws(args: argparse.Namespace, task: Task) -> list[tuple[dict[str, Any], Te
 
 
 def listed(path: Path, data: common.ImageSet) -> Tensor:
-    """Positions of the images that a text file names."""
+    """Positions of the images that a text file names; images of one name are told apart by the folder before it."""
     try:
-        names = {Path(line.strip()).name for line in path.read_text().splitlines() if line.strip()}
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin it with a mark
     except UnicodeDecodeError:
         raise common.Fault(f"cannot read {path} (not text)") from None
     if data.files is None:
         raise common.Fault(f"--label-list is for directories of large images, and {data.name} is held decoded")
+    files = [Path(os.fsdecode(file)).parts[-2:] for file in data.files]
+    depth = 1 if len({file[-1] for file in files}) == len(files) else 2
+    names = {"/".join(Path(line.strip()).parts[-depth:]) for line in text.splitlines() if line.strip()}
     if not names:
         raise common.Fault(f"{path} names no image: one file name a line is needed")
-    rows = [row for row in range(len(data)) if data.path(row).name in names]
+    rows = [row for row, file in enumerate(files) if names & {file[-1], "/".join(file)}]
     if len(rows) != len(names):
-        raise common.Fault(f"{path} names {len(names)} images, of which {data.name} has {len(rows)}")
+        raise common.Fault(f"{path} names {len(names)} images, of which {data.name} has {len(rows)}" +
+                           "; some share a name: put the folder before it, as in a/1.jpg" * (depth > 1))
     return torch.tensor(rows)
 
 

@@ -728,6 +728,9 @@ def test_listed_labels(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("\n")
     with pytest.raises(common.Fault, match="names no image"):
         eval_linear.listed(tmp_path / "list.txt", data)
+    for line in ("b_2.jpg", "anywhere/b_2.jpg"):  # with the mark that some editors begin a file with
+        (tmp_path / "list.txt").write_text(f"{line}\na_0.jpg\n", encoding="utf-8-sig")
+        assert eval_linear.listed(tmp_path / "list.txt", data).tolist() == [0, 6]
     (tmp_path / "list.txt").write_text("a_1.jpg\nb_0.jpg\n")
     words = ["--protocol", "finetune", "--data", folder, "--label-list", tmp_path / "list.txt", "--workers", 0,
              "--image-size", 64, "--width", 4, "--lr", 0.01, "--weight-decay", 0, "--subset", 8, "--test-subset", 8,
@@ -736,6 +739,19 @@ def test_listed_labels(trained: Path, tmp_path: Path) -> None:
     assert found["runs"][0]["labels"] == 2 and found["method"] == "untrained"
     (tmp_path / "list.txt").write_text("a_1.jpg\nb_0.jpg\nb_3.jpg\n")  # of the same name, and another list
     assert evaluate("random", *words)["runs"][0]["labels"] == 3
+
+
+def test_listed_labels_of_one_name(tmp_path: Path) -> None:
+    """Where classes share the names of images, as in a/1.jpg and b/1.jpg, the folder before a name tells which."""
+    files = np.array([b"a/1.jpg", b"a/2.jpg", b"b/1.jpg", b"b/3.jpg", b"b/part/2.jpg"])
+    data = common.ImageSet("set", 224, (0, 0, 0), (1, 1, 1), torch.tensor([0, 0, 1, 1, 1]), ["a", "b"], torch.arange(5),
+                           files=files)
+    for lines, expected in {"b/1.jpg": [2], "a/1.jpg\nb/1.jpg": [0, 2], "/else/train/a/2.jpg\n3.jpg": [1, 3]}.items():
+        (tmp_path / "list.txt").write_text(lines)
+        assert eval_linear.listed(tmp_path / "list.txt", data).tolist() == expected
+    (tmp_path / "list.txt").write_text("1.jpg")
+    with pytest.raises(common.Fault, match="names 1 images, of which set has 2; some share a name"):
+        eval_linear.listed(tmp_path / "list.txt", data)
 
 
 # protocols from end to end
