@@ -1629,6 +1629,11 @@ def image_root(args: argparse.Namespace) -> Path:
     return args.data_dir / args.data if args.data in DATASETS else Path(args.data)
 
 
+def folder_name(root: Path) -> str:
+    """The name of a folder; "." and ".." are none."""
+    return (root if root.name.strip(".") else root.resolve()).name
+
+
 def validation_folder(args: argparse.Namespace) -> Path | None:
     """--val-dir, else val/ or test/ below --data, if there is one."""
     root = image_root(args)
@@ -1657,7 +1662,7 @@ def _folder(args: argparse.Namespace, split: str) -> tuple[ImageSet, bool]:
         raise Fault(f"{place} has folders that {train} has not: {', '.join(strange[:3])}")
     number = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([-1 if name is None else number[name] for name in first])
-    name = args.data if named else (root if root.name.strip(".") else root.resolve()).name  # "." and ".." are none
+    name = args.data if named else folder_name(root)
     data = ImageSet(name, 0, *DATASETS.get(args.data, IMAGENET)[1:], labels, classes,
                     torch.arange(len(files)), root=place, files=np.array([os.fsencode(file) for file in files]),
                     workers=args.workers, bad=BadImages(args.max_bad_images))
@@ -3296,7 +3301,7 @@ def load_voc(args: argparse.Namespace, split: str, task: str = "Main", classes: 
     number = {name: label for label, name in enumerate(classes)}
     done = [image._replace(labels=torch.tensor([number[name] for name in names], dtype=torch.int64))
             for image, names in found]
-    return VocSet(args.data if args.data in VOC_LISTS else Path(args.data).name, classes, _clip_boxes(done))
+    return VocSet(args.data if args.data in VOC_LISTS else folder_name(Path(args.data)), classes, _clip_boxes(done))
 
 
 def _voc_root(args: argparse.Namespace) -> Path:
@@ -3327,7 +3332,8 @@ def _voc_root(args: argparse.Namespace) -> Path:
 def _voc_list(path: Path) -> list[str]:
     """The image of each line: its first word; in lists of one class a flag follows."""
     try:
-        names = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # some editors begin it with a mark
+        names = [line.split()[0] for line in lines if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "no text"
         raise Fault(f"cannot read {path} ({reason}): it lists an image a line") from None
@@ -3347,7 +3353,8 @@ def _voc_class_lists(root: Path) -> list[str]:
 
 def _voc_image(root: Path, identity: str, task: str) -> tuple[VocImage, list[str]]:
     """An image with its objects as they stand in its XML file, and the names of their classes."""
-    files = [root / "JPEGImages" / f"{identity}{suffix}" for suffix in (".jpg", ".jpeg", ".png")]
+    endings = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+    files = [root / "JPEGImages" / f"{identity}{ending}" for ending in endings]
     path = next((file for file in files if file.is_file()), files[0])
     mask, annotation = root / "SegmentationClass" / f"{identity}.png", root / "Annotations" / f"{identity}.xml"
     try:

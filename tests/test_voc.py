@@ -174,6 +174,16 @@ def test_identity(folder: Path) -> None:
     assert len(set(seen)) == 4
 
 
+def test_folders_of_other_tools(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cameras' upper-case endings, and the mark that some editors begin a list with; --data . is the folder's name."""
+    expected = common.load_voc(options(folder), "train").identity()
+    (folder / "ImageSets/Main/train.txt").write_text("a\nb\nc\n", encoding="utf-8-sig")
+    monkeypatch.chdir(folder)
+    assert common.load_voc(options("."), "train").identity() == expected
+    (folder / "JPEGImages/b.jpg").rename(folder / "JPEGImages/b.JPG")
+    assert common.load_voc(options("."), "train").images[1].path.name == "b.JPG"
+
+
 def test_faults(folder: Path, tmp_path: Path) -> None:
     """What cannot be read is named: folder, list, image, annotation, class."""
 
