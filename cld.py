@@ -709,7 +709,7 @@ def main(args: argparse.Namespace) -> None:
             raise common.Fault(f"--queue-size {args.queue_size} is more than the {len(data):,} images: lower it")
         if queue_size < args.queue_size and run.rank == 0:
             print(f"--queue-size {queue_size}, from {args.queue_size}: there are no more images", flush=True)
-    run.describe(data, num_groups=num_groups, queue_size=queue_size)
+    run.describe(data, test, num_groups=num_groups, queue_size=queue_size)
     if args.warmup_epochs >= args.epochs and "warmup_epochs" not in args.typed:
         common.note(f"note: --warmup-epochs {args.warmup_epochs} of {args.epochs} epochs: the rate never reaches --lr")
     steps = run.steps_per_epoch(len(data))

@@ -643,6 +643,12 @@ class Run:
             return int(tensor.item())
         return wish
 
+    def alike(self, *content: Any) -> bool:
+        """Whether all ranks have the same content, by a checksum of what it prints as."""
+        # Seven bytes, which an int64 holds with either sign
+        key = int.from_bytes(hashlib.blake2b(repr(content).encode(), digest_size=7).digest(), "big")
+        return self.agree(key) == -self.agree(-key)  # the greatest of all ranks is the least
+
     # the model on its device
 
     def place(self, model: Module) -> Module:
@@ -698,12 +704,13 @@ class Run:
 
     # log, progress, checkpoint
 
-    def describe(self, data: ImageSet | VocSet, **facts: Any) -> None:
-        """Say what runs, and keep it for the first line of the log and the checkpoint."""
+    def describe(self, data: ImageSet | VocSet, more: ImageSet | VocSet | None = None, **facts: Any) -> None:
+        """Say what runs, and keep it for the first line of the log and the checkpoint.
+
+        more: images that the ranks share out too, as those of the monitor.
+        """
         self.data = data.identity()
-        # Seven bytes, which an int64 holds with either sign
-        key = int.from_bytes(hashlib.blake2b(repr(self.data).encode(), digest_size=7).digest(), "big")
-        if self.agree(key) != -self.agree(-key):  # the greatest of all ranks is not the least
+        if not self.alike(self.data, more and more.identity()):
             raise Fault(f"ranks see different images of {data.name}: its files have to be the same on every node")
         # Not where workers decode: it gains nothing there, and to fork while another thread writes is unsafe.
         self.in_background = isinstance(data, ImageSet) and data.pixels is not None
@@ -761,6 +768,8 @@ class Run:
             saved = load_checkpoint(path)
             self._check_resumable(saved, path)
             epoch, step = saved["epoch"], saved["step"]
+            if not self.alike(epoch, step, saved["log_size"]):
+                raise Fault(f"ranks see different files {path}: --output must lie on a disk that all share")
             try:
                 for name, part in state.items():
                     part.load_state_dict(saved["state"][name])

@@ -765,7 +765,7 @@ def main(args: argparse.Namespace) -> None:
     if args.clustering == "labels" and (data.labels < 0).any():
         raise common.Fault("--clustering labels: not every image has a class")
     trial = common.kmeans(torch.zeros(1, 1, device=run.device), 1, backend=args.kmeans)  # is Faiss there, and on what?
-    run.describe(data, kmeans_backend=trial.backend)
+    run.describe(data, test, kmeans_backend=trial.backend)
     if run.rank == 0:
         print(note, end="", flush=True)
     steps = args.updates_per_epoch or run.steps_per_epoch(trained)

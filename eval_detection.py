@@ -723,7 +723,7 @@ def main(args: argparse.Namespace) -> None:
     mean, std = common.statistics(args, encoder.data, usual_data)
     train_regions = read_proposals(args.proposals, data, args.train_proposals) if args.proposals else None
     test_regions = read_proposals(args.proposals, test, args.test_proposals) if args.proposals else None
-    run.describe(data, test=test.identity())
+    run.describe(data, test, test=test.identity())
     run.header["options"] |= dict(checkpoint_sha256=encoder.sha256)
 
     model = run.place(Detector(encoder.backbone, len(data.classes), args))

@@ -1331,7 +1331,7 @@ def main(args: argparse.Namespace) -> None:
         encoder = common.untrained_encoder(args.arch or "resnet18", args.width or 64, task.train.small, device)
     args.test_crops = run.args.test_crops = args.test_crops or (1 if task.train.small else 10)
     encoder.backbone.to(memory_format=torch.channels_last)
-    run.describe(task.train, checkpoint_sha256=encoder.sha256)
+    run.describe(task.train, task.test, checkpoint_sha256=encoder.sha256)
     result = PROTOCOLS[args.protocol](args, run, encoder, task)
     run.close()
     if run.rank:

@@ -393,7 +393,7 @@ def main(args: argparse.Namespace) -> None:
     data, test = load(args)
     usual = common.DATASETS["shapes"] if args.data == "shapes" else common.IMAGENET
     mean, std = common.statistics(args, encoder.data, usual)
-    run.describe(data, test=test.identity())
+    run.describe(data, test, test=test.identity())
     run.header["options"] |= dict(checkpoint_sha256=encoder.sha256)
 
     model = run.place(Segmenter(encoder.backbone, len(data.classes), args))

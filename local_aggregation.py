@@ -480,7 +480,7 @@ def main(args: argparse.Namespace) -> None:
     trial = common.kmeans(torch.zeros(1, 1, device=run.device), 1, backend=args.kmeans)  # is Faiss there, and on what?
     # NPID's loss where all images are equally probable, as chance_loss of npid.py
     chance = math.log(len(data)) if args.warmup_loss == "softmax" else math.log1p(NOISE) + NOISE * math.log1p(1 / NOISE)
-    run.describe(data, chance_loss=round(chance, 4), kmeans_backend=trial.backend)
+    run.describe(data, test, chance_loss=round(chance, 4), kmeans_backend=trial.backend)
     if notes and run.rank == 0:
         print(*notes, sep="\n", flush=True)
     steps = run.steps_per_epoch(len(data))

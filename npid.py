@@ -330,7 +330,7 @@ def main(args: argparse.Namespace) -> None:
         if run.rank == 0:
             print(f"--m {len(data)}, from {args.num_negatives}: there are no more images", flush=True)
         args.num_negatives = len(data)
-    run.describe(data, chance_loss=round(chance_loss(args.loss, args.num_negatives, len(data)), 4))
+    run.describe(data, test, chance_loss=round(chance_loss(args.loss, args.num_negatives, len(data)), 4))
     steps = run.steps_per_epoch(len(data))
 
     torch.manual_seed(args.seed)

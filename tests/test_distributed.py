@@ -221,13 +221,42 @@ def other_images_on_one(world: int, rank: int, port: int, folder: Path) -> None:
     """Rank 1 sees its images in another order, as where a file has another name there."""
     rank_of(world, rank, port, folder)
     load = common.load
-    common.load = lambda *args: load(*args).select(torch.arange(64).flip(0) if rank == 1 else torch.arange(64))
+    common.load = lambda *args: load(*args).select(torch.arange(20).flip(0) if rank == 1 else torch.arange(20))
 
 
-def test_ranks_have_to_see_the_same_images(tmp_path: Path) -> None:
-    """Nodes whose copies of a data set differ end before training: an index would be another image on each."""
-    for process in launch(2, [*TINY, "--output", str(tmp_path / "a")], tmp_path / "images", other_images_on_one):
+def more_to_test_on_one(world: int, rank: int, port: int, folder: Path) -> None:
+    """Rank 1 has more images for the monitor."""
+    rank_of(world, rank, port, folder)
+    load = common.load_monitor
+
+    def load_monitor(args: argparse.Namespace, *rest: Any) -> common.ImageSet | None:
+        return load(argparse.Namespace(**vars(args) | dict(test_subset=20 + rank)), *rest)
+
+    common.load_monitor = load_monitor
+
+
+@pytest.mark.parametrize("patch", [other_images_on_one, more_to_test_on_one])
+def test_ranks_have_to_see_the_same_images(patch: Any, tmp_path: Path) -> None:
+    """Nodes whose copies of a data set differ end before training: an index would be another image on each, and of test
+    images that are not equally many the shares would not fit together."""
+    command = [*TINY, "--knn-every", "1", "--output", str(tmp_path / "a")]
+    for process in launch(2, command, tmp_path / "images", patch):
         one_line(process.wait(), "ranks see different images of shapes")
+
+
+def older_checkpoint_on_one(world: int, rank: int, port: int, folder: Path) -> None:
+    """Rank 1 finds another file under the checkpoint's name, as on a disk of its node's own."""
+    rank_of(world, rank, port, folder)
+    load = common.load_checkpoint
+    common.load_checkpoint = lambda path: load(path) | (dict(epoch=1) if rank == 1 else {})
+
+
+def test_ranks_have_to_see_the_same_checkpoint(tmp_path: Path) -> None:
+    """Where a node has an older checkpoint than the others a resume ends before ranks wait for each other's steps."""
+    command = [*TINY, "--output", str(tmp_path / "a"), "--epochs"]
+    assert run("npid", [*command, "2"]).code == 0
+    for process in launch(2, [*command, "3"], tmp_path / "images", older_checkpoint_on_one):
+        one_line(process.wait(), "ranks see different files", "--output")
 
 
 DRIVER = f"""
