@@ -713,7 +713,7 @@ class Run:
         if not self.alike(self.data, more and more.identity()):
             raise Fault(f"ranks see different images of {data.name}: its files have to be the same on every node")
         # Not where workers decode: it gains nothing there, and to fork while another thread writes is unsafe.
-        self.in_background = isinstance(data, ImageSet) and data.pixels is not None
+        self.in_background = all(isinstance(x, ImageSet) and x.pixels is not None for x in (data, more or data))
         self.header = dict(
             command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), options=plain_options(self.args), data=self.data,
             git=git_commit(), python=sys.version.split()[0], torch=torch.__version__,

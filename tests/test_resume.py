@@ -1,5 +1,6 @@
 """A run that was stopped in any way ends, continued, as one that never was."""
 
+import dataclasses
 import errno
 import os
 import random
@@ -397,6 +398,15 @@ def test_checkpoint_in_the_background(tmp_path: Path, monkeypatch: pytest.Monkey
         work.save(state, 0, 3)
     assert checkpoint(tmp_path)["step"] == 1
     work.close()
+
+
+def test_no_thread_writes_beside_workers(tmp_path: Path) -> None:
+    """Checkpoints wait where any images, those of the monitor too, are decoded by workers: they are forked."""
+    work = common.Run(npid.parse_args([*TINY, "--output", str(tmp_path)]))
+    data = common.load(work.args, "pretrain", work.device)
+    for more, expected in ((None, True), (data, True), (dataclasses.replace(data, pixels=None), False)):
+        work.describe(data, more)
+        assert work.in_background == expected
 
 
 def test_rate_of_a_checkpoint_from_a_gpu() -> None:
