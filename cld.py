@@ -196,11 +196,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             setattr(args, key, value)
     if args.instances and args.imbalance:
         parser.error("--instances renders images anew, of classes of equal size: leave --imbalance out")
-    common.note_idle(args, dict(bank_momentum=(args.host == "npid", "--host npid"),
-                                key_momentum=(args.host != "npid", "another --host than npid"),
-                                num_groups=(args.group_weight > 0, "--lambda above 0"),
-                                group_temperature=(args.group_weight > 0, "--lambda above 0"),
-                                queue_size=(CROPS[args.host] > 2, "--host moco, mocov2 or infomin")))
+    of_groups = ("num_groups", "group_temperature", "clustering", "kmeans_iterations", "groups_over", "branches",
+                 "cross_view")
+    idle = {name: (args.group_weight > 0, "--lambda above 0") for name in of_groups}
+    common.note_idle(args, idle | dict(bank_momentum=(args.host == "npid", "--host npid"),
+                                       key_momentum=(args.host != "npid", "another --host than npid"),
+                                       queue_size=(CROPS[args.host] > 2, "--host moco, mocov2 or infomin")))
     return args
 
 

@@ -190,7 +190,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.empties = "split"
     needed = dict(kmeans=("num_clusters", "kmeans", "empties"), pic=("num_neighbors", "sigma", "singletons"))
     idle = {name: (args.clustering == way, f"--clustering {way}") for way, names in needed.items() for name in names}
-    common.note_idle(args, idle | dict(descriptors=(args.head in ("full", "2fc"), "--head full or 2fc"),
+    common.note_idle(args, idle | dict(min_crop=(args.crop == "random-sized", "--crop random-sized"),
+                                       reassign_every=(args.clustering != "labels", "--clustering kmeans or pic"),
+                                       descriptors=(args.head in ("full", "2fc"), "--head full or 2fc"),
                                        dropout=(args.head not in ("map", "pooled"), "hidden layers, see --head")))
     if args.assign and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise common.Fault("--assign takes one process: start it without a launcher")

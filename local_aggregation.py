@@ -161,30 +161,39 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = common.parse(parser, PRESETS, argv)
     if args.close == "nearest" and args.background != "nearest":
         parser.error("--close nearest goes with --background nearest")
-    by_kmeans = args.clustering == "kmeans"
-    common.note_idle(args, dict(background_clusters=(args.background == "clusters", "--background clusters"),
-                                close_neighbors=(args.close == "nearest", "--close nearest"),
-                                dbscan_radius=(not by_kmeans, "--clustering dbscan"),
-                                kmeans=(by_kmeans or args.background == "clusters", "--clustering kmeans"),
-                                num_clusters=(args.close == "clusters" and by_kmeans,
-                                              "--close clusters by kmeans")))
+    close, clustered = args.close == "clusters", "clusters" in (args.close, args.background)
+    by_kmeans = close and args.clustering == "kmeans"
+    idle = {name: (clustered, "clusters, see --close") for name in ("cluster_on", "cluster_seeds", "recluster_every")}
+    idle |= {name: (by_kmeans or args.background == "clusters", "clusters by kmeans, see --close")
+             for name in ("kmeans", "kmeans_iterations")}
+    common.note_idle(args, idle | dict(
+        background_clusters=(args.background == "clusters", "--background clusters"),
+        close_neighbors=(args.close == "nearest", "--close nearest"),
+        clustering=(close, "--close clusters"), num_clusterings=(close, "--close clusters"),
+        dbscan_radius=(close and not by_kmeans, "--clustering dbscan"),
+        num_clusters=(by_kmeans, "--close clusters by kmeans"),
+        num_neighbors=(args.background == "nearest", "--background nearest"),
+        warmup_loss=(args.warmup_epochs > 0, "--warmup-epochs above 0")))
     return args
 
 
 def fit_to(count: int, args: argparse.Namespace) -> list[str]:
-    """Shrink defaults that do not fit `count` images or --epochs; a typed size that does not is a fault.
+    """Shrink defaults that do not fit `count` images or --epochs; a typed size that does not is a fault, if it is used.
 
     m, and B_i's clusters, shrink where N is under half of what they are meant for, so that clusters keep their size; k
     to a tenth of N, wider than C_i, where it is over a quarter; the warm start to a third of the epochs. Returns what
     to tell the user.
     """
     notes, preset = list[str](), PRESETS["imagenet"] | PRESETS[args.preset]
+    by_kmeans = args.close == "clusters" and args.clustering == "kmeans"
     meant_for = preset.get("subset", IMAGES.get(preset.get("data", "imagenet"), count))  # N of the preset's m
-    for option, name, value, too_large in (
-            ("--m", "num_clusters", max(2, round(preset["num_clusters"] * count / meant_for)), 2 * count < meant_for),
-            ("--k", "num_neighbors", max(2, count // 10), args.num_neighbors > count // 4)):
+    for option, name, used, value, too_large in (
+            ("--m", "num_clusters", by_kmeans, max(2, round(preset["num_clusters"] * count / meant_for)),
+             2 * count < meant_for),
+            ("--k", "num_neighbors", args.background == "nearest", max(2, count // 10),
+             args.num_neighbors > count // 4)):
         given = getattr(args, name)
-        if given > count and name in args.typed:
+        if used and given > count and name in args.typed:
             raise common.Fault(f"{option} {given} is more than the {count} images; {value} would fit")
         if too_large and name not in args.typed:
             notes.append(f"{option} {value}, scaled from {given} to {count:,} images")
@@ -196,10 +205,9 @@ def fit_to(count: int, args: argparse.Namespace) -> list[str]:
     if 1 < args.epochs <= args.warmup_epochs and "warmup_epochs" not in args.typed:  # a single epoch is NPID's
         notes.append(f"--warmup-epochs {max(1, args.epochs // 3)}, a third of the epochs, from {args.warmup_epochs}")
         args.warmup_epochs = max(1, args.epochs // 3)
-    if m > count // 2:
+    if by_kmeans and m > count // 2:
         notes.append(f"warning: m = {m} clusters of {count:,} images hold {count / m:.1f} each: hardly any "
                      "image has a close neighbour but itself; ImageNet has 43 a cluster at m = 30000")
-    by_kmeans = args.close == "clusters" and args.clustering == "kmeans"
     if by_kmeans and args.background == "nearest" and count // m > k:
         notes.append(f"warning: clusters of {count // m} images are larger than B_i, k = {k}: raise --m or --k")
     if args.background == "nearest" and k > count // 4:

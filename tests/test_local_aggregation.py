@@ -282,6 +282,14 @@ def test_defaults_shrink_to_the_data_and_typed_values_do_not() -> None:
     assert (args.num_clusters, args.num_neighbors) == (6000, 1000)
 
 
+@pytest.mark.parametrize("options", [
+    "--close self --m 9999", "--clustering dbscan --H 1 --m 9999", "--background all --k 9999"])
+def test_sizes_without_effect_are_no_fault(options: str) -> None:
+    """Of m and k that nothing uses, which a note says, any will do, and nothing warns of them."""
+    args = la.parse_args(f"--preset smoke --m 32 --k 16 {options}".split())
+    assert la.fit_to(64, args) == [] and 9999 in (args.num_clusters, args.num_neighbors)
+
+
 def test_sizes_of_the_ablations_fit_too() -> None:
     """B_i's clusters and k' shrink with the data where they are defaults; C_i = B_i, of zero loss, is refused."""
     args = la.parse_args(["--preset", "table4-clusters"])

@@ -61,15 +61,24 @@ IN_VAIN = {
     "npid --preset cifar10-nce10 --m 20": [], "npid --preset cifar10 --lr-drops 60 80 --epochs 90": [],
     "npid --preset smoke": [], "npid --preset cifar10": [], "npid --data shapes --epochs 3": [],
     "cld --queue-size 4096 --key-momentum 0.9": ["--key-momentum has no effect", "--queue-size has no effect"],
+    "cld --lambda 0 --clustering spectral --no-cross-view": [
+        "--clustering has no effect without --lambda above 0", "--cross-view has no effect"],
     "cld --host moco --queue-size 4096": [],
     "cld --preset cifar10-no-cld --k 64 --T-G 0.1": [
         "--num-groups has no effect without --lambda above 0", "--group-temperature has no effect"],
     "deepcluster --clustering pic --k 77": ["--num-clusters has no effect without --clustering kmeans"],
+    "deepcluster --crop central --min-crop 0.2": ["--min-crop has no effect without --crop random-sized"],
+    "deepcluster --clustering labels --reassign-every 3": ["--reassign-every has no effect"],
     "deepcluster --sigma 0.1": ["--sigma has no effect without --clustering pic"],
     "deepcluster --arch resnet18 --descriptors after --dropout 0.2": [
         "--descriptors has no effect without --head full or 2fc", "--dropout has no effect without hidden layers"],
     "deepcluster --arch resnet18 --head no-relu --dropout 0.2": [],
     "local_aggregation --close-neighbors 5": ["--close-neighbors has no effect without --close nearest"],
+    "local_aggregation --close self --background all --H 3 --k 5 --recluster-every 9": [
+        "--recluster-every has no effect without clusters", "--num-clusterings has no effect without --close clusters",
+        "--num-neighbors has no effect without --background nearest"],
+    "local_aggregation --close self --background clusters --cluster-on bank --kmeans-iterations 9": [],
+    "local_aggregation --warmup-epochs 0 --warmup-loss nce": ["--warmup-loss has no effect"],
     "local_aggregation --arch resnet18 --H 10 --m 30000": [],
     "eval_linear random --C 1 10 --draws 5": ["--cost has no effect", "--draws has no effect without --labels"],
     "eval_linear random --preset finetune --epochs 20": ["training ends at 20, before --lr-drops 30 60"],
