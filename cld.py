@@ -227,10 +227,12 @@ def listed(data: common.ImageSet, path: Path) -> common.ImageSet:
     """
     text = path.read_text(errors="surrogateescape")  # as names of files are read
     lines = [re.fullmatch(r"(.+?)(?:\s+(\d+))?", line.strip()) for line in text.splitlines()]
-    wanted = {line[1]: int(line[2] or -1) for line in lines if line}
-    rows, given, found = list[int](), list[int](), dict[str, Path]()
     if data.files is None:
         raise common.Fault(f"{path} names files, and {data.name} has none: lists are for folders of images")
+    there = {name for file in data.files for name in os.fsdecode(file).split("/")[:-1]}
+    # The number that a folder's own name ends with is no class
+    wanted = dict((line[0], -1) if line[0] in there else (line[1], int(line[2] or -1)) for line in lines if line)
+    rows, given, found = list[int](), list[int](), dict[str, Path]()
     for row in range(len(data)):
         file = data.path(row)
         above = os.fsdecode(data.files[row]).split("/")[:-1]  # folders below the root

@@ -873,6 +873,15 @@ def test_lines_of_a_file_list_that_meet(tmp_path: Path) -> None:
     assert cld.listed(above, path).ids.tolist() == [0]
 
 
+def test_a_folder_of_a_list_may_end_with_a_number(tmp_path: Path) -> None:
+    """`cup 1` is the folder of that name where there is one, else the folder `cup` with class 1."""
+    files = np.array([b"cup 1/a.png", b"cup 2/a.png", b"cup/a.png"])
+    data, path = images_of([0, 1, 2], files=files, root=Path("/set/train")), tmp_path / "list.txt"
+    for lines, ids in (("cup 1\n", [0]), ("cup 2/a.png 5\ncup 1 4\n", [0, 1]), ("cup 3\n", [2])):
+        path.write_text(lines)
+        assert cld.listed(data, path).ids.tolist() == ids
+
+
 def test_classes_of_the_monitor_are_those_of_training(tmp_path: Path) -> None:
     """A class of --val-list above those of --file-list ends in one line, not within the kNN monitor."""
     for place in ("train", "val"):
