@@ -678,11 +678,11 @@ def image_names(data: common.ImageSet) -> list[str]:
 def save_assignments(folder: Path, epoch: int, labels: Tensor, data: common.ImageSet) -> None:
     """assignments/images.txt and epochNNNN.npz with `cluster`, -1 for images that were not clustered.
 
-    The first epoch removes those of a run that was in the folder before.
+    The first epoch removes those of a run that was in the folder before, and what --assign wrote by its centroids.
     """
     folder.mkdir(exist_ok=True)
     if epoch == 1:
-        for old in [folder / "images.txt", *folder.glob("epoch*.npz")]:
+        for old in [folder / "images.txt", *folder.glob("epoch*.npz"), folder.parent / "assigned.csv"]:
             old.unlink(missing_ok=True)
     if not (folder / "images.txt").exists():
         (folder / "images.tmp").write_text("".join(f"{name}\n" for name in image_names(data)), errors="surrogateescape")

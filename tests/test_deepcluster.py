@@ -1166,10 +1166,12 @@ def test_nothing_of_an_earlier_run_is_left(tmp_path: Path) -> None:
     first, second = folder_of(tmp_path / "first", [*noise[:40]]), folder_of(tmp_path / "second", [*noise[40:]])
     run, options = tmp_path / "run", ["--subset", "40", "--k", "4", "--epochs", "2", "--overwrite", "--data"]
     assert train(run, *options, str(first)) == 0 and state_of(run)["clusters"]["final"]
+    assert train(run, "--assign", str(first)) == 0 and (run / "assigned.csv").exists()
     assert train(run, *options, str(second), before=killed_after(0, 1)) == 9
     names = (run / "assignments/images.txt").read_text().splitlines()
     assert names == [str(file) for file in sorted(second.iterdir())]
     assert [path.name for path in (run / "assignments").glob("*.npz")] == ["epoch0001.npz"]
+    assert not (run / "assigned.csv").exists()
     assert train(run, "--assign", str(first)) == 2
 
 
