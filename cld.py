@@ -766,8 +766,9 @@ def main(args: argparse.Namespace) -> None:
                 targets = host.targets(part)
             losses, accuracy, to_write = host.instance_loss(z, jigsaw, targets, i)
             part_loss = losses.mean()
-            figures = dict(instance_loss=part_loss, instance_accuracy=accuracy,
-                           feature_std=z[0].detach().std(0).mean() * z.shape[2] ** 0.5)
+            figures = dict(instance_loss=part_loss, instance_accuracy=accuracy)
+            if z.shape[1] > 1:  # a single row has no deviation
+                figures["feature_std"] = z[0].detach().std(0).mean() * z.shape[2] ** 0.5
             if args.group_weight:
                 if args.groups_over == "all":
                     g = gather_branch(run, g)

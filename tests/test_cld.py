@@ -767,6 +767,13 @@ def test_queue_must_fit(options: list[str], tmp_path: Path) -> None:
         train(tmp_path / "run", "--host", "moco", *options)
 
 
+def test_a_part_of_one_image_logs_no_nan(tmp_path: Path) -> None:
+    """--accumulate down to single images: figures that there are, all finite, and no deviation of a single feature."""
+    train(tmp_path / "run", "--accumulate", "16", "--lambda", "0", "--epochs", "1")
+    row = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])
+    assert row["loss"] > 0 and "feature_std" not in row and "NaN" not in json.dumps(row)
+
+
 def test_presets() -> None:
     """Every preset parses, and the released scripts' rates are those for their batch."""
     for name in cld.PRESETS:
