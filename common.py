@@ -109,7 +109,7 @@ def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], 
             problem = f"out of memory: {less_memory(args)}"
         elif "Output size is too small" in reason or "greater than actual input size" in reason:
             problem = f"the images are too small for --arch {getattr(args, 'arch', '')}: raise --image-size"
-        elif "shared memory" in reason:
+        elif "memory(shm)" in reason or "out of shared memory" in reason:  # not that of a GPU's kernel
             problem = "/dev/shm, for the workers' images, is full: enlarge it (Docker: --shm-size) or lower --workers"
         elif reason.startswith("DataLoader worker"):
             problem = f"{reason.splitlines()[0]}: lower --workers"
@@ -1605,27 +1605,33 @@ def _stl10(args: argparse.Namespace, split: str) -> tuple[Tensor, Tensor, list[s
     raise Fault(f"cannot read {path} ({reason}): remove {folder} to download the data again")
 
 
+def _missing(there: Path) -> Iterator[None]:
+    """A turn for the rank that has to make `there`: rank 0, then the first rank of each node that does not see it."""
+    for rank in ("RANK", "LOCAL_RANK"):
+        if os.environ.get(rank, "0") == "0" and not there.exists():
+            yield
+        if dist.is_initialized():
+            dist.barrier()
+
+
 def _download(args: argparse.Namespace, name: str, there: Path, **what: str) -> None:
-    """Fetch and unpack a data set by torchvision: rank 0, then the first rank of each node that does not see it.
+    """Fetch and unpack a data set by torchvision, where it is missing.
 
     there: the set's own folder, or a file of it where `what` says which part is wanted: parts share their folders.
     """
-    for rank in ("RANK", "LOCAL_RANK"):
-        if os.environ.get(rank, "0") == "0" and not there.exists():
-            print(f"downloading {name} to {args.data_dir}", file=sys.stderr, flush=True)
-            try:
-                args.data_dir.mkdir(parents=True, exist_ok=True)
-                # Whole sets are renamed once they are whole: other runs may look, or have been first.
-                with tempfile.TemporaryDirectory(dir=args.data_dir) as place:
-                    root = str(args.data_dir) if what else place
-                    getattr(torchvision.datasets, name)(root, download=True, **what)
-                    if not there.exists() and not what:
-                        (Path(place) / there.name).rename(there)
-            except (OSError, RuntimeError, http.client.HTTPException) as error:
-                raise Fault(f"{name} is not in {args.data_dir} and could not be downloaded ({error}): name its "
-                            "parent folder with --data-dir, or use --data shapes") from None
-        if dist.is_initialized():
-            dist.barrier()
+    for _ in _missing(there):
+        print(f"downloading {name} to {args.data_dir}", file=sys.stderr, flush=True)
+        try:
+            args.data_dir.mkdir(parents=True, exist_ok=True)
+            # Whole sets are renamed once they are whole: other runs may look, or have been first.
+            with tempfile.TemporaryDirectory(dir=args.data_dir) as place:
+                root = str(args.data_dir) if what else place
+                getattr(torchvision.datasets, name)(root, download=True, **what)
+                if not there.exists() and not what:
+                    (Path(place) / there.name).rename(there)
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            raise Fault(f"{name} is not in {args.data_dir} and could not be downloaded ({error}): name its "
+                        "parent folder with --data-dir, or use --data shapes") from None
 
 
 _NAMED: dict[str, Callable[[argparse.Namespace, str], tuple[Tensor, Tensor, list[str]]]] = {
@@ -3321,11 +3327,8 @@ def _voc_root(args: argparse.Namespace) -> Path:
             if wanted is not None:
                 counts[i] = max(1, round(wanted * counts[i])) if wanted < 1 else int(wanted)
         root: Path = args.data_dir / f"shapes-voc-{counts[0]}-{counts[1]}"
-        for rank in ("RANK", "LOCAL_RANK"):  # the first rank, then that of each node which does not see its files
-            if os.environ.get(rank, "0") == "0" and not root.is_dir():
-                render_voc(root, *counts)
-            if dist.is_initialized():
-                dist.barrier()
+        for _ in _missing(root):
+            render_voc(root, *counts)
         return root
     root = Path(args.data)
     if not root.is_dir():

@@ -398,11 +398,11 @@ def images_checksum(data: common.ImageSet) -> str:
     """Of all pixels that are held, or of the sizes of up to 20,000 files, and of the images' positions; `identity` has
     the names of all files, but of their sizes a few."""
     content = hashlib.blake2b(data.ids.numpy().tobytes(), digest_size=16)
-    if data.pixels is None and len(data) <= 20_000:  # where a look at each is quick
-        content.update(repr([common.file_size(data.path(row)) for row in range(len(data))]).encode())
     if data.pixels is not None:
         for part in torch.split(data.pixels, 8192):
             content.update(part.cpu().contiguous().numpy().data)
+    elif len(data) <= 20_000:  # where a look at each is quick
+        content.update(repr([common.file_size(data.path(row)) for row in range(len(data))]).encode())
     return content.hexdigest()
 
 

@@ -575,11 +575,11 @@ def main(args: argparse.Namespace) -> None:
         start = first_step if epoch == first_epoch else 0
         began = time.perf_counter()
         encoder.train()
+        warming = epoch < args.warmup_epochs
+        if not warming:
+            graphed_steps.pop(True, None)  # whose graph keeps the memory of a step
         for step, index, (images,) in data.batches(run, order, common.Crop(data.size, SCALE), epoch, start):
             common.set_rate(optimizer, common.learning_rate(args, epoch + step / steps))
-            warming = epoch < args.warmup_epochs
-            if not warming:
-                graphed_steps.pop(True, None)  # whose graph keeps the memory of a step
             due = step == 0 or (args.recluster_every and step % args.recluster_every == 0)
             if not warming and due and "clusters" in (args.close, args.background):
                 clustering_began = time.perf_counter()
