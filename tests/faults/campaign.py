@@ -10,6 +10,7 @@ AssertionError where the promise does not hold. Every wait has a deadline: what 
 """
 
 import argparse
+import codecs
 import contextlib
 import functools
 import hashlib
@@ -310,6 +311,7 @@ def full_disk(world: World, name: str, draw: random.Random) -> int:
 
 def nobody() -> None:
     """Root may write anywhere: go on as somebody else."""
+    codecs.lookup("utf-8-sig")  # read while Python's own folder, which may lie below root's, can still be read
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
