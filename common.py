@@ -107,6 +107,8 @@ def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], 
                 problem += f"; if there is none, NCCL failed: {last.splitlines()[0]}"
         elif out_of_memory(error):
             problem = f"out of memory: {less_memory(args)}"
+        elif "no kernel image" in reason:
+            problem = "this PyTorch has no kernels for this GPU: install a build that has, or use --device cpu"
         elif "Output size is too small" in reason or "greater than actual input size" in reason:
             problem = f"the images are too small for --arch {getattr(args, 'arch', '')}: raise --image-size"
         elif "memory(shm)" in reason or "out of shared memory" in reason:  # not that of a GPU's kernel
@@ -712,6 +714,8 @@ class Run:
         self.data = data.identity()
         if not self.alike(self.data, more and more.identity()):
             raise Fault(f"ranks see different images of {data.name}: its files have to be the same on every node")
+        if not self.alike(facts):
+            raise Fault(f"ranks differ in {', '.join(facts)}: files and packages have to be the same on every node")
         # Not where workers decode: it gains nothing there, and to fork while another thread writes is unsafe.
         self.in_background = all(isinstance(x, ImageSet) and x.pixels is not None for x in (data, more or data))
         self.header = dict(

@@ -244,6 +244,18 @@ def test_ranks_have_to_see_the_same_images(patch: Any, tmp_path: Path) -> None:
         one_line(process.wait(), "ranks see different images of shapes")
 
 
+def other_facts_on_one(world: int, rank: int, port: int, folder: Path) -> None:
+    """Rank 1 finds another figure for the log's first line, as of another file of weights."""
+    rank_of(world, rank, port, folder)
+    npid.chance_loss = lambda *args: float(rank)
+
+
+def test_ranks_have_to_agree_on_facts(tmp_path: Path) -> None:
+    """What a script says of itself at the start, such as the weights it evaluates, has to be the same on all ranks."""
+    for process in launch(2, [*TINY, "--output", str(tmp_path / "a")], tmp_path / "images", other_facts_on_one):
+        one_line(process.wait(), "ranks differ in chance_loss")
+
+
 def older_checkpoint_on_one(world: int, rank: int, port: int, folder: Path) -> None:
     """Rank 1 finds another file under the checkpoint's name, as on a disk of its node's own."""
     rank_of(world, rank, port, folder)

@@ -642,6 +642,18 @@ def test_mistake_in_a_worker(train: list[str], tmp_path: Path) -> None:
     assert done.code == 1 and "TypeError: 'NoneType' object is not callable" in done.err
 
 
+def unsupported_gpu() -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    common.crop_boxes = fail  # type: ignore[assignment]
+
+
+def test_unsupported_gpu(train: list[str]) -> None:
+    """A GPU too old or too new for the build of PyTorch is one line."""
+    one_line(run("npid", train, before=unsupported_gpu), "no kernels for this GPU", "--device cpu")
+
+
 def full_shared_memory() -> None:
     def fail(*args: object) -> None:
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
