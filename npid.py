@@ -398,8 +398,9 @@ def main(args: argparse.Namespace) -> None:
         optimizer.step()
         all_z, all_index = run.gather(torch.cat(z_parts), index)
         bank.update(all_z, all_index, args.bank_momentum)
-        # Of unit vectors spread over the sphere each component has the deviation 1 / sqrt(D).
-        figures.append(dict(loss=loss, feature_std=all_z.std(0).mean() * args.feature_dim**0.5))
+        figures.append(dict(loss=loss))
+        if len(all_z) > 1:  # of unit vectors spread over the sphere each component has the deviation 1 / sqrt(D)
+            figures.append(dict(feature_std=all_z.std(0).mean() * args.feature_dim**0.5))
         return loss, figures
 
     graphed_step = run.graphed(train_step, data.small)  # on a CPU, or on several ranks, train_step itself

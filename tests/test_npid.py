@@ -205,6 +205,15 @@ def test_features_that_are_alike_are_warned_of(
         assert capsys.readouterr().err.count("features are nearly alike") == collapsed
 
 
+@pytest.mark.parametrize("script", [npid, local_aggregation])
+def test_batches_of_one_image_log_no_nan(script: ModuleType, tmp_path: Path) -> None:
+    """--batch-size 1: a loss, and no deviation of a single feature."""
+    options = ["--preset", "smoke", "--subset", "8", "--batch-size", "1", "--epochs", "1", "--knn-every", "0"]
+    script.main(script.parse_args([*options, "--output", str(tmp_path)]))
+    row = (tmp_path / "log.jsonl").read_text().splitlines()[-1]
+    assert "NaN" not in row and "feature_std" not in row and json.loads(row)["loss"] > 0
+
+
 def by_plain_pytorch(
     args: Any, steps: list[Step], images: int
 ) -> tuple[dict[str, Tensor], Tensor, list[float], list[float]]:
