@@ -667,7 +667,10 @@ class Run:
         if self.world == 1:
             return model
         with warnings.catch_warnings(action="ignore"):  # newer versions have another name for broadcast_buffers
-            return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        if self.device.type == "cpu" and self.world > 2:  # two terms have the same sum in either order
+            parallel.register_comm_hook(None, lambda _, bucket: mean_in_order(bucket))
+        return parallel
 
     def graphed(self, function: Callable[..., Any], small: bool) -> Callable[..., Any]:
         """The function as a `Graph` where --cuda-graph says so: by default for `small` images, on a single GPU."""
@@ -930,6 +933,20 @@ class Run:
             signal.signal(number, handler)
         if self.rank == 0:
             self.lock.close()
+
+
+def mean_in_order(bucket: Any) -> Any:
+    """The mean over ranks of a DDP bucket of gradients, summed in the order of ranks. Gloo's order depends on the place
+    in the bucket, which is another after the first step of a process: a resumed run would get other roundings.
+    """
+    own = bucket.buffer()
+    every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+
+    def mean(gathered: Any) -> Any:
+        gathered.value()  # raises what went wrong
+        return own.copy_(sum(every) / len(every))
+
+    return dist.all_gather(every, own, async_op=True).get_future().then(mean)
 
 
 def parts(models: Sequence[nn.Module], *chunks: Sequence[Any]) -> Iterator[tuple[Any, ...]]:

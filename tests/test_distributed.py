@@ -366,12 +366,13 @@ def interrupted(world: int, rank: int, port: int, folder: Path) -> None:
     common.Run.after_step = after_step  # type: ignore[method-assign]
 
 
-def test_two_ranks_resume(tmp_path: Path) -> None:
-    """Two ranks, stopped within an epoch by a signal to one of them, end with the bits and log of two undisturbed."""
-    command = [*TINY, "--loss", "nce", "--m", "8", "--z", "ema", "--epochs", "3", "--output"]
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_resume(world: int, tmp_path: Path) -> None:
+    """Ranks, stopped within an epoch by a signal to one of them, end with the bits and log of undisturbed ones."""
+    command = [*TINY, "--batch-size", "12", "--loss", "nce", "--m", "8", "--z", "ema", "--epochs", "3", "--output"]
     for output, patches in (("whole", [rank_of]), ("parts", [interrupted, rank_of])):
         for patch in patches:
-            for process in launch(2, [*command, str(tmp_path / output)], tmp_path / "images", patch):
+            for process in launch(world, [*command, str(tmp_path / output)], tmp_path / "images", patch):
                 assert process.wait().code == (143 if patch is interrupted else 0), process.err
     same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
     assert log(tmp_path / "whole") == log(tmp_path / "parts") and len(log(tmp_path / "whole")) == 4
