@@ -405,7 +405,8 @@ def note_idle(args: argparse.Namespace, needs: dict[str, tuple[bool, str]]) -> N
 def note_drops(args: argparse.Namespace, end: int, usual: int) -> None:
     """Say which rate drops lie beyond the end of training: typed ones, or those of a preset that ends at `usual`."""
     if getattr(args, "schedule", "step") == "step":
-        lost = [drop for drop in args.lr_drops if drop >= end and (drop < usual or "lr_drops" in args.typed)]
+        meant = {"lr_drops", "schedule"} & set(args.typed)
+        lost = [drop for drop in args.lr_drops if drop >= end and (drop < usual or meant)]
         if lost:
             note(f"note: training ends at {end}, before --lr-drops {' '.join(map(str, lost))}")
         if not args.lr_drops and "schedule" in args.typed and "lr_drops" not in args.typed:

@@ -172,6 +172,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     preset = PRESETS["voc07"] | PRESETS[args.preset]
     scale_to_batch(args, preset["batch_size"])
     common.note_drops(args, args.iterations, preset["iterations"])
+    own = dict.fromkeys(("anchor_sizes", "boundary_anchors", "test_candidates"), (not args.proposals, "Faster R-CNN"))
+    common.note_idle(args, own | dict(small=(args.checkpoint == "random", "a random network"),
+                                      precise_bn=(args.bn == "tuned", "--bn tuned")))
     args.epochs, args.schedule, args.compile = 1, "iterations", False  # the whole training is one epoch of the run
     return args
 
@@ -718,6 +721,9 @@ def main(args: argparse.Namespace) -> None:
     arch, wanted = args.arch or encoder.options.get("arch", "resnet18"), args.preset.rpartition("-")[2]
     if wanted in common.PLAIN_STAGES and not arch.startswith(wanted):
         raise common.Fault(f"--preset {args.preset} is for {wanted}, not {arch}: name --arch, or take another preset")
+    plain = arch.partition("_")[0] in common.PLAIN_STAGES
+    common.note_idle(args, dict(dropout=(plain, "AlexNet or VGG16"), roi_size=(not plain, "a ResNet"),
+                                extra_bn=(not plain and args.bn == "tuned", "a ResNet and --bn tuned")))
     data, test = load(args)
     usual_data = common.DATASETS["shapes"] if args.data == "shapes" else common.IMAGENET
     mean, std = common.statistics(args, encoder.data, usual_data)

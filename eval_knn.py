@@ -57,7 +57,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     common.add_device_options(parser)
     args = parser.parse_args(argv)
     args.typed = common.typed(parser, argv)
-    common.note_idle(args, dict(num_clusters=(args.clustering, "--clustering")))
+    idle = dict.fromkeys(("arch", "width", "layer", "amp"), (args.checkpoint != "pixels", "a network"))
+    common.note_idle(args, idle | dict(num_clusters=(args.clustering, "--clustering"),
+                                       subset=(args.train_features == "clean", "--train-features clean")))
     if args.checkpoint in ("random", "pixels") and args.train_features == "bank":
         parser.error(f"{args.checkpoint} has no memory bank: use --train-features clean")
     if args.layer == "backbone" and args.train_features == "bank":

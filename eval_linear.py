@@ -210,10 +210,24 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         setattr(args, name, list(dict.fromkeys(getattr(args, name) or ())) or None)
     if args.protocol == "mlp" and len(args.layers) > 1:
         parser.error("--protocol mlp takes one of --layers")
-    common.note_idle(args, dict(
-        cost=("svm" in args.protocol, "--protocol svm or voc07-svm"), hidden=(args.protocol == "mlp", "--protocol mlp"),
-        draws=(bool(args.labels or args.per_class), "--labels or --per-class"),
-        head_factor=(args.protocol in ("mlp", "finetune", "voc07"), "--protocol mlp, finetune or voc07")))
+    svms, tuned = "svm" in args.protocol, args.protocol in ("finetune", "voc07")
+    grid = len(args.lr) * len(args.weight_decay) * len(args.head_factor)
+    needs = {  # options: whether they are used, and what they need for that
+        "layers layer_size train_crops normalize features feature_type memory": (not tuned, "a frozen network"),
+        "epochs batch_size lr weight_decay momentum schedule": (not svms, "--protocol linear, mlp, finetune or voc07"),
+        "holdout": (not svms and (not tuned or grid > 1), "rates, decays or epochs to choose from"),
+        "lr_drop_factor": (args.schedule == "step" and not svms, "--schedule step"),
+        "head_factor accumulate dropout": (args.protocol in ("mlp", "finetune", "voc07"),
+                                           "--protocol mlp, finetune or voc07"),
+        "hidden": (args.protocol == "mlp", "--protocol mlp"), "crop_scale": (tuned, "--protocol finetune or voc07"),
+        "trainable": (args.protocol == "voc07", "--protocol voc07"),
+        "train_batchnorm": (args.protocol == "voc07" and args.trainable == "fc", "--protocol voc07 --trainable fc"),
+        "cost positive_weight": (svms, "--protocol svm or voc07-svm"),
+        "folds": (svms and len(args.cost) > 1, "SVMs and several of --cost"),
+        "balanced": (bool(args.labels) and "voc07" not in args.protocol, "--labels, one class an image"),
+        "draws": (bool(args.labels or args.per_class), "--labels or --per-class"),
+    }
+    common.note_idle(args, {name: need for names, need in needs.items() for name in names.split()})
     if "output" not in args.typed:
         untrained = Path("runs") / f"eval_linear-random-{args.arch or 'resnet18'}-seed{args.seed}"
         args.output = untrained if args.checkpoint == "random" else Path(args.checkpoint).parent / "eval_linear"

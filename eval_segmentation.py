@@ -101,6 +101,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if "output" not in args.typed:
         place = Path("runs") if args.checkpoint == "random" else Path(args.checkpoint).parent
         args.output = place / f"segmentation-{'random-' * (args.checkpoint == 'random')}{args.preset}-seed{args.seed}"
+    common.note_idle(args, dict(small=(args.checkpoint == "random", "a random network")))
     args.epochs, args.schedule, args.compile = 1, "iterations", False  # the whole training is one epoch of the run
     return args
 
@@ -390,6 +391,9 @@ def main(args: argparse.Namespace) -> None:
         encoder = common.load_encoder(Path(args.checkpoint), args.arch, args.width, run.device, "backbone")
         if run.rank == 0:
             print(f"{args.checkpoint}: {encoder.describe()}", flush=True)
+    arch = args.arch or encoder.options.get("arch", "resnet18")
+    plain = arch.partition("_")[0] in common.PLAIN_STAGES
+    common.note_idle(args, dict(dropout=(plain, "AlexNet or VGG16"), output_stride=(not plain, "a ResNet")))
     data, test = load(args)
     usual = common.DATASETS["shapes"] if args.data == "shapes" else common.IMAGENET
     mean, std = common.statistics(args, encoder.data, usual)
@@ -435,7 +439,7 @@ def main(args: argparse.Namespace) -> None:
 
     table = confusion_table(model, test, args, mean, std, run)
     result = dict(protocol="segmentation", checkpoint=args.checkpoint, checkpoint_sha256=encoder.sha256,
-                  preset=args.preset, data=test.name, arch=args.arch or encoder.options.get("arch", "resnet18"),
+                  preset=args.preset, data=test.name, arch=arch,
                   width=args.width or encoder.options.get("width", 64), train_images=len(data), test_images=len(test),
                   iterations=args.iterations, batch_size=args.batch_size, seed=args.seed,
                   settings=run.settings(),

@@ -58,6 +58,7 @@ IN_VAIN = {
     "npid --preset cifar10 --schedule cosine --lr-drops 60 80": ["--lr-drops has no effect without --schedule step"],
     "npid --preset cifar10 --epochs 100": ["training ends at 100, before --lr-drops 120 160"],
     "npid --preset cifar10 --epochs 130": ["training ends at 130, before --lr-drops 160"],
+    "deepcluster --preset smoke --schedule step": ["training ends at 2, before --lr-drops 120 160"],
     "npid --preset cifar10-nce10 --m 20": [], "npid --preset cifar10 --lr-drops 60 80 --epochs 90": [],
     "npid --preset smoke": [], "npid --preset cifar10": [], "npid --data shapes --epochs 3": [],
     "cld --queue-size 4096 --key-momentum 0.9": ["--key-momentum has no effect", "--queue-size has no effect"],
@@ -83,9 +84,18 @@ IN_VAIN = {
     "eval_linear random --C 1 10 --draws 5": ["--cost has no effect", "--draws has no effect without --labels"],
     "eval_linear random --preset finetune --epochs 20": ["training ends at 20, before --lr-drops 30 60"],
     "eval_linear random --preset lowshot": [],
+    "eval_linear random --preset svm --lr 0.1 --holdout 0.2 --folds 2": [
+        "--lr has no effect", "--holdout has no effect"],
+    "eval_linear random --preset finetune --layers conv5 --folds 5 --crop-scale 0.5 1": [
+        "--layers has no effect without a frozen network", "--folds has no effect"],
+    "eval_linear random --preset mlp --hidden 64 --dropout 0.1 --holdout 0.2 --train-crops 1": [],
     "eval_detection random --preset voc07 --iterations 3000": ["training ends at 3000, before --lr-drops 6750 8250"],
     "eval_detection random --preset voc0712": [],
+    "eval_detection x.pth --bn frozen --precise-bn 5 --small": [
+        "--small has no effect without a random network", "--precise-bn has no effect without --bn tuned"],
+    "eval_segmentation random --small": [],
     "eval_knn random --num-clusters 5": ["--num-clusters has no effect without --clustering"],
+    "eval_knn pixels --width 4": ["--width has no effect without a network"],
 }
 
 
