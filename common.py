@@ -97,7 +97,7 @@ def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], 
     except ValueError as error:
         if not str(error).startswith("Expected more than 1 value per channel"):
             raise
-        problem = "batch normalisation meets a single value in a channel: raise --batch-size or --image-size"
+        problem = f"batch normalisation meets a single value in a channel: raise --batch-size or {sizes(args)}"
     except (OSError, MemoryError, RuntimeError) as error:
         reason = str(error)
         if dist.is_initialized() and isinstance(error, RuntimeError) and (
@@ -110,7 +110,8 @@ def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], 
         elif "no kernel image" in reason:
             problem = "this PyTorch has no kernels for this GPU: install a build that has, or use --device cpu"
         elif "Output size is too small" in reason or "greater than actual input size" in reason:
-            problem = f"the images are too small for --arch {getattr(args, 'arch', '')}: raise --image-size"
+            network = getattr(args, "arch", None) or "this network"
+            problem = f"the images are too small for {network}: raise {sizes(args)}"
         elif "memory(shm)" in reason or "out of shared memory" in reason:  # not that of a GPU's kernel
             problem = "/dev/shm, for the workers' images, is full: enlarge it (Docker: --shm-size) or lower --workers"
         elif reason.startswith("DataLoader worker"):
@@ -165,6 +166,12 @@ def less_memory(args: argparse.Namespace) -> str:
                 accumulate="split each batch with --accumulate", cache="for small images use --cache host")
     known = [way for key, way in ways.items() if hasattr(args, key)] or ["end other programs"]
     return ", ".join(known[:-1]) + ", or " * (len(known) > 1) + known[-1]
+
+
+def sizes(args: argparse.Namespace) -> str:
+    """Which of the script's options say how large the images are that the network sees."""
+    names = ["image_size"] if "image_size" in args else ["train_sizes", "crop", "test_size"]
+    return " or ".join(f"--{name.replace('_', '-')}" for name in names if name in args)
 
 
 def way_out(error: OSError) -> str:

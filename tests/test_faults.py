@@ -442,10 +442,14 @@ def infinite_gradient_at_step_three() -> None:
     common.bank_softmax = loss
 
 
-def test_images_too_small_for_the_network(train: list[str]) -> None:
-    """Images that a network's pooling cannot take are named as such."""
-    one_line(run("npid", [*train, "--arch", "alexnet", "--image-size", "8"]), "too small for --arch alexnet",
-             "--image-size")
+def test_images_too_small_for_the_network(train: list[str], tmp_path: Path) -> None:
+    """Images that a network's pooling cannot take are named as such, with an option that the script has."""
+    one_line(run("npid", [*train, "--arch", "alexnet", "--image-size", "8"]), "too small for alexnet", "--image-size")
+    common.render_voc(tmp_path / "voc", 4, 2)
+    small = run("eval_segmentation", ["random", "--arch", "alexnet", "--width", "4", "--crop", "32", "--data",
+                                      tmp_path / "voc", "--output", tmp_path / "small", "--iterations", "1",
+                                      "--workers", "0", "--device", "cpu"])
+    one_line(small, "too small for alexnet: raise --crop or --test-size")
 
 
 def test_loss_not_finite(train: list[str], tmp_path: Path) -> None:
