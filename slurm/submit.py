@@ -118,7 +118,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(words[:end])
     if end == len(words):
         parser.error("which script? name one, such as npid.py")
-    args.script, args.argv = Path(words[end]), words[end + 1 :]
+    args.script, args.argv, args.typed = Path(words[end]), words[end + 1 :], common.typed(parser, words[:end])
+    slurms = dict.fromkeys(("partition", "account", "constraint", "slurm"), (args.cluster == "slurm", "SLURM"))
+    limits = dict.fromkeys(("hours", "grace", "requeues"), (args.cluster != "debug", "a job of its own"))
+    common.note_idle(args, slurms | limits)
     if taken := next((key for key, _ in args.slurm if key in OWN), None):
         parser.error(f"--slurm {taken}: use {OWN[taken]}")
     if any(key == "array_parallelism" and not (value.isdecimal() and int(value)) for key, value in args.slurm):

@@ -58,6 +58,13 @@ def test_wrong_submissions(argv: list[str], words: str, capsys: pytest.CaptureFi
     assert stop.value.code == 2 and len(lines) == 1 and words in lines[0]
 
 
+def test_options_without_effect_are_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    """What only SLURM heeds, and the limits of a job, where there is none."""
+    submit.parse_args(["--cluster", "debug", "--partition", "long", "--hours", "2", "npid.py", "--account", "me"])
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" has no effect")[0] for line in lines] == ["note: --partition", "note: --hours"]
+
+
 def test_combinations() -> None:
     """A sweep is the product of its values; without one there is one run."""
     assert submit.combinations([]) == [[]]
