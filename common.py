@@ -748,9 +748,11 @@ class Run:
         return options | dict(amp=self.amp)
 
     def log(self, **row: Any) -> None:
-        """Print one JSON line and append it to log.jsonl."""
+        """Print one JSON line and append it to log.jsonl; what is not finite is null there, as JSON has no word for it.
+        """
         if self.rank == 0:
-            line = json.dumps(row)
+            line = json.dumps({key: None if isinstance(value, float) and not math.isfinite(value) else value
+                               for key, value in row.items()})
             if self.bar is not None:
                 self.bar.clear()
             print(line, flush=True)

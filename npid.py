@@ -27,7 +27,7 @@ Differences from the paper and from the authors' code:
 
 log.jsonl has, in its first line, chance_loss, the loss at equal probabilities (ln N for the softmax); for each epoch:
 loss; feature_std (1: features spread over the sphere, 0: all alike); z_over_n for NCE, Z / N (a random bank gives 2.2
-at tau 0.07, D 128); knn_top1 each --knn-every epochs (K = 200, temperature tau).
+at tau 0.07, D 128; null where float32 cannot hold it); knn_top1 each --knn-every epochs (K = 200, temperature tau).
 """
 
 import argparse

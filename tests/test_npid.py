@@ -214,6 +214,15 @@ def test_batches_of_one_image_log_no_nan(script: ModuleType, tmp_path: Path) -> 
     assert "NaN" not in row and "feature_std" not in row and json.loads(row)["loss"] > 0
 
 
+def test_a_figure_too_large_is_null(tmp_path: Path) -> None:
+    """A Z that float32 cannot hold is null in the log, which stays JSON; training itself takes its logarithm."""
+    options = ["--preset", "smoke", "--subset", "32", "--epochs", "1", "--knn-every", "0"]
+    options += ["--loss", "nce", "--tau", "0.001"]
+    npid.main(npid.parse_args([*options, "--output", str(tmp_path)]))
+    row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1], parse_constant=pytest.fail)
+    assert row["z_over_n"] is None and row["loss"] > 0
+
+
 def by_plain_pytorch(
     args: Any, steps: list[Step], images: int
 ) -> tuple[dict[str, Tensor], Tensor, list[float], list[float]]:
