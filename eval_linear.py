@@ -277,6 +277,9 @@ def open_task(args: argparse.Namespace, encoder: common.Encoder | None, device: 
         spec = common.DataSet(size, *common.statistics(args, known, common.IMAGENET))
         train, targets = voc_images(args, "train", None, spec)
         test, test_targets = voc_images(args, "test", train.classes, spec)
+        for part, found, split in ((train, targets, "training"), (test, test_targets, "test")):
+            if not (found > 0).any():
+                raise common.Fault(f"the {len(part)} {split} images of {part.name} have no objects that count")
         return Task(train, test, targets, test_targets)
     train = common.load_train(args, encoder, "train", device)
     test = common.load_test(args, encoder, train, device)

@@ -945,6 +945,17 @@ def test_voc07_svm(shots: list[str], trained: Path, voc: Path, tmp_path: Path) -
         assert [(entry[key], entry["draws"]) for entry in found["draws"]] == [(count, 2) for count in counts]
 
 
+def test_voc07_without_objects_is_refused(tmp_path: Path) -> None:
+    """Test images in which all objects are difficult would give a mean over no class."""
+    common.render_voc(tmp_path / "voc", 3, 2)
+    for name in (tmp_path / "voc/ImageSets/Main/test.txt").read_text().split():
+        path = tmp_path / f"voc/Annotations/{name}.xml"
+        path.write_text(path.read_text().replace("<difficult>0", "<difficult>1"))
+    args = eval_linear.parse_args(["random", "--preset", "voc07-svm", "--data", str(tmp_path / "voc")])
+    with pytest.raises(common.Fault, match="the 2 test images of voc have no objects that count"):
+        eval_linear.open_task(args, None, CPU)
+
+
 def test_voc07_sees_images_as_the_network_did(trained: Path, voc: Path) -> None:
     """At the size of the network's run, and normalised by --mean and --std, else by its run's figures, else ImageNet's.
     """
