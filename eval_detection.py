@@ -173,8 +173,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     scale_to_batch(args, preset["batch_size"])
     common.note_drops(args, args.iterations, preset["iterations"])
     own = dict.fromkeys(("anchor_sizes", "boundary_anchors", "test_candidates"), (not args.proposals, "Faster R-CNN"))
-    common.note_idle(args, own | dict(small=(args.checkpoint == "random", "a random network"),
-                                      precise_bn=(args.bn == "tuned", "--bn tuned")))
+    common.note_idle(args, own | dict(small=(args.checkpoint == "random", "a random network")))
     args.epochs, args.schedule, args.compile = 1, "iterations", False  # the whole training is one epoch of the run
     return args
 
@@ -723,6 +722,7 @@ def main(args: argparse.Namespace) -> None:
         raise common.Fault(f"--preset {args.preset} is for {wanted}, not {arch}: name --arch, or take another preset")
     plain = arch.partition("_")[0] in common.PLAIN_STAGES
     common.note_idle(args, dict(dropout=(plain, "AlexNet or VGG16"), roi_size=(not plain, "a ResNet"),
+                                precise_bn=(args.bn == "tuned", "--bn tuned"),
                                 extra_bn=(not plain and args.bn == "tuned", "a ResNet and --bn tuned")))
     data, test = load(args)
     usual_data = common.DATASETS["shapes"] if args.data == "shapes" else common.IMAGENET
