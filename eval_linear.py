@@ -868,23 +868,26 @@ def fit_svm(x: Tensor, y: Tensor, cost: Tensor) -> Tensor:
 
     Newton's method on the active images (Keerthi and DeCoste, 2005): conjugate gradients for the step, an exact line
     search along it; all K at once, each product with x serves all. The error of w is at most the norm of the gradient
-    (the problem is strongly convex): done when that is under |w| / 1000, or rounding.
+    (the problem is strongly convex): done when that is under |w| / 1000, or what rounding makes of the active images'
+    outputs, or after 100 steps.
     """
     if len(x) < x.shape[1]:  # the solution lies in the span of the images: solve in its coordinates
         basis, coordinates = torch.linalg.qr(x.T)
         w: Tensor = fit_svm(coordinates.T.contiguous(), y, cost) @ basis.T
         return w
-    w = x.new_zeros(y.shape[1], x.shape[1])
-    outputs = torch.zeros_like(y)
-    rounding = 4 * torch.finfo(x.dtype).eps * (2 * (cost * y).T @ x).norm(dim=1)  # against the gradient at w = 0
+    w, squares = x.new_zeros(y.shape[1], x.shape[1]), x.square().sum(1)
+    outputs, eps = torch.zeros_like(y), torch.finfo(x.dtype).eps
+    # A plane that fits few images well takes almost all of them out of the active ones if it errs by a tenth.
+    accuracy = 1e-3 if len(x) < 3 * x.shape[1] else 0.1
     for _ in range(100):
         slack = (1 - y * outputs).clamp_(min=0)
         gradient = w - 2 * (cost * y * slack).T @ x
+        active = 2 * cost * (slack > 0)
+        rounding = 4 * eps * (active.square().T @ squares).sqrt()
         todo = (gradient.norm(dim=1) > torch.maximum(1e-3 * w.norm(dim=1), rounding)).nonzero()[:, 0]
         if not len(todo):
             break
-        active = 2 * cost[:, todo] * (slack[:, todo] > 0)
-        step = newton_step(x, active, -gradient[todo])
+        step = newton_step(x, active[:, todo], -gradient[todo], accuracy)
         change = x @ step.T
         length = line_search(w[todo], step, y[:, todo], outputs[:, todo], change, cost[:, todo])
         w[todo] += length[:, None] * step
@@ -892,11 +895,11 @@ def fit_svm(x: Tensor, y: Tensor, cost: Tensor) -> Tensor:
     return w
 
 
-def newton_step(x: Tensor, active: Tensor, target: Tensor) -> Tensor:
-    """(I + X^T diag(active_k) X) p_k = target_k for all k, by conjugate gradients to a tenth of the target."""
+def newton_step(x: Tensor, active: Tensor, target: Tensor, accuracy: float) -> Tensor:
+    """(I + X^T diag(active_k) X) p_k = target_k for all k, by conjugate gradients to that share of the target."""
     p, residual, direction = torch.zeros_like(target), target.clone(), target.clone()
     size = residual.square().sum(1)
-    goal = 0.01 * size
+    goal = accuracy**2 * size
     for _ in range(100):
         if (size <= goal).all():
             break

@@ -438,6 +438,24 @@ def test_svm_is_liblinears(count: int, size: int) -> None:
         torch.testing.assert_close(single[number].double(), expected, rtol=0, atol=1e-2 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize(("count", "size", "cost"), [(100, 300, 300.0), (2000, 10, 3000.0)])
+def test_svm_of_classes_that_are_far_apart(count: int, size: int, cost: float) -> None:
+    """Where a plane parts the classes, too, the objective is LinearSVC's least, though hardly an image is active."""
+    torch.manual_seed(0)
+    labels = torch.randint(2, (count,))
+    x = torch.randn(count, size) + torch.where(labels == 1, 5.0, 0.0)[:, None] * (torch.arange(size) < 5)
+    y = (2 * labels - 1).double()
+    padded = F.pad(x, (0, 1), value=1.0)
+    ours = eval_linear.fit_svms(padded, y[:, None], torch.tensor([[cost]]), 1.0)[0, 0].double()
+    theirs = LinearSVC(C=cost, tol=1e-8, dual=count < size, max_iter=100_000).fit(x.numpy(), labels.numpy())
+    expected = torch.from_numpy(np.append(theirs.coef_[0], theirs.intercept_))
+
+    def objective(w: Tensor) -> float:
+        return float(0.5 * w.square().sum() + cost * (1 - y * (padded.double() @ w)).clamp(min=0).square().sum())
+
+    assert objective(ours) < 1.01 * objective(expected)
+
+
 def test_weights_and_left_out_images() -> None:
     """The weight of images with the class is LinearSVC's class weight; images with target 0 change nothing."""
     x, labels = blobs(200, 6, 2, spread=3.0)
@@ -545,7 +563,7 @@ def test_newton_steps_that_end_early() -> None:
     x, _ = blobs(30, 12, 3)
     target, active = torch.randn(2, 12), torch.ones(30, 2)
     active[:, 0] = 0
-    found = eval_linear.newton_step(x, active, target)
+    found = eval_linear.newton_step(x, active, target, 0.1)
     assert torch.equal(found[0], target[0])
     assert (found[1] + x.T @ (x @ found[1]) - target[1]).norm() < 0.11 * target[1].norm()
 
