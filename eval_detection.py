@@ -383,6 +383,21 @@ def split(network: nn.Module, args: argparse.Namespace) -> tuple[list[nn.Module]
     return stages, head, stride, round((linear[0].in_features / channels) ** 0.5), network.dim
 
 
+def displacement(network: nn.Module) -> float:
+    """By how many px the cells of the map lie beyond the middle of their stride, where RoIAlign takes them: 7.5 px for
+    AlexNet, whose max-pooling has no padding. Those of ResNets are taken as they are, as in Detectron2."""
+    middle, stride = 0.5, 1
+    if not isinstance(network, common.PlainNet):
+        return 0.0
+    for layer in list(network.features)[: network.stage_ends[-1] + 1]:
+        if isinstance(layer, nn.Conv2d | nn.MaxPool2d):
+            kernel, step, padding = (size if isinstance(size, int) else int(size[0])
+                                     for size in (layer.kernel_size, layer.stride, layer.padding))
+            middle += ((kernel - 1) / 2 - padding) * stride
+            stride *= step
+    return middle - stride / 2
+
+
 class Anchors(AnchorGenerator):  # type: ignore[misc]
     """Anchors in float32 whatever the map's type, one stride apart whatever the padding of the convolutions."""
 
@@ -452,6 +467,7 @@ class Detector(nn.Module):
     def __init__(self, network: nn.Module, num_classes: int, args: argparse.Namespace) -> None:
         super().__init__()
         stages, head, stride, side, dim = split(network, args)
+        beyond = displacement(network)
         if args.freeze > len(stages):
             raise common.Fault(f"--freeze {args.freeze}: this network has {len(stages)} stages that see the image")
         self.trunk, self.freeze, self.frozen_bn = nn.Sequential(*stages), args.freeze, args.bn == "frozen"
@@ -472,6 +488,7 @@ class Detector(nn.Module):
         def align(features: dict[str, Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]]) -> Any:
             """Maps {"0": (B, C, h, w)} and B times (P, 4) boxes in px -> (sum of P, C, side, side) float32, by RoIAlign
             with pixel centres at halves."""
+            boxes = [part - beyond for part in boxes]
             return roi_align(features["0"].float().contiguous(), boxes, side, 1 / stride, aligned=True)
 
         self.regions = RoIHeads(

@@ -307,6 +307,25 @@ def test_trunk_and_head(arch: str, small: bool) -> None:
             torch.testing.assert_close(head(maps), network(images))
 
 
+@pytest.mark.parametrize("arch", ["vgg16_bn", "alexnet_bn", "alexnet"])
+@pytest.mark.parametrize("small", [True, False])
+def test_regions_are_where_the_cells_see(arch: str, small: bool) -> None:
+    """RoIAlign takes each cell of a plain network's map for the middle of the columns of pixels that it sees."""
+    model = eval_detection.Detector(common.backbone(arch, 1, small), 3, options())
+    for name, parameter in model.trunk.named_parameters():
+        parameter.data.copy_(0 if name.endswith("bias") else parameter.abs())
+    columns = torch.eye(224)[:, None, None].expand(-1, 3, 32, -1)  # in each image another one is bright
+    with torch.no_grad():
+        maps = model.trunk.eval()(columns)[:, 0]
+        seen = maps[:, maps.shape[1] // 2] > 0  # (column, cell)
+        cell = seen.shape[1] // 2
+        first, *_, last = seen[:, cell].nonzero()[:, 0].tolist()
+        middle = (first + last + 1) / 2
+        ramp = torch.arange(float(seen.shape[1])).expand(1, 1, len(maps[0]), -1)
+        found = model.regions.box_roi_pool({"0": ramp}, [torch.tensor([[middle - 2, 12, middle + 2, 16]])], [(32, 224)])
+    assert found.mean().item() == pytest.approx(cell, abs=1e-4)
+
+
 def test_network_of_another_kind() -> None:
     """A network whose stages are not known is a Fault that says which are."""
     with pytest.raises(common.Fault, match="takes ResNets, AlexNet and VGG16, not Sequential"):
