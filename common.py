@@ -1456,7 +1456,10 @@ def central_square(path: Path, size: int, side: int | None = None) -> Tensor:
 
 
 def random_crops(path: Path, uniform: Tensor, crop: Crop) -> Tensor:
-    """Crops (views, 3, S, S) of an image by uniform numbers (views, 22). JPEGs are decoded no larger than they need."""
+    """Crops (views, 3, S, S) of an image by uniform numbers (views, 22). JPEGs are decoded no larger than they need.
+
+    Each is scaled out of the whole image: at its border the filter sees pixels beyond it; torchvision's crop has none.
+    """
     with Image.open(path) as image:
         width, height = image.size
         boxes = crop_boxes(uniform, height, width, crop.scale, crop.ratio)
