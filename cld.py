@@ -419,12 +419,12 @@ class NormLinear(nn.Module):
 
 
 class Jigsaw(nn.Module):
-    """Trunk features of nine patches (9 B, I) -> one feature (B, D), not normalised."""
+    """Trunk features of nine patches (9 B, I) -> one feature (B, D), not normalised; `layer`: that of the heads."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, layer: type[nn.Linear | NormLinear]) -> None:
         super().__init__()
-        self.patch = nn.Sequential(nn.Linear(inputs, inputs), nn.ReLU(inplace=True), nn.Linear(inputs, outputs))
-        self.join = nn.Linear(9 * outputs, outputs)
+        self.patch = nn.Sequential(nn.Linear(inputs, inputs), nn.ReLU(inplace=True), layer(inputs, outputs))
+        self.join = layer(9 * outputs, outputs)
 
     def forward(self, h: Tensor) -> Tensor:
         joined: Tensor = self.join(self.patch(h).view(len(h) // 9, -1))
@@ -455,7 +455,7 @@ class Encoder(nn.Module):
             self.predictor = nn.Sequential(nn.Linear(feature_dim, hidden), nn.BatchNorm1d(hidden),
                                            nn.ReLU(inplace=True), nn.Linear(hidden, feature_dim))
         elif host == "infomin":
-            self.jigsaw = Jigsaw(self.backbone.dim, feature_dim)
+            self.jigsaw = Jigsaw(self.backbone.dim, feature_dim, layer)
         if groups:
             with torch.random.fork_rng([]):
                 self.group_head = layer(hidden, feature_dim)

@@ -154,6 +154,18 @@ def test_normalised_head_is_a_cosine() -> None:
         torch.testing.assert_close(out, layer(h))
 
 
+def test_normalised_heads_of_the_patches() -> None:
+    """With a normalised head InfoMin's patches pass through cosines, too, and in the code's order: patch, then nine."""
+    heads = {head: cld.Encoder("resnet18", 4, True, 8, head, False, "infomin").jigsaw for head in ("mlp", "norm-mlp")}
+    h = torch.randn(18, 32)
+    jigsaw = heads["norm-mlp"]
+    assert jigsaw is not None and heads["mlp"] is not None and isinstance(heads["mlp"].join, torch.nn.Linear)
+    patches = torch.stack([F.cosine_similarity(row, jigsaw.patch[2].direction) for row in jigsaw.patch[:2](h)])
+    nine = patches.view(2, 72)
+    expected = torch.stack([F.cosine_similarity(row, jigsaw.join.direction) for row in nine])
+    torch.testing.assert_close(jigsaw(h), expected)
+
+
 @pytest.mark.parametrize("head", ["linear", "norm-linear", "mlp", "norm-mlp", "bn-mlp"])
 def test_where_the_cross_level_gradient_goes(head: str) -> None:
     """It reaches f_G of both views, the group head and the trunk, and not the instance head."""
