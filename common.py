@@ -1210,7 +1210,7 @@ DATASETS = {
     "imagenet100": IMAGENET,
     "places205": IMAGENET,
 }
-DATASETS["kitchen-hc"] = DATASETS["cifar10"]  # 32 px: CLD's supplement; mean and std: our choice
+DATASETS["kitchen-hc"] = DATASETS["cifar10"]  # 32 px: CLD's supplement; mean and std: its code
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 SMALL = 64  # px; networks for images below it take a 3x3 stem
 CROP_NUMBERS = 22  # uniform numbers that crop_boxes takes for an image: ten areas, ten ratios, a corner
