@@ -35,8 +35,8 @@ Differences from the paper and from the authors' code:
     in place of MoCo's shuffling.
   * InfoMin's nine patches, 55 px wide, are cut from a crop of the usual size and scale; in its own code they are 64 px
     wide, from a crop of 255 px and scale (0.6, 1). Its RandAugment has torchvision's 14 operations, always at full
-    strength, in either direction, on a grey ground; its own code has 15 (inversion and additive solarising, no
-    identity), of a strength drawn near the full one, which only raise colour, contrast, brightness and sharpness.
+    strength, in either direction, on a grey ground; its own code has 15 (additive solarising, no identity), of a
+    strength drawn near the full one, which only raise colour, contrast, brightness and sharpness.
     BYOL is trained with SGD, not LARS.
   * Rates change with each step, and the cosine runs to 0 over all epochs, times the warm-up's factor. In the code
     CIFAR's begins after the warm-up and ends at 1e-6, and ImageNet's changes once an epoch.
