@@ -910,24 +910,26 @@ def recorded(file: Path) -> Callable[[], None]:
 def test_training_is_that_of_plain_pytorch(tmp_path: Path) -> None:
     """Two epochs by torch.optim and nn.Linear on the recorded images and clusters: the same weights and statistics."""
     options = ["--arch", "alexnet_bn", "--sobel", "--dropout", "0", "--epochs", "2", "--no-amp",
-               "--weight-decay", "0.01"]
+               "--weight-decay", "0.01", "--momentum", "0.5", "--schedule", "cosine", "--seed", "3"]
     assert train(tmp_path / "run", *options, before=recorded(tmp_path / "steps")) == 0
     args, steps = dc.parse_args([*TINY, *options]), torch.load(tmp_path / "steps")
     torch.manual_seed(args.seed)
     encoder = dc.Encoder("alexnet_bn", args.width, True, 16, "full", True, 0.0).train()
-    trunk = torch.optim.SGD(encoder.parameters(), args.lr, momentum=0.9, weight_decay=0.01)
+    trunk = torch.optim.SGD(encoder.parameters(), args.lr, momentum=0.5, weight_decay=0.01)
     for epoch in range(2):
         top, start = torch.nn.Linear(encoder.dim, 8), dc.TopLayer(encoder.dim, common.CPU)
         start.reset(8, common.generator(args.seed, "top", epoch))
         top.load_state_dict(start.state_dict())
         last = torch.optim.SGD(top.parameters(), args.lr, weight_decay=0.01)
         labels = clusters_of(tmp_path / "run", epoch + 1)
-        for index, images in steps[4 * epoch : 4 * epoch + 4]:
+        for number in range(4 * epoch, 4 * epoch + 4):
+            index, images = steps[number]
             loss = F.cross_entropy(top(encoder((images - 0.5) / 0.25).relu()), labels[index].long())
             for optimizer in (trunk, last):
                 optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             for optimizer in (trunk, last):
+                optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * number / 8)) / 2
                 optimizer.step()
     found = state_of(tmp_path / "run")
     torch.testing.assert_close(found["encoder"], encoder.state_dict(), atol=1e-5, rtol=1e-4)

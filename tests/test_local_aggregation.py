@@ -156,10 +156,11 @@ def run_rows(output: Path, *options: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()[1:]]
 
 
-def test_the_warm_start_is_npid(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flip", ["--flip", "--no-flip"])
+def test_the_warm_start_is_npid(flip: str, tmp_path: Path) -> None:
     """Local Aggregation that is all warm start and npid.py with the same options end with the same bits."""
-    words = ["--preset", "smoke", "--epochs", "2", "--knn-every", "0", "--flip", "--output"]
-    run_rows(tmp_path / "la", "--epochs", "2", "--warmup-epochs", "2")
+    words = ["--preset", "smoke", "--epochs", "2", "--knn-every", "0", flip, "--output"]
+    run_rows(tmp_path / "la", "--epochs", "2", "--warmup-epochs", "2", flip)
     npid.main(npid.parse_args([*words, str(tmp_path / "npid")]))
     one, two = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)["state"] for name in ("la", "npid"))
     assert torch.equal(one["bank"]["features"], two["bank"]["features"])
@@ -411,14 +412,18 @@ def test_clusterings_are_shared_out_over_the_ranks(monkeypatch: pytest.MonkeyPat
 
 
 def test_clusters_of_center_crops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """--cluster-on center-crop clusters features extracted for it, unit rows, instead of the bank."""
+    """--cluster-on center-crop clusters features extracted for it, unit rows of the network in evaluation mode, instead
+    of the bank; training goes on in training mode."""
     extracted, clustered, extract, cluster = list[Tensor](), list[Tensor](), common.extract, la.cluster
+    modes, forward = list[bool](), la.Encoder.forward
+    monkeypatch.setattr(la.Encoder, "forward", lambda net, x: (modes.append(net.training), forward(net, x))[1])
     monkeypatch.setattr(common, "extract", lambda *a, **k: (extracted.append(extract(*a, **k)), extracted[-1])[1])
     monkeypatch.setattr(la, "cluster", lambda run, features, *a, **k: (clustered.append(features),
                                                                        cluster(run, features, *a, **k))[1])
     run_rows(tmp_path / "run", "--subset", "64", "--k", "20", "--cluster-on", "center-crop")
     assert len(clustered) == 2 and all(a is b for a, b in zip(clustered, extracted, strict=True))
     assert torch.allclose(extracted[0].norm(dim=1), torch.ones(64), atol=1e-5)
+    assert modes == [True] * 2 + [False, True, True] * 2
 
 
 def test_logged_sizes_are_those_of_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -522,7 +527,7 @@ def by_plain_pytorch(args: Any, steps: list[Step], images: int) -> Iterator[tupl
     backbone = common.backbone(args.arch, args.width, True)
     network = torch.nn.ModuleDict(dict(backbone=backbone, head=torch.nn.Linear(backbone.dim, args.feature_dim)))
     network.double()
-    optimizer = torch.optim.SGD(network.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(network.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
     bank = F.normalize(torch.randn(images, args.feature_dim, generator=common.generator(args.seed, "bank")), dim=1)
     z, close = torch.tensor(0.0), torch.eye(images, dtype=torch.bool)
     background = torch.ones_like(close)
@@ -543,6 +548,7 @@ def by_plain_pytorch(args: Any, steps: list[Step], images: int) -> Iterator[tupl
             network.load_state_dict(before["encoder"])
             optimizer.load_state_dict(before["optimizer"])
             bank = before["bank"]["features"].clone()
+        optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * number / len(steps))) / 2
         key = (epoch, step) if args.cluster_seeds == "redrawn" else ()
         if epoch >= args.warmup_epochs and (step == 0 or (args.recluster_every and step % args.recluster_every == 0)):
             if args.background == "clusters":
@@ -586,13 +592,13 @@ def by_plain_pytorch(args: Any, steps: list[Step], images: int) -> Iterator[tupl
 @pytest.mark.parametrize("options", [
     "", "--close self", "--close nearest --close-neighbors 3", "--background all", "--recluster-every 1",
     "--background clusters --background-clusters 2 4", "--cluster-seeds redrawn", "--warmup-loss nce", "--k 2",
-    "--accumulate 2", "--warmup-epochs 0", "--bank-momentum 0.2 --H 1",
+    "--accumulate 2", "--warmup-epochs 0", "--bank-momentum 0.2 --H 1 --seed 3 --momentum 0.5",
 ])
 def test_training_is_that_of_plain_pytorch(options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step of three epochs, the first of them NPID's, leaves the weights and the bank of a loop over tables of who
     is close to whom, with gradients by autograd."""
     steps = record_steps(la, monkeypatch)
-    words = [*TINY, "--subset", "32", "--no-amp", "--tau", "0.5", "--epochs", "3", "--schedule", "constant", "--H", "2",
+    words = [*TINY, "--subset", "32", "--no-amp", "--tau", "0.5", "--epochs", "3", "--schedule", "cosine", "--H", "2",
              "--m", "6", "--k", "10", "--output", f"{tmp_path}/run"]
     args = la.parse_args([*words, *options.split()])
     la.main(args)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from helpers import TINY, Step, record_steps
 from torch import Tensor
 
+import cld
 import common
 import local_aggregation
 import npid
@@ -223,6 +224,38 @@ def test_a_figure_too_large_is_null(tmp_path: Path) -> None:
     assert row["z_over_n"] is None and row["loss"] > 0
 
 
+@pytest.mark.parametrize(("script", "options"), [
+    (npid, ""), (npid, "--knn-features clean"), (local_aggregation, ""), (local_aggregation, "--knn-features clean"),
+    (cld, ""),
+])
+def test_the_monitor_evaluates(
+    script: ModuleType, options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each --knn-every epochs and after the last the network, in evaluation mode, is compared at tau with the bank or
+    itself, and then trains on in training mode."""
+    modes, asked = list[bool](), list[tuple[Tensor, common.ImageSet, Tensor, common.ImageSet, float]]()
+    forward, monitor = common.ResNet.forward, common.knn_monitor
+    monkeypatch.setattr(common.ResNet, "forward", lambda net, *x: (modes.append(net.training), forward(net, *x))[1])
+    monkeypatch.setattr(common, "knn_monitor", lambda *x: (asked.append((x[0].clone(), *x[1:])), monitor(*x))[1])
+    words = [*TINY, "--no-amp", "--epochs", "3", "--knn-every", "2", "--tau" if script is not cld else "--T-I", "0.3"]
+    script.main(script.parse_args([*words, "--output", str(tmp_path), *options.split()]))
+    by_bank, views = not options and script is not cld, 1 + (script is cld)
+    steps, looks = [True] * 4 * views, [False] * (1 if by_bank else 2)
+    assert modes == steps * 2 + looks + steps + looks
+    encoder = common.load_encoder(tmp_path / "checkpoint.pth")
+    for features, images in ((asked[-1][2], asked[-1][3]), *([] if by_bank else [(asked[-1][0], asked[-1][1])])):
+        (pixels,) = images.centers(torch.arange(len(images)), 64, common.CPU)
+        torch.testing.assert_close(features, encoder.embed(images.normalize(pixels)))
+    assert not by_bank or torch.equal(asked[-1][0], encoder.bank)
+    assert [temperature for *_, temperature in asked] == [0.3, 0.3]
+
+
+def rate_of(args: Any, step: int, steps: int) -> float:
+    """The rate of one of `steps` steps in two epochs: on a cosine, or divided by ten after the first epoch."""
+    cosine = (1 + math.cos(math.pi * step / steps)) / 2
+    return float(args.lr * (cosine if args.schedule == "cosine" else 0.1 ** (step >= steps / 2)))
+
+
 def by_plain_pytorch(
     args: Any, steps: list[Step], images: int
 ) -> tuple[dict[str, Tensor], Tensor, list[float], list[float]]:
@@ -233,17 +266,17 @@ def by_plain_pytorch(
     network.double()
     if args.loss == "parametric":
         network.classes = torch.nn.Parameter(torch.randn(images, args.feature_dim) / args.feature_dim**0.5)
-    optimizer = torch.optim.SGD(network.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(network.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
     bank = F.normalize(torch.randn(images, args.feature_dim, generator=common.generator(args.seed, "bank")), dim=1)
     m, z = args.num_negatives, torch.tensor(0.0)
     all_losses, all_z = list[float](), list[float]()
     for number, (index, (pixels,), _) in enumerate(steps):
         epoch, step = divmod(number, len(steps) // args.epochs)
-        optimizer.param_groups[0]["lr"] = args.lr * 0.1**epoch  # --lr-drops 1
+        optimizer.param_groups[0]["lr"] = rate_of(args, number, len(steps))
         source = common.generator(args.seed, "noise", epoch, step)
         noise = torch.randint(images, (len(index), m), generator=source)
         optimizer.zero_grad()
-        features, total = [], 0.0
+        features, total, constants = [], 0.0, list[Tensor]()
         for part in torch.arange(len(index)).chunk(args.accumulate):
             output = network["head"](network["backbone"]((pixels[part].double() - 0.5) / 0.25)).float()
             f, i = F.normalize(output), index[part]
@@ -257,10 +290,12 @@ def by_plain_pytorch(
                 estimate = images * other.detach().mean()
                 if args.z == "exact":
                     z = every.detach().sum(1, keepdim=True)
-                elif number == 0:
+                elif z == 0:
                     z = estimate
                 elif args.z == "ema":
-                    z = 0.99 * z + 0.01 * estimate
+                    share = 0.99 ** (1 / args.accumulate)  # 0.99 a step
+                    z = share * z + (1 - share) * estimate
+                constants.append(z.mean())
                 p, q = (own[:, None] / z)[:, 0], other / z
                 loss = -(p / (p + m / images)).log() - (1 - q / (q + m / images)).log().sum(1)
             else:
@@ -271,7 +306,7 @@ def by_plain_pytorch(
             features.append(f.detach())
         optimizer.step()
         all_losses.append(total)
-        all_z.append(z.mean().item() / images)
+        all_z.append(sum(constants, torch.tensor(0.0)).item() / args.accumulate / images)
         for slot, f in zip(index.tolist(), torch.cat(features), strict=True):
             bank[slot] = F.normalize(args.bank_momentum * bank[slot] + (1 - args.bank_momentum) * f, dim=0)
     return network.state_dict(), bank, all_losses, all_z
@@ -279,7 +314,8 @@ def by_plain_pytorch(
 
 @pytest.mark.parametrize("options", [
     "", "--bank-momentum 0 --lambda 3", "--accumulate 2", "--loss parametric", "--loss sampled --m 9",
-    "--loss nce --m 9", "--loss nce --m 9 --z ema", "--loss nce --m 9 --z exact", "--tau 0.2 --weight-decay 0.02",
+    "--loss nce --m 9", "--loss nce --m 9 --z ema --accumulate 2", "--loss nce --m 9 --z exact",
+    "--tau 0.2 --weight-decay 0.02", "--schedule cosine --lr 0.01 --momentum 0.5 --seed 3",
 ])
 def test_training_is_that_of_plain_pytorch(options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two epochs on the recorded images end with the weights and the bank of a loop that is written as the paper reads:
@@ -300,6 +336,7 @@ def test_training_is_that_of_plain_pytorch(options: str, tmp_path: Path, monkeyp
     for epoch, row in enumerate(rows):
         own = slice(2 * epoch, 2 * epoch + 2)
         assert (row["epoch"], row["step"]) == (epoch + 1, 2 * epoch + 2)
-        assert row["lr"] == pytest.approx(args.lr * 0.1**epoch) and row["loss"] == pytest.approx(sum(losses[own]) / 2)
+        assert row["lr"] == pytest.approx(rate_of(args, 2 * epoch + 1, 4))
+        assert row["loss"] == pytest.approx(sum(losses[own]) / 2)
         assert ("z_over_n" in row) == (args.loss == "nce")
         assert row.get("z_over_n", 0) == pytest.approx(sum(z[own]) / 2, rel=1e-5)
