@@ -388,6 +388,84 @@ def test_candidates(preset: str, training: tuple[int, int], testing: tuple[int, 
     assert (network.pre_nms_top_n(), network.post_nms_top_n()) == testing
 
 
+def test_thresholds_and_first_weights() -> None:
+    """Overlaps that make anchors and regions positive or negative, their shares, and the first weights of the layers
+    that judge regions are Faster R-CNN's; the rest is what the options say."""
+    args = options(nms=0.35, min_score=0.15, rois=96)
+    model = eval_detection.Detector(common.backbone("resnet18", 64, True), 20, args)
+    network, regions = model.proposals, model.regions
+    assert network is not None
+    found = [(part.proposal_matcher.high_threshold, part.proposal_matcher.low_threshold,
+              part.fg_bg_sampler.batch_size_per_image, part.fg_bg_sampler.positive_fraction, part.nms_thresh)
+             for part in (network, regions)]
+    assert found == [(0.7, 0.3, 256, 0.5, 0.7), (0.5, 0.5, 96, 0.25, 0.35)]
+    assert (regions.score_thresh, regions.detections_per_img, regions.box_coder.weights) == (0.15, 100, (10, 10, 5, 5))
+    for layer, deviation in ((regions.box_predictor.scores, 0.01), (regions.box_predictor.offsets, 0.001)):
+        assert layer.weight.std().item() == pytest.approx(deviation, rel=0.05) and not layer.bias.any()
+
+
+class Draws(Rank):
+    """A rank that draws as a run does."""
+
+    rows, generator, permutation, args = common.Run.rows, common.Run.generator, common.Run.permutation, options(seed=3)
+
+    def seed_step(self, epoch: int, step: int) -> None:
+        pass
+
+
+def test_what_is_drawn_for_an_image(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each round takes all images, in an order of its own; each of --train-sizes is as frequent, half are mirrored; two
+    ranks have the halves of what one has."""
+    seen, args = list[list[Sample]](), options(train_sizes=[24, 32, 48], batch_size=4)
+    data = common.load_voc(argparse.Namespace(data=str(folder), subset=None, test_subset=None), "train")
+    monkeypatch.setattr(eval_detection, "decoded", lambda data, args, batches: (seen.append(one) for one in batches))
+    for rank, world in ((0, 1), (0, 2), (1, 2)):
+        list(eval_detection.training_batches(Draws(rank, world), data, args, range(150)))  # type: ignore[arg-type]
+    whole, left, right = seen[:150], seen[150:300], seen[300:]
+    assert whole == [one + two for one, two in zip(left, right, strict=True)]
+    samples = [sample for step in whole for sample in step]
+    rounds = [tuple(sample.row for sample in samples[start : start + 12]) for start in range(0, len(samples), 12)]
+    assert {tuple(sorted(one)) for one in rounds} == {tuple(range(12))} and len(set(rounds)) == len(rounds)
+    for side in (24, 32, 48):
+        flips = [sample.flip for sample in samples if sample.side == side]
+        assert 160 < len(flips) < 240 and 0.4 < np.mean(flips) < 0.6
+
+
+def test_training_is_that_of_plain_pytorch(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGD on the sum of the losses of the recorded images, normalised by --mean and --std, with the rate and the decay
+    of their own tests, ends with the same weights."""
+    batches, original = list[list[tuple[Sample, Tensor]]](), eval_detection.training_batches
+
+    def watched(*arguments: Any) -> Any:
+        for step, images in original(*arguments):
+            batches.append(images)
+            yield step, images
+
+    monkeypatch.setattr(eval_detection, "training_batches", watched)
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    args = eval_detection.parse_args(tiny(folder, tmp_path / "out", "--mean", *mean, "--std", *std, "--seed", 3, "--lr",
+                                          0.01, "--momentum", 0.5, "--weight-decay", 0.01, "--warmup", 2, "--lr-drops",
+                                          3, "--precise-bn", 0))
+    eval_detection.main(args)
+    torch.manual_seed(3)
+    network = common.untrained_encoder("resnet18", 4, True, common.CPU).backbone
+    model: Any = eval_detection.Detector(network, 10, args).train()
+    model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(eval_detection.parameter_groups(model, 0.01), 1.0, momentum=0.5)
+    data, _ = eval_detection.load(args)
+    for step, images in enumerate(batches):
+        torch.manual_seed(common.generator(3, "step", 0, step, 0).initial_seed())  # which anchors are trained on
+        for group in optimizer.param_groups:
+            group["lr"] = [0.00001, 0.005005, 0.01, 0.001][step]
+        _, losses = model(eval_detection.collate(images, data, None, args, mean, std, common.CPU))
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    assert len(batches) == 4
+    torch.testing.assert_close(dict(checkpoint(tmp_path / "out")["state"]["model"]), model.state_dict(), atol=1e-5,
+                               rtol=1e-4)
+
+
 def test_frozen_stays(folder: Path, tmp_path: Path) -> None:
     """After training, frozen stages, and with --bn frozen all normalisations, have their old bits; the rest moved.
     Without --precise-bn the running statistics of training stay."""

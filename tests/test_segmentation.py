@@ -167,7 +167,78 @@ def test_image_and_mask_stay_together(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(whole[1], torch.from_numpy(mask))
 
 
+class Draws(Rank):
+    """A rank that draws as a run does."""
+
+    rows, generator, permutation, args = common.Run.rows, common.Run.generator, common.Run.permutation, options(seed=3)
+
+    def seed_step(self, epoch: int, step: int) -> None:
+        pass
+
+
+def test_what_is_drawn_for_an_image(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each round takes all images, in an order of its own; scale and place of the crop are uniform, half are mirrored;
+    two ranks have the halves of what one has."""
+    seen, data, args = list[list[Sample]](), load(folder), options(scales=[0.5, 2.0], test_size=100, crop=70)
+
+    def undecoded(data: Any, args: Any, mean: Any, batches: Any) -> Any:
+        for samples in batches:
+            seen.append(samples)
+            yield torch.zeros(1), torch.zeros(1)
+
+    monkeypatch.setattr(eval_segmentation, "decoded", undecoded)
+    for rank, world in ((0, 1), (0, 2), (1, 2)):
+        list(eval_segmentation.training_batches(Draws(rank, world), data, args, (0, 0, 0), range(70)))  # type: ignore[arg-type]
+    whole, left, right = seen[:70], seen[70:140], seen[140:]
+    assert whole == [one + two for one, two in zip(left, right, strict=True)]
+    samples = [sample for step in whole for sample in step]
+    rounds = [tuple(sample.row for sample in samples[start : start + 7]) for start in range(0, len(samples), 7)]
+    assert {tuple(sorted(one)) for one in rounds} == {tuple(range(7))} and len(set(rounds)) > 60
+    sides, x, y = (torch.tensor([getattr(sample, key) for sample in samples]).double() for key in ("side", "x", "y"))
+    for values, low, high in ((sides, 50, 200), (x, 0, 1), (y, 0, 1)):
+        spread = high - low
+        assert low <= values.min() < low + 0.02 * spread and high - 0.02 * spread < values.max() <= high
+        assert abs(values.mean() - (low + high) / 2) < 0.05 * spread
+    assert {sample.crop for sample in samples} == {70}
+    assert abs(np.mean([sample.flip for sample in samples]) - 0.5) < 0.07
+    assert torch.corrcoef(torch.stack([sides, x, y])).triu(1).abs().max() < 0.15
+
+
 # runs
+
+
+def test_training_is_that_of_plain_pytorch(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGD on the recorded crops, normalised by --mean and --std, at a rate that falls as (1 - t / T)^0.9, ends with the
+    same weights."""
+    batches, original = list[tuple[Tensor, Tensor]](), eval_segmentation.training_batches
+
+    def watched(*arguments: Any) -> Any:
+        for step, images, classes in original(*arguments):
+            batches.append((images, classes))
+            yield step, images, classes
+
+    monkeypatch.setattr(eval_segmentation, "training_batches", watched)
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    more = ["--mean", *mean, "--std", *std, "--lr", 0.02, "--momentum", 0.5, "--weight-decay", 0.01, "--seed", 3]
+    args = eval_segmentation.parse_args(tiny(folder, tmp_path / "out", *more))
+    eval_segmentation.main(args)
+    torch.manual_seed(3)
+    backbone = common.untrained_encoder("resnet18", 4, True, common.CPU).backbone
+    model: Any = eval_segmentation.Segmenter(backbone, 10, args).train()
+    model.to(memory_format=torch.channels_last)  # in whose order its dropout draws
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.5, weight_decay=0.01)
+    for step, (images, classes) in enumerate(batches):
+        torch.manual_seed(common.generator(3, "step", 0, step, 0).initial_seed())  # of the head's dropout
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 4) ** 0.9
+        images = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+        scores = model(images.contiguous(memory_format=torch.channels_last))
+        optimizer.zero_grad()
+        scores = F.interpolate(scores, classes.shape[1:], mode="bilinear")
+        F.cross_entropy(scores, classes, ignore_index=common.VOID).backward()
+        optimizer.step()
+    assert len(batches) == 4
+    torch.testing.assert_close(dict(checkpoint(tmp_path / "out")["state"]["model"]), model.state_dict(), atol=1e-4,
+                               rtol=1e-3)
 
 
 def test_run(folder: Path, tmp_path: Path) -> None:
