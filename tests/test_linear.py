@@ -381,6 +381,70 @@ def test_diverged_probes_have_nothing_right(tmp_path: Path) -> None:
     assert eval_linear.probe_accuracy(probes, 3, layer, torch.arange(40), y) == [100, 0, 0]
 
 
+def test_figures_of_several_crops(tmp_path: Path) -> None:
+    """top1 is by the mean probability over all crops, center_top1 by the central one, of standardised features whose
+    mean and deviation are those of the training images."""
+    values, labels = torch.randn(2, 90, 10, 5, generator=torch.Generator().manual_seed(0)), torch.arange(90) % 3
+    train, test = 2 * values[0] + 1, 3 * values[1]
+    args = options(tmp_path, "--normalize", "standard")
+    layer = eval_linear.Layer(test, args, CPU, eval_linear.Layer(train, args, CPU))
+    probes = eval_linear.Probes()
+    probes.reset(2, 3, 5, CPU)
+    probes.weight, probes.bias = 4 * torch.randn(6, 5, generator=torch.Generator().manual_seed(1)), torch.arange(6.0)
+    x = (test - train.mean((0, 1))) / train.flatten(0, 1).std(0, correction=0)
+    for which in (0, 1):
+        logits = x @ probes.weight.view(2, 3, 5)[which].T + probes.bias.view(2, 3)[which]
+        found = eval_linear.probe_figures(probes, which, layer, labels)
+        means, center = logits.softmax(2).mean(1), logits[:, 4]
+        for key, scores in (("top1", means), ("center_top1", center)):
+            assert found[key] == pytest.approx(100 * float((scores.argmax(1) == labels).double().mean()), abs=0.01)
+        for other in (logits.mean(1), logits[:, 0], center):
+            assert not torch.equal(means.argmax(1), other.argmax(1))
+
+
+def test_probes_see_what_they_should(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes choose without the held-out images, then train on all with the chosen settings: in an order and by crops
+    that each epoch draws, at rates that fall from step to step; the figures are those after the chosen epoch, and after
+    the last."""
+    asked, steps, judged = list[tuple[list[int], list[int]]](), list[Any](), list[tuple[int, int]]()
+    crop, step, figures_of = eval_linear.Layer.crop, eval_linear.Probes.step, eval_linear.probe_figures
+
+    def cropped(self: eval_linear.Layer, rows: Tensor, views: Tensor) -> Tensor:
+        asked.append((rows.tolist(), views.tolist()))
+        return crop(self, rows, views)
+
+    def stepped(self: eval_linear.Probes, x: Tensor, y: Tensor, lr: Tensor, *rest: Any) -> None:
+        steps.append((*asked[-1], y.tolist(), lr.tolist()))
+        step(self, x, y, lr, *rest)
+
+    def counted(probes: eval_linear.Probes, which: int, *rest: Any) -> dict[str, float]:
+        judged.append((which, len(steps)))
+        return figures_of(probes, which, *rest) | dict(top1=float(len(steps)))
+
+    monkeypatch.setattr(eval_linear.Layer, "crop", cropped)
+    monkeypatch.setattr(eval_linear.Probes, "step", stepped)
+    monkeypatch.setattr(eval_linear, "probe_figures", counted)
+    monkeypatch.setattr(eval_linear, "choose", lambda *_: dict(best=[0.1, 0.02, 1, 60.0], last=[0.3, 0.04, 2, 50.0]))
+    words = ["--layers", "conv5", "--train-crops", 2, "--seed", 3, "--lr", 0.1, 0.3, "--weight-decay", 0.5]
+    found = evaluate(checkpoint, *words, "--data", "shapes")
+    args = argparse.Namespace(data="shapes", subset=60, seed=3, **dict.fromkeys(("image_size", "cache")), typed=[])
+    labels = common.load(args, "train", CPU).labels
+    held = set(eval_linear.hold_out(labels, 0.1, 3).tolist())
+    assert len(held) == 6 and len(steps) == 12
+    for epoch in range(4):
+        rows = torch.tensor([row for row in range(60) if epoch > 1 or row not in held])
+        order = rows[torch.randperm(len(rows), generator=common.generator(3, "order", epoch))]
+        views = torch.randint(2, (len(rows),), generator=common.generator(3, "views", epoch))
+        settings = [(0.1, 0.5), (0.3, 0.5)] if epoch < 2 else [(0.1, 0.02), (0.3, 0.04)]
+        for number in range(3):
+            part, at = slice(16 * number, 16 * number + 16), 3 * (epoch % 2) + number
+            index, crops, truth, rates = steps[3 * epoch + number]
+            assert (index, crops) == (order[part].tolist(), views[part].tolist()) and truth == labels[index].tolist()
+            assert rates == pytest.approx([lr / (1 + lr * decay * at) ** 0.5 for lr, decay in settings])
+    assert judged == [(0, 9), (1, 12)]
+    assert (found["layers"][0]["top1"], found["layers"][0]["last_top1"], found["linear_top1"]) == (9, 12, 9)
+
+
 def test_test_images_decide_nothing(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With other labels of the test images the same rates, decays and epochs are chosen."""
     first = evaluate(checkpoint)
@@ -809,6 +873,54 @@ def test_other_protocols(protocol: str, checkpoint: Path) -> None:
         assert found["finetune_top1"] == pytest.approx(np.mean([row["top1"] for row in found["runs"]]), abs=0.01)
     if protocol == "svm":
         assert [row["size"] for row in found["layers"]] == [32, 128]
+
+
+def test_fine_tuning_is_that_of_plain_pytorch(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each draw's training begins with the weights of the file and a last layer of its own, and without the momentum of
+    the one before: SGD on mirrored, normalised crops, in parts that weigh by their images. Of a test image the mean
+    probability over ten crops counts, in evaluation mode."""
+    steps, tasks, judged = list[tuple[Tensor, Tensor]](), list[eval_linear.Task](), list[Tensor]()
+    batches, open_task, merit = common.ImageSet.batches, eval_linear.open_task, eval_linear.merit
+
+    def watched(*given: Any) -> Any:
+        for number, index, images in batches(*given):
+            steps.append((index, images[0]))
+            yield number, index, images
+
+    def judge(scores: Tensor, targets: Tensor) -> dict[str, Any]:
+        judged.append(scores)
+        return merit(scores, targets)
+
+    monkeypatch.setattr(common.ImageSet, "batches", watched)
+    monkeypatch.setattr(eval_linear, "open_task", lambda *given: (tasks.append(open_task(*given)), tasks[0])[1])
+    monkeypatch.setattr(eval_linear, "merit", judge)
+    evaluate(checkpoint, "--protocol", "finetune", "--labels", 10, "--draws", 2, "--lr", 0.01, "--weight-decay", 0.1,
+             "--momentum", 0.5, "--schedule", "cosine", "--head-factor", 3, "--accumulate", 4, "--epochs", 3,
+             "--test-crops", 10, "--no-amp", "--seed", 3)
+    backbone: Any = common.load_encoder(checkpoint).backbone.requires_grad_(True)
+    model, task = eval_linear.Classifier(backbone, backbone.dim, 10).train(), tasks[0]
+    torch.manual_seed(common.generator(3, "last layer", 1).initial_seed())
+    torch.nn.init.normal_(model.last.weight, std=0.01)
+    torch.nn.init.zeros_(model.last.bias)
+    groups = [dict(params=model.body.parameters()), dict(params=model.last.parameters())]
+    optimizer = torch.optim.SGD(groups, 1.0, momentum=0.5, weight_decay=0.1)
+    assert len(steps) == 6
+    for at, (index, images) in enumerate(steps[3:]):
+        rate = 0.01 * (1 + np.cos(np.pi * at / 3)) / 2
+        optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = rate, 3 * rate
+        mirrored = torch.rand(10, generator=common.generator(3, "augment", 3 + at, 0)) < 0.5
+        x = (torch.where(mirrored[:, None, None, None], images.flip(3), images) - 0.5) / 0.25
+        optimizer.zero_grad()
+        for part in (slice(0, 4), slice(4, 7), slice(7, 10)):
+            (F.cross_entropy(model(x[part]), task.train_targets[index[part]], reduction="sum") / 10).backward()
+        optimizer.step()
+    (path,) = (checkpoint.parent / "eval_linear").glob("smoke-*/checkpoint.pth")
+    torch.testing.assert_close(dict(common.load_checkpoint(path)["state"]["model"]), model.state_dict(), atol=1e-4,
+                               rtol=1e-3)
+    (crops,) = task.test.centers(torch.arange(40), 40, CPU, ten=True)
+    with torch.no_grad():
+        expected = model.eval()((crops.flatten(0, 1) - 0.5) / 0.25).softmax(1).view(40, 10, -1).mean(1)
+    torch.testing.assert_close(judged[-1], expected, atol=1e-3, rtol=1e-2)
 
 
 def test_small_batches_have_parts_too(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
