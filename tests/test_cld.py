@@ -419,6 +419,10 @@ def test_keys_are_of_a_third_view_and_patches_have_to_find_them() -> None:
     losses, _, _ = host.instance_loss(z, jigsaw, keys, torch.arange(4))
     torch.testing.assert_close(losses, plain.mean(0) / 2 + patched[0] / 2)
     torch.testing.assert_close(host.instance_loss(z, None, keys, torch.arange(4))[0], plain.mean(0))
+    cut = torch.rand(4, 9, 3, 16, 16)
+    assert encoder.jigsaw is not None
+    torch.testing.assert_close(encoder(views[:2], cut)[2],
+                               F.normalize(encoder.jigsaw(encoder.backbone(cut.flatten(0, 1))), dim=1))
 
 
 def test_instance_accuracy_of_the_bank() -> None:
@@ -505,7 +509,7 @@ def host_alone(args: Any) -> dict[str, Any]:
 
 def test_lambda_zero_is_the_host(tmp_path: Path) -> None:
     """lambda = 0: weights, bank and random stream are those of a loop that knows no groups, to the bit."""
-    options = ["--lambda", "0", "--seed", "3"]
+    options = ["--lambda", "0", "--seed", "3", "--momentum", "0.5"]
     state = train(tmp_path / "cld", *options)
     rng = torch.get_rng_state()
     alone = host_alone(cld.parse_args([*SMALL, "--output", str(tmp_path / "host"), *options]))
@@ -595,6 +599,46 @@ def test_training_is_that_of_plain_pytorch(options: str, tmp_path: Path, monkeyp
         losses.append(found["loss"])
     for epoch, row in enumerate(rows_of_log(tmp_path / "run")):
         assert row["loss"] == pytest.approx(sum(losses[2 * epoch : 2 * epoch + 2]) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(("options", "recipe", "crops", "scale"), [
+    ("--host byol", "byol", 2, 0.08), ("--host infomin", "infomin", 4, 0.2),
+    ("--host moco --augment mocov2 --erase 0.3", "mocov2", 3, 0.2), ("--host npid --image-size 64", "plain", 2, 0.2),
+])
+def test_what_becomes_of_the_crops(
+    options: str, recipe: str, crops: int, scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two views, the keys' crop as view 3, by the host's recipe or --augment; patches come from a fourth crop. Erased
+    are normalised ones, with the probability of --erase. BYOL's momentum knows how many steps are done."""
+    boxes, given, made = list[float](), list[Tensor](), list[tuple[Any, ...]]()
+    cut, erased, progress = list[Tensor](), list[tuple[Tensor, float]](), list[float]()
+    batches, augment, erase, patches, after = (common.ImageSet.batches, cld.augment, cld.random_erase, cld.patches,
+                                               cld.Byol.after_step)
+
+    def watched(self: common.ImageSet, run: common.Run, order: Tensor, crop: common.Crop, *rest: Any) -> Iterator[Any]:
+        boxes.append(crop.scale[0])
+        for step, index, images in batches(self, run, order, crop, *rest):
+            given.append(images)
+            yield step, index, images
+
+    monkeypatch.setattr(common.ImageSet, "batches", watched)
+    monkeypatch.setattr(cld, "augment", lambda images, draw, *rest: (made.append((images, *rest)),
+                                                                     augment(images, draw, *rest))[1])
+    monkeypatch.setattr(cld, "random_erase", lambda images, draw, p: (erased.append((images, p)),
+                                                                      erase(images, draw, p))[1])
+    monkeypatch.setattr(cld, "patches", lambda images, draw: (cut.append(images), patches(images, draw))[1])
+    monkeypatch.setattr(cld.Byol, "after_step", lambda host, encoder, written, at: (progress.append(at),
+                                                                                    after(host, encoder, written, at)))
+    train(tmp_path / "run", *options.split(), "--lambda", "0")
+    views = min(crops, 3)
+    assert boxes == [scale] * 2 and len(given) == 8 and {len(images) for images in given} == {crops}
+    for step, images in enumerate(given):
+        for view, (image, *how) in enumerate(made[views * step : views * step + views]):
+            assert torch.equal(image, images[view]) and how == [recipe, view, "64" in options]
+        assert crops < 4 or torch.equal(cut[step], images[3])
+    assert len(made) == 8 * views and len(cut) == 8 * (crops == 4) and len(erased) == 8 * views * ("erase" in options)
+    assert all(p == 0.3 and float(images.min()) < -1 for images, p in erased)
+    assert progress == pytest.approx([(step + 1) / 8 for step in range(8)] if recipe == "byol" else [])
 
 
 WAYS = [("shared", False, "euclidean"), ("separate", True, "spectral")]
