@@ -282,6 +282,17 @@ def test_probability_one_changes_every_image() -> None:
         assert ((result - images).flatten(1).abs().amax(1) > STEP).all()
 
 
+def test_every_key_has_a_stream_of_its_own() -> None:
+    """Keys that differ in a number, a name, their order, or only in where one part ends draw different numbers."""
+    keys: list[tuple[int | str, ...]] = [
+        (0, "a", 1, 11), (0, "a", 11, 1), (0, "a", 1, 1, 1), (0, "a", 111), (0, "a1", 11), (0, "b", 1, 11),
+        (1, "a", 1, 11), (0, "a", "1", 11), (0, 1, "a", 11),
+    ]
+    assert len({torch.rand(1, generator=common.generator(*key)).item() for key in keys}) == len(keys)
+    again = (torch.rand(3, generator=common.generator(0, "a", 1, 11)) for _ in range(2))
+    assert torch.equal(*again)
+
+
 def test_images_of_a_batch_draw_for_themselves() -> None:
     """A batch of one image repeated comes out as different images, and half of the flips are drawn."""
     images = random_images(1, 32, 32).expand(200, -1, -1, -1)

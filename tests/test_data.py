@@ -367,6 +367,18 @@ def batches(root: Path, workers: int, start: int = 0) -> list[tuple[int, Tensor,
     return list(data.batches(job, job.permutation(0, len(data)), common.Crop(64, (0.2, 1.0)), 0, start, views=2))
 
 
+def test_every_crop_is_drawn_anew(tmp_path: Path) -> None:
+    """Of one and the same image each epoch, step, view and place in a batch has a crop of its own; so has each seed."""
+    found = list[Tensor]()
+    for seed in ("0", "1"):
+        job = common.Run(options("--subset", "8", "--seed", seed, "--output", tmp_path / seed))
+        data = common.load(job.args, "pretrain", CPU)
+        for epoch in (0, 1):
+            steps = data.batches(job, torch.zeros(8, dtype=torch.long), common.Crop(16, (0.2, 1.0)), epoch, views=2)
+            found += [images.flatten(0, 1) for _, _, images in steps]
+    assert len(torch.cat(found)) == len(torch.cat(found).unique(dim=0)) == 2 * 2 * 2 * 2 * 4
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_change_nothing(photographs: Path) -> None:
     """Crops of any number of workers, or from the middle of an epoch on, are those made in the process itself."""
