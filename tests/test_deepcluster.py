@@ -1064,6 +1064,40 @@ def test_reassignment_and_parts(tmp_path: Path) -> None:
     assert train(tmp_path / "d", "--images-per-epoch", "65") == 2
 
 
+def watched_draws(file: Path) -> Callable[[], None]:
+    """A line of the file for each k-means, with its seed, and for each epoch's order of the images."""
+
+    def patch() -> None:
+        kmeans, order = dc.kmeans_half, dc.training_order
+
+        def clustered(x: Tensor, k: int, seed: int, *rest: Any) -> Any:
+            common.append_line(file, json.dumps(["seed", seed]))
+            return kmeans(x, k, seed, *rest)
+
+        def ordered(*args: Any) -> Tensor:
+            found = order(*args)
+            common.append_line(file, json.dumps(["order", *found.tolist()]))
+            return found
+
+        dc.kmeans_half, dc.training_order = clustered, ordered
+
+    return patch
+
+
+def test_every_clustering_and_every_epoch_draws_anew(tmp_path: Path) -> None:
+    """Each clustering starts from other images, and each epoch on the same clusters has an order of its own; figures by
+    labels are those of the images that were clustered."""
+    options = ["--epochs", "3", "--reassign-every", "2", "--images-per-epoch", "40", "--knn-every", "2"]
+    assert train(tmp_path / "run", *options, before=watched_draws(tmp_path / "draws")) == 0
+    draws = [tuple(json.loads(line)) for line in (tmp_path / "draws").read_text().splitlines()]
+    assert [draw[0] for draw in draws] == ["seed", "order", "order", "seed", "order"] and len(set(draws)) == 5
+    labels = common.load(dc.parse_args(TINY), "pretrain", common.CPU).labels
+    for epoch, clusters in ((1, clusters_of(tmp_path / "run", 1)), (3, clusters_of(tmp_path / "run", 3))):
+        kept = (clusters >= 0).nonzero()[:, 0]
+        assert len(kept) == 40
+        assert rows_of(tmp_path / "run")[epoch - 1]["nmi_labels"] == dc.nmi(clusters[kept], labels[kept])
+
+
 def no_exchange() -> None:
     """Within a step nothing is gathered from other ranks, nor from the device."""
     batches, after_step, gather, within = common.ImageSet.batches, common.Run.after_step, common.Run.gather, [False]
