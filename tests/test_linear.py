@@ -899,6 +899,7 @@ def test_fine_tuning_is_that_of_plain_pytorch(checkpoint: Path, monkeypatch: pyt
              "--test-crops", 10, "--no-amp", "--seed", 3)
     backbone: Any = common.load_encoder(checkpoint).backbone.requires_grad_(True)
     model, task = eval_linear.Classifier(backbone, backbone.dim, 10).train(), tasks[0]
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the same roundings
     torch.manual_seed(common.generator(3, "last layer", 1).initial_seed())
     torch.nn.init.normal_(model.last.weight, std=0.01)
     torch.nn.init.zeros_(model.last.bias)
