@@ -162,6 +162,14 @@ def test_image_and_mask_stay_together(folder: Path, tmp_path: Path) -> None:
         beyond = torch.ones_like(classes, dtype=torch.bool)
         beyond[: sample.side, : sample.side] = False
         assert (classes[beyond] == common.VOID).all() and (pixels[:, beyond] == 128).all()
+    wide = np.zeros((96, 192), np.uint8)  # of a wide image the crop is placed along its own sides
+    wide[:, 96:] = 3
+    for name, pixels in (("w.png", np.stack([wide * 80] * 3, 2)), ("v.png", wide)):
+        Image.fromarray(pixels).save(tmp_path / name)
+    data.images[1] = image._replace(path=tmp_path / "w.png", mask=tmp_path / "v.png", size=(192, 96))
+    for x, classes in ((0.0, {0}), (1.0, {3})):
+        item = decoder[Sample(1, 96, False, 64, x, 0.5)]
+        assert not isinstance(item, str) and set(item[1].unique().tolist()) == classes
     whole = decoder[Sample(0, 32)]
     assert not isinstance(whole, str) and whole[0].shape == (3, 32, 32)
     assert torch.equal(whole[1], torch.from_numpy(mask))
@@ -369,6 +377,29 @@ def test_what_the_network_sees_in_the_test(folder: Path) -> None:
             pixels = np.asarray(file.convert("RGB").resize((70, 70), Image.Resampling.BILINEAR)) / 255
         expected = torch.from_numpy((pixels - mean) / std).permute(2, 0, 1).float()
         torch.testing.assert_close(found[:, :70, :70], expected, atol=2 / 255 / 0.5, rtol=0)
+
+
+def test_scores_lie_on_their_pixels(folder: Path, tmp_path: Path) -> None:
+    """Of an image that is wider than high, too, scores of each pixel of what the network sees are judged by the mask at
+    its own size."""
+    data, (width, height) = load(folder, "test"), (150, 90)
+    mask = np.zeros((height, width), np.uint8)
+    mask[10:50, 90:140] = 1
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    Image.fromarray(np.stack([255 * mask] * 3, 2)).save(tmp_path / "a.png")
+    data.images = [data.images[0]._replace(path=tmp_path / "a.png", mask=tmp_path / "m.png", size=(width, height))]
+
+    class Network(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            assert images.shape == (1, 3, 64, 128)
+            scores = torch.full((1, 11, *images.shape[2:]), -9.0)
+            scores[:, 0], scores[:, 1] = -images[:, 0], images[:, 0]
+            return scores
+
+    args, run = options(workers=0, test_size=60), Rank(0, 1)  # 100 x 60 px, filled up
+    table = eval_segmentation.confusion_table(Network(), data, args, (0.5,) * 3, (0.5,) * 3, run)  # type: ignore[arg-type]
+    assert table.sum() == height * width and table[1].sum() == 2000
+    assert table[0, 0] + table[1, 1] > 0.985 * height * width and table[1, 1] > 1800
 
 
 def test_tables_do_not_depend_on_ranks(folder: Path) -> None:
