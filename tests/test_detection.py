@@ -276,9 +276,12 @@ def test_a_batch_has_boxes_where_the_objects_are() -> None:
     part = [(Sample(0, 50, False), torch.full((3, 50, 50), 51, dtype=torch.uint8)),
             (Sample(1, 40, True), torch.full((3, 40, 40), 204, dtype=torch.uint8))]
     for kept in (False, True):
-        batch = eval_detection.collate(part, data, None, options(train_difficult=kept), (0.1,) * 3, (0.5,) * 3,
+        regions = [image.boxes for image in data.images]  # given ones, which move likewise
+        batch = eval_detection.collate(part, data, regions, options(train_difficult=kept), (0.1,) * 3, (0.5,) * 3,
                                        common.CPU)
         one, two = batch.targets
+        assert batch.proposals is not None
+        assert [found.tolist() for found in batch.proposals] == [[[5, 10, 15, 30], [0, 0, 50, 50]], [[28, 8, 36, 24]]]
         assert one["boxes"].tolist() == [[5, 10, 15, 30], *[[0, 0, 50, 50]] * kept]
         assert one["labels"].tolist() == [3, *[1] * kept] and two["labels"].tolist() == [2]
         assert two["boxes"].tolist() == [[28, 8, 36, 24]]

@@ -237,9 +237,12 @@ def test_background_clusters_without_close_ones(tmp_path: Path, monkeypatch: pyt
         return loss(z, index, background, *rest)
 
     monkeypatch.setattr(la, "local_aggregation_dense", watched)
-    options = ["--close", "self", "--background", "clusters", "--background-clusters", "2", "5", "--epochs", "2"]
+    found = watch_kmeans(monkeypatch)
+    options = ["--close", "self", "--background", "clusters", "--background-clusters", "2", "5", "--epochs", "2",
+               "--kmeans", "faiss", "--kmeans-iterations", "7"]
     rows = run_rows(tmp_path / "run", *options)
     assert seen and set(seen) == {5} and rows[1]["intersection"] == 1
+    assert [(how["backend"], how["iterations"]) for how in found] == [("faiss", 7)] * 2
 
 
 def test_figures_do_not_need_labels(tmp_path: Path) -> None:
@@ -368,16 +371,30 @@ def test_health_figures_equal_their_definitions() -> None:
         assert torch.allclose(around, similarity[:, first - 1 : last].mean(1), atol=1e-5)
 
 
+def watch_kmeans(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """How each k-means with a seed is called, from now on; all are done by torch."""
+    seen, kmeans = list[dict[str, Any]](), common.kmeans
+
+    def watched(x: Tensor, k: int, **how: Any) -> common.KMeans:
+        seen.extend([how] * ("seed" in how))
+        return kmeans(x, k, **how | dict(backend="torch"))
+
+    monkeypatch.setattr(common, "kmeans", watched)
+    return seen
+
+
 @pytest.mark.parametrize("option", ["fixed", "redrawn"])
 def test_seeds_of_clusterings(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The H clusterings start from H seeds: the same at each clustering, or with --cluster-seeds redrawn new ones."""
-    seeds, kmeans = list[int](), common.kmeans
-    monkeypatch.setattr(common, "kmeans", lambda *a, **k: (seeds.append(k["seed"]) if "seed" in k else None,
-                                                           kmeans(*a, **k))[1])
-    run_rows(tmp_path / "run", "--subset", "64", "--k", "20", "--cluster-seeds", option)
+    """The H clusterings start from H seeds: the same at each clustering, or with --cluster-seeds redrawn new ones; by
+    --kmeans, in --kmeans-iterations."""
+    seen = watch_kmeans(monkeypatch)
+    run_rows(tmp_path / "run", "--subset", "64", "--k", "20", "--cluster-seeds", option, "--kmeans", "faiss",
+             "--kmeans-iterations", "7")
+    seeds = [how["seed"] for how in seen]
     first, second = seeds[:3], seeds[3:]
     assert len(seeds) == 6 and len(set(first)) == len(set(second)) == 3
     assert first == second if option == "fixed" else not set(first) & set(second)
+    assert all((how["backend"], how["iterations"]) == ("faiss", 7) for how in seen)
 
 
 def test_clusterings_are_shared_out_over_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -464,12 +481,18 @@ def test_nce_keeps_its_first_z(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert seen[0][1] == pytest.approx(estimate.log().item(), abs=1e-4)
 
 
-def test_dbscan_joins_what_is_dense_and_leaves_noise_alone() -> None:
-    """--clustering dbscan: two dense groups are two clusters, and each image of neither is in one of its own."""
+def test_dbscan_joins_what_is_dense_and_leaves_noise_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--clustering dbscan: two dense groups are two clusters, and each image of neither is in one of its own; within
+    --dbscan-radius."""
     groups = F.normalize(torch.eye(4)[[0] * 6 + [1] * 6] + 0.01 * unit(12, 4), dim=1)
     labels = la.dbscan(torch.cat([groups, torch.eye(4)[2:]]), 0.5)
     assert labels.dtype == torch.int32 and len(labels.unique()) == 4
     assert len(labels[:6].unique()) == len(labels[6:12].unique()) == 1
+    radii, dbscan = list[float](), la.dbscan
+    monkeypatch.setattr(la, "dbscan", lambda x, radius: (radii.append(radius), dbscan(x, radius))[1])
+    run_rows(tmp_path / "run", "--subset", "64", "--k", "20", "--epochs", "2", "--clustering", "dbscan", "--H", "1",
+             "--dbscan-radius", "0.3")
+    assert radii == [0.3]
 
 
 @pytest.mark.parametrize(("options", "words"), [
