@@ -924,6 +924,114 @@ def test_fine_tuning_is_that_of_plain_pytorch(checkpoint: Path, monkeypatch: pyt
     torch.testing.assert_close(judged[-1], expected, atol=1e-3, rtol=1e-2)
 
 
+def test_svm_sees_what_it_should(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An SVM has all crops of the labelled images and an intercept; a test image has the mean of its crops' outputs.
+    Features of both are standardised by those of all training images."""
+    kept, judged, tasks = list[Any](), list[Tensor](), list[eval_linear.Task]()
+    both, merit, rows = eval_linear.both_features, eval_linear.merit, torch.arange(0, 60, 2)
+    monkeypatch.setattr(eval_linear, "both_features", lambda *given: (kept.append(both(*given)), kept[0])[1])
+    monkeypatch.setattr(eval_linear, "merit", lambda *given: (judged.append(given[0]), merit(*given))[1])
+    monkeypatch.setattr(eval_linear, "draws", lambda args, task: (tasks.append(task), [(dict(labels=30), rows)])[1])
+    evaluate(checkpoint, "--protocol", "svm", "--layers", "conv5", "--normalize", "standard", "--C", 0.5,
+             "--positive-weight", 2, "--train-crops", 2, "--test-crops", 10, "--no-amp")
+    train, test = (part["conv5"].float() for part in kept[0])
+    mean, deviation = train.mean((0, 1)), train.flatten(0, 1).std(0, correction=0)
+    train, test = (F.pad((x - mean) / deviation.clamp(min=1e-3 * deviation.mean()), (0, 1), value=1.0)
+                   for x in (train, test))
+    labels = tasks[0].train_targets[rows].repeat_interleave(2)
+    targets = 2 * F.one_hot(labels, 10) - 1
+    (weights,) = eval_linear.fit_svms(train[rows].flatten(0, 1), targets, torch.full((1, 10), 0.5), 2.0)
+    torch.testing.assert_close(judged[0], (test @ weights.T).mean(1), atol=1e-3, rtol=1e-3)
+
+
+def test_fine_tuning_chooses_by_images_that_it_has_not_seen(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each setting trains without the held-out images and is judged by them alone; the best one trains again, on all
+    labelled images."""
+    trained, rates, judged, drawn = list[list[int]](), list[float](), list[int](), list[Tensor]()
+    batches, step, draws, merit = (common.ImageSet.batches, torch.optim.SGD.step, eval_linear.draws, eval_linear.merit)
+
+    def watched(*given: Any) -> Any:
+        for number, index, images in batches(*given):
+            trained.append(index.tolist())
+            yield number, index, images
+
+    def stepped(self: torch.optim.SGD, *rest: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *rest)
+
+    def judge(scores: Tensor, targets: Tensor) -> dict[str, Any]:
+        judged.append(len(targets))
+        return merit(scores, targets) | dict(top1=[10, 30, 20, 50][len(judged) - 1])
+
+    def seen(args: argparse.Namespace, task: eval_linear.Task) -> Any:
+        ((facts, rows),) = draws(args, task)
+        drawn.extend((rows, task.train_targets))
+        return [(facts, rows)]
+
+    monkeypatch.setattr(common.ImageSet, "batches", watched)
+    monkeypatch.setattr(torch.optim.SGD, "step", stepped)
+    monkeypatch.setattr(eval_linear, "merit", judge)
+    monkeypatch.setattr(eval_linear, "draws", seen)
+    found = evaluate(checkpoint, "--protocol", "finetune", "--labels", 30, "--lr", 0.01, 0.02, 0.04, "--weight-decay",
+                     0, "--epochs", 1, "--batch-size", 8, "--schedule", "constant", "--seed", 3)
+    rows, targets = drawn
+    held = rows[eval_linear.hold_out(targets[rows], 0.1, 3)]
+    for epoch in range(4):
+        used = rows if epoch == 3 else rows[~torch.isin(rows, held)]
+        order = used[torch.randperm(len(used), generator=common.generator(3, "order", epoch))].tolist()
+        assert trained[3 * epoch : 3 * epoch + 3] == [order[start : start + 8] for start in (0, 8, 16)]
+    assert len(held) == 3 and judged == [3, 3, 3, 40]
+    assert rates == pytest.approx([0.01] * 3 + [0.02] * 3 + [0.04] * 3 + [0.02] * 3)
+    assert [found["runs"][0][key] for key in ("best_lr", "holdout", "top1")] == [0.02, 30, 50]
+
+
+def test_mlp_is_that_of_plain_pytorch(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the search it is trained on all images: SGD on the crops that each epoch draws, with dropout before both
+    hidden layers. The figures are those of the epoch that held-out images chose, and of the last: by the mean
+    probability over ten crops of a test image."""
+    kept, judged = list[Any](), list[Tensor]()
+    both, merit = eval_linear.both_features, eval_linear.merit
+
+    def judge(scores: Tensor, targets: Tensor) -> dict[str, Any]:
+        judged.append(scores)
+        return merit(scores, targets) | dict(top1=100 - len(judged))  # the first epoch seems to be the best
+
+    monkeypatch.setattr(eval_linear, "both_features", lambda *given: (kept.append(both(*given)), kept[0])[1])
+    monkeypatch.setattr(eval_linear, "merit", judge)
+    found = evaluate(checkpoint, "--protocol", "mlp", "--layers", "conv5", "--train-crops", 2, "--test-crops", 10,
+                     "--lr", 0.1, "--weight-decay", 0.01, "--momentum", 0.5, "--head-factor", 3, "--schedule", "cosine",
+                     "--no-amp", "--seed", 3)
+    (row,) = found["runs"]
+    assert [len(scores) for scores in judged] == [6, 6, 40, 40] and found["hidden"] == 256
+    assert [row[key] for key in ("best_epoch", "holdout", "top1", "last_top1")] == [1, 99, 97, 96]
+    train, test = (part["conv5"].float() for part in kept[0])
+    args = argparse.Namespace(data="shapes", subset=60, seed=3, **dict.fromkeys(("image_size", "cache")), typed=[])
+    labels = common.load(args, "train", CPU).labels
+    layers = [torch.nn.Dropout(0.5), torch.nn.Linear(train.shape[2], 256), torch.nn.ReLU(),
+              torch.nn.Dropout(0.5), torch.nn.Linear(256, 256), torch.nn.ReLU()]
+    model = eval_linear.Classifier(torch.nn.Sequential(*layers), 256, 10)
+    torch.manual_seed(common.generator(3, "mlp").initial_seed())
+    for layer in (layers[1], layers[4], model.last):
+        layer.reset_parameters()  # type: ignore[operator]
+    groups = [dict(params=model.body.parameters()), dict(params=model.last.parameters())]
+    optimizer = torch.optim.SGD(groups, 1.0, momentum=0.5, weight_decay=0.01)
+    for at in range(6):
+        epoch, step = 2 + at // 3, at % 3
+        rate, part = 0.1 * (1 + np.cos(np.pi * at / 6)) / 2, slice(16 * step, 16 * step + 16)
+        optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = rate, 3 * rate
+        index = torch.randperm(60, generator=common.generator(3, "order", epoch))[part]
+        views = torch.randint(2, (60,), generator=common.generator(3, "views", epoch))[part]
+        torch.manual_seed(common.generator(3, "step", epoch, step, 0).initial_seed())
+        optimizer.zero_grad()
+        F.cross_entropy(model(train[index, views]), labels[index]).backward()
+        optimizer.step()
+    (path,) = (checkpoint.parent / "eval_linear").glob("smoke-*/checkpoint.pth")
+    torch.testing.assert_close(dict(common.load_checkpoint(path)["state"]["model"]), model.state_dict())
+    with torch.no_grad():
+        expected = model.eval()(test.flatten(0, 1)).softmax(1).view(40, 10, -1).mean(1)
+    torch.testing.assert_close(judged[-1], expected)
+
+
 def test_small_batches_have_parts_too(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch that few labels shrink goes through the network in parts that are no larger than those of a whole one."""
     sizes, forward = list[int](), eval_linear.Classifier.forward
