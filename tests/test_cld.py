@@ -544,43 +544,50 @@ def by_plain_pytorch(args: Any, steps: list[Step], images: int) -> Iterator[dict
             if name == "queue":
                 keys.load_state_dict(before["key_encoder"])
         optimizer.zero_grad()
-        found = list[list[Tensor]]()
-        for view in views[:2]:
-            h = network["backbone"]((view.double() - 0.5) / 0.25)
-            found.append([F.normalize(network[part](h).float()) for part in ("head", "group_head")])
-        (z, g), (other_z, other_g) = found
-        if name == "bank":
-            instance = [F.cross_entropy(f @ slots.T / args.temperature, index) for f in (z, other_z)]
-        else:
-            with torch.no_grad():
-                key = F.normalize(keys["head"](keys["backbone"]((views[2].double() - 0.5) / 0.25)).float())
-            scores = [torch.cat([(f * key).sum(1, keepdim=True), f @ slots.T], 1) for f in (z, other_z)]
-            instance = [F.cross_entropy(one / args.temperature, torch.zeros_like(index)) for one in scores]
-        crossed = list[Tensor]()
-        for own, theirs in ((g, other_g), (other_g, g)):
-            labels, centroids = plain_groups(theirs, args.num_groups, args.kmeans_iterations)
-            alive = [group for group, centroid in enumerate(centroids) if centroid is not None]
-            table = torch.stack([centroid for centroid in centroids if centroid is not None])
-            truth = torch.tensor([alive.index(label) for label in labels])
-            crossed.append(F.cross_entropy(own @ table.T / args.group_temperature, truth))
-        loss = sum(instance) / 2 + args.group_weight * sum(crossed) / 2
-        loss.backward()
+        total, written = 0.0, list[tuple[Tensor, ...]]()
+        for part in torch.arange(len(index)).chunk(args.accumulate):
+            found = list[list[Tensor]]()
+            for view in views[:2, part]:
+                h = network["backbone"]((view.double() - 0.5) / 0.25)
+                found.append([F.normalize(network[head](h).float()) for head in ("head", "group_head")])
+            (z, g), (other_z, other_g) = found
+            if name == "bank":
+                instance = [F.cross_entropy(f @ slots.T / args.temperature, index[part]) for f in (z, other_z)]
+                written.append((z.detach(), other_z.detach()))
+            else:
+                with torch.no_grad():
+                    h = keys["backbone"]((views[2, part].double() - 0.5) / 0.25)
+                    key = F.normalize(keys["head"](h).float())
+                written.append((key,))
+                scores = [torch.cat([(f * key).sum(1, keepdim=True), f @ slots.T], 1) for f in (z, other_z)]
+                instance = [F.cross_entropy(one / args.temperature, torch.zeros_like(part)) for one in scores]
+            crossed = list[Tensor]()
+            for own, theirs in ((g, other_g), (other_g, g)):
+                labels, centroids = plain_groups(theirs, args.num_groups, args.kmeans_iterations)
+                alive = [group for group, centroid in enumerate(centroids) if centroid is not None]
+                table = torch.stack([centroid for centroid in centroids if centroid is not None])
+                truth = torch.tensor([alive.index(label) for label in labels])
+                crossed.append(F.cross_entropy(own @ table.T / args.group_temperature, truth))
+            loss = sum(instance) / 2 + args.group_weight * sum(crossed) / 2
+            (loss / args.accumulate).backward()
+            total += loss.item() / args.accumulate
+        z, *others = map(torch.cat, zip(*written, strict=True))
         optimizer.step()
         if name == "bank":
-            for slot, one, two in zip(index.tolist(), z.detach(), other_z.detach(), strict=True):
+            for slot, one, two in zip(index.tolist(), z, others[0], strict=True):
                 mixed = args.bank_momentum * slots[slot] + (1 - args.bank_momentum) * F.normalize(one + two, dim=0)
                 slots[slot] = F.normalize(mixed, dim=0)
         else:
-            slots[torch.arange(number * len(key), (number + 1) * len(key)) % rows] = key
+            slots[torch.arange(number * len(z), (number + 1) * len(z)) % rows] = z
             for old, new in zip(keys.parameters(), [*network["backbone"].parameters(), *network["head"].parameters()],
                                 strict=True):
                 old.data = args.key_momentum * old.data + (1 - args.key_momentum) * new.data
-        yield dict(encoder=network.state_dict(), key_encoder=keys.state_dict(), loss=loss.item()) | {name: slots}
+        yield dict(encoder=network.state_dict(), key_encoder=keys.state_dict(), loss=total) | {name: slots}
 
 
 @pytest.mark.parametrize("options", [
     "", "--lambda 0.25 --T-G 0.4", "--k 3 --kmeans-iterations 1", "--host moco --queue-size 24",
-    "--host moco --queue-size 32 --key-momentum 0.9 --lambda 2",
+    "--host moco --queue-size 32 --key-momentum 0.9 --lambda 2 --accumulate 2",
 ])
 def test_training_is_that_of_plain_pytorch(options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step of two epochs leaves weights, bank, queue and keys as a loop that is written from the papers does."""
@@ -888,6 +895,26 @@ def test_class_counts_of_a_long_tail_are_printed(tmp_path: Path, capsys: pytest.
     """640 shapes at ratio 8: 64 images of the first class, 8 of the last."""
     train(tmp_path / "run", "--subset", "640", "--imbalance", "8", "--epochs", "1", "--batch-size", "128")
     assert "images of each class: 64 51 40 32 25 20 16 13 10 8" in capsys.readouterr().out
+
+
+def test_seeds_of_made_sets(tmp_path: Path) -> None:
+    """--seed decides which images a long tail keeps; instances are the same in each run, others for test images."""
+    words = [*SMALL, "--knn-every", "1", "--seed", "3", "--output"]
+    for options in (["--imbalance", "8"], ["--instances", "5"]):
+        args = cld.parse_args([*words, str(tmp_path / options[0]), *options])
+        run = common.Run(args)
+        data, test = cld.load(args, run)
+        run.lock.close()
+        plain, more = (common.load(args, split, common.CPU) for split in ("pretrain", "test"))
+        assert test is not None and data.pixels is not None and test.pixels is not None
+        if args.imbalance:
+            assert torch.equal(data.ids, cld.long_tailed(plain, 8, 3).ids)
+            assert not torch.equal(data.ids, cld.long_tailed(plain, 8, 0).ids)
+        else:
+            for part, base, seed in ((data, plain, 0), (test, more, 1)):
+                made = cld.views_of_instances(base, 5, seed)
+                assert made.pixels is not None and part.pixels is not None
+                assert torch.equal(part.pixels, made.pixels) and torch.equal(part.labels, made.labels)
 
 
 def test_file_list_chooses_files_and_folders(tmp_path: Path) -> None:
