@@ -293,6 +293,21 @@ def test_every_key_has_a_stream_of_its_own() -> None:
     assert torch.equal(*again)
 
 
+@pytest.mark.parametrize("operation", ["jitter", "blur"])
+def test_the_drawn_share_is_changed_whole(operation: str) -> None:
+    """The images that a number of their own draws get what all get with probability 1, the others nothing."""
+    images = torch.rand(300, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def changed(probability: float) -> Tensor:
+        if operation == "jitter":
+            return common.random_color_jitter(images, draws(300), 0.4, 0.4, 0.4, 0.1, probability)
+        return common.random_blur(images, draws(300), (0.1, 2.0), 5, probability)
+
+    marked = draws(300)(9 if operation == "jitter" else 2)[:, -1] < 0.4
+    torch.testing.assert_close(changed(0.4), common.choose(marked, changed(1.0), images), rtol=0, atol=1e-6)
+    assert 90 < int(marked.sum()) < 150
+
+
 def test_images_of_a_batch_draw_for_themselves() -> None:
     """A batch of one image repeated comes out as different images, and half of the flips are drawn."""
     images = random_images(1, 32, 32).expand(200, -1, -1, -1)

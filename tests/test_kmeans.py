@@ -293,6 +293,10 @@ def test_split_halves_a_donor() -> None:
     assert float((centroids - 1).abs().max()) < 2.1 / 1024
     for cluster in (0, 2, 3):
         assert not torch.equal(centroids[cluster], torch.ones(6))
+    for seed in range(9):  # whatever is drawn
+        single = torch.arange(6.0)[:, None]
+        common.split_empty(single, torch.tensor([0, 1, 1, 1, 1, 4]), np.random.default_rng(seed))
+        assert torch.equal(single[1:5], torch.arange(1.0, 5)[:, None])
     sizes, one = torch.tensor([0, 4]), torch.ones(2, 2)
     common.split_empty(one, sizes, np.random.default_rng(0))
     torch.testing.assert_close(one[0] + one[1], torch.full((2,), 2.0))

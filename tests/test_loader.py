@@ -124,7 +124,8 @@ def test_mean_and_std_of_foreign_files(resnet: dict[str, Tensor], tmp_path: Path
     command = [str(tmp_path / "file.pth"), "--arch", "resnet18", *SMALL_SET]
     typed = ["--mean", "0", "0", "0", "--std", "1", "1", "1"]
     for words, run_data, expected in (([], {}, ((0.5,) * 3, (0.25,) * 3)), (typed, {}, ((0.0,) * 3, (1.0,) * 3)),
-                                      ([], dict(mean=[0.1] * 3, std=[0.2] * 3), ((0.1,) * 3, (0.2,) * 3))):
+                                      ([], dict(mean=[0.1] * 3, std=[0.2] * 3), ((0.1,) * 3, (0.2,) * 3)),
+                                      (typed, dict(mean=[0.1] * 3, std=[0.2] * 3), ((0.0,) * 3, (1.0,) * 3))):
         args, found = eval_knn.parse_args([*command, *words]), encoder(tmp_path / "file.pth")
         found.data.update(run_data)
         train = common.load_train(args, found, "train", CPU)
