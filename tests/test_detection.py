@@ -296,7 +296,9 @@ def test_a_batch_has_boxes_where_the_objects_are() -> None:
 def test_trunk_and_head(arch: str, small: bool) -> None:
     """The trunk ends with layer3, or the last convolution; its stride is so; the head takes RoIAlign's map to dim."""
     network = common.backbone(arch, 4, small)
-    stages, head, stride, side, dim = eval_detection.split(network, options(extra_bn=False))
+    stages, head, stride, side, dim = eval_detection.split(network, options(extra_bn=False, dropout=0.2))
+    rates = {layer.p for layer in head.modules() if isinstance(layer, nn.Dropout)}
+    assert rates == (set() if arch.startswith("resnet") else {0.2})
     trunk = nn.Sequential(*stages).eval()
     images = torch.rand(2, 3, 192, 192)
     network.eval()

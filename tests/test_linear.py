@@ -1102,11 +1102,21 @@ def test_voc07(trainable: str, trained: Path, voc: Path, tmp_path: Path) -> None
             assert torch.equal(weight, before[name]) == frozen, name
 
 
-def test_voc07_of_alexnet(voc: Path, tmp_path: Path) -> None:
-    """fc6-8 of AlexNet: fc6, fc7 and the last layer start anew with bias 0.1 and train, the rest does not."""
+def test_voc07_of_alexnet(voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fc6-8 of AlexNet: fc6, fc7 and the last layer start anew with bias 0.1 and train, the rest does not; --dropout
+    before both hidden ones."""
+    rates, forward = set[tuple[float, ...]](), eval_linear.Classifier.forward
+
+    def watched(self: eval_linear.Classifier, x: Tensor) -> Tensor:
+        rates.add(tuple(layer.p for layer in self.modules() if isinstance(layer, torch.nn.Dropout)))
+        return forward(self, x)
+
+    monkeypatch.setattr(eval_linear.Classifier, "forward", watched)
     words = ["--protocol", "voc07", "--data", "shapes", "--arch", "alexnet", "--width", 4, "--image-size", 64,
-             "--trainable", "fc", "--lr", 1e-9, "--weight-decay", 0, "--workers", 0, "--output", tmp_path]
+             "--trainable", "fc", "--lr", 1e-9, "--weight-decay", 0, "--workers", 0, "--dropout", 0.3,
+             "--output", tmp_path]
     evaluate("random", *words, data_dir=voc)
+    assert rates == {(0.3, 0.3)}
     (path,) = tmp_path.glob("smoke-*/checkpoint.pth")
     weights = common.load_checkpoint(path)["state"]["model"]
     for name in ("body.classifier.1", "body.classifier.4", "last"):
