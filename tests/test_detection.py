@@ -862,8 +862,8 @@ def test_boxes_are_those_of_the_image(folder: Path, tmp_path: Path) -> None:
     """A box in the scaled image, wider than high, comes back in the px of the image on the disk, its label
     from 0."""
     data = common.load_voc(argparse.Namespace(data=str(folder), subset=None, test_subset=None), "test")
-    Image.new("RGB", (150, 90)).save(tmp_path / "a.png")
-    data.images = [data.images[1], data.images[0]._replace(path=tmp_path / "a.png", size=(150, 90))]
+    Image.new("RGB", (150, 91)).save(tmp_path / "a.png")
+    data.images = [data.images[1], data.images[0]._replace(path=tmp_path / "a.png", size=(150, 91))]
     seen = list[tuple[int, int]]()
 
     class Network(nn.Module):
@@ -877,10 +877,10 @@ def test_boxes_are_those_of_the_image(folder: Path, tmp_path: Path) -> None:
     run.share = torch.arange
     model: Any = Network()
     found = eval_detection.detect(model, data, None, options(workers=0, test_size=60), (0, 0, 0), (1, 1, 1), run)
-    assert seen == [(60, 60), (60, 100)]
+    assert seen == [(60, 60), (60, 99)]
     assert found.image.tolist() == [0, 0, 1, 1] and found.labels.tolist() == [0, 6] * 2
     torch.testing.assert_close(found.boxes, torch.tensor([[0, 0, 96, 96], [48, 32, 96, 96.0],
-                                                          [0, 0, 150, 90], [75, 30, 150, 90]]))
+                                                          [0, 0, 150, 91], [75, 91 / 3, 150, 91]]))
     assert found.scores.tolist() == pytest.approx([0.9, 0] * 2)
 
 

@@ -384,8 +384,8 @@ def test_what_the_network_sees_in_the_test(folder: Path) -> None:
 
 
 def test_scores_lie_on_their_pixels(folder: Path, tmp_path: Path) -> None:
-    """Of an image that is wider than high, too, scores of each pixel of what the network sees are judged by the mask at
-    its own size."""
+    """Of an image that is wider than high, too, scores are interpolated to what the network sees, and are then judged
+    by the mask at its own size."""
     data, (width, height) = load(folder, "test"), (150, 90)
     mask = np.zeros((height, width), np.uint8)
     mask[10:50, 90:140] = 1
@@ -393,17 +393,29 @@ def test_scores_lie_on_their_pixels(folder: Path, tmp_path: Path) -> None:
     Image.fromarray(np.stack([255 * mask] * 3, 2)).save(tmp_path / "a.png")
     data.images = [data.images[0]._replace(path=tmp_path / "a.png", mask=tmp_path / "m.png", size=(width, height))]
 
-    class Network(nn.Module):
+    def table(network: Any) -> Tensor:
+        args, run = options(workers=0, test_size=60), Rank(0, 1)  # 100 x 60 px, filled up
+        return eval_segmentation.confusion_table(network, data, args, (0.5,) * 3, (0.5,) * 3, run)  # type: ignore[arg-type]
+
+    class Fine(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
             assert images.shape == (1, 3, 64, 128)
             scores = torch.full((1, 11, *images.shape[2:]), -9.0)
             scores[:, 0], scores[:, 1] = -images[:, 0], images[:, 0]
             return scores
 
-    args, run = options(workers=0, test_size=60), Rank(0, 1)  # 100 x 60 px, filled up
-    table = eval_segmentation.confusion_table(Network(), data, args, (0.5,) * 3, (0.5,) * 3, run)  # type: ignore[arg-type]
-    assert table.sum() == height * width and table[1].sum() == 2000
-    assert table[0, 0] + table[1, 1] > 0.985 * height * width and table[1, 1] > 1800
+    class Coarse(nn.Module):
+        scores = torch.randn(1, 11, 2, 4, generator=torch.Generator().manual_seed(0))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.scores
+
+    found = table(Fine())
+    assert found.sum() == height * width and found[1].sum() == 2000
+    assert found[0, 0] + found[1, 1] > 0.985 * height * width and found[1, 1] > 1800
+    seen = F.interpolate(Coarse.scores, (64, 128), mode="bilinear")[..., :60, :100]
+    answers = F.interpolate(seen, (height, width), mode="bilinear").argmax(1)[0]
+    assert torch.equal(table(Coarse()), eval_segmentation.confusion(answers, torch.from_numpy(mask), 11))
 
 
 def test_tables_do_not_depend_on_ranks(folder: Path) -> None:
