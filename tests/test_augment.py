@@ -295,7 +295,8 @@ def test_every_key_has_a_stream_of_its_own() -> None:
 
 @pytest.mark.parametrize("operation", ["jitter", "blur"])
 def test_the_drawn_share_is_changed_whole(operation: str) -> None:
-    """The images that a number of their own draws get what all get with probability 1, the others nothing."""
+    """The images that a number of their own draws get what all get with probability 1, the others nothing; sigma is
+    uniform in its range."""
     images = torch.rand(300, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def changed(probability: float) -> Tensor:
@@ -306,6 +307,9 @@ def test_the_drawn_share_is_changed_whole(operation: str) -> None:
     marked = draws(300)(9 if operation == "jitter" else 2)[:, -1] < 0.4
     torch.testing.assert_close(changed(0.4), common.choose(marked, changed(1.0), images), rtol=0, atol=1e-6)
     assert 90 < int(marked.sum()) < 150
+    if operation == "blur":
+        expected = common.gaussian_blur(images, 0.1 + 1.9 * draws(300)(2)[:, 0], 5)
+        torch.testing.assert_close(changed(1.0), expected, rtol=0, atol=1e-6)
 
 
 def test_images_of_a_batch_draw_for_themselves() -> None:

@@ -293,6 +293,12 @@ def test_split_halves_a_donor() -> None:
     assert float((centroids - 1).abs().max()) < 2.1 / 1024
     for cluster in (0, 2, 3):
         assert not torch.equal(centroids[cluster], torch.ones(6))
+    second = set[bool]()
+    for seed in range(9):  # of eight rows each half has four, and either may be halved again
+        two = torch.ones(3, 2)
+        common.split_empty(two, torch.tensor([0, 0, 8]), np.random.default_rng(seed))
+        second.add(bool((two[0] - 1).abs().max() < 1e-4))
+    assert second == {False, True}
     for seed in range(9):  # whatever is drawn
         single = torch.arange(6.0)[:, None]
         common.split_empty(single, torch.tensor([0, 1, 1, 1, 1, 4]), np.random.default_rng(seed))
