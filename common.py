@@ -577,6 +577,8 @@ class Run:
         if args.batch_size % (self.world * args.accumulate):
             raise Fault(f"--batch-size {args.batch_size} must divide by ranks x accumulate = "
                         f"{self.world} x {args.accumulate}")
+        gpus = self.world if self.device.type == "cuda" else 0
+        note_idle(args, dict(cuda_graph=(gpus == 1, "a single GPU"), sync_bn=(gpus > 1, "several GPUs")))
         self.amp = amp_default(self.device) if args.amp is None else args.amp
         self.output: Path = args.output
         self.cuts = dict[Any, Callable[..., Any]]()  # how batches are cut from pixels

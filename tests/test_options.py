@@ -108,6 +108,15 @@ def test_what_is_typed_in_vain_is_said(command: str, capsys: pytest.CaptureFixtu
     assert all(line.startswith("note: ") and said in line for line, said in zip(lines, IN_VAIN[command], strict=True))
 
 
+def test_options_for_gpus_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--cuda-graph and --sync-bn need GPUs, of which only a run knows."""
+    words = ["--preset", "smoke", "--device", "cpu", "--no-cuda-graph", "--sync-bn", "--output", str(tmp_path)]
+    common.Run(npid.parse_args(words)).lock.close()
+    first, second = capsys.readouterr().err.splitlines()
+    assert "--cuda-graph has no effect without a single GPU" in first
+    assert "--sync-bn has no effect without several GPUs" in second
+
+
 @pytest.mark.parametrize(("command", "reason"), [
     ("cld --instances 50 --imbalance 100", "--instances renders images anew"), ("npid --lr 1e39", "1e+38"),
     ("eval_detection random --rois 3", "--rois"), ("figures mds RUN --images 2", "--images"),
