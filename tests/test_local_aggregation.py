@@ -571,7 +571,8 @@ def by_plain_pytorch(args: Any, steps: list[Step], images: int) -> Iterator[tupl
             network.load_state_dict(before["encoder"])
             optimizer.load_state_dict(before["optimizer"])
             bank = before["bank"]["features"].clone()
-        optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * number / len(steps))) / 2
+        rate = args.lr * (1 + math.cos(math.pi * number / len(steps))) / 2
+        optimizer.param_groups[0].update(lr=rate, momentum=args.momentum)  # not what the state brought
         key = (epoch, step) if args.cluster_seeds == "redrawn" else ()
         if epoch >= args.warmup_epochs and (step == 0 or (args.recluster_every and step % args.recluster_every == 0)):
             if args.background == "clusters":
