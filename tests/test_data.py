@@ -368,15 +368,19 @@ def batches(root: Path, workers: int, start: int = 0) -> list[tuple[int, Tensor,
 
 
 def test_every_crop_is_drawn_anew(tmp_path: Path) -> None:
-    """Of one and the same image each epoch, step, view and place in a batch has a crop of its own; so has each seed."""
-    found = list[Tensor]()
+    """Of one and the same image each epoch, step, view and place in a batch has a crop of its own; so has each seed.
+    Numbers of the augmentation and the order of the images are drawn anew as well."""
+    found, numbers, orders = list[Tensor](), list[Tensor](), list[Tensor]()
     for seed in ("0", "1"):
         job = common.Run(options("--subset", "8", "--seed", seed, "--output", tmp_path / seed))
         data = common.load(job.args, "pretrain", CPU)
         for epoch in (0, 1):
             steps = data.batches(job, torch.zeros(8, dtype=torch.long), common.Crop(16, (0.2, 1.0)), epoch, views=2)
             found += [images.flatten(0, 1) for _, _, images in steps]
+            numbers += [job.draw(epoch, step)(3) for step in (0, 1)]
+            orders.append(job.permutation(epoch, 8))
     assert len(torch.cat(found)) == len(torch.cat(found).unique(dim=0)) == 2 * 2 * 2 * 2 * 4
+    assert len(torch.cat(numbers).unique(dim=0)) == 2 * 2 * 2 * 4 and len(torch.stack(orders).unique(dim=0)) == 4
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
