@@ -490,9 +490,8 @@ def key_copy(encoder: Encoder) -> Encoder:
 @torch.no_grad()
 def follow(keys: nn.Module, encoder: nn.Module, momentum: float) -> None:
     """theta_key <- momentum * theta_key + (1 - momentum) * theta: the parameters, not the batch statistics."""
-    online = dict(encoder.named_parameters())
-    for name, parameter in keys.named_parameters():
-        parameter.lerp_(online[name], 1 - momentum)
+    own, online = dict(keys.named_parameters()), dict(encoder.named_parameters())
+    torch._foreach_lerp_([*own.values()], [online[name] for name in own], 1 - momentum)  # a GPU: few launches for all
 
 
 # ---- groups and the cross-level loss ---------------------------------------------------------------------------------
