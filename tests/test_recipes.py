@@ -70,7 +70,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "local_aggregation imagenet-alexnet": ("Table 1", dict(LA, arch="alexnet_bn_fc", num_clusterings=3,
                                                            num_clusters=30_000, epochs=160, lr_drops=[119, 142])),
     "local_aggregation imagenet-vgg16": ("Table 1", dict(LA, arch="vgg16_bn_fc", num_clusterings=6, num_clusters=10_000,
-                                                         epochs=178, lr_drops=[136, 158])),
+                                                         epochs=168, lr_drops=[126, 148])),
     "local_aggregation imagenet-resnet50": ("Table 1", dict(LA, arch="resnet50", num_clusterings=10,
                                                             num_clusters=30_000, epochs=200, lr_drops=[152, 189])),
     "deepcluster kmeans-imagenet-sobel": ("Table 5.1", dict(DEEPCLUSTER, lr=0.02, clustering="kmeans",
