@@ -73,7 +73,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "linear": dict(protocol="linear", layers=CONV, train_crops=2, epochs=90, batch_size=256,
                    lr=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3], weight_decay=[1e-6, 1e-4, 1e-2],
                    schedule="inverse-sqrt", lr_drops=[], lr_drop_factor=0.1),
-    # Local Aggregation. Epochs and drops are its configurations' for each network; the paper has "typically 90" epochs.
+    # Local Aggregation. Epochs and drops are its configurations' for each network, and so is AlexNet's lack of weight
+    # decay; the paper has "typically" 90 epochs, and 1e-4 for all.
     "linear-la": dict(LINEAR_LA, epochs=70, lr_drops=[30, 60]),
     "linear-la-alexnet": dict(LINEAR_LA, weight_decay=[0.0], epochs=65, lr_drops=[45, 55]),
     "linear-la-vgg16": dict(LINEAR_LA, epochs=51, lr_drops=[11, 41]),

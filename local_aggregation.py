@@ -30,9 +30,9 @@ Differences from the paper and from the existing codes:
   * Clusters exist before the first step that needs them, and are recomputed at the first step of each epoch, whether
     or not B divides N. The k-means seeds follow from --seed: the same each epoch, or `--cluster-seeds redrawn`.
   * DBSCAN collapses, as the paper says: kept for Table 5's discussion as `--clustering dbscan`.
-  * Rows of the bank are unit vectors after each update, as in both codes; eq. (5) does not say so. Weight decay
-    applies to all weights; the codes exempt batch normalisation. One code has a pre-activation ResNet-18; here it is
-    the standard one.
+  * Rows of the bank are unit vectors after each update, as in both codes; eq. (5) does not say so. --weight-decay is
+    lambda for half of eq. (4)'s square, as in both codes, and applies to all weights; the codes exempt batch
+    normalisation. One code has a pre-activation ResNet-18; here it is the standard one.
 
 log.jsonl has, beside NPID's keys: npid_loss and la_loss, each in its epochs; close_size, mean |C_i|; skewness, mean
 distance of v_i to the centre of C_i (section 5.2); intersection, mean |B_i & C_i|, and alone, the share of images
