@@ -12,6 +12,9 @@ their features. Nothing is trained. The paper's setting is K = 200, tau = 0.07, 
     python eval_knn.py random --arch resnet18 --data cifar10                                # an untrained network
     python eval_knn.py pixels --data cifar10                                                # no network at all
 
+Of a run of cld.py on a part of its images (--imbalance, --file-list, --val-list) that part is taken here, too, unless
+--data is given: neighbours of a long-tailed run are long-tailed.
+
 The last line of the output is the result as JSON; it is also appended to eval.jsonl beside the checkpoint. For each K
 and tau: top-1 and top-5 accuracy in percent. --retrieval adds precision at 1 and 10, the share of the nearest training
 images that have the query's class, and the training images' ratio edge intra-class (DeepCluster, section 4.1);
@@ -29,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import cld
 import common
 
 
@@ -93,6 +97,8 @@ def main(args: argparse.Namespace) -> None:
         split = "pretrain" if args.train_features == "bank" else "train"
         train = common.load_train(args, encoder, split, device)
         test = common.load_test(args, encoder, train, device)
+        if "data" not in args.typed:
+            train, test = parts_of_run(encoder, train, test)
 
     def embed(images: Tensor) -> Tensor:
         if pixels:
@@ -142,6 +148,20 @@ def main(args: argparse.Namespace) -> None:
     if from_file:
         common.append_result(path.parent, line)
     print(line, flush=True)
+
+
+def parts_of_run(
+    encoder: common.Encoder, train: common.ImageSet, test: common.ImageSet
+) -> tuple[common.ImageSet, common.ImageSet]:
+    """Of training and test images those that cld.py --file-list, --val-list and --imbalance left in the run."""
+    options = encoder.options
+    if options.get("file_list"):
+        train = cld.listed(train, Path(options["file_list"]))
+    if options.get("imbalance"):
+        train = cld.long_tailed(train, options["imbalance"], options["seed"])
+    if options.get("val_list"):
+        test = cld.listed(test, Path(options["val_list"]))
+    return train, test
 
 
 def retrieval(queries: Tensor, query_labels: Tensor, features: Tensor, labels: Tensor) -> dict[str, float]:
