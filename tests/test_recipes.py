@@ -100,7 +100,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"cld imagenet100-{host}-lambda{weight:g}": ("Table A.3", dict(CLD_100, host=host, group_weight=weight))
        for host in ("npid", "moco") for weight in (0, 0.1, 0.25, 0.5, 1, 3)},
     **{f"cld {data}-temperature{t:g}": ("Table A.4", dict(data=data, host="moco", group_weight=0.25, temperature=t,
-                                                          group_temperature=t))
+                                                          group_temperature=t, head="linear"))
        for data in ("cifar100", "imagenet100") for t in (0.07, 0.1, 0.2, 0.3, 0.4, 0.5)},
     "eval_linear linear": ("thesis, Table 5.3", dict(LINEAR, epochs=90, schedule="inverse-sqrt")),
     "eval_linear linear-la": ("LA, ResNets", dict(LINEAR_LA, epochs=70, lr_drops=[30, 60])),
