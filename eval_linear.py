@@ -28,8 +28,9 @@ images are never used to choose.
 
 Differences from the papers' code: probes see fixed crops (the centre, with its mirror image, or ten) where the papers
 draw a new crop each time, so that one pass is enough; probes start at zero; the authors choose the best epoch on the
-validation images. Local Aggregation's code pools layers above 200,000 numbers only (`--layer-size 200000`, at 20 times
-the disk). SVMs have the squared hinge loss, LIBLINEAR's default, with a penalised intercept.
+validation images, the thesis its settings by k-fold cross-validation. Local Aggregation's code pools layers above
+200,000 numbers only: ResNets as `--layer-size 50176` does conv1, conv2 and conv4, 100352 conv3 and conv5, at six to
+eight times the disk. SVMs have the squared hinge loss, LIBLINEAR's default, with a penalised intercept.
 
 The last line of the output is the result as JSON, also appended to eval.jsonl beside the checkpoint; accuracies and
 average precisions in percent. A killed run started again goes on.

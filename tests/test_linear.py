@@ -102,6 +102,20 @@ def test_sizes_of_others(arch: str) -> None:
     assert all(8000 <= eval_linear.pool(maps, stage, 10_000).shape[1] <= 10_000 for stage in range(5))
 
 
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_pooling_of_local_aggregations_code(arch: str) -> None:
+    """The two --layer-size of the docstring average a ResNet's stages as that code does: 2 x 2 above 200,000 numbers,
+    4 x 4 where that leaves too many."""
+    width = 8  # an eighth of the channels: of the numbers, too
+    with torch.no_grad():
+        maps = common.backbone(arch, width).eval().stages(torch.randn(1, 3, 224, 224))
+    for stage, size in enumerate((50_176, 50_176, 100_352, 50_176, 100_352)):
+        numbers = maps[stage].numel() * 64 // width
+        kernel = 1 if numbers <= 200_000 else 2 if numbers <= 800_000 else 4
+        expected = F.avg_pool2d(maps[stage], kernel).flatten(1)
+        torch.testing.assert_close(eval_linear.pool(maps, stage, size * width // 64), expected)
+
+
 def test_pool5_is_what_fc6_sees() -> None:
     """Of AlexNet and VGG16: with fc6 and fc7 on top of it, the network's own output."""
     for arch in ("alexnet", "vgg16_bn", "alexnet_bn_fc"):
