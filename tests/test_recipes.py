@@ -120,7 +120,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "eval_linear voc07": ("80,000 steps", dict(
         VOC, trainable="fc", lr=[0.003], epochs=256, lr_drop_factor=0.5,
         lr_drops=[16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240])),
-    "eval_linear voc07-all": ("150,000 steps", dict(VOC, trainable="all", lr=[0.001], epochs=479, lr_drop_factor=0.1,
+    "eval_linear voc07-all": ("150,000 steps", dict(VOC, trainable="all", lr=[0.001], epochs=479, lr_drop_factor=0.5,
                                                     lr_drops=[64, 128, 192, 256, 320, 384, 448])),
     "eval_linear voc07-svm": ("VISSL", dict(VOC_SVM, cost=[0.01, 0.1, 1, 2, 5, 10, 15, 20, 50, 100, 1000])),
     "eval_linear voc07-lowshot": ("VISSL", dict(VOC_SVM, draws=5, per_class=[1, 2, 4, 8, 16, 32, 64, 96])),
