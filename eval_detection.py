@@ -72,7 +72,8 @@ OLD = dict(train_sizes=[600], test_size=600, max_size=1000, batch_size=1, lr=0.0
            lr_drops=[50_000], bn="frozen", sync_bn=False, extra_bn=False, precise_bn=0, rois=128,
            anchor_sizes=[128, 256, 512], boundary_anchors="drop", test_candidates=6000, test_proposals=300, nms=0.3,
            min_score=0.0, train_difficult=False)
-# NPID prints rate and drop; the number of iterations and the decay are the pipelines' own.
+# NPID prints rate and drop; the decay is the pipelines' own, the number of iterations Faster R-CNN's, for Fast R-CNN
+# too, whose own 40,000 would end before the first drop.
 NPID = dict(OLD, weight_decay=5e-4)
 FAST = dict(NPID, batch_size=2, rois=64, freeze=1, test_proposals=2000)
 PRESETS: dict[str, dict[str, Any]] = {
