@@ -89,7 +89,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "voc07-la-alexnet": dict(OLD),  # 53.5
     "voc07-npid-resnet50": dict(NPID, arch="resnet50", freeze=3),  # NPID, Table 6: 65.4
     "voc07-fast-vgg16": dict(FAST),  # 60.5; DeepCluster 65.9
-    "voc07-fast-alexnet": dict(FAST),  # 48.1; thesis, Table 5.5: 53.9
+    "voc07-fast-alexnet": dict(FAST),  # 48.1; with --freeze 0, since it trains all layers, thesis, Table 5.5: 53.9
     "shapes": dict(data="shapes", small=True, train_sizes=[56, 64, 72], test_size=64, max_size=128, batch_size=8,
                    lr=0.02, iterations=1000, lr_drops=[800, 950], precise_bn=50, rois=32, roi_size=8,
                    anchor_sizes=[12, 18, 24], train_proposals=200, test_proposals=50, log_every=50),
