@@ -3015,7 +3015,7 @@ def _images_of_run(args: argparse.Namespace, options: dict[str, Any]) -> None:
 
 
 def load_train(args: argparse.Namespace, encoder: Encoder | None, split: str, device: torch.device) -> ImageSet:
-    """Training images: those the encoder was trained on unless --data names others; its size, mean, std."""
+    """Training images of the set that the encoder was trained on, unless --data names another; its size, mean, std."""
     options, data = (encoder.options, encoder.data) if encoder else ({}, {})
     _images_of_run(args, options)
     args.image_size = args.image_size or data.get("size")

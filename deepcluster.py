@@ -24,6 +24,7 @@ Differences from the thesis and from the authors' code:
     neighbours are further away every image is a singleton, and `--sigma median` takes sigma from the distances.
   * PCA drops directions whose variance is rounding noise, so constant or rank-deficient descriptors give no NaN.
   * The last layer has its own SGD without momentum: the code's; the thesis says only that the layer is new.
+    Hidden layers of AlexNet and VGG16 start as He's initialisation has them, in the code from N(0, 0.01).
   * Descriptors of more than ONE_PASS bytes are never held: a first pass over the images sums their covariance, a second
     one projects them, which costs another forward pass. Those of more than WIDEST dimensions are first reduced by
     a random projection, which is not exact.

@@ -32,7 +32,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import cld
 import common
 
 
@@ -155,6 +154,10 @@ def parts_of_run(
 ) -> tuple[common.ImageSet, common.ImageSet]:
     """Of training and test images those that cld.py --file-list, --val-list and --imbalance left in the run."""
     options = encoder.options
+    if not {"file_list", "imbalance", "val_list"} & {name for name, value in options.items() if value}:
+        return train, test
+    import cld  # here, so that other runs do not need it beside a copy of this script
+
     if options.get("file_list"):
         train = cld.listed(train, Path(options["file_list"]))
     if options.get("imbalance"):

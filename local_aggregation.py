@@ -32,7 +32,8 @@ Differences from the paper and from the existing codes:
   * DBSCAN collapses, as the paper says: kept for Table 5's discussion as `--clustering dbscan`.
   * Rows of the bank are unit vectors after each update, as in both codes; eq. (5) does not say so. --weight-decay is
     lambda for half of eq. (4)'s square, as in both codes, and applies to all weights; the codes exempt batch
-    normalisation. One code has a pre-activation ResNet-18; here it is the standard one.
+    normalisation. One code has a pre-activation ResNet-18, and batch normalisation only at the end of each of VGG16's
+    blocks; here the ResNet is the standard one, and VGG16 has it after every layer.
 
 log.jsonl has, beside NPID's keys: npid_loss and la_loss, each in its epochs; close_size, mean |C_i|; skewness, mean
 distance of v_i to the centre of C_i (section 5.2); intersection, mean |B_i & C_i|, and alone, the share of images
