@@ -1162,6 +1162,10 @@ def train_networks(
     fewest = min(len(rows) for _, rows in found)
     if fewest - search * max(1, round(args.holdout * fewest)) < run.world:
         raise common.Fault(f"{fewest} labelled images are too few{' to choose by' * search}: take more")
+    for _, rows in found if search and multi else ():
+        if not (targets[rows[hold_out(targets[rows], args.holdout, args.seed)]] > 0).any():
+            raise common.Fault("the held-out images have no objects that count, nothing to choose by: take more "
+                               "images, raise --holdout, or name one setting")
     # Trainings: each draw with each setting of the grid (rate, decay, factor), then, None, with what was best.
     jobs = list(itertools.product(found, [*(grid if search else ()), None]))
     run.args.epochs = len(jobs) * args.epochs

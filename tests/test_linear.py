@@ -1219,6 +1219,20 @@ def test_voc07_without_objects_is_refused(tmp_path: Path) -> None:
         eval_linear.open_task(args, None, CPU)
 
 
+def test_voc07_has_something_to_choose_by(tmp_path: Path) -> None:
+    """A grid is refused where the held-out images have no object of any class; one setting needs none."""
+    common.render_voc(tmp_path / "voc", 6, 2)
+    words = ["random", "--width", 4, "--preset", "voc07-all", "--data", tmp_path / "voc", "--image-size", 32,
+             "--epochs", 1, "--workers", 0, "--device", "cpu", "--output", tmp_path / "out"]
+    held = eval_linear.hold_out(torch.zeros(6, 10), 0.1, 0)
+    path = tmp_path / f"voc/Annotations/trainval_{int(held):05d}.xml"
+    path.write_text(path.read_text().replace("<difficult>0", "<difficult>1"))
+    process = run("eval_linear", [*map(str, words), "--lr", "0.1", "0.01"])
+    assert process.code == 2 and "the held-out images have no objects that count" in process.err
+    process = run("eval_linear", [*map(str, words), "--lr", "0.1"])
+    assert process.code == 0 and "NaN" not in process.out, process.err
+
+
 def test_voc07_sees_images_as_the_network_did(trained: Path, voc: Path) -> None:
     """At the size of the network's run, and normalised by --mean and --std, else by its run's figures, else ImageNet's.
     """
