@@ -289,6 +289,7 @@ def load(args: argparse.Namespace, run: common.Run) -> tuple[common.ImageSet, co
         if run.rank == 0:
             print("images of each class:", *torch.bincount(data.labels).tolist(), flush=True)
     test = common.load_monitor(args, data, run.device)
+    common.note_idle(args, dict(val_list=(test is not None, "a kNN monitor")))
     if test and args.val_list:
         test = listed(test, args.val_list)
         if (last := int(test.labels.max())) >= len(data.classes):
@@ -704,6 +705,7 @@ def warm_up(progress: float, epochs: int) -> float:
 
 def main(args: argparse.Namespace) -> None:
     run = common.Run(args)
+    common.note_idle(args, dict(groups_over=(run.world > 1 or not args.group_weight, "several ranks")))
     data, test = load(args, run)
     rows = args.batch_size // args.accumulate // (1 if args.groups_over == "all" else run.world)  # grouped at once
     num_groups, queue_size = min(args.num_groups, rows), min(args.queue_size, len(data))

@@ -1525,13 +1525,18 @@ def load(args: argparse.Namespace, split: str, device: torch.device) -> ImageSet
 
 def load_monitor(args: argparse.Namespace, data: ImageSet, device: torch.device) -> ImageSet | None:
     """The test images of the kNN monitor, at the size of `data`; None if it is off, or `data` has no classes."""
-    if not args.knn_every:
-        return None
-    if args.data not in _NAMED and "knn_every" not in args.typed and validation_folder(args) is None:
-        note(f"{data.name} has no validation images, val/ or --val-dir: no kNN monitor")
-        return None
-    if not data.classes:
-        note(f"{data.name} has no folders that could be classes: no kNN monitor")
+    folder, reason = args.data not in _NAMED, ""
+    if folder and "knn_every" not in args.typed and validation_folder(args) is None:
+        reason = "validation images, val/ or --val-dir"
+    elif not data.classes:
+        reason = "folders that could be classes"
+    on = bool(args.knn_every) and not reason
+    if args.knn_every and reason:
+        note(f"{data.name} has no {reason}: no kNN monitor")
+    apart = folder and not (image_root(args) / "train").is_dir()  # then training leaves out what is in --val-dir
+    note_idle(args, dict(knn_features=(on, "a kNN monitor"), test_subset=(on, "a kNN monitor"),
+                         val_dir=((folder and on) or apart, "a folder of images and a kNN monitor")))
+    if not on:
         return None
     test = load(argparse.Namespace(**vars(args) | dict(image_size=data.size)), "test", device)
     test.mean, test.std = data.mean, data.std

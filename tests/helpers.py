@@ -24,7 +24,7 @@ import npid  # noqa: F401  the server imports it, so that its children need not
 
 ROOT = Path(common.__file__).resolve().parent
 TINY = [
-    "--preset", "smoke", "--subset", "64", "--test-subset", "20", "--batch-size", "16", "--image-size", "16",
+    "--preset", "smoke", "--subset", "64", "--batch-size", "16", "--image-size", "16",
     "--feature-dim", "16", "--device", "cpu", "--knn-every", "0",
 ]
 

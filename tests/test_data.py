@@ -94,8 +94,8 @@ def test_cifar(ten: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_cifar_from_training_to_evaluation(tmp_path: Path) -> None:
     """NPID trains on CIFAR-10 by its name, and kNN finds the data again by the checkpoint alone."""
     write_cifar(tmp_path, ten=True)
-    command = [*TINY, "--knn-every", "1", "--epochs", "1", "--data", "cifar10", "--data-dir", tmp_path]
-    trained = run("npid", [*command, "--output", tmp_path / "out"])
+    command = [*TINY, "--test-subset", "20", "--knn-every", "1", "--epochs", "1", "--data", "cifar10"]
+    trained = run("npid", [*command, "--data-dir", tmp_path, "--output", tmp_path / "out"])
     assert trained.code == 0 and "knn_top1" in trained.out, trained.err
     tested = run("eval_knn", [tmp_path / "out" / "checkpoint.pth", "--k", "10", "--device", "cpu"])
     assert tested.code == 0, tested.err
@@ -238,6 +238,23 @@ def test_a_folder_without_validation_images_trains(tmp_path: Path, capsys: pytes
     assert "set has no validation images" in capsys.readouterr().err
     with pytest.raises(common.Fault, match="--val-dir"):
         common.load_monitor(options("--data", tmp_path / "set", "--knn-every", "1"), data, CPU)
+
+
+def test_what_no_monitor_needs_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Options of the kNN monitor are noted where there is none, and --val-dir where it keeps no image from training."""
+    words = ["--subset", "8", "--test-subset", "8", "--knn-features", "clean", "--val-dir", str(tmp_path / "held")]
+    for i in range(8):
+        save(Image.fromarray(noise(i)), tmp_path / "flat" / f"c{i % 2}" / f"{i}.png")
+        save(Image.fromarray(noise(i)), tmp_path / "set" / "train" / f"c{i % 2}" / f"{i}.png")
+        save(Image.fromarray(noise(i)), tmp_path / "held" / f"c{i % 2}" / f"{i}.png")
+    for data, every, idle in (
+        (tmp_path / "set", "0", ["knn-features", "test-subset", "val-dir"]), (tmp_path / "set", "1", []),
+        (tmp_path / "flat", "0", ["knn-features", "test-subset"]), ("shapes", "1", ["val-dir"]),
+    ):
+        args = options("--data", data, "--knn-every", every, *words)
+        common.load_monitor(args, common.load(args, "pretrain", CPU), CPU)
+        said = capsys.readouterr().err.splitlines()
+        assert [line.split(" has no effect")[0] for line in said] == [f"note: --{name}" for name in idle], said
 
 
 def test_thin_images_take_no_more_memory_than_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

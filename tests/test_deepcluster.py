@@ -25,7 +25,7 @@ from torch import Tensor
 import common
 import deepcluster as dc
 
-TINY = ["--preset", "smoke", "--subset", "64", "--test-subset", "20", "--batch-size", "16", "--image-size", "16",
+TINY = ["--preset", "smoke", "--subset", "64", "--batch-size", "16", "--image-size", "16",
         "--k", "8", "--device", "cpu", "--knn-every", "0"]
 
 

@@ -237,7 +237,8 @@ def test_the_monitor_evaluates(
     forward, monitor = common.ResNet.forward, common.knn_monitor
     monkeypatch.setattr(common.ResNet, "forward", lambda net, *x: (modes.append(net.training), forward(net, *x))[1])
     monkeypatch.setattr(common, "knn_monitor", lambda *x: (asked.append((x[0].clone(), *x[1:])), monitor(*x))[1])
-    words = [*TINY, "--no-amp", "--epochs", "3", "--knn-every", "2", "--tau" if script is not cld else "--T-I", "0.3"]
+    words = [*TINY, "--test-subset", "20", "--no-amp", "--epochs", "3", "--knn-every", "2"]
+    words += ["--tau" if script is not cld else "--T-I", "0.3"]
     script.main(script.parse_args([*words, "--output", str(tmp_path), *options.split()]))
     by_bank, views = not options and script is not cld, 1 + (script is cld)
     steps, looks = [True] * 4 * views, [False] * (1 if by_bank else 2)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from helpers import ROOT
 
+import cld
 import common
 import eval_detection
 import eval_knn
@@ -109,12 +110,15 @@ def test_what_is_typed_in_vain_is_said(command: str, capsys: pytest.CaptureFixtu
 
 
 def test_options_for_gpus_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """--cuda-graph and --sync-bn need GPUs, of which only a run knows."""
+    """--cuda-graph, --sync-bn and --groups-over need GPUs, of which only a run knows."""
     words = ["--preset", "smoke", "--device", "cpu", "--no-cuda-graph", "--sync-bn", "--output", str(tmp_path)]
     common.Run(npid.parse_args(words)).lock.close()
     first, second = capsys.readouterr().err.splitlines()
     assert "--cuda-graph has no effect without a single GPU" in first
     assert "--sync-bn has no effect without several GPUs" in second
+    cld.main(cld.parse_args(["--preset", "smoke", "--device", "cpu", "--groups-over", "local", "--subset", "32",
+                             "--epochs", "1", "--knn-every", "0", "--output", str(tmp_path / "cld")]))
+    assert "note: --groups-over has no effect without several ranks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("command", "reason"), [
