@@ -47,6 +47,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import warnings
 import zipfile
 import zlib
@@ -481,11 +482,11 @@ class Redraw:
 
 
 def free_variables(function: Any) -> dict[str, Any]:
-    """What a nested function reads from around it, by name."""
+    """What a nested function reads from around it, by name; what has no value yet is left out."""
     while isinstance(function, functools.partial):
         function = function.func
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    return {name: cell.cell_contents for name, cell in cells}
+    return {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}
 
 
 class Graph:
@@ -525,7 +526,8 @@ class Graph:
             self.outputs = pytree.tree_map_only(Tensor, Tensor.detach, outputs)
             self.seen = free_variables(self.function)
         for name, value in free_variables(self.function).items():
-            if value is not self.seen[name] and not (isinstance(value, (int, float, str)) and value == self.seen[name]):
+            old = self.seen.get(name, value)  # what had no value then was not read
+            if value is not old and not (isinstance(value, (int, float, str)) and value == old):
                 raise Fault(f"{name} has changed since a CUDA graph recorded it: pass it to the function as a tensor, "
                             "write it in place, or use --no-cuda-graph")
         self.replay()

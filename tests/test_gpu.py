@@ -168,6 +168,11 @@ def test_a_graph_refuses_what_it_would_not_see(monkeypatch: pytest.MonkeyPatch) 
     weight, queue = 1.0, torch.cat([queue[1:], queue[:1]])
     with pytest.raises(common.Fault, match="queue has changed"):
         graph(torch.ones(2))
+    late = common.Graph(lambda x: x if len(x) else unset)
+    for _ in range(common.Graph.FIRST + 2):
+        assert late(torch.ones(2)).tolist() == [1, 1]
+    unset = 3  # a name that had no value until now
+    assert late(torch.ones(2)).tolist() == [1, 1]
     other = common.Graph(lambda x, y: x)
     for _ in range(common.Graph.FIRST):
         other(torch.ones(2), 1.0)
