@@ -642,6 +642,8 @@ def embed_mds(features: Tensor) -> Tensor:
 
     x = features.cpu().double()  # in this order: mps has no float64
     left, scale, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    if scale[0] <= 1e-6 * x.norm():
+        raise common.Fault(f"the features of the {len(x)} images are all the same: there is nothing to see")
     start = F.pad(left[:, :2] * scale[:2], (0, max(0, 2 - len(scale))))
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of defaults that are not used here
         found = MDS(2, n_init=1, max_iter=1000, eps=1e-7).fit_transform(x.numpy(), init=start.numpy())

@@ -374,6 +374,14 @@ def test_mds_is_that_of_scikit_learn() -> None:
     assert np.abs(between(figures.embed_mds(plane).numpy()) - between(plane.double().numpy())).max() < 1e-3
 
 
+def test_mds_of_a_collapsed_network() -> None:
+    """Features that are equal but for rounding have no distances to show: a fault, not a warning for each step."""
+    same = torch.randn(16, generator=common.generator("same")).repeat(10, 1)
+    for features in (same, same * (1 + 1e-7 * torch.randn(10, 1, generator=common.generator("rounding")))):
+        with pytest.raises(common.Fault, match="the 10 images are all the same"):
+            figures.embed_mds(features)
+
+
 def test_mds_panels(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The classes with the highest kNN accuracy on the left, with the lowest on the right, as many images of each."""
     seen = list[figures.Cloud]()
