@@ -759,7 +759,12 @@ class Run:
                                for key, value in row.items()})
             if self.bar is not None:
                 self.bar.clear()
-            print(line, flush=True)
+            try:
+                print(line, flush=True)
+            except BrokenPipeError:
+                if not self.signal:
+                    raise
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Ctrl-C also ended `| tee log`: first save, then stop
             path = self.output / "log.jsonl"
             try:
                 append_line(path, line)

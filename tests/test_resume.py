@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -203,13 +204,19 @@ def test_stops_at_a_step_boundary(
     same_runs_but_options(undisturbed, tmp_path)
 
 
-def interrupt_with_the_reader() -> None:
-    """A terminal's Ctrl-C in `2>&1 | tee log`: tee ends at once."""
+def output_into_a_pipe() -> int:
+    """As in `2>&1 | tee log`; the end that tee reads is returned."""
     read, write = os.pipe()
     for stream in (1, 2):
         os.dup2(write, stream)
     os.close(write)
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", 1, closefd=False) for stream in (1, 2))
+    return read
+
+
+def interrupt_with_the_reader() -> None:
+    """A terminal's Ctrl-C in `2>&1 | tee log`: tee ends at once."""
+    read = output_into_a_pipe()
     stop_at(1, 1, signal.SIGINT)
     original = common.Run.after_step
 
@@ -222,11 +229,30 @@ def interrupt_with_the_reader() -> None:
     common.Run.after_step = after_step  # type: ignore[method-assign]
 
 
-def test_interrupted_with_the_reader_of_the_output(tmp_path: Path) -> None:
-    """Ctrl-C saves also where it ends whoever reads the output first."""
+def interrupt_with_the_reader_in_the_monitor() -> None:
+    """The same during the kNN monitor, before the line of the epoch is printed."""
+    read, original = output_into_a_pipe(), common.knn_monitor
+
+    def monitor(*args: Any) -> dict[str, float]:
+        os.close(read)
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+
+    common.knn_monitor = monitor
+
+
+@pytest.mark.parametrize(("when", "end"), [
+    (interrupt_with_the_reader, (1, 2)), (interrupt_with_the_reader_in_the_monitor, (2, 1)),
+])
+def test_interrupted_with_the_reader_of_the_output(
+    when: Callable[[], None], end: tuple[int, int], undisturbed: Path, tmp_path: Path
+) -> None:
+    """Ctrl-C saves also where it ends whoever reads the output first; the log has each epoch that the checkpoint has.
+    """
     command = [*OFTEN, "--output", tmp_path, "--save-minutes", "0"]
-    assert run("npid", command, before=interrupt_with_the_reader).code == 130
-    assert (checkpoint(tmp_path)["epoch"], checkpoint(tmp_path)["step"]) == (1, 2)
+    assert run("npid", command, before=when).code == 130
+    assert (checkpoint(tmp_path)["epoch"], checkpoint(tmp_path)["step"]) == end
+    assert log(tmp_path)[1:] == log(undisturbed)[1 : 1 + end[0]]
 
 
 def same_runs_but_options(a: Path, b: Path) -> None:
