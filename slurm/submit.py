@@ -175,7 +175,10 @@ for script, tasks, commands in json.loads(sys.argv[2]):
         sys.exit(f"submit.py: error: {script} has no parse_args(argv) and main(args)")
     for argv in commands:
         sys.argv = [script, *argv]
-        args = module.parse_args(argv)
+        try:
+            args = module.parse_args(argv)
+        except sys.modules["common"].Fault as fault:
+            sys.exit(f"{script}: error: {fault}")
         output = getattr(args, "output", None)
         own = output and not hasattr(module, "folder_of")  # which names a folder for each setting there
         found.append([str(output) if own else None, getattr(args, "batch_size", None) or 0,
@@ -227,6 +230,8 @@ def runs_of(code: Path, args: argparse.Namespace, ranks: int) -> list[tuple[str,
             told = () if typed else ("--preset", "--seed")  # default names tell these already
             options = zip(words[::2], words[1::2], strict=True)
             names = [f"{key[2:]}={value}" for key, value in options if key not in told]
+            if not Path(output).name:
+                raise common.Fault(f"--output {output} has no name that each run of the sweep could add to")
             output = str(Path(output).with_name("-".join([Path(output).name, *names]).replace("/", "_")))
             argv = [*argv, "--output", output]
         runs.append(Command(argv, output))

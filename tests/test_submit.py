@@ -138,6 +138,8 @@ REFUSED = [
     (["missing.py"], "no script missing.py"),
     (["--cluster", "local", "--nodes", "2", NPID], "--cluster local has one node"),
     (["--then", "eval_nothing.py", NPID], "there is no such script beside npid.py"),
+    ([str(ROOT / "deepcluster.py"), "--arch", "alexnet", "--head", "map"], "deepcluster.py: error: --head map is for"),
+    (["--sweep", "lr=1,2", NPID, "--output", "."], "--output . has no name that each run of the sweep could add to"),
 ]
 
 
