@@ -60,7 +60,8 @@ import common  # noqa: E402
 GRACE = 300  # seconds: an epoch's clustering on a large set has to end within it
 OWN = {  # what --slurm must not set: ranks are counted and jobs requeued by these
     "time": "--hours", "nodes": "--nodes", "ntasks": "--tasks", "ntasks_per_node": "--tasks", "gpus": "--gpus",
-    "gpus_per_node": "--gpus", "signal": "--grace", "signal_delay_s": "--grace",
+    "gpus_per_node": "--gpus", "num_gpus": "--gpus", "gpus_per_task": "--gpus", "tasks_per_node": "--tasks",
+    "array": "--sweep", "signal": "--grace", "signal_delay_s": "--grace", "additional_parameters": "--slurm KEY=VALUE",
 }
 
 
@@ -72,6 +73,8 @@ def pair(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not (key and equals and value):
         raise argparse.ArgumentTypeError(f"{text} is not KEY=VALUE")
+    if key in ("srun_args", "srun-args"):
+        shlex.split(value)  # quotes that are no pair are a ValueError, which argparse reports
     return key.replace("-", "_"), value
 
 
@@ -115,9 +118,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     before = ["", *words]
     end = next((i for i, word in enumerate(words) if re.fullmatch(r"[^-].*\.py", word) and before[i] != "--then"),
                len(words))
-    args = parser.parse_args(words[:end])
-    if end == len(words):
+    if end == len(words) and not {"-h", "--help"} & set(words):
         parser.error("which script? name one, such as npid.py")
+    args = parser.parse_args(words[:end])
     args.script, args.argv, args.typed = Path(words[end]), words[end + 1 :], common.typed(parser, words[:end])
     slurms = dict.fromkeys(("partition", "account", "constraint", "slurm"), (args.cluster == "slurm", "SLURM"))
     limits = dict.fromkeys(("hours", "grace", "requeues"), (args.cluster != "debug", "a job of its own"))
@@ -370,6 +373,10 @@ def make_executor(args: argparse.Namespace, folder: Path) -> Any:
         signal_delay_s=args.grace, srun_args=["--kill-on-bad-exit=1"],  # a rank that dies ends the job
     )
     rest: dict[str, Any] = dict(requeue=True)
+    values = [value for key, value in args.slurm if key != "setup"]  # which may have several lines
+    for word in (folder, args.partition, args.account, args.constraint, *values):
+        if re.search("[\n\ud800-\udfff]", str(word)):
+            raise common.Fault(f"{str(word)!r} cannot stand in sbatch's file: a line break, or no UTF-8")
     for key, value in args.slurm:
         if key == "cpus_per_task":  # which srun, unlike sbatch, would have to be told again
             own["srun_args"].append(f"--cpus-per-task={value}")

@@ -42,10 +42,15 @@ def test_options_of_submission_and_script() -> None:
     assert args.grace == submit.GRACE and submit.parse_args(["--hours", "0.1", "npid.py"]).grace == 90
 
 
-WRONG = [([], "which script"), (["--hours", "0", "npid.py"], "--hours"), (["--slurm", "qos", "npid.py"], "KEY=VALUE"),
+WRONG = [([], "which script"), (["npid", "--lr", "1"], "script? name one"),
+         (["--hours", "0", "npid.py"], "--hours"), (["--slurm", "qos", "npid.py"], "KEY=VALUE"),
          (["--hours", "1", "--grace", "3600", "npid.py"], "--grace"), (["--nodes", "0", "npid.py"], "--nodes"),
          (["--slurm", "qos=high", "time=12:00:00", "npid.py"], "--slurm time: use --hours"),
          (["--slurm", "ntasks-per-node=2", "npid.py"], "--slurm ntasks_per_node: use --tasks"),
+         (["--slurm", "num_gpus=8", "npid.py"], "--slurm num_gpus: use --gpus"),
+         (["--slurm", "array=0-3", "npid.py"], "--slurm array: use --sweep"),
+         (["--slurm", "additional_parameters=x", "npid.py"], "--slurm additional_parameters: use"),
+         (["--slurm", "srun-args=--label 'a", "npid.py"], "--slurm: invalid pair value"),
          (["--then", "eval_knn.py 'a", "npid.py"], "--then: \"eval_knn.py 'a\" is no command")]
 
 
@@ -177,15 +182,16 @@ def test_what_sbatch_gets(fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.
     """Nodes, GPUs, time, the rest of sbatch's options, a sweep as an array, what follows as one that depends on it."""
     (tmp_path / "here").mkdir()
     submitted(["--nodes", "2", "--gpus", "8", "--hours", "1.01", "--partition", "long", "--account", "vision",
-               "--constraint", "a100", "--slurm", "qos=high", "mem=400G", "exclusive=true", "setup=module load cuda",
+               "--constraint", "a100", "--slurm", "qos=high", "mem=400G", "exclusive=true", "setup=module load cuda\n:",
                "array_parallelism=2", "switches=1", "cpus_per_task=12", "job-name=mine", "--sweep", "lr=0.01,0.03",
-               "seed=0,1", "--then", "eval_knn.py --k 20", NPID, "--data", "cifar10"], monkeypatch, tmp_path / "here")
+               "seed=0,1", "--then", "eval_knn.py --k 20", NPID, "--data", "cifar10", "--val-dir", "a\n'b c"],
+              monkeypatch, tmp_path / "here")
     text = (fake_slurm / "1.sh").read_text()
     for line in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "time=61", "partition=long", "account=vision",
                  "constraint=a100", "qos=high", "mem=400G", "exclusive", "switches=1", "requeue", "array=0-3%2",
                  "signal=USR2@300", "job-name=mine", "cpus-per-task=12"):
         assert f"#SBATCH --{line}\n" in text, (line, text)
-    assert "\nmodule load cuda\n" in text and "gpus-per-task" not in text
+    assert "\nmodule load cuda\n:\n" in text and "gpus-per-task" not in text
     assert re.search(r"^srun .*--kill-on-bad-exit=1 --cpus-per-task=12 ", text, re.M)
     then = (fake_slurm / "2.sh").read_text()
     for line in ("nodes=1", "gpus-per-node=1", "dependency=aftercorr:1", "kill-on-invalid-dep=yes", "array=0-3%2",
@@ -195,6 +201,9 @@ def test_what_sbatch_gets(fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.
     for name in ("seed0-lr=0.01", "seed1-lr=0.01", "seed0-lr=0.03", "seed1-lr=0.03"):
         assert f"output runs/npid-cifar10-{name}\n" in out
     (folder,) = (tmp_path / "here" / "runs" / "slurm").iterdir()
+    load = submit.submitit.core.utils.DelayedSubmission.load
+    jobs = [load(path).function for path in folder.glob("1_*_submitted.pkl")]
+    assert [job.run.argv[:4] for job in jobs] == [["--data", "cifar10", "--val-dir", "a\n'b c"]] * 4
     assert f"folder {folder}" in out and "tail -F" in out and "scancel 1 2" in out and "squeue -j 1,2" in out
     assert {file.name for file in (folder / "code").iterdir()} >= {"npid.py", "common.py", "eval_knn.py", "COMMIT"}
     assert common.git_commit(folder / "code") == common.git_commit(ROOT)
@@ -202,6 +211,19 @@ def test_what_sbatch_gets(fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.
         submitted(["--partition", "none", NPID], monkeypatch, tmp_path / "here")
     assert "#SBATCH --job-name=npid\n" in (fake_slurm / "3.sh").read_text()
     assert [file.name for file in (tmp_path / "here" / "runs" / "slurm").iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("words", [["--slurm", "comment=a\nb", NPID], [NPID, "--output", "\udcff/c"]])
+def test_what_no_file_for_sbatch_can_hold(
+    words: list[str], fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line break, which would end a line of sbatch's options, and bytes that are no UTF-8 are refused, and nothing is
+    left behind."""
+    here = tmp_path / "here"
+    here.mkdir()
+    with pytest.raises(common.Fault, match="cannot stand in sbatch's file"):
+        submitted(words, monkeypatch, here)
+    assert not list(here.rglob("npid*")) and not list(fake_slurm.iterdir())
 
 
 def test_a_job_in_the_queue_keeps_its_folder(
