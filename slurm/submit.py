@@ -460,7 +460,7 @@ def submit(folder: Path, first: Any, then: Any, jobs: list[list[Job]]) -> None:
         print(f"job {job.job_id}: {shlex.join([one.script, *one.run.argv])}")
         if one.run.output:
             print(f"    output {one.run.output}")
-        print(f"    log    tail -F {job.paths.stdout}")
+        print(f"    log    tail -F {shlex.quote(str(job.paths.stdout))}")
     for number, some in zip(numbers[1:], jobs[1:], strict=True):
         print(f"job {number}, once {'each' if len(some) > 1 else 'that'} has succeeded: {some[0].script}")
     print(f"folder {folder}\nstate  squeue -j {','.join(numbers)}\nstop   scancel {' '.join(numbers)}  (saves first)\n"
@@ -476,7 +476,7 @@ def run_here(folder: Path, executor: Any, job: Job) -> None:
     if isinstance(started, submitit.DebugJob):
         started.results()
         return
-    print(f"    log    tail -F {started.paths.stdout}\nfolder {folder}", flush=True)
+    print(f"    log    tail -F {shlex.quote(str(started.paths.stdout))}\nfolder {folder}", flush=True)
     process, stopped = started._process, list[int]()
 
     def stop(number: int, frame: FrameType | None) -> None:

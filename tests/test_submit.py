@@ -180,12 +180,12 @@ def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_sbatch_gets(fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                           capsys: pytest.CaptureFixture[str]) -> None:
     """Nodes, GPUs, time, the rest of sbatch's options, a sweep as an array, what follows as one that depends on it."""
-    (tmp_path / "here").mkdir()
+    (tmp_path / "he re").mkdir()
     submitted(["--nodes", "2", "--gpus", "8", "--hours", "1.01", "--partition", "long", "--account", "vision",
                "--constraint", "a100", "--slurm", "qos=high", "mem=400G", "exclusive=true", "setup=module load cuda\n:",
                "array_parallelism=2", "switches=1", "cpus_per_task=12", "job-name=mine", "--sweep", "lr=0.01,0.03",
                "seed=0,1", "--then", "eval_knn.py --k 20", NPID, "--data", "cifar10", "--val-dir", "a\n'b c"],
-              monkeypatch, tmp_path / "here")
+              monkeypatch, tmp_path / "he re")
     text = (fake_slurm / "1.sh").read_text()
     for line in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "time=61", "partition=long", "account=vision",
                  "constraint=a100", "qos=high", "mem=400G", "exclusive", "switches=1", "requeue", "array=0-3%2",
@@ -200,17 +200,18 @@ def test_what_sbatch_gets(fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.
     out = capsys.readouterr().out
     for name in ("seed0-lr=0.01", "seed1-lr=0.01", "seed0-lr=0.03", "seed1-lr=0.03"):
         assert f"output runs/npid-cifar10-{name}\n" in out
-    (folder,) = (tmp_path / "here" / "runs" / "slurm").iterdir()
+    (folder,) = (tmp_path / "he re" / "runs" / "slurm").iterdir()
     load = submit.submitit.core.utils.DelayedSubmission.load
     jobs = [load(path).function for path in folder.glob("1_*_submitted.pkl")]
     assert [job.run.argv[:4] for job in jobs] == [["--data", "cifar10", "--val-dir", "a\n'b c"]] * 4
-    assert f"folder {folder}" in out and "tail -F" in out and "scancel 1 2" in out and "squeue -j 1,2" in out
+    assert f"folder {folder}\n" in out and f"tail -F '{folder}/" in out
+    assert "scancel 1 2" in out and "squeue -j 1,2" in out
     assert {file.name for file in (folder / "code").iterdir()} >= {"npid.py", "common.py", "eval_knn.py", "COMMIT"}
     assert common.git_commit(folder / "code") == common.git_commit(ROOT)
     with pytest.raises(common.Fault, match=r"^sbatch refuses: no partition$"):
-        submitted(["--partition", "none", NPID], monkeypatch, tmp_path / "here")
+        submitted(["--partition", "none", NPID], monkeypatch, tmp_path / "he re")
     assert "#SBATCH --job-name=npid\n" in (fake_slurm / "3.sh").read_text()
-    assert [file.name for file in (tmp_path / "here" / "runs" / "slurm").iterdir()] == [folder.name]
+    assert [file.name for file in (tmp_path / "he re" / "runs" / "slurm").iterdir()] == [folder.name]
 
 
 @pytest.mark.parametrize("words", [["--slurm", "comment=a\nb", NPID], [NPID, "--output", "\udcff/c"]])
