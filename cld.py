@@ -1,9 +1,9 @@
 """Cross-Level Instance-Group Discrimination (Wang, Liu and Yu, CVPR 2021, arXiv:2008.03813).
 
 Telling instances apart also pushes similar images apart. CLD adds to a host method a second branch on the same trunk:
-the batch is grouped by k-means in each of two views, x and x', and an image of one view has to find, among the other
-view's group centroids M', the group g' of its other view. That pulls an image towards similar ones, and only whole
-groups push it away:
+k-means groups the batch in each of two views, x and x'. An image in one view has to find, among the other view's group
+centroids M', the group g' that it belongs to there. That pulls an image towards similar ones, and only whole groups
+push it away:
 
     L = L_instance(f_I) + lambda * mean of CE(f_G(x) . M' / T_G, g') and CE(f_G(x') . M / T_G, g)
 
@@ -39,10 +39,11 @@ Differences from the paper and from the authors' code:
     strength drawn near the full one, which only raise colour, contrast, brightness and sharpness.
     BYOL is trained with SGD, not LARS.
   * Rates change with each step, and the cosine runs to 0 over all epochs, times the warm-up's factor. In the code
-    CIFAR's begins after the warm-up and ends at 1e-6, and ImageNet's changes once an epoch.
+    CIFAR's cosine begins after the warm-up and ends at 1e-6, and ImageNet's rate changes once an epoch.
   * `cifar10` and `cifar100` are the released scripts' settings, `cifar10-supplement` and `cifar100-supplement` the
-    text's. Of MoCo+CLD on CIFAR the scripts have normalised heads, the paper's figures linear ones (`-linear`).
-  * STL-10, at 96 px, has the stem of photographs, and grey before jitter; in the code CIFAR's stem, and grey after it.
+    text's. For MoCo+CLD on CIFAR the scripts have normalised heads; the published figures are those of linear ones
+    (`-linear`).
+  * STL-10, at 96 px, has the stem of photographs, and grey before jitter; in the code CIFAR's, and grey after jitter.
 
 log.jsonl has, for each epoch: loss, instance_loss, group_loss; instance_accuracy (how often an image's own slot or key
 is nearest; npid: over 32 rows); group_accuracy; groups_alive in a view; intra and inter, mean cosine of f_G with its

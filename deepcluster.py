@@ -16,15 +16,16 @@ clusterings) builds on that: cluster the descriptors of all images, then learn t
     python deepcluster.py --output runs/deepcluster-cifar10-seed0 --assign DIR  # clusters of new images, as CSV
 
 Differences from the thesis and from the authors' code:
-  * The code's sampler uses positions in data set order as positions in the order by cluster, so in effect it samples
-    uniformly over images. Here each cluster has N/K draws, plus or minus one; `--sampling released` is the code's.
+  * The code's sampler draws positions in the data set, but uses them in the list sorted by cluster, so in effect it
+    samples uniformly over images. Here each cluster has N/K draws, plus or minus one; the code's way is `--sampling
+    released`.
   * Empty clusters take half of a random other one after each assignment, as the thesis says (`--empties half`);
     `split` perturbs centroids while training, as Faiss does; `--kmeans faiss` is Faiss itself.
   * PIC runs in float64. In float32 its kernel vanishes beyond a squared distance of 0.39, in float64 beyond 1.19; where
     neighbours are further away every image is a singleton, and `--sigma median` takes sigma from the distances.
   * PCA drops directions whose variance is rounding noise, so constant or rank-deficient descriptors give no NaN.
-  * The last layer has its own SGD without momentum: the code's; the thesis says only that the layer is new.
-    Hidden layers of AlexNet and VGG16 start as He's initialisation has them, in the code from N(0, 0.01).
+  * The last layer has its own SGD without momentum, as in the code; the thesis says only that the layer is new. Fully
+    connected hidden layers of AlexNet and VGG16 have He's initialisation; the code draws them from N(0, 0.01).
   * Descriptors of more than ONE_PASS bytes are never held: a first pass over the images sums their covariance, a second
     one projects them, which costs another forward pass. Those of more than WIDEST dimensions are first reduced by
     a random projection, which is not exact.

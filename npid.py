@@ -6,7 +6,7 @@ Every image is a class of its own. A memory bank keeps one feature v_i for each 
 
 so no class weights are learnt, and what is learnt is a metric. The paper had to approximate the sum by
 noise-contrastive estimation; here it is exact by default (`--loss softmax`), since the bank takes no gradient and (2)
-is then one attention call. `--loss nce` is the paper's, `--loss parametric` the baseline of its Table 1.
+is then one call of attention over it. `--loss nce` is the paper's, `--loss parametric` the baseline of its Table 1.
 
     python npid.py                              # rendered shapes, for a first try
     python npid.py --data cifar10               # Table 1, exact softmax: 80.8 kNN in the paper; 5.2 minutes on an H100
@@ -16,12 +16,13 @@ is then one attention call. `--loss nce` is the paper's, `--loss parametric` the
     python npid.py --preset cifar10 --help      # every value of that preset
 
 Differences from the paper and from the authors' code:
-  * The paper damps the bank's change by a proximal term (eq. 9), the authors' code by averaging the bank. They are not
-    the same gradient; both are here: `--proximal-weight` (the paper prints no value) and `--bank-momentum`.
+  * The paper damps the bank's change by a proximal term (eq. 9), the authors' code by averaging the bank. The two
+    are not equivalent; both are here: `--proximal-weight` (the paper prints no value) and `--bank-momentum`.
   * The bank is written once a step, after the optimiser, with the features of that step's forward pass; all slots are
     unit vectors from the start.
-  * NCE is computed in the log domain, without the 1e-7 of the code. Z is the mean over the noise draws of the first
-    step (`--z first`, the paper's), a bad estimate where the network's first features are nearly alike: see `--z ema`.
+  * NCE is computed in the log domain, without the 1e-7 that the code adds. Z is N times the mean over the noise draws
+    of the first step (`--z first`, the paper's), a bad estimate if a fresh network's features are nearly alike; see
+    `--z ema`.
   * CIFAR's recipe is the code's: jitter before grey, no flip, tau 0.1, batch 128, weight decay 5e-4; the paper gives
     none.
 
