@@ -55,12 +55,9 @@ import argparse
 import copy
 import dataclasses
 import math
-import os
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -189,13 +186,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         "view is erased")
     method.add_argument("--warmup-epochs", type=common.COUNT_OR_ZERO, default=0, metavar="N", help="first epochs, in "
                         "which the rate rises from lr / 100 to lr")
-    made = parser.add_argument_group("training set; labels, if used, only choose which images are trained on")
-    made.add_argument("--imbalance", type=common.number(float, 1), metavar="R", help="long tail: class sizes fall "
-                      "exponentially, to 1/R of the first class's in the last")
-    made.add_argument("--file-list", type=Path, metavar="FILE", help="train only on these images of --data; "
-                      "lines: an image or a class folder, and the class if no folder tells it")
-    made.add_argument("--val-list", type=Path, metavar="FILE", help="the same for the images of the kNN monitor")
-    made.add_argument("--instances", type=common.COUNT, metavar="N", help="shapes only: crops of N rendered images")
+    method.add_argument("--instances", type=common.COUNT, metavar="N", help="shapes only: train on crops of N rendered "
+                        "images, a correlated set")
     common.add_training_options(parser)
     args = common.parse(parser, PRESETS, argv)
     for key, value in HOSTS[args.host].items():
@@ -215,53 +207,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 # ---- training sets ---------------------------------------------------------------------------------------------------
 
 
-def long_tailed(data: common.ImageSet, ratio: float, seed: int) -> common.ImageSet:
-    """CIFAR-LT: of class c of C the share ratio^(-c/(C-1)) of the smallest class's size, drawn from `seed`."""
-    classes = torch.unique(data.labels)  # a --file-list may leave some without an image
-    if (data.labels < 0).any() or len(classes) < 2:
-        raise common.Fault(f"--imbalance needs the classes of all images, which {data.name} does not have")
-    order = torch.randperm(len(data), generator=common.generator(seed, "imbalance"))
-    members = [order[data.labels[order] == c] for c in classes]
-    most, last = min(len(rows) for rows in members), len(members) - 1
-    kept = [rows[: max(1, round(most * ratio ** (-c / last)))] for c, rows in enumerate(members)]
-    return data.select(torch.cat(kept).sort().values)
-
-
-def listed(data: common.ImageSet, path: Path) -> common.ImageSet:
-    """The images of a folder that a list names, such as ImageNet-100's or ImageNet-LT's; lines: path [class].
-
-    A path is the end of an image's path (up to four parts), or its folder's name, or that of its top folder.
-    """
-    text = path.read_text(errors="surrogateescape")  # as names of files are read
-    lines = [re.fullmatch(r"(.+?)(?:\s+(\d+))?", line.strip()) for line in text.splitlines()]
-    if data.files is None:
-        raise common.Fault(f"{path} names files, and {data.name} has none: lists are for folders of images")
-    there = {name for file in data.files for name in os.fsdecode(file).split("/")[:-1]}
-    # The number that a folder's own name ends with is no class
-    wanted = dict((line[0], -1) if line[0] in there else (line[1], int(line[2] or -1)) for line in lines if line)
-    rows, given, found = list[int](), list[int](), dict[str, Path]()
-    for row in range(len(data)):
-        file = data.path(row)
-        above = os.fsdecode(data.files[row]).split("/")[:-1]  # folders below the root
-        folders = [*above[:1], file.parent.name]  # the top one, if any, and the image's own
-        names = [name for name in [*folders, *("/".join(file.parts[-n:]) for n in range(1, 5))] if name in wanted]
-        for name in names:
-            if name not in folders and found.get(name, file) != file:
-                raise common.Fault(f"{path}: {name} is {found[name]} and {file}: put the name of its folder before it")
-            found[name] = file
-        if names:
-            rows.append(row)
-            given.append(wanted[names[0]])
-    for name in wanted.keys() - found.keys():
-        raise common.Fault(f"{path}: {name} is not among the {len(data.files):,} images of {data.name}")
-    if not rows:
-        raise common.Fault(f"{path} names no image: a line each is needed")
-    part = data.select(torch.tensor(rows))
-    if not data.classes:
-        part.labels, part.classes = torch.tensor(given), [str(c) for c in range(max(given) + 1)]
-    return part
-
-
 def views_of_instances(data: common.ImageSet, count: int, seed: int) -> common.ImageSet:
     """As many images, but crops of only `count` rendered ones: a stand-in for sets such as Kitchen-HC."""
     if data.name != "shapes" or data.pixels is None:
@@ -278,24 +223,9 @@ def views_of_instances(data: common.ImageSet, count: int, seed: int) -> common.I
 
 
 def load(args: argparse.Namespace, run: common.Run) -> tuple[common.ImageSet, common.ImageSet | None]:
-    """Training images and those of the kNN monitor: what the lists, --imbalance and --instances make of them."""
-    for chosen, part, name in ((args.file_list, args.subset, ""), (args.val_list, args.test_subset, "test-")):
-        if chosen and part:
-            raise common.Fault(f"{chosen} names the images: no --{name}subset beside it, not from a preset either")
+    """Training images and those of the kNN monitor, or what --instances makes of them."""
     data = common.load(args, "pretrain", run.device)
-    if args.file_list:
-        data = listed(data, args.file_list)
-    if args.imbalance:
-        data = long_tailed(data, args.imbalance, args.seed)
-        if run.rank == 0:
-            print("images of each class:", *torch.bincount(data.labels).tolist(), flush=True)
     test = common.load_monitor(args, data, run.device)
-    common.note_idle(args, dict(val_list=(test is not None, "a kNN monitor")))
-    if test and args.val_list:
-        test = listed(test, args.val_list)
-        if (last := int(test.labels.max())) >= len(data.classes):
-            raise common.Fault(f"{args.val_list} has images of class {last}, and those of training are of 0 to "
-                               f"{len(data.classes) - 1}")
     if args.instances:
         data = views_of_instances(data, args.instances, seed=0)
         test = test and views_of_instances(test, args.instances, seed=1)

@@ -40,6 +40,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import signal
 import struct
@@ -294,6 +295,12 @@ def add_data_options(options: argparse.ArgumentParser) -> None:
                            "evaluations of a run use its own set, unless this is given")
     add_set_options(data)
     data.add_argument("--val-dir", type=Path, metavar="DIR", help="validation images of a directory without val/")
+    data.add_argument("--file-list", type=Path, metavar="FILE", help="of a folder of images, train on those that this "
+                      "names; lines: an image or a class folder, and the class if no folder tells it; evaluations of "
+                      "a run use its own, and --val-list and --imbalance, unless --data is given")
+    data.add_argument("--val-list", type=Path, metavar="FILE", help="the same for the validation images")
+    data.add_argument("--imbalance", type=number(float, 1), metavar="R", help="train on a long tail, the same for each "
+                      "seed: class sizes fall exponentially, to 1/R of the first class's in the last")
     data.add_argument("--image-size", type=SIZE, metavar="PX", help="side of the square the network sees; default: "
                       "the data set's own (32 shapes and CIFAR, 96 STL-10, 224 photographs)")
     data.add_argument("--cache", choices=["device", "host", "none"], help="where decoded images live; default: device "
@@ -546,7 +553,7 @@ class Graph:
 # A resumed run may change these: they do not change what is learnt; of the data `ImageSet.identity` is compared.
 FREE_OPTIONS = {
     "output", "overwrite", "preset", "typed", "data", "data_dir", "val_dir", "cache", "workers", "max_bad_images",
-    "device", "compile", "cuda_graph", "save_minutes", "knn_every", "knn_features", "test_subset", "epochs",
+    "device", "compile", "cuda_graph", "save_minutes", "knn_every", "knn_features", "test_subset", "val_list", "epochs",
     "checkpoint", "log_every", "test_list", "shard_bank", "memory", "features", "image_batch",
 }
 NEVER = 2**62  # a step that no run reaches
@@ -1510,7 +1517,9 @@ def load(args: argparse.Namespace, split: str, device: torch.device) -> ImageSet
         data = ImageSet(args.data, args.image_size or spec.size, spec.mean, spec.std, labels, classes, ids, pixels)
     else:
         data, small = _folder(args, split)
-    wanted = args.subset if split != "test" else args.test_subset
+    file_list, wanted = (args.val_list, args.test_subset) if split == "test" else (args.file_list, args.subset)
+    if file_list is not None:
+        data = listed(data, file_list)
     if wanted is not None and args.data != "shapes":  # which renders just what is wanted
         count = round(wanted * len(data)) if wanted < 1 else int(wanted)
         if not 1 <= count <= len(data):
@@ -1519,6 +1528,9 @@ def load(args: argparse.Namespace, split: str, device: torch.device) -> ImageSet
             raise Fault(f"--{option.replace('_', '-')} {wanted:g}{source}: {data.name} has {len(data)} images here; "
                         "lower it")
         data = data.select(balanced(data.labels, count, args.seed, "subset"))
+    if args.imbalance and split != "test":
+        data = long_tailed(data, args.imbalance)
+        note(f"images of each class: {' '.join(map(str, torch.bincount(data.labels).tolist()))}")
     if args.data not in _NAMED:
         _decode_small(data, small, args.cache)
     elif args.cache == "none":
@@ -1542,11 +1554,20 @@ def load_monitor(args: argparse.Namespace, data: ImageSet, device: torch.device)
         note(f"{data.name} has no {reason}: no kNN monitor")
     apart = folder and not (image_root(args) / "train").is_dir()  # then training leaves out what is in --val-dir
     note_idle(args, dict(knn_features=(on, "a kNN monitor"), test_subset=(on, "a kNN monitor"),
+                         val_list=(on, "a kNN monitor"),
                          val_dir=((folder and on) or apart, "a folder of images and a kNN monitor")))
     if not on:
         return None
-    test = load(argparse.Namespace(**vars(args) | dict(image_size=data.size)), "test", device)
-    test.mean, test.std = data.mean, data.std
+    return _test_images(args, data, device)
+
+
+def _test_images(args: argparse.Namespace, train: ImageSet, device: torch.device) -> ImageSet:
+    """At the size of the training images and with their mean and std; of their classes."""
+    test = load(argparse.Namespace(**vars(args) | dict(image_size=train.size)), "test", device)
+    test.mean, test.std = train.mean, train.std
+    if train.classes and (last := int(test.labels.max())) >= len(train.classes):
+        raise Fault(f"{args.val_list} has images of class {last}, and those of training are of 0 to "
+                    f"{len(train.classes) - 1}")
     return test
 
 
@@ -1561,6 +1582,53 @@ def balanced(labels: Tensor, count: int, *key: int | str, share: bool = False) -
     turn[by_class] = torch.arange(len(labels)) - starts[labels[by_class]]
     turn = (turn.double() + 0.5) / sizes[labels] if share else turn  # the share of its class that comes before
     return order[turn[order].argsort(stable=True)[:count]].sort().values
+
+
+def listed(data: ImageSet, path: Path) -> ImageSet:
+    """The images of a folder that a list names, such as ImageNet-100's or ImageNet-LT's; lines: path [class].
+
+    A path is the end of an image's path (up to four parts), or its folder's name, or that of its top folder.
+    """
+    text = path.read_text(errors="surrogateescape")  # as names of files are read
+    lines = [re.fullmatch(r"(.+?)(?:\s+(\d+))?", line.strip()) for line in text.splitlines()]
+    if data.files is None:
+        raise Fault(f"{path} names files, and {data.name} has none: lists are for folders of images")
+    there = {name for file in data.files for name in os.fsdecode(file).split("/")[:-1]}
+    # The number that a folder's own name ends with is no class
+    wanted = dict((line[0], -1) if line[0] in there else (line[1], int(line[2] or -1)) for line in lines if line)
+    rows, given, found = list[int](), list[int](), dict[str, Path]()
+    for row in range(len(data)):
+        file = data.path(row)
+        above = os.fsdecode(data.files[row]).split("/")[:-1]  # folders below the root
+        folders = [*above[:1], file.parent.name]  # the top one, if any, and the image's own
+        names = [name for name in [*folders, *("/".join(file.parts[-n:]) for n in range(1, 5))] if name in wanted]
+        for name in names:
+            if name not in folders and found.get(name, file) != file:
+                raise Fault(f"{path}: {name} is {found[name]} and {file}: put the name of its folder before it")
+            found[name] = file
+        if names:
+            rows.append(row)
+            given.append(wanted[names[0]])
+    for name in wanted.keys() - found.keys():
+        raise Fault(f"{path}: {name} is not among the {len(data.files):,} images of {data.name}")
+    if not rows:
+        raise Fault(f"{path} names no image: a line each is needed")
+    part = data.select(torch.tensor(rows))
+    if not data.classes:
+        part.labels, part.classes = torch.tensor(given), [str(c) for c in range(max(given) + 1)]
+    return part
+
+
+def long_tailed(data: ImageSet, ratio: float) -> ImageSet:
+    """CIFAR-LT: of class c of C the share ratio^(-c/(C-1)) of the smallest class's size, the same in every run."""
+    classes = torch.unique(data.labels)  # a list may leave some without an image
+    if (data.labels < 0).any() or len(classes) < 2:
+        raise Fault(f"--imbalance needs the classes of all images, which {data.name} does not have")
+    order = torch.randperm(len(data), generator=generator("imbalance"))
+    members = [order[data.labels[order] == c] for c in classes]
+    most, last = min(len(rows) for rows in members), len(members) - 1
+    kept = [rows[: max(1, round(most * ratio ** (-c / last)))] for c, rows in enumerate(members)]
+    return data.select(torch.cat(kept).sort().values)
 
 
 def _shapes(args: argparse.Namespace, split: str) -> tuple[Tensor, Tensor, list[str]]:
@@ -3016,20 +3084,21 @@ class Encoder:
         return f"{found} tensors matched, {', '.join(names)}; {'with' if self.head else 'without'} head{sobel}{choice}"
 
 
-def _images_of_run(args: argparse.Namespace, options: dict[str, Any]) -> None:
-    """Take from the run what --data, --data-dir and --val-dir leave open."""
+def images_of_run(args: argparse.Namespace, options: dict[str, Any]) -> None:
+    """Take from the run what --data and the options beside it leave open."""
     if "data" not in args.typed and options:
         args.data = options["data"]
         if "data_dir" not in args.typed and Path(options["data_dir"]).is_dir():
             args.data_dir = Path(options["data_dir"])
-        if args.val_dir is None and options["val_dir"]:
-            args.val_dir = Path(options["val_dir"])
+        for name, kind in dict(val_dir=Path, file_list=Path, val_list=Path, imbalance=float).items():
+            if getattr(args, name) is None and options.get(name):
+                setattr(args, name, kind(options[name]))
 
 
 def load_train(args: argparse.Namespace, encoder: Encoder | None, split: str, device: torch.device) -> ImageSet:
     """Training images of the set that the encoder was trained on, unless --data names another; its size, mean, std."""
     options, data = (encoder.options, encoder.data) if encoder else ({}, {})
-    _images_of_run(args, options)
+    images_of_run(args, options)
     args.image_size = args.image_size or data.get("size")
     chosen = argparse.Namespace(**vars(args))
     if split == "pretrain":  # just the images of the run
@@ -3049,11 +3118,8 @@ def statistics(
 
 def load_test(args: argparse.Namespace, encoder: Encoder | None, train: ImageSet, device: torch.device) -> ImageSet:
     """Test images of the same set, at the size and with the mean and std of the training images."""
-    _images_of_run(args, encoder.options if encoder else {})
-    args.image_size = train.size
-    test = load(args, "test", device)
-    test.mean, test.std = train.mean, train.std
-    return test
+    images_of_run(args, encoder.options if encoder else {})
+    return _test_images(args, train, device)
 
 
 # Which of two networks in a file its authors evaluate: MoCo's, MoCo v3's, BYOL's, DINO's.

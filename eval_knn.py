@@ -96,8 +96,6 @@ def main(args: argparse.Namespace) -> None:
         split = "pretrain" if args.train_features == "bank" else "train"
         train = common.load_train(args, encoder, split, device)
         test = common.load_test(args, encoder, train, device)
-        if "data" not in args.typed:
-            train, test = parts_of_run(encoder, train, test)
 
     def embed(images: Tensor) -> Tensor:
         if pixels:
@@ -147,24 +145,6 @@ def main(args: argparse.Namespace) -> None:
     if from_file:
         common.append_result(path.parent, line)
     print(line, flush=True)
-
-
-def parts_of_run(
-    encoder: common.Encoder, train: common.ImageSet, test: common.ImageSet
-) -> tuple[common.ImageSet, common.ImageSet]:
-    """Of training and test images those that cld.py --file-list, --val-list and --imbalance left in the run."""
-    options = encoder.options
-    if not {"file_list", "imbalance", "val_list"} & {name for name, value in options.items() if value}:
-        return train, test
-    import cld  # here, so that other runs do not need it beside a copy of this script
-
-    if options.get("file_list"):
-        train = cld.listed(train, Path(options["file_list"]))
-    if options.get("imbalance"):
-        train = cld.long_tailed(train, options["imbalance"], options["seed"])
-    if options.get("val_list"):
-        test = cld.listed(test, Path(options["val_list"]))
-    return train, test
 
 
 def retrieval(queries: Tensor, query_labels: Tensor, features: Tensor, labels: Tensor) -> dict[str, float]:

@@ -228,6 +228,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "folds": (svms and len(args.cost) > 1, "SVMs and several of --cost"),
         "balanced": (bool(args.labels) and "voc07" not in args.protocol, "--labels, one class an image"),
         "draws": (bool(args.labels or args.per_class), "--labels or --per-class"),
+        "file_list val_list imbalance": ("voc07" not in args.protocol, "one class an image"),
     }
     common.note_idle(args, {name: need for names, need in needs.items() for name in names.split()})
     if "output" not in args.typed:
@@ -1329,13 +1330,11 @@ PROTOCOLS: dict[str, Callable[[argparse.Namespace, common.Run, common.Encoder, T
 
 def folder_of(args: argparse.Namespace, encoder: common.Encoder | None) -> Path:
     """The folder of this protocol with these settings and weights: others lie beside it."""
-    source = {} if encoder is None else encoder.options
     options = {key: value for key, value in common.plain_options(args).items()
                if key not in common.FREE_OPTIONS or key in ("epochs", "test_subset")}
-    options |= dict(data=args.data if "data" in args.typed or args.protocol.startswith("voc07") or not source
-                    else source["data"], weights=encoder.sha256 if encoder else "random")
-    if args.val_dir:  # other test images, other figures
-        options["val_dir"] = str(args.val_dir)
+    options |= dict(data=args.data, weights=encoder.sha256 if encoder else "random")
+    # Other test images, other figures.
+    options |= {name: str(getattr(args, name)) for name in ("val_dir", "val_list") if getattr(args, name)}
     if args.label_list:  # whatever its name
         options["listed"] = hashlib.blake2b(args.label_list.read_bytes(), digest_size=8).hexdigest()
     digest = hashlib.blake2b(json.dumps(options, sort_keys=True).encode(), digest_size=4).hexdigest()
@@ -1349,6 +1348,8 @@ def main(args: argparse.Namespace) -> None:
         encoder = common.load_encoder(path, args.arch, args.width, device, "head" if "head" in args.layers else "auto")
         if common.first_rank():
             print(f"{path}: {encoder.describe()}", flush=True)
+        if not args.protocol.startswith("voc07"):
+            common.images_of_run(args, encoder.options)
     # Of its own: a protocol trains several times --epochs, and a batch may be smaller.
     run = common.Run(argparse.Namespace(**vars(args) | dict(output=folder_of(args, encoder))))
     task = open_task(args, encoder, device)

@@ -215,3 +215,9 @@ class Rank:
 
     def gather(self, tensor: torch.Tensor) -> tuple[torch.Tensor]:
         return (tensor,)
+
+
+def images_of(labels: list[int], **more: Any) -> common.ImageSet:
+    """A set of black images with these labels."""
+    grey, classes = (0.5, 0.5, 0.5), [str(c) for c in range(max(labels) + 1)]
+    return common.ImageSet("set", 32, grey, grey, torch.tensor(labels), classes, torch.arange(len(labels)), **more)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, Step, one_line, record_steps, run
+from helpers import TINY, Step, images_of, one_line, record_steps, run
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import RandAugment
@@ -871,129 +871,19 @@ def draws(count: int, seed: int = 0) -> common.Draw:
     return common.Draw(torch.Generator().manual_seed(seed), count, slice(None), common.CPU)
 
 
-def images_of(labels: list[int], **more: Any) -> common.ImageSet:
-    """A set of black images with these labels."""
-    grey, classes = (0.5, 0.5, 0.5), [str(c) for c in range(max(labels) + 1)]
-    return common.ImageSet("set", 32, grey, grey, torch.tensor(labels), classes, torch.arange(len(labels)), **more)
-
-
-def test_long_tail_is_exponential_and_seeded() -> None:
-    """Ratio 100 over three classes of 200: 200, 20 and 2 images; the seed decides which."""
-    data = images_of([i % 3 for i in range(600)], pixels=torch.zeros(600, 3, 1, 1, dtype=torch.uint8))
-    one, same, other = (cld.long_tailed(data, 100, seed) for seed in (0, 0, 1))
-    assert torch.bincount(one.labels).tolist() == [200, 20, 2]
-    assert torch.equal(one.ids, same.ids) and not torch.equal(one.ids, other.ids)
-    assert torch.bincount(cld.long_tailed(data, 1, 0).labels).tolist() == [200, 200, 200]
-    data.labels = torch.tensor([1, 3, 5])[data.labels]  # no image of the others
-    assert torch.bincount(cld.long_tailed(data, 100, 0).labels).tolist() == [0, 200, 0, 20, 0, 2]
-    data.labels = torch.ones_like(data.labels)
-    with pytest.raises(common.Fault, match="--imbalance needs the classes"):
-        cld.long_tailed(data, 100, 0)
-
-
-def test_class_counts_of_a_long_tail_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """640 shapes at ratio 8: 64 images of the first class, 8 of the last."""
-    train(tmp_path / "run", "--subset", "640", "--imbalance", "8", "--epochs", "1", "--batch-size", "128")
-    assert "images of each class: 64 51 40 32 25 20 16 13 10 8" in capsys.readouterr().out
-
-
-def test_seeds_of_made_sets(tmp_path: Path) -> None:
-    """--seed decides which images a long tail keeps; instances are the same in each run, others for test images."""
-    words = [*SMALL, "--knn-every", "1", "--seed", "3", "--output"]
-    for options in (["--imbalance", "8"], ["--instances", "5"]):
-        args = cld.parse_args([*words, str(tmp_path / options[0]), *options])
-        run = common.Run(args)
-        data, test = cld.load(args, run)
-        run.lock.close()
-        plain, more = (common.load(args, split, common.CPU) for split in ("pretrain", "test"))
-        assert test is not None and data.pixels is not None and test.pixels is not None
-        if args.imbalance:
-            assert torch.equal(data.ids, cld.long_tailed(plain, 8, 3).ids)
-            assert not torch.equal(data.ids, cld.long_tailed(plain, 8, 0).ids)
-        else:
-            for part, base, seed in ((data, plain, 0), (test, more, 1)):
-                made = cld.views_of_instances(base, 5, seed)
-                assert made.pixels is not None and part.pixels is not None
-                assert torch.equal(part.pixels, made.pixels) and torch.equal(part.labels, made.labels)
-
-
-def test_file_list_chooses_files_and_folders(tmp_path: Path) -> None:
-    """Lines name an image, with or without the split's folder, or a class; what is not there is an error."""
-    files = np.array([f"n{c}/n{c}_{i}.jpg".encode() for c in (1, 2, 3) for i in range(3)])
-    data = images_of([0, 0, 0, 1, 1, 1, 2, 2, 2], files=files, root=Path("/set/train"))
-    path = tmp_path / "list.txt"
-    path.write_text("train/n1/n1_0.jpg 0\nn1/n1_2.jpg 0\nn3\n")
-    chosen = cld.listed(data, path)
-    assert [chosen.path(row).name for row in range(5)] == ["n1_0.jpg", "n1_2.jpg", "n3_0.jpg", "n3_1.jpg", "n3_2.jpg"]
-    assert chosen.labels.tolist() == [0, 0, 2, 2, 2]
-    flat_set = images_of([0] * 2, files=np.array([b"a b.jpg", b"c.jpg"]), root=Path("/set"))
-    flat_set.classes, flat_set.labels = [], torch.tensor([-1, -1])
-    path.write_text("a b.jpg 4\n")
-    flat_part = cld.listed(flat_set, path)
-    assert flat_part.labels.tolist() == [4] and flat_part.classes == ["0", "1", "2", "3", "4"]
-    path.write_text("n9\n")
-    with pytest.raises(common.Fault, match="n9"):
-        cld.listed(data, path)
-    path.write_text("\n")
-    with pytest.raises(common.Fault, match="names no image"):
-        cld.listed(data, path)
-    with pytest.raises(common.Fault, match=r"list.txt names files, and set has none"):
-        cld.listed(images_of([0], pixels=torch.zeros(1, 3, 8, 8, dtype=torch.uint8)), path)
-    odd = b"caf\xe9.jpg"  # a name that is no UTF-8
-    path.write_bytes(odd + b" 0\n")
-    assert len(cld.listed(images_of([0], files=np.array([odd]), root=Path("/set")), path)) == 1
-
-
-def test_lines_of_a_file_list_that_meet(tmp_path: Path) -> None:
-    """A folder and an image in it are both found; the first folder tells a class, as it does without a list; a name
-    that several images have is an error, as long as no folder stands before it."""
-    files = np.array([b"bird/sub/1.png", b"bird/sub/2.png", b"cat/1.png", b"dog/1.png", b"dog/3.png"])
-    data, path = images_of([0, 0, 1, 2, 2], files=files, root=Path("/set/train")), tmp_path / "list.txt"
-    for lines, ids in (("dog\ndog/1.png\n", [3, 4]), ("bird\n", [0, 1]), ("sub\ndog/3.png\n3.png\n", [0, 1, 4]),
-                       ("cat/1.png\nbird/sub/1.png\n", [0, 2])):
-        path.write_text(lines)
-        assert cld.listed(data, path).ids.tolist() == ids
-    path.write_text("2.png\n1.png\n")
-    with pytest.raises(common.Fault, match=r"1.png is /set/train/bird/sub/1.png and /set/train/cat/1.png"):
-        cld.listed(data, path)
-    above = images_of([0, 0], files=np.array([b"1.png", b"dog/1.png"]), root=Path("/set/train"))
-    with pytest.raises(common.Fault, match=r"1.png is /set/train/1.png and"):
-        cld.listed(above, path)
-    path.write_text("train/1.png\n")
-    assert cld.listed(above, path).ids.tolist() == [0]
-
-
-def test_a_folder_of_a_list_may_end_with_a_number(tmp_path: Path) -> None:
-    """`cup 1` is the folder of that name where there is one, else the folder `cup` with class 1."""
-    files = np.array([b"cup 1/a.png", b"cup 2/a.png", b"cup/a.png"])
-    data, path = images_of([0, 1, 2], files=files, root=Path("/set/train")), tmp_path / "list.txt"
-    for lines, ids in (("cup 1\n", [0]), ("cup 2/a.png 5\ncup 1 4\n", [0, 1]), ("cup 3\n", [2])):
-        path.write_text(lines)
-        assert cld.listed(data, path).ids.tolist() == ids
-
-
-def test_classes_of_the_monitor_are_those_of_training(tmp_path: Path) -> None:
-    """A class of --val-list above those of --file-list ends in one line, not within the kNN monitor."""
-    for place in ("train", "val"):
-        (tmp_path / place).mkdir()
-        (tmp_path / f"{place}.txt").write_text("".join(f"{i}.png {i % 2}\n" for i in range(16)))
-        for number in range(16):
-            Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / place / f"{number}.png")
-    lists = ["--file-list", str(tmp_path / "train.txt"), "--val-list", str(tmp_path / "val.txt")]
-    args = cld.parse_args(["--data", str(tmp_path), "--device", "cpu", *lists, "--output", str(tmp_path / "run")])
+def test_instances_are_the_same_in_each_run(tmp_path: Path) -> None:
+    """Whatever the --seed, instances are the same, and others for test images."""
+    words = [*SMALL, "--knn-every", "1", "--seed", "3", "--instances", "5", "--output", str(tmp_path / "run")]
+    args = cld.parse_args(words)
     run = common.Run(args)
     data, test = cld.load(args, run)
-    assert test is not None and data.classes == ["0", "1"] and int(test.labels.max()) == 1
-    (tmp_path / "val.txt").write_text("0.png 0\n1.png 2\n")
-    with pytest.raises(common.Fault, match=r"val.txt has images of class 2, and those of training are of 0 to 1"):
-        cld.load(args, run)
     run.lock.close()
-
-
-def test_file_list_or_subset(tmp_path: Path) -> None:
-    """A list and a share of the images, at odds about which, are an error."""
-    with pytest.raises(common.Fault, match="no --subset beside it"):
-        train(tmp_path / "run", "--subset", "64", "--file-list", str(tmp_path / "list.txt"))
+    plain, more = (common.load(args, split, common.CPU) for split in ("pretrain", "test"))
+    assert test is not None and data.pixels is not None and test.pixels is not None
+    for part, base, seed in ((data, plain, 0), (test, more, 1)):
+        made = cld.views_of_instances(base, 5, seed)
+        assert made.pixels is not None and part.pixels is not None
+        assert torch.equal(part.pixels, made.pixels) and torch.equal(part.labels, made.labels)
 
 
 def test_monitor_is_that_of_the_other_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

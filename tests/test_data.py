@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2 as transforms
-from helpers import TINY, checkpoint, one_line, run, same
+from helpers import TINY, checkpoint, images_of, one_line, run, same
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -564,3 +564,116 @@ def test_unlabelled_folder(tmp_path: Path) -> None:
     assert "knn_top1" not in done.out
     one_line(run("eval_knn", [tmp_path / "out" / "checkpoint.pth"]), "--val-dir")
     one_line(run("eval_knn", [tmp_path / "out" / "checkpoint.pth", "--val-dir", tmp_path / "flat"]), "no classes")
+
+
+# parts of sets
+
+
+def test_long_tail_is_exponential_and_always_the_same() -> None:
+    """Ratio 100 over three classes of 200: 200, 20 and 2 images, drawn from all of a class, the same in every run."""
+    data = images_of([i % 3 for i in range(600)], pixels=torch.zeros(600, 3, 1, 1, dtype=torch.uint8))
+    one, same = (common.long_tailed(data, 100) for _ in range(2))
+    assert torch.bincount(one.labels).tolist() == [200, 20, 2] and torch.equal(one.ids, same.ids)
+    assert one.ids[one.labels == 1].max() > 300  # the first 20 end at 58
+    assert torch.bincount(common.long_tailed(data, 1).labels).tolist() == [200, 200, 200]
+    data.labels = torch.tensor([1, 3, 5])[data.labels]  # no image of the others
+    assert torch.bincount(common.long_tailed(data, 100).labels).tolist() == [0, 200, 0, 20, 0, 2]
+    data.labels = torch.ones_like(data.labels)
+    with pytest.raises(common.Fault, match="--imbalance needs the classes"):
+        common.long_tailed(data, 100)
+
+
+def test_class_counts_of_a_long_tail_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """640 shapes at ratio 8: 64 images of the first class, 8 of the last; all of the test images."""
+    assert len(load("pretrain", "--subset", "640", "--imbalance", "8", "--seed", "5")) == 279
+    assert "images of each class: 64 51 40 32 25 20 16 13 10 8" in capsys.readouterr().err
+    assert len(load("test", "--test-subset", "640", "--imbalance", "8")) == 640
+
+
+def test_file_list_chooses_files_and_folders(tmp_path: Path) -> None:
+    """Lines name an image, with or without the split's folder, or a class; what is not there is an error."""
+    files = np.array([f"n{c}/n{c}_{i}.jpg".encode() for c in (1, 2, 3) for i in range(3)])
+    data = images_of([0, 0, 0, 1, 1, 1, 2, 2, 2], files=files, root=Path("/set/train"))
+    path = tmp_path / "list.txt"
+    path.write_text("train/n1/n1_0.jpg 0\nn1/n1_2.jpg 0\nn3\n")
+    chosen = common.listed(data, path)
+    assert [chosen.path(row).name for row in range(5)] == ["n1_0.jpg", "n1_2.jpg", "n3_0.jpg", "n3_1.jpg", "n3_2.jpg"]
+    assert chosen.labels.tolist() == [0, 0, 2, 2, 2]
+    flat_set = images_of([0] * 2, files=np.array([b"a b.jpg", b"c.jpg"]), root=Path("/set"))
+    flat_set.classes, flat_set.labels = [], torch.tensor([-1, -1])
+    path.write_text("a b.jpg 4\n")
+    flat_part = common.listed(flat_set, path)
+    assert flat_part.labels.tolist() == [4] and flat_part.classes == ["0", "1", "2", "3", "4"]
+    path.write_text("n9\n")
+    with pytest.raises(common.Fault, match="n9"):
+        common.listed(data, path)
+    path.write_text("\n")
+    with pytest.raises(common.Fault, match="names no image"):
+        common.listed(data, path)
+    with pytest.raises(common.Fault, match=r"list.txt names files, and set has none"):
+        common.listed(images_of([0], pixels=torch.zeros(1, 3, 8, 8, dtype=torch.uint8)), path)
+    odd = b"caf\xe9.jpg"  # a name that is no UTF-8
+    path.write_bytes(odd + b" 0\n")
+    assert len(common.listed(images_of([0], files=np.array([odd]), root=Path("/set")), path)) == 1
+
+
+
+def test_lines_of_a_file_list_that_meet(tmp_path: Path) -> None:
+    """A folder and an image in it are both found; the first folder tells a class, as it does without a list; a name
+    that several images have is an error, as long as no folder stands before it."""
+    files = np.array([b"bird/sub/1.png", b"bird/sub/2.png", b"cat/1.png", b"dog/1.png", b"dog/3.png"])
+    data, path = images_of([0, 0, 1, 2, 2], files=files, root=Path("/set/train")), tmp_path / "list.txt"
+    for lines, ids in (("dog\ndog/1.png\n", [3, 4]), ("bird\n", [0, 1]), ("sub\ndog/3.png\n3.png\n", [0, 1, 4]),
+                       ("cat/1.png\nbird/sub/1.png\n", [0, 2])):
+        path.write_text(lines)
+        assert common.listed(data, path).ids.tolist() == ids
+    path.write_text("2.png\n1.png\n")
+    with pytest.raises(common.Fault, match=r"1.png is /set/train/bird/sub/1.png and /set/train/cat/1.png"):
+        common.listed(data, path)
+    above = images_of([0, 0], files=np.array([b"1.png", b"dog/1.png"]), root=Path("/set/train"))
+    with pytest.raises(common.Fault, match=r"1.png is /set/train/1.png and"):
+        common.listed(above, path)
+    path.write_text("train/1.png\n")
+    assert common.listed(above, path).ids.tolist() == [0]
+
+
+
+def test_a_folder_of_a_list_may_end_with_a_number(tmp_path: Path) -> None:
+    """`cup 1` is the folder of that name where there is one, else the folder `cup` with class 1."""
+    files = np.array([b"cup 1/a.png", b"cup 2/a.png", b"cup/a.png"])
+    data, path = images_of([0, 1, 2], files=files, root=Path("/set/train")), tmp_path / "list.txt"
+    for lines, ids in (("cup 1\n", [0]), ("cup 2/a.png 5\ncup 1 4\n", [0, 1]), ("cup 3\n", [2])):
+        path.write_text(lines)
+        assert common.listed(data, path).ids.tolist() == ids
+
+
+def listed_tree(root: Path, count: int = 16) -> list[str]:
+    """Flat train/ and val/ of numbered images and lists of them, of classes 0 and 1; the options that name all."""
+    for place in ("train", "val"):
+        (root / place).mkdir()
+        (root / f"{place}.txt").write_text("".join(f"{i}.png {i % 2}\n" for i in range(count)))
+        for number in range(count):
+            Image.new("RGB", (32, 32), (number, 0, 0)).save(root / place / f"{number}.png")
+    return ["--data", str(root), "--file-list", str(root / "train.txt"), "--val-list", str(root / "val.txt")]
+
+
+def test_classes_of_the_monitor_are_those_of_training(tmp_path: Path) -> None:
+    """A class of --val-list above those of --file-list ends in one line, not within the kNN monitor."""
+    args = npid.parse_args(["--device", "cpu", *listed_tree(tmp_path)])
+    data = common.load(args, "pretrain", CPU)
+    test = common.load_monitor(args, data, CPU)
+    assert test is not None and data.classes == ["0", "1"] and int(test.labels.max()) == 1
+    (tmp_path / "val.txt").write_text("0.png 0\n1.png 2\n")
+    with pytest.raises(common.Fault, match=r"val.txt has images of class 2, and those of training are of 0 to 1"):
+        common.load_monitor(args, data, CPU)
+
+
+def test_a_subset_of_a_list(tmp_path: Path) -> None:
+    """--subset is drawn from the listed images, and a list's classes are balanced in it."""
+    words = listed_tree(tmp_path)
+    (tmp_path / "train.txt").write_text("".join(f"{i}.png {i % 2}\n" for i in (*range(4), 5, 7, 9)))
+    data = load("pretrain", *words, "--subset", "4")
+    names = {int(data.path(row).stem) for row in range(4)}
+    assert names <= {0, 1, 2, 3, 5, 7, 9} and {0, 2} <= names and data.labels.sum() == 2
+    with pytest.raises(common.Fault, match="has 7 images here"):
+        load("pretrain", *words, "--subset", "8")

@@ -341,9 +341,9 @@ def test_features_are_those_that_are_asked_for(tmp_path: Path) -> None:
     one_line(run("eval_knn", bank), "has the output of a head that cannot be read", "--train-features clean")
 
 
-def test_parts_of_a_run_of_cld(tmp_path: Path) -> None:
-    """What --file-list, --val-list and --imbalance left in a run is what eval_knn.py sees, bank or not; with --data it
-    sees all images."""
+def test_parts_of_a_run(tmp_path: Path) -> None:
+    """What --file-list, --val-list and --imbalance left in a run is what evaluations see, by the bank or not; with
+    --data they see all images."""
     for split, count in (("train", 20), ("val", 4)):
         names = [f"{split}/{c}/{split}{c}{i}.png" for c in "abc" for i in range(count)]
         for number, name in enumerate(names):
@@ -351,13 +351,19 @@ def test_parts_of_a_run_of_cld(tmp_path: Path) -> None:
             Image.new("RGB", (32, 32), (4 * number, 0, 0)).save(tmp_path / name)
         (tmp_path / f"{split}.txt").write_text("".join(f"{name} 0\n" for name in names if name[-5] in "0123"))
     lists = ["--file-list", tmp_path / "train.txt", "--val-list", tmp_path / "val.txt", "--imbalance", "4"]
-    words = ["--data", tmp_path, "--epochs", "1", "--width", "4", "--batch-size", "8", "--k", "2", "--device", "cpu"]
-    found = run("cld", [*words, *lists, "--workers", "0", "--output", tmp_path / "run"])
-    assert "images of each class: 8 4 2" in found.out, found.err
+    words = ["--data", tmp_path, "--epochs", "1", "--width", "4", "--batch-size", "8", "--device", "cpu"]
+    found = run("npid", [*words, *lists, "--workers", "0", "--output", tmp_path / "run"])
+    assert "images of each class: 8 4 2" in found.err
     few = [tmp_path / "run/checkpoint.pth", "--k", "3", "--device", "cpu", "--workers", "0"]
     for options, images in (([], 14), (["--train-features", "bank"], 14), (["--data", tmp_path], 60)):
         found = run("eval_knn", [*few, *options])
         assert json.loads(found.out.splitlines()[-1])["train_images"] == images, found.err
+    probe = [tmp_path / "run/checkpoint.pth", "--epochs", "1", "--batch-size", "2", "--device", "cpu", "--workers", "0"]
+    for options, images in (([], (14, 12)), (["--data", tmp_path], (60, 12)), (["--imbalance", "1"], (24, 12))):
+        found = run("eval_linear", [*probe, *options])
+        assert found.code == 0, found.err
+        row = json.loads(found.out.splitlines()[-1])
+        assert (row["train_images"], row["test_images"]) == images
     (tmp_path / "val.txt").write_text("val/a/vala0.png 0\n")
     assert json.loads(run("eval_knn", few).out.splitlines()[-1])["test_images"] == 1
 

@@ -441,7 +441,8 @@ def test_probes_see_what_they_should(checkpoint: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(eval_linear, "choose", lambda *_: dict(best=[0.1, 0.02, 1, 60.0], last=[0.3, 0.04, 2, 50.0]))
     words = ["--layers", "conv5", "--train-crops", 2, "--seed", 3, "--lr", 0.1, 0.3, "--weight-decay", 0.5]
     found = evaluate(checkpoint, *words, "--data", "shapes")
-    args = argparse.Namespace(data="shapes", subset=60, seed=3, **dict.fromkeys(("image_size", "cache")), typed=[])
+    open_keys = ("image_size", "cache", "file_list", "imbalance")
+    args = argparse.Namespace(data="shapes", subset=60, seed=3, **dict.fromkeys(open_keys), typed=[])
     labels = common.load(args, "train", CPU).labels
     held = set(eval_linear.hold_out(labels, 0.1, 3).tolist())
     assert len(held) == 6 and len(steps) == 12
@@ -1019,7 +1020,8 @@ def test_mlp_is_that_of_plain_pytorch(checkpoint: Path, monkeypatch: pytest.Monk
     assert [len(scores) for scores in judged] == [6, 6, 40, 40] and found["hidden"] == 256
     assert [row[key] for key in ("best_epoch", "holdout", "top1", "last_top1")] == [1, 99, 97, 96]
     train, test = (part["conv5"].float() for part in kept[0])
-    args = argparse.Namespace(data="shapes", subset=60, seed=3, **dict.fromkeys(("image_size", "cache")), typed=[])
+    open_keys = ("image_size", "cache", "file_list", "imbalance")
+    args = argparse.Namespace(data="shapes", subset=60, seed=3, **dict.fromkeys(open_keys), typed=[])
     labels = common.load(args, "train", CPU).labels
     layers = [torch.nn.Dropout(0.5), torch.nn.Linear(train.shape[2], 256), torch.nn.ReLU(),
               torch.nn.Dropout(0.5), torch.nn.Linear(256, 256), torch.nn.ReLU()]
