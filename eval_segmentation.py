@@ -376,10 +376,10 @@ def load(args: argparse.Namespace) -> tuple[common.VocSet, common.VocSet]:
         top = max(int(mask[mask != common.VOID].max(initial=0)) for mask in masks)
         data.classes = [f"class {i}" for i in range(1, top + 1)]
     test = common.load_voc(args, "test", "Segmentation", data.classes)
-    # What is wrong with a mask shows before the training.
-    lowest: list[Any] = [read_mask(image, len(data.classes)).getextrema()[0] for image in test.images]
-    if min(lowest) == common.VOID:
-        raise common.Fault(f"all pixels of the {len(test)} test masks of {test.name} are void ({common.VOID})")
+    for part, split in ((data, "training"), (test, "test")):  # what is wrong with a mask shows before the training
+        lowest: list[Any] = [read_mask(image, len(data.classes)).getextrema()[0] for image in part.images]
+        if min(lowest) == common.VOID:
+            raise common.Fault(f"all pixels of the {len(part)} {split} masks of {part.name} are void ({common.VOID})")
     data.size = test.size = args.test_size
     return data, test
 

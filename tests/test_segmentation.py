@@ -435,7 +435,7 @@ def test_tables_do_not_depend_on_ranks(folder: Path) -> None:
 
 def test_faults(folder: Path, tmp_path: Path) -> None:
     """Masks that are missing, in colour, of another size or with unknown classes are named; so are bad options, and
-    test masks without a pixel that counts, which would give a mean over no class."""
+    masks without a pixel that counts, by which nothing is learnt, or which would give a mean over no class."""
 
     def broken(name: str, change: Any) -> list[str]:
         root = Path(shutil.copytree(folder, tmp_path / name))
@@ -453,10 +453,11 @@ def test_faults(folder: Path, tmp_path: Path) -> None:
     fails(tiny(folder, tmp_path / "out", "--output-stride", 16), "--output-stride 16: this network has 8")
     fails(tiny(folder, tmp_path / "out", "--test-list", "val"), "val.txt")
     fails(tiny(folder, tmp_path / "out", "--lr", 1e12), "the loss is not finite")
-    words = broken("void", lambda _: None)
-    for path in (tmp_path / "void/SegmentationClass").glob("test*"):
-        Image.new("L", (96, 96), common.VOID).save(path)
-    fails(words, "all pixels of the 3 test masks of void are void")
+    for split, names, count in (("training", "trainval*", 7), ("test", "test*", 3)):
+        words = broken(split, lambda _: None)
+        for path in (tmp_path / split / "SegmentationClass").glob(names):
+            Image.new("L", (96, 96), common.VOID).save(path)
+        fails(words, f"all pixels of the {count} {split} masks of {split} are void")
 
 
 def test_folder_without_class_names(folder: Path, tmp_path: Path) -> None:
