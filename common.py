@@ -3073,6 +3073,13 @@ class Encoder:
         features = self.backbone(images)
         return F.normalize((features if self.head is None else self.head(features)).float(), dim=1)
 
+    def staged(self) -> Any:
+        """The backbone, which must have `stages`; one that a changed script brings need not."""
+        if not hasattr(self.backbone, "stages"):
+            raise Fault(f"{self.options.get('arch', 'this network')} has no `stages` (common.py, section 8): give it "
+                        "this method; without it, of eval_linear.py take --layers backbone or head")
+        return self.backbone
+
     def describe(self) -> str:
         """How the file's names matched the network's."""
         found, missing, unexpected = self.report["matched"], self.report["missing"], self.report["unexpected"]

@@ -380,7 +380,7 @@ def layer_features(encoder: common.Encoder, images: Tensor, layers: Sequence[str
     """The features of each layer, (B, d) float32, of normalised images (B, 3, S, S)."""
     found = dict[str, Tensor]()
     if {*CONV, "pool5"} & set(layers):
-        network: Any = encoder.backbone
+        network = encoder.staged()
         maps = network.stages(images)
         found |= {name: pool(maps, stage, layer_size) for stage, name in enumerate(CONV) if name in layers}
         if "pool5" in layers and isinstance(network, common.PlainNet):

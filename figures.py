@@ -181,7 +181,7 @@ def open_network(
         arch, width = args.arch or first.options["arch"], args.width or first.options.get("width", 64)
         torch.manual_seed(args.seed)
         stem = args.image_size < common.SMALL if args.image_size else first.data.get("small", False)
-        channels = 2 if isinstance(first.backbone.front, common.Sobel) else 3
+        channels = 2 if isinstance(getattr(first.backbone, "front", None), common.Sobel) else 3
         encoder = common.untrained_encoder(arch, width, stem, args.device, input_channels=channels)
         encoder = dataclasses.replace(encoder, head=encoder.head if first.head else None, options=first.options,
                                       data=first.data)
@@ -890,7 +890,7 @@ def maximize(args: argparse.Namespace) -> None:
     encoders, runs = open_networks(args)
     if len(encoders) > 1:
         raise common.Fault("maximize looks into one network: name one run")
-    network: Any = encoders[0].backbone
+    network = encoders[0].staged()
     data = load_train(encoders, args)
     data = data.select(torch.randperm(len(data), generator=common.generator(args.seed, "images"))[: args.images])
     wanted = [STAGES.index(stage) for stage in args.stages]

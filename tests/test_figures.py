@@ -422,6 +422,18 @@ def test_the_untrained_network_is_like_the_run(run: Path, tmp_path: Path, channe
         assert isinstance(encoder.backbone.front, common.Sobel) == (channels == 2)
 
 
+def test_a_network_of_ones_own_needs_no_more_than_its_output(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without `front` there is an untrained one beside it; without `stages`, pictures of them are a fault, no crash."""
+    args = figures.parse_args(["gallery", "random", str(run)])
+    args.device = torch.device("cpu")
+    _, own = figures.open_networks(args)[0]
+    own = dataclasses.replace(own, backbone=torch.nn.Flatten())
+    assert figures.open_network(args, "random", own)[0].backbone.front
+    monkeypatch.setattr(figures, "open_networks", lambda args: ([own], {}))
+    with pytest.raises(common.Fault, match="no `stages`"):
+        figures.maximize(args)
+
+
 # foreign networks
 
 

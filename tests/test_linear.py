@@ -1,6 +1,7 @@
 """Classification protocols: probes, SVMs and metrics against references; drawn labels, cached features, resuming."""
 
 import argparse
+import dataclasses
 import errno
 import functools
 import json
@@ -24,7 +25,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 from sklearn.svm import LinearSVC
-from torch import Tensor
+from torch import Tensor, nn
 
 import common
 import eval_linear
@@ -125,6 +126,16 @@ def test_pool5_is_what_fc6_sees() -> None:
         (found,) = eval_linear.layer_features(encoder, images, ["pool5"], 10_000)
         network: Any = encoder.backbone
         torch.testing.assert_close(F.relu(network.classifier(found)), network(images))
+
+
+def test_a_network_of_ones_own_needs_no_stages() -> None:
+    """Its output can be probed as it is; to ask for a stage that it does not have is a fault that says so."""
+    own = dataclasses.replace(encoder_and_data()[0], backbone=nn.Flatten(), options=dict(arch="mine"))
+    images = torch.randn(2, 3, 32, 32)
+    (found,) = eval_linear.layer_features(own, images, ["backbone"], 10_000)
+    assert torch.equal(found, images.flatten(1))
+    with pytest.raises(common.Fault, match="mine has no `stages`"):
+        eval_linear.layer_features(own, images, ["conv5", "backbone"], 10_000)
 
 
 def options(tmp_path: Path, *words: str) -> argparse.Namespace:
