@@ -1513,6 +1513,13 @@ def load(args: argparse.Namespace, split: str, device: torch.device) -> ImageSet
     if args.data in _NAMED:
         spec = DATASETS[args.data]
         pixels, labels, classes = _NAMED[args.data](args, split)
+        # Of a loader of one's own: other numbers than these would be scaled wrongly, and train without a word.
+        if pixels.dtype != torch.uint8 and not (pixels.is_floating_point() and 0 <= pixels.min() <= pixels.max() <= 1):
+            raise Fault(f"the loader of {args.data} returns {pixels.dtype} from {pixels.min():g} to {pixels.max():g}: "
+                        "images have to be uint8, or floats in [0, 1]")
+        if pixels.shape != (len(labels), 3, *pixels.shape[2:]) or pixels.ndim != 4:
+            raise Fault(f"the loader of {args.data} returns {len(labels)} labels and images {tuple(pixels.shape)}, not "
+                        "(N, 3, H, W): repeat a grey channel, .expand(-1, 3, -1, -1)")
         ids = torch.arange(len(labels))
         data = ImageSet(args.data, args.image_size or spec.size, spec.mean, spec.std, labels, classes, ids, pixels)
     else:

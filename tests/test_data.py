@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,24 @@ def test_stl10(tmp_path: Path) -> None:
 
 
 # directories
+
+
+@pytest.mark.parametrize(("pixels", "fault"), [
+    (torch.rand(8, 3, 16, 16), ""), (torch.zeros(8, 3, 16, 16, dtype=torch.uint8), ""),
+    (255 * torch.rand(8, 3, 16, 16), "in [0, 1]"), (torch.randint(4096, (8, 3, 16, 16)), "torch.int64 from"),
+    (torch.full((8, 3, 16, 16), torch.nan), "in [0, 1]"), (torch.rand(8, 1, 16, 16), "(8, 1, 16, 16)"),
+    (torch.rand(8, 16, 16), "(8, 16, 16)"), (torch.rand(8, 5, 16, 16), "(8, 5, 16, 16)"),
+    (torch.rand(7, 3, 16, 16), "8 labels"),
+])
+def test_a_loader_of_ones_own(pixels: Tensor, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would train on wrongly scaled images, or end in a traceback, is a fault that names the loader."""
+    monkeypatch.setitem(common.DATASETS, "mine", common.DATASETS["shapes"])
+    monkeypatch.setitem(common._NAMED, "mine", lambda args, split: (pixels, torch.arange(8), list("abcdefgh")))
+    if not fault:
+        assert load("train", "--data", "mine").pixels is pixels
+        return
+    with pytest.raises(common.Fault, match=f"loader of mine .*{re.escape(fault)}"):
+        load("train", "--data", "mine")
 
 
 @pytest.fixture
