@@ -519,7 +519,7 @@ def gather_branch(run: common.Run, z: Tensor) -> Tensor:
 
 
 # ---- hosts -----------------------------------------------------------------------------------------------------------
-# Each has
+# One more needs its class here, a line in HOSTS and in CROPS, and its branch in `main`. Each has
 #   state                                     parts of the checkpoint
 #   targets(views)                            features of the momentum encoder, unit rows, without gradient
 #   instance_loss(z, jigsaw, targets, index)  unit f_I (2, B, D), jigsaw feature, slots -> losses (B,), accuracy (), and

@@ -1030,7 +1030,7 @@ class Totals:
                      for name, totals in state["sums"].items()}
 
 
-def set_rate(optimizer: torch.optim.SGD, lr: float) -> None:
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give all groups this learning rate: on a GPU in a tensor, which a CUDA graph reads anew in each replay.
 
     A checkpoint brings the options of the device that it was written on.
@@ -1045,7 +1045,7 @@ def set_rate(optimizer: torch.optim.SGD, lr: float) -> None:
         group["lr"].fill_(lr)
 
 
-def rate(optimizer: torch.optim.SGD) -> float:
+def rate(optimizer: torch.optim.Optimizer) -> float:
     """The learning rate that was set last."""
     lr = optimizer.param_groups[0]["lr"]
     return float(f"{lr.item():.6g}") if isinstance(lr, Tensor) else lr  # float32 has seven digits
