@@ -803,6 +803,9 @@ class Run:
             epoch, step = saved["epoch"], saved["step"]
             if not self.alike(epoch, step, saved["log_size"]):
                 raise Fault(f"ranks see different files {path}: --output must lie on a disk that all share")
+            if saved["git"] != self.header["git"] and epoch < self.args.epochs:
+                note(f"note: {path} was written by the code of {saved['git']}; it goes on with that of "
+                     f"{self.header['git']}")
             try:
                 for name, part in state.items():
                     part.load_state_dict(saved["state"][name])

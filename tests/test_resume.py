@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -282,6 +283,18 @@ def test_finished_run_says_so(undisturbed: Path) -> None:
     again = run("npid", [*OFTEN, "--output", undisturbed])
     assert again.code == 0 and "already finished" in again.out and again.err == ""
     assert before == ((undisturbed / "checkpoint.pth").read_bytes(), (undisturbed / "log.jsonl").read_text())
+
+
+def test_other_code_is_said(undisturbed: Path, tmp_path: Path) -> None:
+    """A run that goes on with the code of another commit says so; with its own, or finished, it says nothing of it."""
+    copy = shutil.copytree(undisturbed, tmp_path / "run")
+    command = [*TINY, "--knn-every", "2", "--output", copy]
+    assert run("npid", [*command, "--epochs", "4"]).err == ""
+    saved = common.load_checkpoint(copy / "checkpoint.pth")
+    torch.save(saved | dict(git="0123456789ab"), copy / "checkpoint.pth")
+    assert run("npid", [*command, "--epochs", "4"]).err == ""
+    expected = f"was written by the code of 0123456789ab; it goes on with that of {saved['git']}"
+    assert expected in run("npid", [*command, "--epochs", "5"]).err
 
 
 def test_more_epochs(undisturbed: Path, tmp_path: Path) -> None:
