@@ -49,6 +49,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.utils import make_grid
 
 import common
 import deepcluster
@@ -743,12 +744,9 @@ def draw_filters(panels: dict[str, Tensor]) -> Figure:
     figure = Figure((4.2 * len(panels) + 0.4, 4.9), layout="constrained")
     for axes, (title, filters) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         low, high = filters.amin((1, 2, 3), keepdim=True), filters.amax((1, 2, 3), keepdim=True)
-        tiles = F.pad((filters - low) / (high - low + 1e-12), (1, 0, 1, 0), value=1.0).expand(-1, 3, -1, -1)
-        columns = math.ceil(len(tiles) ** 0.5)
-        tiles = torch.cat([tiles, torch.ones(-len(tiles) % columns, *tiles.shape[1:])])
-        count, _, side, _ = tiles.shape
-        mosaic = tiles.view(count // columns, columns, 3, side, side).permute(0, 3, 1, 4, 2)
-        axes.imshow(mosaic.reshape(count // columns * side, columns * side, 3).numpy(), interpolation="nearest")
+        tiles = F.pad((filters - low) / (high - low + 1e-12), (1, 0, 1, 0), value=1.0)
+        mosaic = make_grid(tiles, nrow=math.ceil(len(tiles) ** 0.5), padding=0, pad_value=1.0)
+        axes.imshow(mosaic.movedim(0, 2).numpy(), interpolation="nearest")
         axes.set_title(title, wrap=True)
         axes.axis("off")
     return figure
