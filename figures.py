@@ -915,8 +915,7 @@ def maximize(args: argparse.Namespace) -> None:
         found = zip(chosen.tolist(), stretch(most.images).cpu(), *levels, strict=True)
         for index, optimum, before, loud, after in found:
             top = activation[:, index].topk(min(9, len(data))).indices
-            images = torch.cat(list(data.centers(top, 9, args.device))).cpu()
-            channels.append(Channel(f"channel {index}", optimum, before, loud, after, images))
+            channels.append(Channel(f"channel {index}", optimum, before, loud, after, pictures(data, top, args)[0]))
     drawn = [channel for channels in rows.values() for channel in channels]
     if not drawn:
         raise common.Fault(f"{args.runs[0]}: no channel of {', '.join(args.stages)} fires on both noise and images")
