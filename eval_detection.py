@@ -46,7 +46,6 @@ import argparse
 import contextlib
 import io
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -353,11 +352,13 @@ def read_proposals(names: Sequence[str], data: common.VocSet, limit: int) -> lis
 # ---- model -----------------------------------------------------------------------------------------------------------
 
 
-def split(network: nn.Module, args: argparse.Namespace) -> tuple[list[nn.Module], nn.Module, int, int, int]:
-    """Stages that see the image, head that sees a region, stride of the map, side of RoIAlign, size of the feature.
+def split(network: nn.Module, args: argparse.Namespace) -> tuple[list[nn.Module], nn.Module, int, int, int, float]:
+    """Stages that see the image, head that sees a region, stride of the map, side of RoIAlign, size of the feature, and
+    by how many px the cells of the map lie beyond the middle of their stride, where RoIAlign takes them.
 
-    ResNets: stem, layer1, layer2, layer3, and layer4 as the head. AlexNet and VGG16: the convolutions of each stage
-    without the last max-pooling, and fc6 and fc7 as the head.
+    ResNets: stem, layer1, layer2, layer3, and layer4 as the head; cells are taken as they are, as in Detectron2.
+    AlexNet and VGG16: the convolutions of each stage without the last max-pooling, and fc6 and fc7 as the head;
+    AlexNet's cells lie 7.5 px beyond, since its max-pooling has no padding.
     """
     stages: list[nn.Module]
     if isinstance(network, common.ResNet):
@@ -366,7 +367,7 @@ def split(network: nn.Module, args: argparse.Namespace) -> tuple[list[nn.Module]
         head = nn.Sequential(network.layer4, *norm, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         small = isinstance(network.maxpool, nn.Identity)
         stages = [stem, network.layer1, network.layer2, network.layer3]
-        return stages, head, 4 if small else 16, args.roi_size, network.dim
+        return stages, head, 4 if small else 16, args.roi_size, network.dim, 0.0
     if not isinstance(network, common.PlainNet):
         raise common.Fault(f"detection takes ResNets, AlexNet and VGG16, not {type(network).__name__}: tell `split` "
                            "its stages")
@@ -374,29 +375,20 @@ def split(network: nn.Module, args: argparse.Namespace) -> tuple[list[nn.Module]
     for end in network.stage_ends:  # a max-pooling opens the stage after it
         stages.append(nn.Sequential(*[network.front] * (not start), *layers[start : end + 1]))
         start = end + 1
-    strides = [layer.stride for layer in layers[:start] if isinstance(layer, nn.Conv2d | nn.MaxPool2d)]
-    stride = math.prod(one if isinstance(one, int) else one[0] for one in strides)
-    linear = [layer for layer in network.classifier if isinstance(layer, nn.Linear)]  # fc6 and, mostly, fc7
-    drop = nn.Dropout(args.dropout)
-    hidden = [part for layer in linear for part in (layer, nn.ReLU(inplace=True), drop)]
-    head = nn.Sequential(nn.Flatten(), *hidden)
-    channels = [layer.out_channels for layer in layers if isinstance(layer, nn.Conv2d)][-1]
-    return stages, head, stride, round((linear[0].in_features / channels) ** 0.5), network.dim
-
-
-def displacement(network: nn.Module) -> float:
-    """By how many px the cells of the map lie beyond the middle of their stride, where RoIAlign takes them: 7.5 px for
-    AlexNet, whose max-pooling has no padding. Those of ResNets are taken as they are, as in Detectron2."""
-    middle, stride = 0.5, 1
-    if not isinstance(network, common.PlainNet):
-        return 0.0
-    for layer in list(network.features)[: network.stage_ends[-1] + 1]:
+    middle, stride = 0.5, 1  # of the first cell, and from cell to cell, in px
+    for layer in layers[:start]:
         if isinstance(layer, nn.Conv2d | nn.MaxPool2d):
             kernel, step, padding = (size if isinstance(size, int) else int(size[0])
                                      for size in (layer.kernel_size, layer.stride, layer.padding))
             middle += ((kernel - 1) / 2 - padding) * stride
             stride *= step
-    return middle - stride / 2
+    linear = [layer for layer in network.classifier if isinstance(layer, nn.Linear)]  # fc6 and, mostly, fc7
+    drop = nn.Dropout(args.dropout)
+    hidden = [part for layer in linear for part in (layer, nn.ReLU(inplace=True), drop)]
+    head = nn.Sequential(nn.Flatten(), *hidden)
+    channels = [layer.out_channels for layer in layers if isinstance(layer, nn.Conv2d)][-1]
+    side = round((linear[0].in_features / channels) ** 0.5)
+    return stages, head, stride, side, network.dim, middle - stride / 2
 
 
 class Anchors(AnchorGenerator):  # type: ignore[misc]
@@ -467,8 +459,7 @@ class Detector(nn.Module):
 
     def __init__(self, network: nn.Module, num_classes: int, args: argparse.Namespace) -> None:
         super().__init__()
-        stages, head, stride, side, dim = split(network, args)
-        beyond = displacement(network)
+        stages, head, stride, side, dim, beyond = split(network, args)
         if args.freeze > len(stages):
             raise common.Fault(f"--freeze {args.freeze}: this network has {len(stages)} stages that see the image")
         self.trunk, self.freeze, self.frozen_bn = nn.Sequential(*stages), args.freeze, args.bn == "frozen"

@@ -296,7 +296,7 @@ def test_a_batch_has_boxes_where_the_objects_are() -> None:
 def test_trunk_and_head(arch: str, small: bool) -> None:
     """The trunk ends with layer3, or the last convolution; its stride is so; the head takes RoIAlign's map to dim."""
     network = common.backbone(arch, 4, small)
-    stages, head, stride, side, dim = eval_detection.split(network, options(extra_bn=False, dropout=0.2))
+    stages, head, stride, side, dim, _ = eval_detection.split(network, options(extra_bn=False, dropout=0.2))
     rates = {layer.p for layer in head.modules() if isinstance(layer, nn.Dropout)}
     assert rates == (set() if arch.startswith("resnet") else {0.2})
     trunk = nn.Sequential(*stages).eval()
@@ -343,7 +343,7 @@ def test_head_without_fc7(arch: str) -> None:
     network = common.backbone(arch, 4, True)
     whole = eval_detection.split(network, options())[1]
     del network.classifier[-3:]
-    *_, head, _, side, dim = eval_detection.split(network, options())
+    _, head, _, side, dim, _ = eval_detection.split(network, options())
     with torch.no_grad():
         feature = head.eval()(maps := torch.rand(3, 32 if arch == "vgg16" else 16, side, side))
         torch.testing.assert_close(feature, whole.eval()[:4](maps))  # type: ignore[index]
