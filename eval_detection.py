@@ -59,7 +59,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import box_iou, roi_align
+from torchvision.ops import box_convert, box_iou, clip_boxes_to_image, roi_align
 from tqdm import tqdm
 
 import common
@@ -341,7 +341,7 @@ def read_proposals(names: Sequence[str], data: common.VocSet, limit: int) -> lis
         if image.path.stem not in found:
             raise common.Fault(f"no proposals for {image.path.stem} in {', '.join(names)}")
         boxes = torch.from_numpy(found[image.path.stem][:limit] - np.array([1, 1, 0, 0], np.float32))
-        boxes = boxes.clamp(min=0).minimum(torch.tensor([*image.size, *image.size]))
+        boxes = clip_boxes_to_image(boxes, image.size[::-1])
         boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]
         if not len(boxes):
             raise common.Fault(f"{image.path.stem} has no proposal with a pixel of the image in it")
@@ -622,17 +622,16 @@ def coco_precision(found: Detections, data: common.VocSet) -> dict[str, float]:
                 for item in objects:
                     item["ignore"] = item["difficult"]
 
-    def plain(boxes: Tensor) -> list[list[float]]:
-        return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
-
     objects = list[dict[str, Any]]()
     for number, image in enumerate(data.images):
-        columns = plain(image.boxes), image.labels.tolist(), image.difficult.tolist()
+        boxes = box_convert(image.boxes, "xyxy", "xywh").tolist()
+        columns = boxes, image.labels.tolist(), image.difficult.tolist()
         for box, label, difficult in zip(*columns, strict=True):
             objects.append(dict(id=len(objects) + 1, image_id=number, category_id=label, bbox=box, iscrowd=0,
                                 area=box[2] * box[3], difficult=int(difficult)))
+    boxes = box_convert(found.boxes, "xyxy", "xywh").tolist()
     answers = [dict(image_id=image, category_id=label, bbox=box, score=score) for image, label, box, score in
-               zip(found.image.tolist(), found.labels.tolist(), plain(found.boxes), found.scores.tolist(), strict=True)]
+               zip(found.image.tolist(), found.labels.tolist(), boxes, found.scores.tolist(), strict=True)]
     if not answers:
         return dict(ap=0.0, ap50=0.0, ap75=0.0)
     with contextlib.redirect_stdout(io.StringIO()):
