@@ -272,11 +272,10 @@ def training_batches(
         yield step, images
 
 
-def move_boxes(boxes: Tensor, sample: Sample, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Boxes (K, 4) of an image of size `old` in the one of size `new` that `sample` makes of it."""
-    factors = torch.tensor([new[0] / old[0], new[1] / old[1]] * 2)
-    boxes = boxes * factors
-    if sample.flip:
+def move_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int], flip: bool = False) -> Tensor:
+    """Boxes (K, 4) of an image of size `old` in the same of size `new`, mirrored if `flip`."""
+    boxes = boxes * torch.tensor([new[0] / old[0], new[1] / old[1]] * 2)
+    if flip:
         boxes = torch.stack([new[0] - boxes[:, 2], boxes[:, 1], new[0] - boxes[:, 0], boxes[:, 3]], 1)
     return boxes
 
@@ -309,10 +308,10 @@ def collate(
         canvas[:, :height, :width] = common.normalize(pixels[None].to(device).float() / 255, mean, std)[0]
         image = data.images[sample.row]
         kept = ~image.difficult | args.train_difficult
-        boxes = move_boxes(image.boxes[kept], sample, image.size, (width, height))
+        boxes = move_boxes(image.boxes[kept], image.size, (width, height), sample.flip)
         targets.append(dict(boxes=boxes.to(device), labels=(image.labels[kept] + 1).to(device)))
         if proposals:
-            regions.append(move_boxes(proposals[sample.row], sample, image.size, (width, height)).to(device))
+            regions.append(move_boxes(proposals[sample.row], image.size, (width, height), sample.flip).to(device))
     images = images.contiguous(memory_format=torch.channels_last)
     return Batch(images, sizes, targets, regions if proposals else None)
 
@@ -679,10 +678,10 @@ def detect(
         batch = collate(part, data, proposals, args, mean, std, run.device)
         with run.autocast():
             ((answer,), _) = model(batch)
-        (height, width), (old_width, old_height) = batch.sizes[0], data.images[part[0][0].row].size
-        factors = torch.tensor([old_width / width, old_height / height] * 2)
-        place[: len(answer["boxes"])] = torch.cat([answer["boxes"].cpu() * factors, answer["labels"].cpu()[:, None] - 1,
-                                                   answer["scores"].cpu()[:, None]], 1)
+        sample, (height, width) = part[0][0], batch.sizes[0]
+        boxes = move_boxes(answer["boxes"].cpu(), (width, height), data.images[sample.row].size)
+        labels, scores = answer["labels"].cpu()[:, None] - 1, answer["scores"].cpu()[:, None]
+        place[: len(boxes)] = torch.cat([boxes, labels, scores], 1)
     packed = run.gather(packed.to(run.device))[0][: len(data)].cpu()
     image, slot = (packed[..., 5] >= 0).nonzero(as_tuple=True)
     values = packed[image, slot]

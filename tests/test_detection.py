@@ -525,7 +525,7 @@ def test_boxes_follow_the_image() -> None:
         assert size == (100, 60) and eval_detection.scaled(image.size, 60, 80) == (80, 48)
         pixels = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR))
         pixels = pixels[:, ::-1] if flip else pixels
-        ((x1, y1, x2, y2),) = eval_detection.move_boxes(image.boxes, sample, image.size, size).long().tolist()
+        ((x1, y1, x2, y2),) = eval_detection.move_boxes(image.boxes, image.size, size, sample.flip).long().tolist()
         inner = pixels[y1:y2, x1:x2]
         assert inner.mean() > 245 and float(pixels.sum()) == pytest.approx(float(inner.sum()), rel=0.1)
 
