@@ -1424,8 +1424,9 @@ def draw_ablation(table: Table, ours: dict[str, dict[str, list[float]]], given: 
 
 def ablation(args: argparse.Namespace) -> None:
     """A table of a paper as bars, the paper's figures beside ours (--table)."""
-    found = {name: (*read_log(name)[:2], read_eval(name)) for name in args.runs}
-    found = {name: (source, log, of_set(rows, source.data["name"])) for name, (source, log, rows) in found.items()}
+    logs = {name: read_log(name)[:2] for name in args.runs}
+    evaluations = {name: of_set(read_eval(name), source.data["name"]) for name, (source, _) in logs.items()}
+    options = [source.options for source, _ in logs.values()]
 
     def row_of(options: dict[str, Any], table: Table) -> str | None:
         preset = options["preset"].removeprefix("thin-").removesuffix("-thin")
@@ -1435,15 +1436,14 @@ def ablation(args: argparse.Namespace) -> None:
         return next(rows, None)
 
     def hits(key: str) -> int:
-        return sum(row_of(source.options, TABLES[key]) is not None for source, *_ in found.values())
+        return sum(row_of(own, TABLES[key]) is not None for own in options)
 
     table, sources = TABLES[args.table or max(TABLES, key=hits)], dict[tuple[str, str], list[Source]]()
-    evaluations = {name: rows for name, (*_, rows) in found.items()}
     results = {column: knn_results(evaluations, K_OF[column]) if column in K_OF else evaluations
                for column in table.columns}
     monitored = not results.get("knn")  # a column has one protocol
     ours = {column: dict[str, list[float]]() for column in table.columns}
-    for name, (source, log, _) in found.items():
+    for name, (source, log) in logs.items():
         row = row_of(source.options, table)
         if row is None:
             others = [other.title for other in TABLES.values() if row_of(source.options, other)]
@@ -1463,7 +1463,6 @@ def ablation(args: argparse.Namespace) -> None:
             "are miniatures, to be compared with each other alone.")
     if "knn" in table.columns:
         note += " kNN by " + ("the monitor in the logs." if monitored else "eval_knn.py.")
-    options = [source.options for source, *_ in found.values()]
     shown = {"script", "preset", "arch", "width", "epochs", "data", "subset"}
     differ = [key for key in sorted(options[0].keys() - IGNORED - shown)
               if len({repr(other.get(key)) for other in options}) > 1]
