@@ -500,17 +500,15 @@ def cached_features(
             # torch.from_file takes no names of other bytes than UTF-8
             mapped = [torch.from_numpy(np.memmap(file.path, np.uint8, "r+")).view(file.kind).view(file.shape)
                       for file in files]
-            done = [file.rows_done() for file in files]
-            todo = [number for number, rows in enumerate(done) if rows < len(data)]
+            todo = [(file, values) for file, values in zip(files, mapped, strict=True) if file.rows_done() < len(data)]
             if todo:
-                layers, first = [args.layers[number] for number in todo], min(done[number] for number in todo)
-                gigabytes = sum(mapped[number].nbytes for number in todo) / 1e9
+                layers, first = [file.key["layer"] for file, _ in todo], min(file.rows_done() for file, _ in todo)
+                gigabytes = sum(file.bytes for file, _ in todo) / 1e9
                 print(f"features of {len(data):,} {split} images, {crops} crops, {', '.join(layers)}: "
                       f"{gigabytes:.2f} GB in {args.features}" + f", going on at image {first:,}" * (first > 0),
                       flush=True)
                 batches = crops_of(data, torch.arange(first, len(data)), crops, args.image_batch, device)
-                fill([(files[number], mapped[number]) for number in todo], first,
-                     functools.partial(encode, layers=layers), batches)
+                fill(todo, first, functools.partial(encode, layers=layers), batches)
             found.append(dict(zip(args.layers, mapped, strict=True)))
     return found
 
