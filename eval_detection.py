@@ -557,17 +557,16 @@ def match(found: Detections, data: common.VocSet) -> tuple[Tensor, Tensor]:
     """For each box the object of its class that it overlaps most: (overlap (M,), the object's number in the set (M,),
     -1 for none)."""
     overlap, partner = torch.zeros(len(found.scores)), torch.full((len(found.scores),), -1)
-    counts = torch.bincount(found.image, minlength=len(data)).tolist()
-    start = first = 0
-    for image, count in zip(data.images, counts, strict=True):
-        rows = slice(start, start + count)
-        if count and len(image.boxes):
+    parts = torch.split(torch.arange(len(found.image)), torch.bincount(found.image, minlength=len(data)).tolist())
+    first = 0
+    for image, rows in zip(data.images, parts, strict=True):
+        if len(rows) and len(image.boxes):
             table = box_iou(found.boxes[rows].double(), image.boxes.double()).float()
             table[found.labels[rows][:, None] != image.labels] = -1
             best, column = table.max(1)
             overlap[rows] = best.clamp(min=0)
             partner[rows] = torch.where(best > 0, column + first, -1)
-        start, first = start + count, first + len(image.boxes)
+        first += len(image.boxes)
     return overlap, partner
 
 
