@@ -1182,28 +1182,25 @@ def finetuned(
     args: argparse.Namespace, preset: str, key: str, labels: Callable[[dict[str, Any]], float], x: str, title: str
 ) -> None:
     """Accuracies of networks, untrained ones too if they were evaluated, after fine-tuning under `preset`."""
-    sources, drawn, untrained = [read_log(name)[0] for name in args.runs], Rows(), Rows()
-    own, baseline = list[Points](), dict[str, Points]()
+    sources, own, untrained = [read_log(name)[0] for name in args.runs], Rows(), Rows()
     for name, source in zip(args.runs, sources, strict=True):
         rows = of_set([row for row in read_eval(name, baselines=True)
                        if row.get("preset") == preset and "draws" in row], source.data["name"])
         newest = {row["checkpoint"] == "random": dict(classes=source.data["classes"]) | row for row in rows}
-        points = {random: [(labels(row | entry), entry[key], entry[f"{key}_std"]) for entry in row["draws"]]
-                  for random, row in newest.items()}
-        if False not in points:
+        if False not in newest:
             raise common.Fault(f"{name} has no {preset} in eval.jsonl: run eval_linear.py {name}/checkpoint.pth "
                                f"--preset {preset}")
-        own.append(points[False])
-        drawn.append(newest[False])
-        if True in points:
-            baseline, untrained = {"untrained": points[True]}, [newest[True]]
-    drawn += untrained
+        own.append(newest[False])
+        untrained = [newest[True]] if True in newest else untrained
+    drawn = own + untrained
+    points = [[(labels(row | entry), entry[key], entry[f"{key}_std"]) for entry in row["draws"]] for row in drawn]
     words = " or ".join(dict.fromkeys("{epochs} epochs, {test_images:,} test images of {data}".format_map(row)
                                       for row in drawn))
     draws = sorted({entry["draws"] for row in drawn for entry in row["draws"]})
     spread = f"mean and deviation of {'/'.join(map(str, draws))} draws" if max(draws) > 1 else "one draw of each"
     runs = legend(sources)
-    figure = draw_labels(dict(zip(runs, own, strict=True)) | baseline, x, f"{key.replace('top', 'top-')} in %")
+    names = [*runs, *["untrained"] * len(untrained)]
+    figure = draw_labels(dict(zip(names, points, strict=True)), x, f"{key.replace('top', 'top-')} in %")
     save(figure, title, f"eval_linear.py --preset {preset}: {words}; {spread}.", runs, args.out)
 
 
