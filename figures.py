@@ -1521,7 +1521,7 @@ def draw_detections(saved: dict[str, Any], pictures: Sequence[tuple[int, Any]], 
         frames = [(truth["boxes"][row], "white", "--", "") for row in rows]
         for row in shown.tolist():
             color = RIGHT if found["right"][row] else WRONG if found["counted"][row] else "0.6"
-            text = f"{classes[found['labels'][row]]} {found['scores'][row]:.2f}".replace("0.", ".")
+            text = f"{classes[found['labels'][row]]} " + f"{found['scores'][row]:.2f}".removeprefix("0")
             frames.append((found["boxes"][row], color, "-", text))
         for box, color, dashes, text in frames:
             x1, y1, x2, y2 = box.tolist()
