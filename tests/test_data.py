@@ -19,6 +19,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import common
+import eval_knn
 import npid
 
 CPU = torch.device("cpu")
@@ -487,6 +488,19 @@ def test_cached_photographs(photographs: Path, tmp_path: Path, capsys: pytest.Ca
     assert files.identity() != held.identity()
 
 
+def test_images_of_a_bank_are_held_as_in_training(tmp_path: Path) -> None:
+    """Photographs of a run with --cache host are decoded for its bank, too: files would be other images."""
+    for number in range(4):
+        save(photograph(number, 110, 120), tmp_path / f"train/{'ab'[number % 2]}/{number}.jpg")
+    args = options("--data", tmp_path, "--cache", "host", "--image-size", "32")
+    args.subset = None
+    data = common.load(args, "pretrain", CPU)
+    encoder = argparse.Namespace(options=common.plain_options(args), data=data.identity())
+    asked = eval_knn.parse_args(["checkpoint.pth", "--train-features", "bank", "--workers", "0"])
+    found = common.load_train(asked, encoder, "pretrain", CPU)  # type: ignore[arg-type]
+    assert found.pixels is not None and found.identity() == data.identity()
+
+
 def test_a_subset_of_a_folder_is_treated_as_the_folder(tmp_path: Path) -> None:
     """One large image makes a folder one of large images, also where --subset leaves it out: none is held decoded."""
     for i in range(7):
@@ -602,6 +616,12 @@ def test_long_tail_is_exponential_and_always_the_same() -> None:
         common.long_tailed(data, 100)
 
 
+def test_long_tail_starts_from_the_smallest_class() -> None:
+    """Of classes of 30, 12 and 60 images ratio 4 leaves 12, 6 and 3: no class is larger than the one before it."""
+    data = images_of([0] * 30 + [1] * 12 + [2] * 60, pixels=torch.zeros(102, 3, 1, 1, dtype=torch.uint8))
+    assert torch.bincount(common.long_tailed(data, 4).labels).tolist() == [12, 6, 3]
+
+
 def test_class_counts_of_a_long_tail_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     """640 shapes at ratio 8: 64 images of the first class, 8 of the last; all of the test images."""
     assert len(load("pretrain", "--subset", "640", "--imbalance", "8", "--seed", "5")) == 279
@@ -657,6 +677,27 @@ def test_lines_of_a_file_list_that_meet(tmp_path: Path) -> None:
 
 
 
+def test_paths_of_a_file_list_may_have_four_parts(tmp_path: Path) -> None:
+    """The last four parts of an image's path name it, those above the split's folder among them; five do not."""
+    files = np.array([b"bird/1.png", b"cat/1.png"])
+    data, path = images_of([0, 1], files=files, root=Path("/sets/set/train")), tmp_path / "list.txt"
+    path.write_text("set/train/cat/1.png\n")
+    assert common.listed(data, path).ids.tolist() == [1]
+    path.write_text("sets/set/train/cat/1.png\n")
+    with pytest.raises(common.Fault, match="not among the 2 images"):
+        common.listed(data, path)
+
+
+def test_a_list_of_training_images_leaves_the_test_images_alone(tmp_path: Path) -> None:
+    """--file-list without --val-list: all validation images, though the list names some of theirs."""
+    for number in range(6):
+        save(Image.fromarray(noise(number)), tmp_path / f"train/{'ab'[number % 2]}/{number}.png")
+        save(Image.fromarray(noise(number)), tmp_path / f"val/{'ab'[number % 2]}/{number}.png")
+    (tmp_path / "train.txt").write_text("a/0.png\nb/1.png\n")
+    words = ["--data", tmp_path, "--file-list", tmp_path / "train.txt"]
+    assert (len(load("pretrain", *words)), len(load("train", *words)), len(load("test", *words))) == (2, 2, 6)
+
+
 def test_a_folder_of_a_list_may_end_with_a_number(tmp_path: Path) -> None:
     """`cup 1` is the folder of that name where there is one, else the folder `cup` with class 1."""
     files = np.array([b"cup 1/a.png", b"cup 2/a.png", b"cup/a.png"])
@@ -696,3 +737,11 @@ def test_a_subset_of_a_list(tmp_path: Path) -> None:
     assert names <= {0, 1, 2, 3, 5, 7, 9} and {0, 2} <= names and data.labels.sum() == 2
     with pytest.raises(common.Fault, match="has 7 images here"):
         load("pretrain", *words, "--subset", "8")
+
+
+def test_shares_are_rounded(tmp_path: Path) -> None:
+    """29 % of 100 images are 29, although 0.29 * 100 is a little less; half of 5 are 2, as Python rounds."""
+    words = listed_tree(tmp_path, 100)
+    assert len(load("pretrain", *words, "--subset", "0.29")) == len(load("test", *words, "--test-subset", "0.29")) == 29
+    (tmp_path / "train.txt").write_text("".join(f"{i}.png 0\n" for i in range(5)))
+    assert len(load("pretrain", *words, "--subset", "0.5")) == 2

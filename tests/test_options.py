@@ -109,6 +109,16 @@ def test_what_is_typed_in_vain_is_said(command: str, capsys: pytest.CaptureFixtu
     assert all(line.startswith("note: ") and said in line for line, said in zip(lines, IN_VAIN[command], strict=True))
 
 
+def test_drops_that_never_come_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """A drop at the end of training changes no step, one before it does; those of a preset are said where it is made
+    shorter, not where they lie beyond its own end."""
+    for words, drops, usual, lost in ((["lr_drops"], [9, 10, 11], 10, "10 11"), (["lr_drops"], [9], 10, ""),
+                                      ([], [9, 10, 15, 25], 20, "10 15"), ([], [25], 20, "")):
+        common.note_drops(argparse.Namespace(schedule="step", lr_drops=drops, typed=words), 10, usual)
+        said = f"note: training ends at 10, before --lr-drops {lost}\n" if lost else ""
+        assert capsys.readouterr().err == said
+
+
 def test_options_for_gpus_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--cuda-graph, --sync-bn and --groups-over need GPUs, of which only a run knows."""
     words = ["--preset", "smoke", "--device", "cpu", "--no-cuda-graph", "--sync-bn", "--output", str(tmp_path)]

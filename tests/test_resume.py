@@ -1,7 +1,9 @@
 """A run that was stopped in any way ends, continued, as one that never was."""
 
+import argparse
 import dataclasses
 import errno
+import math
 import os
 import random
 import shutil
@@ -439,6 +441,57 @@ def test_checkpoint_in_the_background(tmp_path: Path, monkeypatch: pytest.Monkey
     work.close()
 
 
+def started(output: Path) -> common.Run:
+    """A run that trains nothing."""
+    work = common.Run(npid.parse_args([*TINY, "--output", str(output)]))
+    work.describe(common.load(work.args, "pretrain", work.device))
+    work.resume({}, 100)
+    return work
+
+
+def test_a_log_that_was_cut_goes_on_with_a_whole_line(tmp_path: Path) -> None:
+    """If something else has cut the log within a line, that line goes at the next start, and those before it stay."""
+    work, path = started(tmp_path), tmp_path / "log.jsonl"
+    for epoch in (1, 2):
+        work.log(epoch=epoch, loss=1.5)
+    work.save({}, 2, 0)
+    work.close()
+    whole = path.read_text()
+    os.truncate(path, len(whole) - 5)
+    started(tmp_path).close()
+    assert path.read_text().splitlines() == whole.splitlines()[:-1]
+
+
+def test_a_loss_that_was_not_finite_once_is_found_later(tmp_path: Path) -> None:
+    """On a GPU losses are looked at every 50 steps and before a checkpoint: the first bad one is named, though later
+    ones were finite, and nothing is saved."""
+    work = started(tmp_path)
+    work.device = argparse.Namespace(type="cuda")  # type: ignore[assignment]
+    for step in range(1, 9):
+        work.after_step({}, 0, step, torch.tensor(math.nan if step in (3, 5) else 1.0))
+    with pytest.raises(common.Fault, match=r"the loss is not finite \(epoch 1, step 4\)"):
+        work.save({}, 1, 0)
+    assert not (tmp_path / "checkpoint.pth").exists()
+    work.close()
+
+
+@pytest.mark.parametrize(("minutes", "steps"), [("2", [3, 6, 9]), ("0", [])])
+def test_checkpoints_are_minutes_apart(
+    minutes: str, steps: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of steps of 50 s --save-minutes 2 saves each third one; 0 saves none, however long ago the last one was."""
+    clock, saved = [0.0], list[int]()
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(common, "write_checkpoint", lambda path, content: saved.append(content["step"]))
+    work = started(tmp_path)
+    work.args.save_minutes = float(minutes)
+    for step in range(10):
+        clock[0] += 50
+        work.after_step({}, 0, step, torch.zeros(()))
+    work.close()
+    assert saved == steps
+
+
 def test_no_thread_writes_beside_workers(tmp_path: Path) -> None:
     """Checkpoints wait where any images, those of the monitor too, are decoded by workers: they are forked."""
     work = common.Run(npid.parse_args([*TINY, "--output", str(tmp_path)]))
@@ -460,3 +513,9 @@ def test_rate_of_a_checkpoint_from_a_gpu() -> None:
     weight.sum().backward()
     optimizer.step()
     torch.testing.assert_close(weight.detach(), torch.full((2,), 0.97))
+
+
+def test_rate_of_a_gpu_is_read_to_six_digits() -> None:
+    """There it is a float32, whose further digits are rounding."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], torch.tensor(0.012345))
+    assert common.rate(optimizer) == 0.012345
