@@ -248,6 +248,18 @@ def test_spectral_embedding_equals_its_definition() -> None:
     torch.testing.assert_close(found @ found.T, rows @ rows.T)
 
 
+def test_spectral_clustering_is_spherical_in_its_embedding() -> None:
+    """Labels after each number of iterations are those of cosines with the unit means of the embedding's rows."""
+    z = F.normalize(torch.randn(2, 40, 6, generator=torch.Generator().manual_seed(0)), dim=2)
+    for view, rows in enumerate(cld.spectral_embedding(z, 7)):
+        centroids, labels = rows[:7], torch.zeros(0)
+        for iterations in range(1, 6):
+            labels = (rows @ centroids.T).argmax(1)
+            assert torch.equal(cld.group(z, 7, iterations, "spectral").labels[view], labels)
+            centroids = torch.stack([F.normalize(rows[labels == g].sum(0), dim=0) if (labels == g).any() else old
+                                     for g, old in enumerate(centroids)])
+
+
 def test_spectral_clustering_finds_rings_at_two_latitudes() -> None:
     """Two rings around an axis of the sphere, one near the pole and one near the equator."""
     angle = torch.arange(60, dtype=torch.float64) * 2.4
@@ -928,6 +940,21 @@ def test_augmentation_depends_on_its_draws_alone(name: str) -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_byol_blurs_and_solarizes_its_views_differently(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the first view all images are blurred and none solarised, of the second a tenth and a fifth; a third crop, for
+    the keys of another host, is as the second."""
+    for name in ("random_color_jitter", "random_grayscale", "random_flip"):
+        monkeypatch.setattr(common, name, lambda images, *_, **__: images)
+    blurred = list[float]()
+    monkeypatch.setattr(common, "random_blur",
+                        lambda images, *_, probability, **__: (blurred.append(probability), images)[1])
+    images = torch.full((1000, 3, 4, 4), 0.9)
+    shares = [float((cld.augment(images, draws(1000), "byol", view, False) < 0.5).all(3).all(2).all(1).float().mean())
+              for view in range(3)]
+    assert blurred == [1.0, 0.1, 0.1] and shares[0] == 0
+    assert shares[1] == pytest.approx(0.2, abs=0.05) and shares[2] == pytest.approx(0.2, abs=0.05)
+
+
 def test_rand_augment_is_torchvisions() -> None:
     """Its operations are those that torchvision's RandAugment has at full strength, and each is drawn."""
     image, theirs = torch.rand(3, 33, 33), list[Tensor]()
@@ -964,11 +991,15 @@ def test_rand_augment_reads_nothing_from_the_device() -> None:
 
 
 def test_erased_boxes() -> None:
-    """With p = 1 every image loses one box of 2 to 33 % of its area, with p = 0 none."""
+    """With p = 1 every image loses one box of 2 to 33 % of its area, 0.3 to 3.3 times as wide as high, with p = 0 none.
+    """
     images = torch.ones(64, 3, 32, 32)
     lost = 1 - cld.random_erase(images, draws(64), 1.0).mean((1, 2, 3))
     assert float(lost.min()) > 0.015 and float(lost.max()) < 0.35 and float(lost.std()) > 0.05
     assert torch.equal(cld.random_erase(images, draws(64), 0.0), images)
+    erased = cld.random_erase(torch.ones(512, 3, 32, 32), draws(512), 1.0)[:, 0] == 0
+    ratio = erased.any(1).sum(1) / erased.any(2).sum(1)  # width over height of a box, of whole pixels
+    assert 0.2 < float(ratio.min()) < 0.4 and 2.5 < float(ratio.max()) < 5
 
 
 def test_patches_are_those_of_the_nine_cells() -> None:
@@ -979,6 +1010,19 @@ def test_patches_are_those_of_the_nine_cells() -> None:
     torch.testing.assert_close(found.amin((2, 3, 4)), found.amax((2, 3, 4)))
     orders = (found[:, :, 0, 0, 0] * 10).round()
     assert torch.equal(orders.sort(1).values, torch.arange(9.0).expand(6, 9)) and len(orders.unique(dim=0)) > 1
+
+
+def test_patches_lie_anywhere_in_their_cells_in_any_order() -> None:
+    """Of 360 patches of 7 px in cells of 10 px each offset, 0 to 3, is taken by about a quarter, down and across; each
+    of the nine cells comes first in about a ninth of the images."""
+    place = torch.arange(30.0)
+    images = torch.stack([place[:, None].expand(30, 30), place.expand(30, 30), place[:, None].expand(30, 30)])
+    found = cld.patches(images.expand(360, -1, -1, -1).contiguous(), draws(360)).amin((3, 4)).round().long()
+    for axis in (0, 1):
+        counts = (found[:, :, axis] % 10).flatten().bincount(minlength=10)
+        assert counts[4:].sum() == 0 and counts[:4].min() > 0.2 * counts.sum() and counts[:4].max() < 0.3 * counts.sum()
+    first = (found[:, 0, 0] // 10 * 3 + found[:, 0, 1] // 10).bincount(minlength=9)
+    assert first.min() > 20 and first.max() < 60
 
 
 def test_patches_are_of_an_image_or_its_mirror_image() -> None:

@@ -253,7 +253,7 @@ def test_a_lost_fc6_is_refused(tmp_path: Path) -> None:
     [("alexnet_bn", "full", 32, 256), ("alexnet_bn", "2fc", 32, 256), ("vgg16_bn", "no-relu", 32, 256),
      ("alexnet", "2fc", 32, 256), ("vgg16_bn_fc", "2fc", 32, 256),
      ("resnet18", "pooled", 32, 32), ("resnet18", "map", 32, 512), ("resnet18", "map", 224, 32 * 49),
-     ("resnet50", "map", 96, 128 * 9),
+     ("resnet50", "map", 96, 128 * 9), ("resnet18", "map", 20, 32 * 9), ("resnet18", "full", 72, 256),
      ("resnet18", "full", 32, 256), ("resnet18", "2fc", 48, 256)],
 )
 def test_heads(arch: str, head: str, size: int, dim: int) -> None:
@@ -366,7 +366,8 @@ def test_whitened_covariance_is_the_identity(n: int, d: int, dim: int) -> None:
 def test_precision_follows_the_descriptors(smallest: float, mean: float, precision: torch.dtype) -> None:
     """Small directions and long means get products of float64; both ways the descriptors are white to 1e-3."""
     scale = torch.logspace(0, math.log10(smallest), 20, dtype=torch.float64).float()
-    h = torch.randn(9000, 20, generator=seeded()) * scale + mean
+    turn = torch.linalg.qr(torch.randn(20, 20, generator=seeded(1), dtype=torch.float64))[0]
+    h = (torch.randn(9000, 20, generator=seeded()).double() * scale @ turn + mean).float()
     projection, offset, _, span = dc.pca_of(h, 20)
     assert (span < dc.MILD) == (precision == torch.float32)
     length = math.sqrt(20 * mean**2 + float(scale.square().sum()))
@@ -452,6 +453,9 @@ def test_streamed_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     streamed = dc.describe(FakeRun(), data, encode, 50, 12)  # type: ignore[arg-type]
     torch.testing.assert_close(streamed[0] @ streamed[0].T, whole @ whole.T, atol=1e-5, rtol=0)
     assert largest[0] == 12 and streamed[3] == variance
+    monkeypatch.setattr(dc, "ONE_PASS", 4 * 50 * len(data) - 1)  # a byte too little for descriptors of 50 numbers
+    dc.describe(FakeRun(), data, encode, 50, 12)  # type: ignore[arg-type]
+    assert largest[0] == 12
     monkeypatch.setattr(dc, "WIDEST", 30)
     x, projection, offset, *_ = dc.describe(FakeRun(), data, encode, 50, 12)  # type: ignore[arg-type]
     assert projection.shape == (50, 12)
@@ -686,6 +690,16 @@ def test_pic_of_duplicates(distinct: int, how: str, sigma: float | str) -> None:
     kept = labels[labels >= 0]
     assert torch.equal(torch.unique(kept), torch.arange(len(torch.unique(kept)))) and len(labels) == len(x)
     assert torch.equal(labels, pic(x, 5, sigma, how)[0])
+
+
+def test_no_image_is_nearest_to_an_empty_cluster() -> None:
+    """Centroids are the means of the clusters' images; one without images draws none, though means of unit rows that
+    point everywhere lie near 0, as a mean of nothing might."""
+    x, labels = unit_rows(60, 16), torch.tensor([0, 1, 3]).repeat(20)
+    found = dc.cluster_means(x, labels)
+    for cluster in (0, 1, 3):
+        torch.testing.assert_close(found[cluster], x[labels == cluster].mean(0))
+    assert set(common.nearest(torch.cat([x, -x]), found).tolist()) == {0, 1, 3}
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------
@@ -1092,7 +1106,8 @@ def test_every_clustering_and_every_epoch_draws_anew(tmp_path: Path) -> None:
     draws = [tuple(json.loads(line)) for line in (tmp_path / "draws").read_text().splitlines()]
     assert [draw[0] for draw in draws] == ["seed", "order", "order", "seed", "order"] and len(set(draws)) == 5
     labels = common.load(dc.parse_args(TINY), "pretrain", common.CPU).labels
-    for epoch, clusters in ((1, clusters_of(tmp_path / "run", 1)), (3, clusters_of(tmp_path / "run", 3))):
+    for epoch, made in ((1, 1), (2, 1), (3, 3)):
+        clusters = clusters_of(tmp_path / "run", made)
         kept = (clusters >= 0).nonzero()[:, 0]
         assert len(kept) == 40
         assert rows_of(tmp_path / "run")[epoch - 1]["nmi_labels"] == dc.nmi(clusters[kept], labels[kept])
@@ -1309,6 +1324,23 @@ def test_assigned_clusters_are_the_nearest(tmp_path: Path) -> None:
     labels = clusters_of(tmp_path / "run", 1)
     means = torch.stack([x[:32][labels == cluster].mean(0) for cluster in range(6)])
     expected = torch.cdist(x[32:], means).argmin(1)
+    with (tmp_path / "run/assigned.csv").open() as file:
+        assert [int(row["cluster"]) for row in csv.DictReader(file)] == expected.tolist()
+    assert len(expected.unique()) > 2
+
+
+def test_assigned_images_are_seen_as_those_of_the_run(tmp_path: Path) -> None:
+    """By the mean and deviation of the run's images, rendered ones here, though a folder has others."""
+    noise = np.random.default_rng(0).integers(0, 256, (200, 16, 16, 3), dtype=np.uint8)
+    assert train(tmp_path / "run", "--epochs", "1", "--k", "6") == 0
+    assert train(tmp_path / "run", "--assign", str(folder_of(tmp_path / "new", [*noise]))) == 0
+    encoder = dc.Encoder("resnet18", 4, True, 16, "pooled", False, 0.0).eval()
+    encoder.load_state_dict(state_of(tmp_path / "run")["encoder"])
+    images, spec = torch.from_numpy(noise).permute(0, 3, 1, 2) / 255, common.DATASETS["shapes"]
+    final = state_of(tmp_path / "run")["clusters"]["final"]
+    with torch.no_grad():
+        x = dc.whiten(encoder(common.normalize(images, spec.mean, spec.std)), final["projection"], final["offset"])
+    expected = torch.cdist(x, final["centroids"]).argmin(1)
     with (tmp_path / "run/assigned.csv").open() as file:
         assert [int(row["cluster"]) for row in csv.DictReader(file)] == expected.tolist()
     assert len(expected.unique()) > 2

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -397,6 +397,33 @@ def test_seeds_of_clusterings(option: str, tmp_path: Path, monkeypatch: pytest.M
     assert all((how["backend"], how["iterations"]) == ("faiss", 7) for how in seen)
 
 
+def test_figures_of_clusterings_are_those_of_one_rank() -> None:
+    """Labels and figures of four clusterings on three ranks are those of one: the room that two ranks leave empty, so
+    that all send equal shapes, counts for nothing."""
+
+    class Rank:
+        def __init__(self, rank: int, world: int, sent: Sequence[tuple[Tensor, ...]] = ()) -> None:
+            self.rank, self.world, self.sent = rank, world, sent
+            self.own = tuple[Tensor, ...]()
+
+        def generator(self, *key: int | str) -> torch.Generator:
+            return common.generator(*key)
+
+        def gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+            self.own = tensors
+            return tuple(map(torch.cat, zip(*self.sent or [tensors], strict=True)))
+
+    def cluster(rank: Rank) -> tuple[Tensor, dict[str, float]]:
+        return la.cluster(rank, unit(N, D), 4, 5, ())  # type: ignore[arg-type]
+
+    ranks = [Rank(number, 3) for number in range(3)]
+    for rank in ranks:
+        cluster(rank)
+    labels, figures = cluster(Rank(0, 1))
+    together, same = cluster(Rank(0, 3, [rank.own for rank in ranks]))
+    assert torch.equal(together, labels) and same == figures and figures["objective"] > 0
+
+
 def test_clusterings_are_shared_out_over_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of four clusterings three ranks make two, one and one: those of one rank, each of them once."""
     made, kmeans = list[int](), common.kmeans
@@ -483,11 +510,12 @@ def test_nce_keeps_its_first_z(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_dbscan_joins_what_is_dense_and_leaves_noise_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--clustering dbscan: two dense groups are two clusters, and each image of neither is in one of its own; within
-    --dbscan-radius."""
+    --dbscan-radius. Five images make a group, four do not."""
     groups = F.normalize(torch.eye(4)[[0] * 6 + [1] * 6] + 0.01 * unit(12, 4), dim=1)
     labels = la.dbscan(torch.cat([groups, torch.eye(4)[2:]]), 0.5)
     assert labels.dtype == torch.int32 and len(labels.unique()) == 4
     assert len(labels[:6].unique()) == len(labels[6:12].unique()) == 1
+    assert la.dbscan(torch.eye(4)[[0] * 5 + [1] * 4], 0.5).bincount().tolist() == [5, 1, 1, 1, 1]
     radii, dbscan = list[float](), la.dbscan
     monkeypatch.setattr(la, "dbscan", lambda x, radius: (radii.append(radius), dbscan(x, radius))[1])
     run_rows(tmp_path / "run", "--subset", "64", "--k", "20", "--epochs", "2", "--clustering", "dbscan", "--H", "1",
