@@ -528,6 +528,24 @@ def test_ascent_of_an_image_does_not_depend_on_the_others() -> None:
     assert (found >= maps(start).mean((1, 2))).all() and torch.allclose(maps(together).mean((1, 2)), found)
 
 
+def test_ascent_goes_round_silence() -> None:
+    """A channel that fires most just before it falls silent: steps that end beyond are taken again, shorter, and find
+    more than there was at first."""
+    up = F.normalize(torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0)).flatten(), dim=0)
+
+    def maps(images: torch.Tensor) -> torch.Tensor:
+        along = F.normalize(images.flatten(1), dim=1) @ up
+        return torch.where(along < 0.2, along, 0).clamp(min=0)[:, None, None].expand(-1, 2, 2)
+
+    noise = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    noise += ((0.02 - F.normalize(noise.flatten(1), dim=1) @ up)[:, None] * 14 * up).view_as(noise)
+    start = maps(noise).mean((1, 2))
+    assert (start > 0.01).all() and (start < 0.04).all()
+    images, found = figures.ascend(maps, noise, torch.zeros(4, dtype=torch.bool), 40)
+    torch.testing.assert_close(maps(images).mean((1, 2)), found)
+    assert (found > 0.1).all()
+
+
 def test_ascent_leaves_the_channels_bias_behind() -> None:
     """A channel that grey fires, and any weak pattern fires less, is raised tenfold too; one of which only a place can
     grow, as the rest falls silent, by its largest place."""
@@ -660,6 +678,16 @@ def evaluated(run: Path, folder: Path, lines: list[dict[str, Any]], **options: A
     lines = [dict(checkpoint=f"{folder}/checkpoint.pth") | line for line in lines]
     (folder / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
+
+
+def test_queue_line_is_the_mean_of_the_runs() -> None:
+    """The line passes through the mean of the runs of each size, by size; the dots are the runs."""
+    figure = figures.draw_queue({"kNN": {256: [70.0], 64: [50.0, 60.0]}, "other": {64: [1.0]}})
+    (line,) = figure.axes[0].lines
+    assert line.get_xydata().tolist() == [[64, 55], [256, 70]]
+    assert sorted(text.get_text() for text in figure.axes[0].texts) == ["55.0", "70.0"]
+    dots = torch.cat([torch.tensor(dots.get_offsets().tolist()) for dots in figure.axes[0].collections])
+    assert dots.tolist() == [[64, 50], [64, 60], [256, 70]]
 
 
 def test_queue(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -811,6 +839,18 @@ def test_ablation_compares_like_with_like(run: Path, tmp_path: Path, monkeypatch
                            (["part", "clean"], "clean/checkpoint.pth --k 200 --train-features clean --subset 5000$")):
         with pytest.raises(common.Fault, match=rf"the head's features.*: run eval_knn.py .*/{command}"):
             draw("ablation", *(paths[name] for name in names))
+
+
+def test_precision_over_recall_by_hand() -> None:
+    """Two objects count, a difficult one does not, nor does what is found there: of the answers that count the first
+    and the third are right. A class with difficult objects alone has no curve."""
+    truth = dict(labels=torch.tensor([0, 0, 0, 1]), difficult=torch.tensor([False, False, True, True]))
+    found = dict(scores=torch.tensor([0.6, 0.9, 0.8, 0.7, 0.95]), labels=torch.tensor([0, 0, 0, 0, 1]),
+                 right=torch.tensor([True, True, False, False, False]),
+                 counted=torch.tensor([True, True, False, True, True]))
+    curves = figures.class_curves(dict(found=found, truth=truth, classes=["cup", "pan"]))
+    expected = torch.cat([torch.full((51,), 100.0), torch.full((50,), 200 / 3)]).double()
+    torch.testing.assert_close(curves, expected[None])
 
 
 def test_runs_of_several_seeds_are_one_source() -> None:

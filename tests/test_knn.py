@@ -305,6 +305,25 @@ def test_nmi_and_ami(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["ami"] == pytest.approx(100 * (information(clusters) - chance) / (mean - chance), abs=0.3)
 
 
+@pytest.mark.parametrize(("words", "expected"), [
+    (["--num-clusters", "7", "--seed", "3"], (20, 7, 3)), ([], (20, 10, 0)),
+])
+def test_clusters_that_are_asked_for(
+    words: list[str], expected: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """k-means of --clustering sees the test features and makes --num-clusters by --seed: ten for ten classes."""
+    seen, kmeans = list[tuple[int, int, int]](), common.kmeans
+
+    def record(x: Tensor, k: int, seed: int) -> common.KMeans:
+        seen.append((len(x), k, seed))
+        return kmeans(x, k, seed=seed)
+
+    monkeypatch.setattr(common, "kmeans", record)
+    few = ["--subset", "30", "--test-subset", "20", "--k", "3", "--device", "cpu"]
+    eval_knn.main(eval_knn.parse_args(["pixels", "--clustering", *few, *words]))
+    assert seen == [expected]
+
+
 @pytest.mark.parametrize("k", [2, 4, 6])
 def test_cluster_accuracy(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The most images that any one-to-one assignment of clusters to four classes has right, by trying all, with fewer
@@ -332,6 +351,8 @@ def test_features_are_those_that_are_asked_for(tmp_path: Path) -> None:
     assert run("npid", [*TINY, "--epochs", "1", "--output", tmp_path]).code == 0
     bank = [tmp_path / "checkpoint.pth", "--train-features", "bank", "--k", "3", "--device", "cpu"]
     assert json.loads(run("eval_knn", bank).out.splitlines()[-1])["subset"] == 64  # the run's own
+    found = run("eval_knn", [tmp_path / "checkpoint.pth", "--subset", "30", "--k", "3"])
+    assert json.loads(found.out.splitlines()[-1])["train_images"] == 30  # not those of the run
     one_line(run("eval_knn", [*bank, "--layer", "backbone"]), "the memory bank has the head's output")
     one_line(run("eval_knn", [*bank, "--image-size", "32"]), "belongs to other images", "; size differ")
     saved = torch.load(tmp_path / "checkpoint.pth")
@@ -366,6 +387,15 @@ def test_parts_of_a_run(tmp_path: Path) -> None:
         assert (row["train_images"], row["test_images"]) == images
     (tmp_path / "val.txt").write_text("val/a/vala0.png 0\n")
     assert json.loads(run("eval_knn", few).out.splitlines()[-1])["test_images"] == 1
+
+
+def test_all_training_images_may_vote(capsys: pytest.CaptureFixture[str]) -> None:
+    """K may be as large as the training set, whose votes then differ in their weights alone; one more is a fault."""
+    few = ["pixels", "--subset", "20", "--test-subset", "10", "--device", "cpu", "--k"]
+    eval_knn.main(eval_knn.parse_args([*few, "20"]))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["num_neighbors"] == 20
+    with pytest.raises(common.Fault, match="--k 21 is more than the 20 training images"):
+        eval_knn.main(eval_knn.parse_args([*few, "21"]))
 
 
 def test_one_process(monkeypatch: pytest.MonkeyPatch) -> None:

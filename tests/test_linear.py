@@ -195,6 +195,31 @@ def test_features_of_another_checkpoint_are_never_used(tmp_path: Path) -> None:
     assert torch.equal(features(args, encoder, data)[0], before)
 
 
+def test_features_by_other_statistics_are_never_used(tmp_path: Path) -> None:
+    """The same pixels by another mean or deviation are other images to the network, and have files of their own."""
+    args, (encoder, data) = options(tmp_path, "--layers", "conv5", "--no-amp"), encoder_and_data()
+    features(args, encoder, data)
+    for changed in (dict(mean=(0.1, 0.2, 0.3)), dict(std=(0.5, 0.6, 0.7))):
+        other = dataclasses.replace(data, **changed)  # type: ignore[arg-type]
+        (found,) = features(args, encoder, other)
+        images = other.normalize(torch.cat(list(data.centers(torch.arange(24), 24, CPU))))
+        fresh = eval_linear.pool(encoder.backbone.stages(images), 4, 64)  # type: ignore[operator]
+        torch.testing.assert_close(found[:, 0], fresh, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_got_less_far_are_completed(tmp_path: Path) -> None:
+    """Of two layers of which 5 and 15 rows were written, the pass goes on behind the fifth row."""
+    args, (encoder, data) = options(tmp_path, "--layers", "conv1", "conv5", "--no-amp"), encoder_and_data()
+    found = features(args, encoder, data)
+    whole = [values.clone() for values in found]
+    for layer, values, rows in zip(args.layers, found, (5, 15), strict=True):
+        (path,) = (tmp_path / "features").glob(f"train-{layer}-*.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(rows=rows)))
+        values[rows:] = 0
+    for values, before in zip(features(args, encoder, data), whole, strict=True):
+        torch.testing.assert_close(values, before)
+
+
 def test_killed_pass_goes_on(tmp_path: Path) -> None:
     """A pass that stopped goes on behind the last row that it wrote, and ends with the same features."""
     args, (encoder, data) = options(tmp_path, "--layers", "conv5", "--image-batch", "5"), encoder_and_data()
@@ -404,6 +429,17 @@ def test_diverged_probes_have_nothing_right(tmp_path: Path) -> None:
     probes.reset(3, 2, 5, CPU)
     probes.bias[0], probes.weight[2:4], probes.weight[4:] = 1, float("nan"), float("inf")
     assert eval_linear.probe_accuracy(probes, 3, layer, torch.arange(40), y) == [100, 0, 0]
+
+
+def test_nearly_constant_dimensions_are_not_blown_up(tmp_path: Path) -> None:
+    """Standardised, a dimension that varies a millionth as much as the others stays below a hundredth of them; they
+    have deviation 1."""
+    values = torch.randn(200, 1, 8, generator=torch.Generator().manual_seed(0))
+    values[..., 3] *= 1e-6
+    layer = eval_linear.Layer(values, options(tmp_path, "--normalize", "standard"), CPU)
+    deviation = layer.crops(torch.arange(200)).flatten(0, 1).std(0, correction=0)
+    assert float(deviation[3]) < 0.01
+    torch.testing.assert_close(deviation[[0, 1, 2, 4, 5, 6, 7]], torch.ones(7))
 
 
 def test_figures_of_several_crops(tmp_path: Path) -> None:
@@ -1011,6 +1047,14 @@ def test_fine_tuning_chooses_by_images_that_it_has_not_seen(checkpoint: Path, mo
     assert [found["runs"][0][key] for key in ("best_lr", "holdout", "top1")] == [0.02, 30, 50]
 
 
+def test_of_equally_good_settings_the_first_is_taken(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where held-out images tell no difference: the first rate of the grid, after its first epoch."""
+    monkeypatch.setattr(eval_linear, "merit", lambda *_: dict(top1=50.0, top5=90.0))
+    words = ["--protocol", "mlp", "--layers", "conv5", "--epochs", 2, "--lr", 0.02, 0.01, "--hidden", 8]
+    (row,) = evaluate(checkpoint, *words)["runs"]
+    assert (row["best_lr"], row["best_epoch"], row["holdout"]) == (0.02, 1, 50.0)
+
+
 def test_mlp_is_that_of_plain_pytorch(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the search it is trained on all images: SGD on the crops that each epoch draws, with dropout before both
     hidden layers. The figures are those of the epoch that held-out images chose, and of the last: by the mean
@@ -1277,13 +1321,15 @@ def test_corrected_annotations_are_another_task(split: str, checkpoint: Path, tm
 
 
 def test_few_images_of_each_class(trained: Path, voc: Path, tmp_path: Path) -> None:
-    """Of every class just N images with it and at most 19 N without it are shown, and another draw shows others."""
+    """Of every class just N images with it and 19 N without it, or all there are, are shown, and another draw shows
+    others."""
     args = eval_linear.parse_args([str(trained), "--protocol", "voc07-svm", "--data", "shapes", "--data-dir", str(voc),
                                    "--subset", "60", "--test-subset", "40", "--per-class", "2", "--draws", "2"])
     task = eval_linear.open_task(args, None, CPU)
     first, second = eval_linear.svm_draws(args, task)
     for _, rows, targets in (first, second):
-        assert ((targets > 0).sum(0) == 2).all() and ((targets < 0).sum(0) <= 38).all()
+        without = (task.train_targets < 0).sum(0).clamp(max=38)
+        assert ((targets > 0).sum(0) == 2).all() and torch.equal((targets < 0).sum(0), without)
         known = targets != 0
         assert torch.equal(targets[known], task.train_targets[rows][known])
     assert first[0]["checksum"] != second[0]["checksum"]
@@ -1387,7 +1433,8 @@ def test_killed_run_resumes(words: list[str], trained: Path, tmp_path: Path) -> 
 
 
 def test_settings_have_folders_of_their_own(checkpoint: Path) -> None:
-    """Another rate, seed or precision starts anew beside the first; the same command finds its result again."""
+    """Another rate, seed, precision or data set starts anew beside the first; the same command finds its result again.
+    """
     words = ["--protocol", "svm", "--layers", "conv5"]
     first = evaluate(checkpoint, *words)
     assert evaluate(checkpoint, *words) == first
@@ -1396,6 +1443,8 @@ def test_settings_have_folders_of_their_own(checkpoint: Path) -> None:
     assert [evaluate(checkpoint, *words, word)["amp"] for word in ("--amp", "--no-amp")] == [True, False]
     assert len(list(checkpoint.parent.glob("eval_linear/smoke-*"))) == 5
     assert len((checkpoint.parent / "eval.jsonl").read_text().splitlines()) == 6
+    sets = [eval_linear.parse_args([str(checkpoint), "--data", name]) for name in ("shapes", "cifar10", "cifar10")]
+    assert len({eval_linear.folder_of(args, None) for args in sets}) == 2
 
 
 def test_other_test_images_are_another_evaluation(tmp_path: Path) -> None:

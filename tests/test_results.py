@@ -138,6 +138,27 @@ def test_options_that_were_added_stand_in_the_table(run: ModuleType, fake: list[
     assert "--compile" not in run.table(tmp_path / "results")
 
 
+def test_a_row_in_pieces_has_the_minutes_and_options_of_all(
+    run: ModuleType, fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of 90 s in two calls make 6 minutes, one that fails included; options of a call after the training are not
+    those of the row."""
+    clock, codes = [0.0], iter([0, 1, 0, 0])
+
+    def run_step(step: list[str], deadline: float) -> int:
+        clock[0] += 90
+        return next(codes)
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(run, "run_step", run_step)
+    with pytest.raises(common.Fault, match="exit code 1"):
+        run.make("one", run.parse_args([*fake, "--", "--epochs", "250"]), 1e9)
+    assert facts(tmp_path, "one")["minutes"] == 3
+    assert run.make("one", run.parse_args([*fake, "--", "--compile"]), 1e9)
+    found = facts(tmp_path, "one")
+    assert (found["minutes"], found["added"], found["finished"]) == (6, ["--epochs", "250"], True)
+
+
 def test_a_call_that_is_ended_ends_its_script(run: ModuleType, fake: list[str], tmp_path: Path) -> None:
     """SIGTERM reaches the script, which would otherwise go on and keep the row's folder from the next call; the
     minutes of such a call count."""

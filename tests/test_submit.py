@@ -99,18 +99,21 @@ def test_a_script_without_common(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert stop.value.code == 2 and "mine.py: No module named 'common'; only modules" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(("script", "names"), [
-    ("eval_detection.py", ["runs/detection-random-shapes-seed0-lr=0.1", "runs/detection-random-shapes-seed0-lr=0.2"]),
-    ("eval_segmentation.py --output=a", ["a-lr=0.1", "a-lr=0.2"]), ("eval_linear.py --output a", [None, None]),
+@pytest.mark.parametrize(("script", "key", "names"), [
+    ("eval_detection.py", "lr", ["runs/detection-random-shapes-seed0-lr=3", "runs/detection-random-shapes-seed0-lr=4"]),
+    ("eval_segmentation.py --output=a", "seed", ["a-seed=3", "a-seed=4"]),
+    ("eval_linear.py --output a", "lr", [None, None]),
 ])
-def test_outputs_of_swept_evaluations(script: str, names: list[str | None]) -> None:
-    """Runs of a sweep that would write to one folder have one each; eval_linear.py, which names a folder for each
-    setting in its --output and shares features there, is left alone."""
-    args = submit.parse_args(["--sweep", "lr=0.1,0.2", *script.split(), "random"])
+def test_outputs_of_swept_evaluations(script: str, key: str, names: list[str | None]) -> None:
+    """Runs of a sweep that would write to one folder have one each, of a name that tells the seed, too, where the
+    default name does not; eval_linear.py, which names a folder for each setting in its --output and shares features
+    there, is left alone."""
+    args = submit.parse_args(["--sweep", f"{key}=3,4", *script.split(), "random"])
     ((_, runs),) = submit.runs_of(ROOT, args, 1)
     assert [run.output for run in runs] == names
-    for run, name, lr in zip(runs, names, ("0.1", "0.2"), strict=True):
-        assert run.argv == [*script.split()[1:], "random", "--lr", lr, *(["--output", name] if name else [])]
+    for run, name, value in zip(runs, names, ("3", "4"), strict=True):
+        words = [*script.split()[1:], "random", f"--{key}", value]
+        assert run.argv == [*words, *(["--output", name] if name else [])]
 
 
 def test_files_that_an_editor_holds_open(tmp_path: Path) -> None:
@@ -398,6 +401,9 @@ def test_local_gpus_are_those_that_are_visible(tmp_path: Path, monkeypatch: pyte
                              tmp_path)._submit_command("")
     assert given == ["2", "MIG-a", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    submit.make_executor(submit.parse_args(["--cluster", "local", "--gpus", "2", "--tasks", "1", NPID]),
+                         tmp_path)._submit_command("")
+    assert given[3:] == ["2,3"]  # all of them
     with pytest.raises(common.Fault, match=r"^--gpus 4: \$CUDA_VISIBLE_DEVICES is 2,3$"):
         submit.make_executor(submit.parse_args(["--cluster", "local", "--gpus", "4", "--tasks", "4", NPID]), tmp_path)
 
@@ -451,6 +457,17 @@ def test_term_within_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
         else:
             end(signal.SIGTERM, None)
     assert asked == [signal.SIGUSR2]
+
+
+@pytest.mark.parametrize("called", ["CANCELLED", "COMPLETING", ""])
+def test_term_is_the_end_unless_the_job_is_running(called: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TERM requeues nothing where SLURM calls the job anything but running, or cannot be asked."""
+    monkeypatch.setattr(submit, "state", lambda: called)
+    monkeypatch.setattr(submit.signal, "signal", lambda *_: None)
+    end = submit.ending("slurm", "npid.py", "", 0, lambda number, frame: pytest.fail("requeued"))
+    with pytest.raises(SystemExit) as stop:
+        end(signal.SIGTERM, None)
+    assert stop.value.code == 128 + signal.SIGTERM
 
 
 def test_debug(tmp_path: Path) -> None:
