@@ -229,6 +229,19 @@ def test_sharp_weights_do_not_overflow() -> None:
     assert scores.argmax() == 2 and (scores >= 0).all()
 
 
+def test_low_temperatures() -> None:
+    """At tau = 0.01 and below weights of 40 neighbours span more than float32 holds; accuracies are of float64."""
+    source = torch.Generator().manual_seed(0)
+    train, queries = (F.normalize(torch.randn(count, 4, generator=source), dim=1) for count in (200, 60))
+    labels, truth = (torch.randint(3, (count,), generator=source) for count in (200, 60))
+    for tau in (0.0005, 0.002, 0.01):
+        found = common.knn_accuracy(queries, truth, train, labels, 3, num_neighbors=[40], temperatures=[tau])
+        similarity, index = (queries.double() @ train.double().T).topk(40)
+        weights = (similarity / tau).softmax(1)[..., None] * F.one_hot(labels[index])
+        right = (weights.sum(1).argmax(1) == truth).double().mean()
+        assert found[40, tau][0] == pytest.approx(100 * float(right))
+
+
 def test_scores_of_many_neighbours_do_not_overflow() -> None:
     """Of 40,000 neighbours at the same similarity the class with most of them wins."""
     labels = (torch.arange(40_000) < 5).long()[None]

@@ -265,6 +265,19 @@ def test_what_follows_has_one_gpu_of_the_type(
         assert submit.of_one_gpu(args).slurm == [("gres", one)]
 
 
+def test_srun_has_its_own_options_besides(fake_slurm: Path, tmp_path: Path) -> None:
+    """srun_args are added to those by which a rank that dies ends the job."""
+    args = submit.parse_args(["--gpus", "1", "--tasks", "1", "--slurm", "srun_args=--label --mpi=none", NPID])
+    given = submit.make_executor(args, tmp_path).parameters["srun_args"]
+    assert given == ["--kill-on-bad-exit=1", "--label", "--mpi=none"]
+
+
+def test_the_checkpoint_is_the_first_word_of_what_follows() -> None:
+    """Before options that take any number of words; where {output} is written, nothing is added."""
+    assert submit.follower("dir/eval_knn.py --k 20 5") == ["eval_knn.py", "{output}/checkpoint.pth", "--k", "20", "5"]
+    assert submit.follower("figures.py curves {output}") == ["figures.py", "curves", "{output}"]
+
+
 def test_a_full_disk_leaves_no_half_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the code cannot be copied, what has been copied of it goes."""
     def full(source: Path, target: Path) -> None:
