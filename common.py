@@ -300,7 +300,8 @@ def add_data_options(options: argparse.ArgumentParser) -> None:
                       "a run use its own, and --val-list and --imbalance, unless --data is given")
     data.add_argument("--val-list", type=Path, metavar="FILE", help="the same for the validation images")
     data.add_argument("--imbalance", type=number(float, 1), metavar="R", help="train on a long tail, the same for each "
-                      "seed: class sizes fall exponentially, to 1/R of the first class's in the last")
+                      "seed: class sizes fall exponentially, to 1/R of the first class's in the last; training itself "
+                      "sees no label")
     data.add_argument("--image-size", type=SIZE, metavar="PX", help="side of the square the network sees; default: "
                       "the data set's own (32 shapes and CIFAR, 96 STL-10, 224 photographs)")
     data.add_argument("--cache", choices=["device", "host", "none"], help="where decoded images live; default: device "
