@@ -88,6 +88,8 @@ def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], 
     for stream in (sys.stdout, sys.stderr):  # file names may hold characters that the terminal cannot encode
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if sys.platform == "linux":  # as up to Python 3.13; a server of workers, 3.14's default, dies of a job's signals
+        multiprocessing.set_start_method("fork", force=True)
     try:
         args = parse_args()
         return main(args)

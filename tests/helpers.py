@@ -98,7 +98,6 @@ def _child(script: str, argv: list[str], folder: str, before: Callable[[], None]
     sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
     sys.argv = [f"{script}.py", *argv]
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # for workers, as in a process of its own
     module = importlib.import_module(script)
     if before:
         before()

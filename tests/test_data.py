@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import signal
 import weakref
 from pathlib import Path
 from typing import Any
@@ -536,6 +537,27 @@ def test_photographs_train_with_workers(photographs: Path, tmp_path: Path) -> No
         done = run("npid", [*command, "--test-subset", "8", "--workers", workers, "--output", tmp_path / workers])
         assert done.code == 0 and "knn_top1" in done.out, done.err
     same(checkpoint(tmp_path / "0"), checkpoint(tmp_path / "2"))
+
+
+def signal_the_whole_job() -> None:
+    os.setsid()
+    original = common.Run.after_step
+
+    def after_step(self: common.Run, state: dict[str, Any], epoch: int, step: int, loss: Tensor) -> None:
+        if (epoch, step) == (1, 0):
+            os.killpg(0, signal.SIGUSR2)
+        original(self, state, epoch, step, loss)
+
+    common.Run.after_step = after_step  # type: ignore[method-assign]
+
+
+def test_a_signal_to_the_whole_job_leaves_its_workers_alone(photographs: Path, tmp_path: Path) -> None:
+    """SLURM signals all processes of a step: the script saves and says so, and nothing else speaks."""
+    command = [*TINY, "--data", photographs, "--subset", "8", "--batch-size", "4", "--image-size", "48"]
+    stopped = run("npid", [*command, "--workers", "2", "--output", tmp_path], before=signal_the_whole_job)
+    assert stopped.code == 128 + signal.SIGUSR2
+    saving, stop = stopped.err.strip().splitlines()
+    assert saving == "SIGUSR2: saving at the next step boundary" and stop.startswith("stopped after 1 epochs and 1 ")
 
 
 def test_identity(tree: Path, tmp_path: Path) -> None:
