@@ -1,13 +1,14 @@
 PYTHON ?= python3
 CONSTRAINTS ?=
 RUN = .venv/bin/python
+TEST = $(RUN) -m pytest -q -n auto --maxprocesses 4 --dist loadgroup
 
 .PHONY: install demo test test-all test-gpu faults soak bench lint
 
 install: .venv/installed
 
 .venv/installed: requirements.txt tools/torchrun.py
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 to 3.13 is needed, this is %d.%d: make install PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 to 3.14 is needed, this is %d.%d: make install PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -r requirements.txt
 	{ head -n 1 .venv/bin/torchrun; cat tools/torchrun.py; } > .venv/torchrun  # the script's options are its own
@@ -22,10 +23,10 @@ demo: install  ## NPID on the built-in data set: train, evaluate, draw
 	$(RUN) eval_knn.py runs/demo/checkpoint.pth --subset 5000 --k 200 20 --retrieval
 
 test: install  ## ten minutes at most
-	$(RUN) -m pytest -q -m "not slow and not gpu"
+	$(TEST) -m "not slow and not gpu"
 
 test-all: install  ## also the long ones; with CIFAR-10 if $$DATA_DIR has it
-	$(RUN) -m pytest -q -m "not gpu"
+	$(TEST) -m "not gpu"
 
 test-gpu: install  ## what needs a CUDA device
 	$(RUN) -m pytest -q -m gpu

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import codecs
 import contextlib
 import ctypes
 import dataclasses
@@ -1602,7 +1603,8 @@ def listed(data: ImageSet, path: Path) -> ImageSet:
 
     A path is the end of an image's path (up to four parts), or its folder's name, or that of its top folder.
     """
-    text = path.read_text(errors="surrogateescape")  # as names of files are read
+    # As names of files are read; some editors begin a file with a mark
+    text = os.fsdecode(path.read_bytes().removeprefix(codecs.BOM_UTF8))
     lines = [re.fullmatch(r"(.+?)(?:\s+(\d+))?", line.strip()) for line in text.splitlines()]
     if data.files is None:
         raise Fault(f"{path} names files, and {data.name} has none: lists are for folders of images")

@@ -533,7 +533,6 @@ def test_sizes_that_make_no_sense_are_warned_of(options: list[str], words: str) 
     assert len(notes) == bool(words) and all(note.startswith(f"warning: {words}") for note in notes)
 
 
-
 ARCHS = {"A": "alexnet_bn_fc", "V": "vgg16_bn_fc", "R18": "resnet18", "R50": "resnet50"}
 
 

@@ -483,6 +483,7 @@ def test_presets_parse(preset: str) -> None:
     for key, value in (eval_segmentation.PRESETS["voc12"] | eval_segmentation.PRESETS[preset]).items():
         assert getattr(args, key) == value
 
+
 @pytest.mark.slow
 def test_overfits(tmp_path: Path) -> None:
     """A thin random network learns an image with three objects by heart: mean IoU above 90."""

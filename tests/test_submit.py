@@ -31,6 +31,7 @@ SUBMIT = [sys.executable, str(ROOT / "slurm" / "submit.py")]
 
 AFTER = ["eval_knn.py", "{output}/checkpoint.pth"]  # --then eval_knn.py
 
+
 def test_options_of_submission_and_script() -> None:
     """The first script named ends the submission's options, whatever stands in --then; the rest is the script's."""
     args = submit.parse_args(["--nodes", "2", "--then", "eval_knn.py", "--sweep", "lr=1,2", "seed=0", "npid.py", "--lr",
