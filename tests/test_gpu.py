@@ -214,10 +214,10 @@ def evaluations(folder: Path) -> dict[str, list[str]]:
     """Command lines of what takes a checkpoint."""
     voc = ["--preset", "shapes", "--data", folder / "voc", "--batch-size", 4, "--iterations", 2, "--workers", 0]
     made = dict(
-        eval_knn=["--k", 20, "--test-subset", 100, "--retrieval", "--clustering"],
+        eval_knn=["--k", 20, "--subset", 256, "--test-subset", 100, "--retrieval", "--clustering"],
         linear=["--preset", "smoke"], svm=["--preset", "smoke", "--protocol", "svm"],
         mlp=["--preset", "smoke", "--protocol", "mlp", "--layers", "conv5", "--lr", 0.01],
-        finetune=["--preset", "smoke", "--protocol", "finetune"],
+        finetune=["--preset", "smoke", "--protocol", "finetune", "--lr", 0.01, 0.03, "--weight-decay", 1e-4],
         voc07=["--protocol", "voc07", "--data", folder / "voc", "--epochs", 2, "--batch-size", 8, "--workers", 0],
         eval_detection=[*voc, "--test-size", 32, "--precise-bn", 2], eval_segmentation=[*voc, "--test-size", 32],
     )

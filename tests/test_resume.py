@@ -104,10 +104,12 @@ def test_killed_while_it_writes(death: Callable[[], None], undisturbed: Path, tm
 
 def kill_often(kills: int, undisturbed: Path, folder: Path, method: list[str]) -> int:
     """Kill runs at random moments until `kills` have hit; returns how many resumed within an epoch."""
-    moments, within, output, done = random.Random(kills), 0, folder / "0", 0
+    moments, within, output, done, began = random.Random(kills), 0, folder / "0", 0, time.monotonic()
+    assert run("npid", [*OFTEN, *method, "--output", folder / "timed"]).code == 0
+    whole = time.monotonic() - began  # on a busy machine it takes longer
     while done < kills:
         process = start("npid", [*OFTEN, *method, "--output", output])
-        process.process.join(moments.uniform(0.05, 0.9))
+        process.process.join(moments.uniform(0.05, 0.8) * whole)
         process.kill(signal.SIGKILL)
         if process.wait().code == -signal.SIGKILL:
             done += 1

@@ -488,11 +488,11 @@ def test_presets_parse(preset: str) -> None:
 def test_overfits(tmp_path: Path) -> None:
     """A thin random network learns an image with three objects by heart: mean IoU above 90."""
     root = tmp_path / "set"
-    common.render_voc(root, 6, 1, size=128)
+    common.render_voc(root, 6, 1, size=96)
     (root / "ImageSets/Segmentation/one.txt").write_text("trainval_00005\n")
     words = ["random", "--arch", "resnet18", "--width", "16", "--preset", "shapes", "--data", root, "--workers", "0",
-             "--train-list", "one", "--test-list", "one", "--test-size", "128", "--crop", "128", "--scales", "1", "1",
-             "--batch-size", "2", "--lr", "0.03", "--iterations", "300", "--output", tmp_path / "out"]
+             "--train-list", "one", "--test-list", "one", "--test-size", "96", "--crop", "96", "--scales", "1", "1",
+             "--batch-size", "2", "--lr", "0.03", "--iterations", "150", "--output", tmp_path / "out"]
     process = start("eval_segmentation", [str(word) for word in words]).wait(1800)
     result = json.loads(process.out.splitlines()[-1])
     assert len(result["iou_by_class"]) == 4 and result["miou"] > 90
