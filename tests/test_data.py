@@ -750,6 +750,20 @@ def test_classes_of_the_monitor_are_those_of_training(tmp_path: Path) -> None:
         common.load_monitor(args, data, CPU)
 
 
+def test_test_images_of_classes_that_a_list_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A list of some classes and test images of all of them, which cannot be right: how many is said, once."""
+    for place in ("train", "val"):
+        for number in range(9):
+            save(Image.fromarray(noise(number)), tmp_path / place / "abc"[number % 3] / f"{number}.png")
+    (tmp_path / "few.txt").write_text("a\nb\n")
+    for more, wrong in (([], 3), (["--val-list", tmp_path / "few.txt"], 0)):
+        words = ["--data", tmp_path, "--file-list", tmp_path / "few.txt", *more]
+        args = npid.parse_args(["--device", "cpu", *map(str, words)])
+        common.load_monitor(args, common.load(args, "pretrain", CPU), CPU)
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+        assert len(said) == bool(wrong) and (not wrong or f"warning: {wrong} of the 9 test images are" in said[0])
+
+
 def test_a_subset_of_a_list(tmp_path: Path) -> None:
     """--subset is drawn from the listed images, and a list's classes are balanced in it."""
     words = listed_tree(tmp_path)
