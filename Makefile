@@ -8,7 +8,7 @@ TEST = $(RUN) -m pytest -q -n auto --maxprocesses 4 --dist loadgroup
 install: .venv/installed
 
 .venv/installed: requirements.txt tools/torchrun.py
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 to 3.14 is needed, this is %d.%d: make install PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 to 3.15 is needed, this is %d.%d: make install PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -r requirements.txt
 	{ head -n 1 .venv/bin/torchrun; cat tools/torchrun.py; } > .venv/torchrun  # the script's options are its own
