@@ -22,7 +22,7 @@ demo: install  ## NPID on the built-in data set: train, evaluate, draw
 	$(RUN) figures.py gallery runs/demo --subset 5000 --test-subset 1000 --out runs/demo/gallery.png
 	$(RUN) eval_knn.py runs/demo/checkpoint.pth --subset 5000 --k 200 20 --retrieval
 
-test: install  ## ten minutes at most
+test: install  ## some ten minutes on 2 CPU cores
 	$(TEST) -m "not slow and not gpu"
 
 test-all: install  ## also the long ones; with CIFAR-10 if $$DATA_DIR has it

@@ -71,8 +71,8 @@ def steps(device: str, output: Path, count: int) -> Iterator[Callable[[], None]]
 LOOPS = [
     ["npid"], ["npid", "--loss", "nce", "--m", "20", "--z", "ema", "--accumulate", "2"],
     ["npid", "--loss", "sampled", "--m", "20"], ["npid", "--loss", "parametric"], ["npid", "--shard-bank"], ["cld"],
-    ["cld", "--host", "mocov2"], ["cld", "--host", "byol"],
-    pytest.param(["cld", "--host", "infomin"], marks=pytest.mark.slow), ["cld", "--clustering", "spectral"],
+    *(pytest.param(["cld", *words], marks=pytest.mark.slow) for words in (
+        ["--host", "mocov2"], ["--host", "byol"], ["--host", "infomin"], ["--clustering", "spectral"])),
     ["deepcluster"], ["deepcluster", "--clustering", "pic"], ["deepcluster", "--targets-per-step", "6"],
     *(["local_aggregation", "--H", "2", "--m", "8", "--k", "16", "--warmup-epochs", "1", *words]
       for words in ([], ["--background", "clusters", "--background-clusters", "2", "4"], ["--warmup-loss", "nce"],

@@ -369,6 +369,7 @@ def same_results(a: Path, b: Path) -> None:
     assert log(a)[1:] == log(b)[1:] and len(log(a)) > 1
 
 
+@pytest.mark.slow
 def test_local_time_out(tmp_path: Path) -> None:
     """Two local tasks that run out of time go on at the step where they stopped, with the code that was submitted, on
     another port, without --overwrite; what follows them runs once they have succeeded."""
