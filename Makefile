@@ -1,7 +1,7 @@
 PYTHON ?= python3
 CONSTRAINTS ?=
 RUN = .venv/bin/python
-TEST = $(RUN) -m pytest -q -n auto --maxprocesses 4 --dist loadgroup
+TEST = $(RUN) -m pytest -q -n auto --maxprocesses 4
 
 .PHONY: install demo test test-all test-gpu faults soak bench lint
 
@@ -26,7 +26,8 @@ test: install  ## some ten minutes on 2 CPU cores
 	$(TEST) -m "not slow and not gpu"
 
 test-all: install  ## also the long ones; with CIFAR-10 if $$DATA_DIR has it
-	$(TEST) -m "not gpu"
+	$(RUN) -m pytest -q tests/test_slurm.py  # alone: a machine has room for one cluster
+	$(TEST) -m "not gpu" --ignore tests/test_slurm.py
 
 test-gpu: install  ## what needs a CUDA device
 	$(RUN) -m pytest -q -m gpu

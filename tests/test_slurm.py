@@ -16,8 +16,7 @@ from cluster import Cluster, until
 from helpers import ROOT, TINY, checkpoint
 from test_submit import SUBMIT, copy_with_pauses, same_results
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing()),
-              pytest.mark.xdist_group("slurm")]  # a machine has room for one
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing())]
 LONG = 300  # seconds that a step of a run takes until another comes to its end, on a busy machine
 
 
