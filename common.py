@@ -1582,7 +1582,8 @@ def _test_images(args: argparse.Namespace, train: ImageSet, device: torch.device
     if train.classes and (last := int(test.labels.max())) >= len(train.classes):
         raise Fault(f"{args.val_list} has images of class {last}, and those of training are of 0 to "
                     f"{len(train.classes) - 1}")
-    if args.file_list is not None and (strange := int((~torch.isin(test.labels, train.labels)).sum())):
+    strange = int(((test.labels >= 0) & ~torch.isin(test.labels, train.labels)).sum())
+    if args.file_list is not None and train.classes and strange:
         note(f"warning: {strange:,} of the {len(test):,} test images are of classes without a training image and count "
              "as errors: --val-list leaves them out")
     return test

@@ -751,7 +751,8 @@ def test_classes_of_the_monitor_are_those_of_training(tmp_path: Path) -> None:
 
 
 def test_test_images_of_classes_that_a_list_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A list of some classes and test images of all of them, which cannot be right: how many is said, once."""
+    """A list of some classes and test images of all of them, which cannot be right: how many is said, once; images
+    without a class are none of these."""
     for place in ("train", "val"):
         for number in range(9):
             save(Image.fromarray(noise(number)), tmp_path / place / "abc"[number % 3] / f"{number}.png")
@@ -762,6 +763,12 @@ def test_test_images_of_classes_that_a_list_leaves_out(tmp_path: Path, capsys: p
         common.load_monitor(args, common.load(args, "pretrain", CPU), CPU)
         said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
         assert len(said) == bool(wrong) and (not wrong or f"warning: {wrong} of the 9 test images are" in said[0])
+    (tmp_path / "flat").mkdir()
+    save(Image.fromarray(noise(0)), tmp_path / "flat" / "1.png")
+    args = npid.parse_args(["--device", "cpu", *map(str, words), "--val-dir", str(tmp_path / "flat")])
+    args.val_list = None
+    common.load_monitor(args, common.load(args, "pretrain", CPU), CPU)
+    assert "warning: " not in capsys.readouterr().err
 
 
 def test_a_subset_of_a_list(tmp_path: Path) -> None:
