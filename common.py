@@ -301,7 +301,8 @@ def add_data_options(options: argparse.ArgumentParser) -> None:
     data.add_argument("--file-list", type=Path, metavar="FILE", help="of a folder of images, train on those that this "
                       "names; lines: an image or a class folder, and the class if no folder tells it; evaluations of "
                       "a run use its own, and --val-list and --imbalance, unless --data is given")
-    data.add_argument("--val-list", type=Path, metavar="FILE", help="the same for the validation images")
+    data.add_argument("--val-list", type=Path, metavar="FILE", help="the same for the validation images; default: all "
+                      "of the classes that --file-list leaves")
     data.add_argument("--imbalance", type=number(float, 1), metavar="R", help="train on a long tail, the same for each "
                       "seed: class sizes fall exponentially, to 1/R of the first class's in the last; training itself "
                       "sees no label")
@@ -1296,6 +1297,11 @@ class ImageSet:
         files = None if self.files is None else self.files[rows.numpy()]
         return dataclasses.replace(self, labels=self.labels[rows], ids=self.ids[rows], pixels=pixels, files=files)
 
+    def labels_among(self, classes: Sequence[str]) -> Tensor:
+        """Labels (N,) that number `classes`, -1 for images of others or of none."""
+        number = {name: label for label, name in enumerate(classes)}
+        return torch.tensor([*(number.get(name, -1) for name in self.classes), -1])[self.labels]
+
     def normalize(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> zero mean and unit variance a channel, by the data set's figures."""
         return normalize(images, self.mean, self.std)
@@ -1579,13 +1585,18 @@ def _test_images(args: argparse.Namespace, train: ImageSet, device: torch.device
     """At the size of the training images and with their mean and std; of their classes."""
     test = load(argparse.Namespace(**vars(args) | dict(image_size=train.size)), "test", device)
     test.mean, test.std = train.mean, train.std
-    if train.classes and (last := int(test.labels.max())) >= len(train.classes):
-        raise Fault(f"{args.val_list} has images of class {last}, and those of training are of 0 to "
-                    f"{len(train.classes) - 1}")
-    strange = int(((test.labels >= 0) & ~torch.isin(test.labels, train.labels)).sum())
-    if args.file_list is not None and train.classes and strange:
-        note(f"warning: {strange:,} of the {len(test):,} test images are of classes without a training image and count "
-             "as errors: --val-list leaves them out")
+    if train.classes and test.classes != train.classes:  # lists have left some out
+        labels = test.labels_among(train.classes)
+        strange = (test.labels >= 0) & (labels < 0)
+        if strange.any() and (args.val_list is not None or strange.all()):
+            name = test.classes[int(test.labels[strange][0])]
+            raise Fault(f"{args.val_list or args.file_list}: no training image is of the class {name}, as test images "
+                        "are")
+        test.labels, test.classes = labels, train.classes
+        if strange.any():
+            note(f"note: {int(strange.sum()):,} of the {len(test):,} test images are left out: {args.file_list} has no "
+                 "training image of their classes")
+            test = test.select((~strange).nonzero()[:, 0])
     return test
 
 
@@ -1605,7 +1616,8 @@ def balanced(labels: Tensor, count: int, *key: int | str, share: bool = False) -
 def listed(data: ImageSet, path: Path) -> ImageSet:
     """The images of a folder that a list names, such as ImageNet-100's or ImageNet-LT's; lines: path [class].
 
-    A path is the end of an image's path (up to four parts), or its folder's name, or that of its top folder.
+    A path is the end of an image's path (up to four parts), or its folder's name, or that of its top folder. Classes
+    without an image left are none any more.
     """
     # As names of files are read; some editors begin a file with a mark
     text = os.fsdecode(path.read_bytes().removeprefix(codecs.BOM_UTF8))
@@ -1635,12 +1647,14 @@ def listed(data: ImageSet, path: Path) -> ImageSet:
     part = data.select(torch.tensor(rows))
     if not data.classes:
         part.labels, part.classes = torch.tensor(given), [str(c) for c in range(max(given) + 1)]
+    kept = [part.classes[c] for c in torch.unique(part.labels[part.labels >= 0])]
+    part.labels, part.classes = part.labels_among(kept), kept
     return part
 
 
 def long_tailed(data: ImageSet, ratio: float) -> ImageSet:
     """CIFAR-LT: of class c of C the share ratio^(-c/(C-1)) of the smallest class's size, the same in every run."""
-    classes = torch.unique(data.labels)  # a list may leave some without an image
+    classes = torch.unique(data.labels)  # an empty folder is a class, too
     if (data.labels < 0).any() or len(classes) < 2:
         raise Fault(f"--imbalance needs the classes of all images, which {data.name} does not have")
     order = torch.randperm(len(data), generator=generator("imbalance"))

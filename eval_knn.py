@@ -12,8 +12,8 @@ their features. Nothing is trained. The paper's setting is K = 200, tau = 0.07, 
     python eval_knn.py random --arch resnet18 --data cifar10                                # an untrained network
     python eval_knn.py pixels --data cifar10                                                # no network at all
 
-If cld.py was run on a part of its images (--imbalance, --file-list, --val-list), the same part is used here, unless
---data is given: a long-tailed run has long-tailed neighbours.
+If a run had a part of its images (--imbalance, --file-list, --val-list), the same part is used here, unless --data is
+given: a long-tailed run has long-tailed neighbours.
 
 The last line of the output is the result as JSON; it is also appended to eval.jsonl beside the checkpoint. For each K
 and tau: top-1 and top-5 accuracy in percent. --retrieval adds precision at 1 and 10, the share of the nearest training

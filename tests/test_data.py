@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import weakref
 from pathlib import Path
@@ -660,12 +661,12 @@ def test_file_list_chooses_files_and_folders(tmp_path: Path) -> None:
     path.write_text("train/n1/n1_0.jpg 0\nn1/n1_2.jpg 0\nn3\n")
     chosen = common.listed(data, path)
     assert [chosen.path(row).name for row in range(5)] == ["n1_0.jpg", "n1_2.jpg", "n3_0.jpg", "n3_1.jpg", "n3_2.jpg"]
-    assert chosen.labels.tolist() == [0, 0, 2, 2, 2]
+    assert chosen.labels.tolist() == [0, 0, 1, 1, 1] and chosen.classes == [data.classes[0], data.classes[2]]
     flat_set = images_of([0] * 2, files=np.array([b"a b.jpg", b"c.jpg"]), root=Path("/set"))
     flat_set.classes, flat_set.labels = [], torch.tensor([-1, -1])
     path.write_text("a b.jpg 4\n")
     flat_part = common.listed(flat_set, path)
-    assert flat_part.labels.tolist() == [4] and flat_part.classes == ["0", "1", "2", "3", "4"]
+    assert flat_part.labels.tolist() == [0] and flat_part.classes == ["4"]
     path.write_text("n9\n")
     with pytest.raises(common.Fault, match="n9"):
         common.listed(data, path)
@@ -746,29 +747,41 @@ def test_classes_of_the_monitor_are_those_of_training(tmp_path: Path) -> None:
     test = common.load_monitor(args, data, CPU)
     assert test is not None and data.classes == ["0", "1"] and int(test.labels.max()) == 1
     (tmp_path / "val.txt").write_text("0.png 0\n1.png 2\n")
-    with pytest.raises(common.Fault, match=r"val.txt has images of class 2, and those of training are of 0 to 1"):
+    with pytest.raises(common.Fault, match=r"val.txt: no training image is of the class 2, as test"):
         common.load_monitor(args, data, CPU)
 
 
 def test_test_images_of_classes_that_a_list_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A list of some classes and test images of all of them, which cannot be right: how many is said, once; images
-    without a class are none of these."""
+    """With a list of some classes the set has these alone, and test images of others are left out, with a note, as if
+    --val-list had named the same; images without a class stay."""
     for place in ("train", "val"):
         for number in range(9):
             save(Image.fromarray(noise(number)), tmp_path / place / "abc"[number % 3] / f"{number}.png")
-    (tmp_path / "few.txt").write_text("a\nb\n")
-    for more, wrong in (([], 3), (["--val-list", tmp_path / "few.txt"], 0)):
+    (tmp_path / "few.txt").write_text("c\nb\n")
+    for more in ([], ["--val-list", tmp_path / "few.txt"]):
         words = ["--data", tmp_path, "--file-list", tmp_path / "few.txt", *more]
         args = npid.parse_args(["--device", "cpu", *map(str, words)])
-        common.load_monitor(args, common.load(args, "pretrain", CPU), CPU)
-        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-        assert len(said) == bool(wrong) and (not wrong or f"warning: {wrong} of the 9 test images are" in said[0])
+        data = common.load(args, "pretrain", CPU)
+        test = common.load_monitor(args, data, CPU)
+        assert test is not None and data.classes == test.classes == ["b", "c"]
+        assert data.labels.tolist() == test.labels.tolist() == [0, 0, 0, 1, 1, 1]
+        assert [test.path(row).parent.name for row in range(6)] == ["b"] * 3 + ["c"] * 3
+        said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+        assert len(said) == (not more) and (more or "note: 3 of the 9 test images are left out" in said[0])
+    (tmp_path / "val.txt").write_text("a\n")
+    args.val_list = tmp_path / "val.txt"
+    with pytest.raises(common.Fault, match=r"val.txt: no training image is of the class a, as test images are"):
+        common.load_monitor(args, data, CPU)
+    shutil.rmtree(tmp_path / "val/b")
+    shutil.rmtree(tmp_path / "val/c")
+    args.val_list = None
+    with pytest.raises(common.Fault, match=r"few.txt: no training image is of the class a, as test images are"):
+        common.load_monitor(args, data, CPU)
     (tmp_path / "flat").mkdir()
     save(Image.fromarray(noise(0)), tmp_path / "flat" / "1.png")
-    args = npid.parse_args(["--device", "cpu", *map(str, words), "--val-dir", str(tmp_path / "flat")])
-    args.val_list = None
-    common.load_monitor(args, common.load(args, "pretrain", CPU), CPU)
-    assert "warning: " not in capsys.readouterr().err
+    args.val_dir = tmp_path / "flat"
+    test = common.load_monitor(args, data, CPU)
+    assert test is not None and test.labels.tolist() == [-1] and "left out" not in capsys.readouterr().err
 
 
 def test_a_subset_of_a_list(tmp_path: Path) -> None:
