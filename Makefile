@@ -16,6 +16,8 @@ install: .venv/installed
 	mv .venv/torchrun .venv/bin/torchrun
 	touch $@
 
+# With another policy one busy program beside it makes each thread wait for the others at every operator
+demo: export OMP_WAIT_POLICY ?= passive
 demo: install  ## NPID on the built-in data set: train, evaluate, draw
 	$(RUN) npid.py --preset demo --output runs/demo
 	$(RUN) figures.py curves runs/demo --out runs/demo/curves.png
