@@ -402,6 +402,21 @@ def test_parts_of_a_run(tmp_path: Path) -> None:
     assert json.loads(run("eval_knn", few).out.splitlines()[-1])["test_images"] == 1
 
 
+def test_clusters_of_a_list_of_some_classes(tmp_path: Path) -> None:
+    """--clustering makes as many clusters as the list has classes, not as the folder, of which more would part one."""
+    for number in range(45):
+        path = tmp_path / f"{'train' if number % 3 else 'val'}/{'abcde'[number % 5]}/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (50 * (number % 5) + number // 9, 0, 200 - 40 * (number % 5))).save(path)
+    (tmp_path / "list.txt").write_text("a\nd\n")
+    words = ["pixels", "--data", tmp_path, "--file-list", tmp_path / "list.txt", "--clustering", "--k", "1"]
+    found = run("eval_knn", [*words, "--workers", "0", "--device", "cpu"])
+    row = json.loads(found.out.splitlines()[-1])
+    assert (row["cluster_accuracy"], row["knn_top1"], row["train_images"], row["test_images"]) == (100, 100, 12, 6)
+    found = run("eval_knn", [*words, "--workers", "0", "--device", "cpu", "--num-clusters", "5"])
+    assert json.loads(found.out.splitlines()[-1])["cluster_accuracy"] < 100
+
+
 def test_all_training_images_may_vote(capsys: pytest.CaptureFixture[str]) -> None:
     """K may be as large as the training set, whose votes then differ in their weights alone; one more is a fault."""
     few = ["pixels", "--subset", "20", "--test-subset", "10", "--device", "cpu", "--k"]
