@@ -1521,11 +1521,14 @@ def extract(
     return features if run is None else run.gather(features)[0][: len(data)]
 
 
-def load(args: argparse.Namespace, split: str, device: torch.device) -> ImageSet:
-    """The images that --data names. `split`: "pretrain" (STL-10: with the unlabelled), "train" or "test"."""
+def load(args: argparse.Namespace, split: str, device: torch.device, classes: Sequence[str] = ()) -> ImageSet:
+    """The images that --data names. `split`: "pretrain" (STL-10: with the unlabelled), "train" or "test".
+
+    classes: those of the training images, if there are any, for their test images.
+    """
     if args.data in _NAMED:
         spec = DATASETS[args.data]
-        pixels, labels, classes = _NAMED[args.data](args, split)
+        pixels, labels, names = _NAMED[args.data](args, split)
         # Of a loader of one's own: other numbers than these would be scaled wrongly, and train without a word.
         if pixels.dtype != torch.uint8 and not (pixels.is_floating_point() and 0 <= pixels.min() <= pixels.max() <= 1):
             raise Fault(f"the loader of {args.data} returns {pixels.dtype} from {pixels.min():g} to {pixels.max():g}: "
@@ -1534,12 +1537,14 @@ def load(args: argparse.Namespace, split: str, device: torch.device) -> ImageSet
             raise Fault(f"the loader of {args.data} returns {len(labels)} labels and images {tuple(pixels.shape)}, not "
                         "(N, 3, H, W): repeat a grey channel, .expand(-1, 3, -1, -1)")
         ids = torch.arange(len(labels))
-        data = ImageSet(args.data, args.image_size or spec.size, spec.mean, spec.std, labels, classes, ids, pixels)
+        data = ImageSet(args.data, args.image_size or spec.size, spec.mean, spec.std, labels, names, ids, pixels)
     else:
         data, small = _folder(args, split)
     file_list, wanted = (args.val_list, args.test_subset) if split == "test" else (args.file_list, args.subset)
     if file_list is not None:
         data = listed(data, file_list)
+    if classes and data.classes not in ([], classes):  # lists have left some out
+        data = _of_classes(args, data, classes)
     if wanted is not None and args.data != "shapes":  # which renders just what is wanted
         count = round(wanted * len(data)) if wanted < 1 else int(wanted)
         if not 1 <= count <= len(data):
@@ -1583,20 +1588,8 @@ def load_monitor(args: argparse.Namespace, data: ImageSet, device: torch.device)
 
 def _test_images(args: argparse.Namespace, train: ImageSet, device: torch.device) -> ImageSet:
     """At the size of the training images and with their mean and std; of their classes."""
-    test = load(argparse.Namespace(**vars(args) | dict(image_size=train.size)), "test", device)
+    test = load(argparse.Namespace(**vars(args) | dict(image_size=train.size)), "test", device, train.classes)
     test.mean, test.std = train.mean, train.std
-    if train.classes and test.classes != train.classes:  # lists have left some out
-        labels = test.labels_among(train.classes)
-        strange = (test.labels >= 0) & (labels < 0)
-        if strange.any() and (args.val_list is not None or strange.all()):
-            name = test.classes[int(test.labels[strange][0])]
-            raise Fault(f"{args.val_list or args.file_list}: no training image is of the class {name}, as test images "
-                        "are")
-        test.labels, test.classes = labels, train.classes
-        if strange.any():
-            note(f"note: {int(strange.sum()):,} of the {len(test):,} test images are left out: {args.file_list} has no "
-                 "training image of their classes")
-            test = test.select((~strange).nonzero()[:, 0])
     return test
 
 
@@ -1650,6 +1643,19 @@ def listed(data: ImageSet, path: Path) -> ImageSet:
     kept = [part.classes[c] for c in torch.unique(part.labels[part.labels >= 0])]
     part.labels, part.classes = part.labels_among(kept), kept
     return part
+
+
+def _of_classes(args: argparse.Namespace, test: ImageSet, classes: Sequence[str]) -> ImageSet:
+    """Test images of the training images' classes, and those without a class."""
+    labels = test.labels_among(classes)
+    strange = (test.labels >= 0) & (labels < 0)
+    if strange.any() and (args.val_list is not None or strange.all()):
+        name = test.classes[int(test.labels[strange][0])]
+        raise Fault(f"{args.val_list or args.file_list}: no training image is of the class {name}, as test images are")
+    if strange.any():
+        note(f"note: {int(strange.sum()):,} of the {len(test):,} test images are left out: {args.file_list} has no "
+             "training image of their classes")
+    return dataclasses.replace(test, labels=labels, classes=[*classes]).select((~strange).nonzero()[:, 0])
 
 
 def long_tailed(data: ImageSet, ratio: float) -> ImageSet:

@@ -768,6 +768,9 @@ def test_test_images_of_classes_that_a_list_leaves_out(tmp_path: Path, capsys: p
         assert [test.path(row).parent.name for row in range(6)] == ["b"] * 3 + ["c"] * 3
         said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
         assert len(said) == (not more) and (more or "note: 3 of the 9 test images are left out" in said[0])
+        part = common.load_monitor(argparse.Namespace(**vars(args) | dict(test_subset=4)), data, CPU)
+        assert part is not None and part.labels.tolist() == [0, 0, 1, 1]  # a part of these, not of all
+        capsys.readouterr()
     (tmp_path / "val.txt").write_text("a\n")
     args.val_list = tmp_path / "val.txt"
     with pytest.raises(common.Fault, match=r"val.txt: no training image is of the class a, as test images are"):
