@@ -1174,8 +1174,8 @@ def test_other_clusterings(tmp_path: Path) -> None:
 def shuffled_labels() -> None:
     original = common.load
 
-    def load(args: argparse.Namespace, split: str, device: torch.device) -> common.ImageSet:
-        data = original(args, split, device)
+    def load(*args: Any) -> common.ImageSet:
+        data = original(*args)
         data.labels = data.labels[torch.randperm(len(data), generator=seeded())]
         return data
 
