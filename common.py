@@ -1543,7 +1543,7 @@ def load(args: argparse.Namespace, split: str, device: torch.device, classes: Se
     file_list, wanted = (args.val_list, args.test_subset) if split == "test" else (args.file_list, args.subset)
     if file_list is not None:
         data = listed(data, file_list)
-    if (args.file_list or args.val_list) and classes and data.classes not in ([], classes):
+    if classes and (args.file_list or args.val_list) and data.classes not in ([], classes):
         data = _of_classes(args, data, classes)
     if wanted is not None and args.data != "shapes":  # which renders just what is wanted
         count = round(wanted * len(data)) if wanted < 1 else int(wanted)
