@@ -301,8 +301,8 @@ def add_data_options(options: argparse.ArgumentParser) -> None:
     data.add_argument("--file-list", type=Path, metavar="FILE", help="of a folder of images, train on those that this "
                       "names; lines: an image or a class folder, and the class if no folder tells it; evaluations of "
                       "a run use its own, and --val-list and --imbalance, unless --data is given")
-    data.add_argument("--val-list", type=Path, metavar="FILE", help="the same for the validation images; default: all "
-                      "of the classes that --file-list leaves")
+    data.add_argument("--val-list", type=Path, metavar="FILE", help="the same for the validation images; default: "
+                      "those of the classes that --file-list leaves")
     data.add_argument("--imbalance", type=number(float, 1), metavar="R", help="train on a long tail, the same for each "
                       "seed: class sizes fall exponentially, to 1/R of the first class's in the last; training itself "
                       "sees no label")
@@ -1543,6 +1543,7 @@ def load(args: argparse.Namespace, split: str, device: torch.device, classes: Se
     file_list, wanted = (args.val_list, args.test_subset) if split == "test" else (args.file_list, args.subset)
     if file_list is not None:
         data = listed(data, file_list)
+    # A list may leave other classes to the training images than the test images have
     if classes and (args.file_list or args.val_list) and data.classes not in ([], classes):
         data = _of_classes(args, data, classes)
     if wanted is not None and args.data != "shapes":  # which renders just what is wanted
@@ -1610,7 +1611,7 @@ def listed(data: ImageSet, path: Path) -> ImageSet:
     """The images of a folder that a list names, such as ImageNet-100's or ImageNet-LT's; lines: path [class].
 
     A path is the end of an image's path (up to four parts), or its folder's name, or that of its top folder. Classes
-    without an image left are none any more.
+    that have no image then are dropped.
     """
     # As names of files are read; some editors begin a file with a mark
     text = os.fsdecode(path.read_bytes().removeprefix(codecs.BOM_UTF8))
