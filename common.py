@@ -105,10 +105,12 @@ def launch(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], 
         problem = f"batch normalisation meets a single value in a channel: raise --batch-size or {sizes(args)}"
     except (OSError, MemoryError, RuntimeError) as error:
         reason = str(error)
-        if dist.is_initialized() and isinstance(error, RuntimeError) and (
-                isinstance(error, dist.DistError) or "gloo" in reason or "Socket" in reason):
+        # Since PyTorch 2.15 NCCL fails with plain RuntimeErrors, and before the group of ranks is there.
+        if isinstance(error, RuntimeError) and ("NCCL" in reason or (dist.is_initialized() and (
+                isinstance(error, dist.DistError) or "gloo" in reason or "Socket" in reason))):
             problem, wait = "another rank ended: see its message", 3.0
-            if last := reason.partition("Last error:")[2].strip():  # of NCCL, which can also fail on all ranks
+            if "NCCL" in reason:  # which can also fail on all ranks
+                last = re.split("last error:", reason, flags=re.IGNORECASE)[-1].strip() or reason
                 problem += f"; if there is none, NCCL failed: {last.splitlines()[0]}"
         elif out_of_memory(error):
             problem = f"out of memory: {less_memory(args)}"

@@ -545,18 +545,27 @@ def test_out_of_memory(error: Exception, train: list[str]) -> None:
     one_line(run("npid", train, before=functools.partial(out_of_memory, error)), "--batch-size", "--accumulate")
 
 
-def nccl_fails() -> None:
-    """What NCCL says on every rank of a container whose /dev/shm is too small."""
-    dist.is_initialized = lambda: True
-    out_of_memory(dist.DistBackendError(
+def nccl_fails(group: bool, error: Exception) -> None:
+    """NCCL fails on every rank, as in a container whose /dev/shm is too small. group: whether there is one by then."""
+    dist.is_initialized = lambda: group
+    out_of_memory(error)
+
+
+SHM = "Error while creating shared memory segment /dev/shm/nccl-LeXlEJ (size 9637888)"
+
+
+@pytest.mark.parametrize(("group", "error", "said"), [
+    (True, dist.DistBackendError(
         "NCCL error in: NCCLUtils.hpp:268, unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version "
         "2.21.5\nncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error. \n"
-        "Last error:\nError while creating shared memory segment /dev/shm/nccl-LeXlEJ (size 9637888)"))
-
-
-def test_nccl_itself_fails(train: list[str]) -> None:
+        f"Last error:\n{SHM}"), SHM),
+    # Since PyTorch 2.15, where the group and in it NCCL start at once
+    (True, RuntimeError(f"NCCL AllReduce failed: unhandled system error \nNCCL Last Error: {SHM}"), SHM),
+    (False, RuntimeError("Failed to initialize NCCL communicator: unhandled system error"), "unhandled system error"),
+])
+def test_nccl_itself_fails(group: bool, error: Exception, said: str, train: list[str]) -> None:
     """Where NCCL fails on all ranks, the reason that it gives is said: no other rank has a message of its own."""
-    one_line(run("npid", train, before=nccl_fails), "another rank ended", "shared memory segment /dev/shm/nccl-LeXlEJ")
+    one_line(run("npid", train, before=functools.partial(nccl_fails, group, error)), "another rank ended", said)
 
 
 def out_of_memory_in_resume() -> None:
