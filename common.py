@@ -625,7 +625,7 @@ class Run:
     # ranks
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
+        """Wait for all ranks, by gloo: it notices that one has failed, whereas NCCL would wait for it."""
         self.agree(0)
 
     def rows(self, count: int) -> slice:
@@ -876,10 +876,10 @@ class Run:
         now = time.monotonic()
         bad = torch.where(torch.isfinite(loss.detach()), NEVER, epoch * self.steps + step)
         self.first_bad = torch.minimum(self.first_bad, bad)
-        if self.device.type == "cpu" or step % 50 == 0:  # a look waits for the device
-            self.check_finite()
         due = self.rank == 0 and now - self.saved_at > 60 * self.args.save_minutes > 0
         wish = self.agree(self.signal or (0 if due else -1))  # signal > 0: save and stop; 0: save; -1: go on
+        if self.device.type == "cpu" or step % 50 == 0:  # a look waits for the device, which waits for all ranks
+            self.check_finite()
         if wish >= 0:
             self.save(state, epoch, step + 1)
         if wish > 0:
@@ -1520,7 +1520,10 @@ def extract(
             if start == 0:  # to keep the parts and join them in the end would take twice the memory
                 features = part.new_empty(len(rows), *part.shape[1:], dtype=torch.float32)
             features[start:end] = part
-    return features if run is None else run.gather(features)[0][: len(data)]
+    if run is None:
+        return features
+    run.barrier()
+    return run.gather(features)[0][: len(data)]
 
 
 def load(args: argparse.Namespace, split: str, device: torch.device, classes: Sequence[str] = ()) -> ImageSet:
@@ -1769,7 +1772,7 @@ def _missing(there: Path) -> Iterator[None]:
         if os.environ.get(rank, "0") == "0" and not there.exists():
             yield
         if dist.is_initialized():
-            dist.barrier()
+            dist.all_reduce(torch.zeros(()))  # by gloo, as Run.barrier; dist.barrier may take NCCL
 
 
 def _download(args: argparse.Namespace, name: str, there: Path, **what: str) -> None:

@@ -410,6 +410,7 @@ def whiten(h: Tensor, projection: Tensor, offset: Tensor) -> Tensor:
 
 def rank0(run: common.Run, tensor: Tensor) -> Tensor:
     """Rank 0's tensor on every rank: what it clustered."""
+    run.barrier()
     return run.gather(tensor)[0][: len(tensor)]
 
 

@@ -429,6 +429,7 @@ def cluster(
             found = common.kmeans(features, num_clusters, iterations=iterations, seed=seed, backend=backend)
             labels[turn] = found.labels
             figures[turn] = torch.tensor([found.objective[-1] / len(features), found.empty, found.splits])
+    run.barrier()
     all_labels, all_figures = run.gather(labels[None], figures[None])  # (world, share, ...)
     labels = all_labels.transpose(0, 1).flatten(0, 1)[:num_clusterings]
     objective, empty, splits = all_figures.transpose(0, 1).flatten(0, 1)[:num_clusterings].mean(0).tolist()

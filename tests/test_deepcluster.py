@@ -419,6 +419,9 @@ class FakeRun:
     rank, world, device = 0, 1, torch.device("cpu")
     rows, share = common.Run.rows, common.Run.share
 
+    def barrier(self) -> None:
+        pass
+
     def gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
 

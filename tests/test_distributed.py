@@ -200,6 +200,39 @@ def test_a_rank_that_ends_ends_all(tmp_path: Path) -> None:
     one_line(killed[0].wait(30), "another rank ended")
 
 
+LONG_WORK = {  # script: what fails on rank 0, and what rank 1 does at that time
+    "npid": ("extract", "extract"),
+    "local_aggregation": ("cluster", "cluster"),
+    "deepcluster": ("kmeans_half", "rank0"),
+}
+
+
+def fail_while_the_other_waits(world: int, rank: int, port: int, folder: Path, script: str = "npid") -> None:
+    """Rank 0 fails in its work; from then on what rank 1 gathers, as by NCCL, waits for it and never ends."""
+    rank_of(world, rank, port, folder, script)
+    name = LONG_WORK[script][rank]
+    module = common if name == "extract" else importlib.import_module(script)
+    original = getattr(module, name)
+
+    def work(*args: Any) -> Any:
+        if rank == 0:
+            raise common.Fault("only here")
+        if name != "rank0" or args[1].dtype == torch.int64:  # the labels
+            torch.distributed.all_gather = lambda *args: time.sleep(1000)
+        return original(*args)
+
+    setattr(module, name, work)
+
+
+@pytest.mark.parametrize("script", LONG_WORK)
+def test_nccl_does_not_wait_for_a_rank_that_has_failed(script: str, tmp_path: Path) -> None:
+    """When a rank fails in what takes long the other ends, though what it would gather by NCCL then never came."""
+    options = [*(LOCAL if script == "local_aggregation" else []), "--knn-every", "1", "--output", str(tmp_path / "a")]
+    ranks = launch(2, [*TINY, *options], tmp_path / "images", fail_while_the_other_waits, script)
+    one_line(ranks[0].wait(), "only here")
+    one_line(ranks[1].wait(30), "another rank ended")
+
+
 def test_all_ranks_know_of_a_bad_loss(tmp_path: Path) -> None:
     """A loss that is not finite on one rank alone stops all before anything of it is saved."""
     ranks = launch(2, [*TINY, "--output", str(tmp_path / "a")], tmp_path / "images", nan_on_one)

@@ -409,6 +409,9 @@ def test_figures_of_clusterings_are_those_of_one_rank() -> None:
         def generator(self, *key: int | str) -> torch.Generator:
             return common.generator(*key)
 
+        def barrier(self) -> None:
+            pass
+
         def gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
             self.own = tensors
             return tuple(map(torch.cat, zip(*self.sent or [tensors], strict=True)))
@@ -435,6 +438,9 @@ def test_clusterings_are_shared_out_over_the_ranks(monkeypatch: pytest.MonkeyPat
 
         def generator(self, *key: int | str) -> torch.Generator:
             return common.generator(*key)
+
+        def barrier(self) -> None:
+            pass
 
         def gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
             return tensors
