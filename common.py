@@ -1086,6 +1086,8 @@ def pick_device(name: str | None) -> torch.device:
         raise Fault("--device mps: this PyTorch sees no Apple GPU; use --device cpu")
     if name == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))
+        if torch.cuda.device_count() == 1 and os.environ.get("SLURM_LOCALID") == str(local):
+            local = 0  # a site's SLURM may bind each task to a GPU of its own, the only one it sees
         if local >= torch.cuda.device_count():
             raise Fault(f"rank {local} of this node has no GPU: only {torch.cuda.device_count()} are visible")
         torch.cuda.set_device(local)

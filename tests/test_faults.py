@@ -109,6 +109,22 @@ def test_downloads_of_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         shutil.rmtree(args.data_dir / folder)
 
 
+def test_gpu_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank takes the GPU of its number, or the only one it sees where SLURM has bound it to that; else none is left.
+    """
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for seen, slurm, device in ((2, "1", 1), (1, "1", 0), (1, "0", None), (2, "0", 1)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda seen=seen: seen)
+        monkeypatch.setenv("SLURM_LOCALID", slurm)  # 0 of a launcher that is itself SLURM's one task
+        if device is None:
+            with pytest.raises(common.Fault, match="rank 1 of this node has no GPU"):
+                common.pick_device("cuda")
+        else:
+            assert common.pick_device("cuda") == torch.device("cuda", device)
+
+
 def test_gpus_that_are_not_seen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A job with GPUs whose PyTorch sees none says so before it takes the CPU, unless they were hidden from it."""
     for name, value in (("is_available", False), ("device_count", 0)):
