@@ -233,6 +233,14 @@ def test_nccl_does_not_wait_for_a_rank_that_has_failed(script: str, tmp_path: Pa
     one_line(ranks[1].wait(30), "another rank ended")
 
 
+def test_a_download_is_waited_for_by_gloo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ranks wait on the CPU for one that makes a set: barrier() may take NCCL, which waits for one that has failed."""
+    devices = list[str]()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: devices.append(tensor.device.type))
+    assert list(common._missing(tmp_path)) == [] and devices == ["cpu", "cpu"]
+
+
 def test_all_ranks_know_of_a_bad_loss(tmp_path: Path) -> None:
     """A loss that is not finite on one rank alone stops all before anything of it is saved."""
     ranks = launch(2, [*TINY, "--output", str(tmp_path / "a")], tmp_path / "images", nan_on_one)
