@@ -493,6 +493,7 @@ def read_log(name: str) -> tuple[Source, Rows, float | None]:
         rows = [row for row in rows if "epoch" in row and "loss" in row]
         folder, epochs = path.resolve().parent.name, max(row["epoch"] for row in rows)
         options = header["options"] | {key: header[key] for key in ("queue_size",) if key in header}  # the one in use
+        options["epochs"] = max(options["epochs"], epochs)  # a run that had ended may have been trained on
         source = Source(folder, options, dict(header["data"]), header["git"], epochs)
         str(source)
     except OSError as error:

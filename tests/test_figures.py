@@ -194,6 +194,14 @@ def test_curves_of_runs_and_seeds(run: Path, tmp_path: Path, monkeypatch: pytest
     assert [len(runs) for runs in seen[4][0].values()] == [1, 1, 1]
 
 
+def test_a_run_that_is_trained_on_has_its_new_epochs(run: Path, tmp_path: Path) -> None:
+    """Its log begins with the epochs that it had at first; it is an experiment with runs that had all from the start.
+    """
+    whole, longer = other(run, tmp_path / "whole", seed=1), other(run, tmp_path / "longer", epochs=1)
+    first, second = (figures.read_log(str(name))[0] for name in (whole, longer))
+    assert "epoch 2 of 2" in str(second) and figures.experiment(first) == figures.experiment(second)
+
+
 def test_curves_of_other_images_are_not_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs on other images are another line, named by them, whatever their seeds; a subset may differ with the seed."""
     seen = list[Any]()
