@@ -179,7 +179,7 @@ def open_network(
     if name == "random":
         if first is None:
             raise common.Fault('name a run beside "random": the untrained network takes its architecture')
-        arch, width = args.arch or first.options["arch"], args.width or first.options.get("width", 64)
+        arch, width = first.options.get("arch", args.arch), first.options.get("width", args.width or 64)
         torch.manual_seed(args.seed)
         stem = args.image_size < common.SMALL if args.image_size else first.data.get("small", False)
         channels = 2 if isinstance(getattr(first.backbone, "front", None), common.Sobel) else 3
@@ -188,10 +188,14 @@ def open_network(
                                       data=first.data)
         return encoder, Source("untrained", {}, {}, "", 0)
     path = Path(name, "checkpoint.pth") if Path(name).is_dir() else Path(name)
-    encoder = common.load_encoder(path, args.arch, args.width, args.device, args.layer)
-    if not encoder.options:
+    saved: dict[str, Any] = dict(options={})
+    with contextlib.suppress(common.Fault):  # it is not ours
+        saved = common.load_checkpoint(path)
+    # A run has its own architecture, whatever that of a file beside it
+    arch, width = (None, None) if saved["options"].get("arch") in common.ARCHITECTURES else (args.arch, args.width)
+    encoder = common.load_encoder(path, arch, width, args.device, args.layer)
+    if not saved["options"]:
         return encoder, Source(path.name, {}, {}, "", 0)
-    saved = common.load_checkpoint(path)
     return encoder, Source(path.resolve().parent.name, encoder.options, encoder.data, saved["git"], saved["epoch"])
 
 

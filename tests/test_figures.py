@@ -470,6 +470,17 @@ def test_foreign_networks_see_the_images_as_alone(run: Path, tmp_path: Path) -> 
                      "\nSide of the images: 48 px for foreign.pth, 32 px for npid smoke.", ""]
 
 
+def test_a_run_beside_a_network_of_another_architecture(run: Path, tmp_path: Path) -> None:
+    """--arch and --width are the foreign file's; the run keeps its own, and so does the untrained one like it."""
+    torch.save(common.backbone("resnet34", 8, True).state_dict(), tmp_path / "foreign.pth")
+    own, foreign = str(run), str(tmp_path / "foreign.pth")
+    for names, dims in (([own, foreign, "random"], [32, 64, 32]), ([foreign, own], [64, 32]),
+                        (["random", foreign], [64, 64])):
+        args = figures.parse_args(["gallery", *names, "--arch", "resnet34", "--width", "8"])
+        args.device = torch.device("cpu")
+        assert [encoder.backbone.dim for encoder in figures.open_networks(args)[0]] == dims
+
+
 @pytest.mark.parametrize(("small", "size"), [(False, 32), (True, 96)])
 def test_the_stem_is_the_file_s(tmp_path: Path, small: bool, size: int) -> None:
     """A file keeps its stem whatever --image-size says."""
