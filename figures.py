@@ -709,15 +709,16 @@ def mds(args: argparse.Namespace) -> None:
     encoders, runs = open_networks(args)
     train, test = labelled(encoders, args, "train"), labelled(encoders, args, "test")
     clouds = list[Cloud]()
-    present = (torch.bincount(train.labels) > 2).nonzero()[:, 0].tolist()
+    counts, tests = (torch.bincount(data.labels, minlength=len(train.classes)) for data in (train, test))
+    present = ((counts > 2) & (tests > 0)).nonzero()[:, 0].tolist()
     count = min(args.classes, len(present) // 2)
     if not count:
-        raise common.Fault(f"{train.name} has fewer than two classes with three training images")
+        raise common.Fault(f"{train.name} has fewer than two classes with three training images and a test image")
     for encoder, name in zip(encoders, runs, strict=True):
         keys = extract(encoder, train, args)
         correct = votes(extract(encoder, test, args), keys, train)[0] == test.labels
         hits = torch.bincount(test.labels, correct.double(), len(train.classes))
-        accuracy = (100 * hits / torch.bincount(test.labels, minlength=len(hits)).clamp(min=1)).tolist()
+        accuracy = (100 * hits / tests.clamp(min=1)).tolist()
         order = sorted(present, key=lambda label: -accuracy[label])
         for word, labels in (("high", order[:count]), ("low", order[-count:])):
             source = common.generator(args.seed, "mds")

@@ -409,6 +409,20 @@ def test_mds_panels(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert seen[0].points.shape == (60, 2) and seen[0].images.shape == (60, 3, 32, 32)
 
 
+def test_mds_of_classes_without_test_images(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no accuracy, neither high nor low: their images are in no panel."""
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)):
+        for split in ("train", "val")[: 2 - (number % 4 == 3)]:  # the last of four classes is trained on alone
+            path = tmp_path / "set" / split / f"class {number % 4}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    seen = list[figures.Cloud]()
+    monkeypatch.setattr(figures, "draw_mds", lambda clouds: seen.extend(clouds) or Figure())
+    draw("mds", run, "--data", tmp_path / "set", "--classes", 2, "--out", tmp_path / "mds.png")
+    names = [name.split(",")[0] for cloud in seen for name in cloud.names.values()]
+    assert len(names) == 2 and "class 3" not in names
+
+
 # untrained networks
 
 
