@@ -101,7 +101,8 @@ def legend(sources: Sequence[Source]) -> dict[str, Source]:
     """The sources by what tells them apart: script and preset, else the options that differ, else the folders."""
     named = [source.options | dict(data=source.data["name"]) if source.options else {} for source in sources]
     runs = [options for options in named if options]
-    keys = sorted({key for options in runs for key in options} - IGNORED)
+    # The script first; what only some scripts have says little
+    keys = sorted(set[str]().union(*runs[:1]).intersection(*runs) - IGNORED, key=lambda key: (key != "script", key))
     keys = [key for key in keys if len({repr(options.get(key)) for options in runs}) > 1][:3]
     options = [", ".join(f"{key.replace('_', ' ')} {{{key}}}" for key in some) for some in (keys, [*keys, "seed"])]
     for form in ("{script} {preset}", *options, "{folder}"):
@@ -545,7 +546,9 @@ def draw_curves(groups: dict[str, list[Rows]], chance: dict[str, float], compare
         for value, where, text, color in sorted(ends):
             above = max(value, above + 0.055 * (high - low))
             axes.text(where, above, f"  {text}", va="center", color=color, fontsize=7)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=min(2, len(groups)))
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    beside = 2 * max(map(len, labels), default=0) < 14 * (figure.get_figwidth() - 2)  # of the title, in letters
+    figure.legend(handles, labels, loc="outside upper right", ncols=min(1 + beside, len(groups)))
     return figure
 
 

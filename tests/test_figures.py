@@ -163,6 +163,18 @@ def test_curves_label_what_they_show() -> None:
     assert len(figures.draw_curves({"one": without}, {}, compare=True).axes) == 1
 
 
+@pytest.mark.parametrize("label", ["npid cifar10", "npid-cifar10-cosine-of-thirty-epochs-with-momentum-seed0"])
+def test_the_legend_of_curves_stands_beside_the_title(label: str) -> None:
+    """However long the names: it begins behind the title and ends within the figure."""
+    rows: list[figures.Rows] = [[dict(epoch=1, loss=2.0, knn_top1=20.0), dict(epoch=2, loss=1.0, knn_top1=30.0)]]
+    with matplotlib.rc_context(figures.STYLE):
+        figure = figures.draw_curves({f"{label}{number}": rows for number in range(3)}, {}, compare=False)
+        title = figure.suptitle("Learning curves", x=0.01, ha="left")
+        FigureCanvasAgg(figure).draw()
+    legend, words = figure.legends[0].get_window_extent(), title.get_window_extent()
+    assert words.x1 < legend.x0 and legend.x1 <= figure.bbox.x1
+
+
 def test_curves_of_runs_and_seeds(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs that differ in the seed alone become one line, others are named by what differs, ln N is that of the log."""
     seen = list[Any]()
@@ -974,6 +986,9 @@ def test_legend_and_small_print(run: Path) -> None:
     assert list(figures.legend([source, seed])) == ["seed 0", "seed 1"]
     assert list(figures.legend([source, source._replace(name="second")])) == ["first", "second"]
     assert list(figures.legend([source, source])) == ["first (1)", "first (2)"]
+    cluster = source._replace(options=source.options | dict(script="deepcluster", amp=False, cluster_pool=True))
+    assert list(figures.legend([source, faster, cluster])) == [
+        "script npid, amp None, lr 0.03", "script npid, amp None, lr 0.1", "script deepcluster, amp False, lr 0.03"]
     words = str(source)
     for part in ("npid.py", "preset smoke", "256 images of shapes", "epoch 2 of 2", "seed 0", f"commit {source.git}"):
         assert part in words
