@@ -1245,7 +1245,7 @@ def read_layers(names: Sequence[str], protocol: str, data: str | None) -> tuple[
 
     data: the set; default: a run's own, named if they differ.
     """
-    found = dict[tuple[str, str, str], Rows]()
+    found, places = dict[tuple[str, str, str], Rows](), dict[tuple[str, str], str]()
     for name in names:
         rows = [row for row in read_eval(name, baselines=True) if row.get("protocol") == protocol and "layers" in row
                 and "draws" not in row and data in (None, row["data"])]
@@ -1256,10 +1256,16 @@ def read_layers(names: Sequence[str], protocol: str, data: str | None) -> tuple[
         for row in of_set(rows, data or own):
             which = row["checkpoint_sha256"][:6] or "{arch}, width {width}, seed {seed}".format(**{"width": "?"} | row)
             found.setdefault((row["method"], which, row["data"]), []).append(row)
-    methods, sets = Counter(method for method, _ in {key[:2] for key in found}), {key[2] for key in found}
+            # An untrained network is in no folder of its own
+            place = folder_of(name).resolve().name if row["checkpoint_sha256"] else ""
+            places.setdefault((row["method"], which), place)
+    methods, sets = Counter(method for method, _ in places), {key[2] for key in found}
+    shared = Counter((method, place) for (method, _), place in places.items())
     lines = dict[str, dict[str, float]]()
     for (method, which, images), rows in found.items():
-        label = method + f" {which}" * (methods[method] > 1) + f", {images}" * (len(sets) > 1)
+        place = places[method, which]
+        words = [place] * bool(place) + [which] * (shared[method, place] > 1 or not place)
+        label = " ".join([method, *words * (methods[method] > 1)]) + f", {images}" * (len(sets) > 1)
         alike = [row for row in rows if agree(settings_of(row), settings_of(rows[-1]))]
         lines[label] = {entry["layer"]: entry["top1"] for row in alike for entry in row["layers"]}
     return lines, [rows[-1] for rows in found.values()]

@@ -914,7 +914,7 @@ def test_half_a_result_is_left_out(tmp_path: Path) -> None:
 
 def test_layers_of_one_line_have_the_same_settings(tmp_path: Path) -> None:
     """Results of eval_linear.py become one line where the settings that both name agree, whichever layers they are of;
-    of several data sets each line says its own."""
+    of several data sets each line says its own, of several runs of a preset its folder, as the small print does."""
 
     def row(layer: str, top1: float, **facts: Any) -> dict[str, Any]:
         usual = dict(protocol="linear", method="npid", checkpoint="x", checkpoint_sha256="abc", data="shapes")
@@ -934,7 +934,9 @@ def test_layers_of_one_line_have_the_same_settings(tmp_path: Path) -> None:
         assert lines(row("conv3", 3, **first), row("conv5", 5, **other)) == {"npid": {"conv5": 5}}
     joined = lines(row("conv3", 3), row("conv4", 4, normalize="standard"), row("conv5", 5))
     assert joined == {"npid": {"conv3": 3, "conv5": 5}}
-    assert lines(row("conv3", 3), folder="two") == {"npid abc, shapes": {"conv3": 3}, "npid def, cifar10": {"conv1": 9}}
+    assert lines(row("conv3", 3), folder="two") == {"npid one, shapes": {"conv3": 3}, "npid two, cifar10": {"conv1": 9}}
+    assert lines(row("conv3", 3), row("conv3", 4, checkpoint_sha256="ghi")) == {
+        "npid one abc": {"conv3": 3}, "npid one ghi": {"conv3": 4}}
 
 
 def test_all(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
