@@ -521,3 +521,15 @@ def test_rate_of_a_gpu_is_read_to_six_digits() -> None:
     """There it is a float32, whose further digits are rounding."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], torch.tensor(0.012345))
     assert common.rate(optimizer) == 0.012345
+
+
+def test_a_tuple_stays_one_in_the_background(tmp_path: Path) -> None:
+    """An option that is a tuple is the same one for a resumed run."""
+    for _ in range(2):
+        work = common.Run(npid.parse_args([*TINY, "--output", str(tmp_path)]))
+        work.args.scale = (0.2, 1.0)
+        work.describe(common.load(work.args, "pretrain", work.device))
+        assert work.in_background
+        work.resume({}, 4)
+        work.save({}, 0, 1)
+        work.close()
