@@ -1168,6 +1168,10 @@ def write_checkpoint(path: Path, content: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     buffer = io.BytesIO()  # torch.save straight to a full disk dies in C++ without a reason
     torch.save(content, buffer)
+    buffer.seek(0)
+    if strange := torch.serialization.get_unsafe_globals_in_checkpoint(buffer):  # which no resume would read
+        raise Fault(f"{path} would hold {', '.join(sorted(strange))}: options, and what each state_dict returns, have "
+                    "to be tensors, plain numbers and strings")
     try:
         with temporary.open("wb") as file:
             file.write(buffer.getbuffer())

@@ -11,10 +11,12 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import TINY, Process, checkpoint, log, one_line, run, same, same_runs, start
@@ -533,3 +535,14 @@ def test_a_tuple_stays_one_in_the_background(tmp_path: Path) -> None:
         work.resume({}, 4)
         work.save({}, 0, 1)
         work.close()
+
+
+@pytest.mark.parametrize(("value", "name"), [(np.zeros(3), "numpy"), (np.float64(0.5), "numpy"), (deque([1]), "deque")],
+                         ids=["array", "number", "deque"])
+def test_what_no_resume_would_read_is_not_written(value: Any, name: str, tmp_path: Path) -> None:
+    """A state with other things than tensors and plain values is a fault at the first save, not at the first resume."""
+    common.write_checkpoint(path := tmp_path / "checkpoint.pth", dict(state=dict(mean=torch.zeros(3), scale=(0.2, 1))))
+    before = path.read_bytes()
+    with pytest.raises(common.Fault, match=f"checkpoint.pth would hold .*{name}"):
+        common.write_checkpoint(path, dict(state=dict(mean=value)))
+    assert path.read_bytes() == before
