@@ -1547,6 +1547,10 @@ def load(args: argparse.Namespace, split: str, device: torch.device, classes: Se
         if pixels.shape != (len(labels), 3, *pixels.shape[2:]) or pixels.ndim != 4:
             raise Fault(f"the loader of {args.data} returns {len(labels)} labels and images {tuple(pixels.shape)}, not "
                         "(N, 3, H, W): repeat a grey channel, .expand(-1, 3, -1, -1)")
+        if labels.dtype != torch.int64 or labels.ndim != 1 or not -1 <= labels.min() <= labels.max() < len(names):
+            raise Fault(f"the loader of {args.data} returns labels {labels.dtype} {tuple(labels.shape)} from "
+                        f"{labels.min():g} to {labels.max():g} and {len(names)} class names: labels have to be (N,) "
+                        "int64, positions among the names, or -1")
         ids = torch.arange(len(labels))
         data = ImageSet(args.data, args.image_size or spec.size, spec.mean, spec.std, labels, names, ids, pixels)
     else:

@@ -195,6 +195,23 @@ def test_a_loader_of_ones_own(pixels: Tensor, fault: str, monkeypatch: pytest.Mo
         load("train", "--data", "mine")
 
 
+@pytest.mark.parametrize(("labels", "fault"), [
+    (torch.arange(8), ""), (torch.full((8,), -1), ""), (torch.arange(8)[:, None], "(8, 1)"),
+    (torch.arange(8).int(), "int32"), (torch.arange(8).byte(), "uint8"), (torch.arange(8) + 1, "from 1 to 8 and 8"),
+    (np.arange(8), "int64 (8,)"),
+], ids=["right", "unknown", "column", "int32", "uint8", "from 1", "numpy"])
+def test_labels_of_a_loader_of_ones_own(labels: Any, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels that would end in a traceback after the first epochs are a fault at once."""
+    pixels = torch.zeros(8, 3, 8, 8, dtype=torch.uint8)
+    monkeypatch.setitem(common.DATASETS, "mine", common.DATASETS["shapes"])
+    monkeypatch.setitem(common._NAMED, "mine", lambda args, split: (pixels, labels, list("abcdefgh")))
+    if not fault:
+        assert load("train", "--data", "mine").labels is labels
+        return
+    with pytest.raises(common.Fault, match=f"loader of mine returns labels .*{re.escape(fault)}"):
+        load("train", "--data", "mine")
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """train/{b,a}/..., val/{b}/..., and things that are not images."""
