@@ -490,7 +490,7 @@ def group(z: Tensor, k: int, iterations: int, clustering: str = "spherical", sta
 
 def group_loss(z: Tensor, groups: Groups, temperature: float, cross_view: bool = True) -> tuple[Tensor, Tensor]:
     """Cross-level loss (B,): CE(f_G(x) . M' / T_G, g'), mean over the views x; and the accuracy, ()."""
-    labels, centroids, alive = (part.flip(0) if cross_view else part for part in groups)  # x meets M', g'
+    labels, centroids, alive = (part.roll(1, 0) if cross_view else part for part in groups)  # x meets M', g'
     logits = (z @ centroids.mT / temperature).masked_fill(~alive[:, None], -math.inf)
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
     return losses.mean(0), (logits.argmax(2) == labels).float().mean()

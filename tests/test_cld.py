@@ -121,6 +121,15 @@ def test_views_are_alike(cross_view: bool) -> None:
     torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
 
 
+def test_each_of_three_views_meets_another() -> None:
+    """A changed script's third view leaves none with its own groups."""
+    z = unit(3, 32, 16)
+    found = cld.group(z, 6, 5)
+    pairs = [cld.group_loss(z[i : i + 1], cld.Groups(*(part[j : j + 1] for part in found)), 0.2, False)[0]
+             for i, j in ((0, 2), (1, 0), (2, 1))]
+    torch.testing.assert_close(cld.group_loss(z, found, 0.2)[0], torch.stack(pairs).mean(0), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("clustering", ["spherical", "euclidean"])
 def test_order_of_the_batch_is_indifferent(clustering: str) -> None:
     """With given first centroids, permuting the batch in both views alike permutes the losses."""
