@@ -2309,8 +2309,9 @@ def random_blur(
 #                               DeepCluster clusters (no difference for a ResNet: it ends with a mean)
 #   stages(images)              five maps for linear probes, each after BN and ReLU and before max-pooling
 #   front                       Sobel where input_channels is 2, else nothing: images come as RGB in any case
-# One of your own is a name in ARCHITECTURES and a branch of `backbone` that returns it before weights are drawn. kNN,
-# SVMs and probes of its output need `forward` and `dim` alone; detection and segmentation take only these.
+# One of your own is a name in ARCHITECTURES and a branch of `backbone` that returns it before weights are drawn; of the
+# images' size it is told `small` alone. kNN, SVMs and probes of its output need `forward` and `dim`; detection and
+# segmentation take only these.
 
 # Stages of AlexNet and VGG16: filters, convolutions, kernel size, whether max-pooling follows. Batch normalisation
 # stands nowhere (NPID), after convolutions (_bn: DeepCluster; torchvision's vgg16_bn), or after fully connected layers
