@@ -3269,6 +3269,8 @@ def load_encoder(
         fit = _fitting(everything, width, channels)
         advice = f"take --arch {fit}" if fit else (f"wrong --arch or --width{which}? Names other than torchvision's "
                                                    "have to be changed first (README.md, Evaluate)")
+        if not fit and (arch, width) == (options.get("arch"), options.get("width")):
+            advice = "a changed script's network has to be one of `common.backbone` (common.py, section 8)"
         raise Fault(f"{path} has {100 * share:.0f} % of the weights of {arch}, width {width}: {advice}. Missing "
                     f"{', '.join(missing[:3]) or 'none'} ...; left over {', '.join(left[:3]) or 'none'} ...")
     if not all(weight.isfinite().all() for weight in matched.values()):

@@ -246,6 +246,17 @@ def test_other_heads_and_stems_of_ours(trained: Path, tmp_path: Path) -> None:
     assert found.report["missing"] == [] and found.head is not None
 
 
+def test_a_network_outside_common_is_refused(trained: Path, tmp_path: Path) -> None:
+    """Of a changed script's checkpoint that has another network than its options name, not --arch is called wrong."""
+    saved = torch.load(trained / "checkpoint.pth")
+    weights = {"backbone.conv.weight": torch.rand(8, 3, 3, 3)}
+    torch.save(saved | dict(state=dict(encoder=weights)), tmp_path / "file.pth")
+    with pytest.raises(common.Fault, match=r"has to be one of `common.backbone` \(common.py, section 8\)"):
+        common.load_encoder(tmp_path / "file.pth")
+    with pytest.raises(common.Fault, match="wrong --arch"):
+        common.load_encoder(tmp_path / "file.pth", "resnet50")
+
+
 def test_torchscript_is_converted_first(resnet: dict[str, Tensor], tmp_path: Path) -> None:
     """A TorchScript file, which torch.load would run, is refused with the command that converts it; that works."""
     network = torchvision.models.resnet18()
