@@ -1654,7 +1654,7 @@ def listed(data: ImageSet, path: Path) -> ImageSet:
     if not rows:
         raise Fault(f"{path} names no image: a line each is needed")
     part = data.select(torch.tensor(rows))
-    if not data.classes:
+    if not (data.labels >= 0).any():  # a flat folder, beside which others may hold no image
         part.labels, part.classes = torch.tensor(given), [str(c) for c in range(max(given) + 1)]
     kept = [part.classes[c] for c in torch.unique(part.labels[part.labels >= 0])]
     part.labels, part.classes = part.labels_among(kept), kept

@@ -698,6 +698,15 @@ def test_file_list_chooses_files_and_folders(tmp_path: Path) -> None:
         assert len(common.listed(images_of([0], files=np.array([odd]), root=Path("/set")), path)) == 1
 
 
+def test_classes_of_a_list_beside_a_folder_without_images(tmp_path: Path) -> None:
+    """A folder without an image, such as runs/, does not take the place of the classes in the lists of a flat set."""
+    words = listed_tree(tmp_path)
+    (tmp_path / "train" / "notes").mkdir()
+    for split in ("pretrain", "test"):
+        data = load(split, *words)
+        assert data.labels.bincount().tolist() == [8, 8] and data.classes == ["0", "1"]
+
+
 def test_lines_of_a_file_list_that_meet(tmp_path: Path) -> None:
     """A folder and an image in it are both found; the first folder tells a class, as it does without a list; a name
     that several images have is an error, as long as no folder stands before it."""
