@@ -1584,11 +1584,11 @@ def load(args: argparse.Namespace, split: str, device: torch.device, classes: Se
 
 
 def load_monitor(args: argparse.Namespace, data: ImageSet, device: torch.device) -> ImageSet | None:
-    """The test images of the kNN monitor, at the size of `data`; None if it is off, or `data` has no classes."""
+    """The test images of the kNN monitor, at the size of `data`; None if it is off, or images have no classes."""
     folder, reason = args.data not in _NAMED, ""
     if folder and "knn_every" not in args.typed and validation_folder(args) is None:
         reason = "validation images, val/ or --val-dir"
-    elif not data.classes:
+    elif not (data.labels >= 0).any():
         reason = "folders that could be classes"
     on = bool(args.knn_every) and not reason
     if args.knn_every and reason:
@@ -1599,7 +1599,11 @@ def load_monitor(args: argparse.Namespace, data: ImageSet, device: torch.device)
                          val_dir=((folder and on) or apart, "a folder of images and a kNN monitor")))
     if not on:
         return None
-    return _test_images(args, data, device)
+    test = _test_images(args, data, device)
+    if unknown := int((test.labels < 0).sum()):
+        note(f"{unknown:,} of the {len(test):,} test images of {data.name} are in no class folder: no kNN monitor")
+        return None
+    return test
 
 
 def _test_images(args: argparse.Namespace, train: ImageSet, device: torch.device) -> ImageSet:
@@ -3058,8 +3062,6 @@ def knn_monitor(
 ) -> dict[str, float]:
     """Weighted kNN accuracy in percent, K = 200 or as many as there are. features: (N, D), queries: (Q, D), unit."""
     known = data.labels >= 0
-    if not known.any() or (test.labels < 0).any():
-        return {}
     device = queries.device
     train, k = features if known.all() else features[known.to(device)], min(200, int(known.sum()))
     accuracy = knn_accuracy(queries, test.labels.to(device), train, data.labels[known].to(device), len(data.classes),

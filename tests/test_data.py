@@ -280,6 +280,21 @@ def test_a_folder_without_validation_images_trains(tmp_path: Path, capsys: pytes
         common.load_monitor(options("--data", tmp_path / "set", "--knn-every", "1"), data, CPU)
 
 
+def test_images_without_a_class_and_the_monitor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A test image outside the class folders, and training images all outside, end the kNN monitor with a line."""
+    for i in range(8):
+        save(Image.fromarray(noise(i)), tmp_path / "set" / "train" / f"c{i % 2}" / f"{i}.png")
+        save(Image.fromarray(noise(i)), tmp_path / "set" / "val" / f"c{i % 2}" / f"{i}.png")
+        save(Image.fromarray(noise(i)), tmp_path / "flat" / f"{i}.png")
+    save(Image.fromarray(noise(8)), tmp_path / "set" / "val" / "8.png")
+    (tmp_path / "flat" / "notes").mkdir()
+    for name, line in (("set", "1 of the 9 test images of set are in no class folder: no kNN monitor\n"),
+                       ("flat", "flat has no folders that could be classes: no kNN monitor\n")):
+        args = npid.parse_args(["--data", str(tmp_path / name), "--val-dir", str(tmp_path / "set" / "val")])
+        assert common.load_monitor(args, common.load(args, "pretrain", CPU), CPU) is None
+        assert capsys.readouterr().err == line
+
+
 def test_what_no_monitor_needs_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Options of the kNN monitor are noted where there is none, and --val-dir where it keeps no image from training."""
     words = ["--subset", "8", "--test-subset", "8", "--knn-features", "clean", "--val-dir", str(tmp_path / "held")]
@@ -809,8 +824,8 @@ def test_test_images_of_classes_that_a_list_leaves_out(tmp_path: Path, capsys: p
     (tmp_path / "flat").mkdir()
     save(Image.fromarray(noise(0)), tmp_path / "flat" / "1.png")
     args.val_dir = tmp_path / "flat"
-    test = common.load_monitor(args, data, CPU)
-    assert test is not None and test.labels.tolist() == [-1] and "left out" not in capsys.readouterr().err
+    test = common.load(args, "test", CPU, data.classes)
+    assert test.labels.tolist() == [-1] and "left out" not in capsys.readouterr().err
 
 
 def test_a_subset_of_a_list(tmp_path: Path) -> None:
