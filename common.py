@@ -1554,10 +1554,14 @@ def load(args: argparse.Namespace, split: str, device: torch.device, classes: Se
         ids = torch.arange(len(labels))
         data = ImageSet(args.data, args.image_size or spec.size, spec.mean, spec.std, labels, names, ids, pixels)
     else:
-        data, small = _folder(args, split)
+        data = _folder(args, split)
     file_list, wanted = (args.val_list, args.test_subset) if split == "test" else (args.file_list, args.subset)
     if file_list is not None:
         data = listed(data, file_list)
+    if args.data not in _NAMED:  # only now: a list may leave out what cannot be read
+        side = _largest_side(data)
+        small = 0 < side <= 96  # STL-10's; the 3x3 stem (ImageSet.small) is for still smaller ones
+        data.size = args.image_size or (side if small else IMAGENET.size)
     # A list may leave other classes to the training images than the test images have
     if classes and (args.file_list or args.val_list) and data.classes not in ([], classes):
         data = _of_classes(args, data, classes)
@@ -1830,8 +1834,8 @@ def validation_folder(args: argparse.Namespace) -> Path | None:
     return args.val_dir or next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
 
 
-def _folder(args: argparse.Namespace, split: str) -> tuple[ImageSet, bool]:
-    """Any directory of images, its files sorted, none decoded yet; and whether they are small: held decoded."""
+def _folder(args: argparse.Namespace, split: str) -> ImageSet:
+    """Any directory of images, its files sorted, none looked at yet."""
     named, root, val = args.data in DATASETS, image_root(args), validation_folder(args)
     if not root.is_dir():
         way = "put it there, or name its parent folder with --data-dir" if named else "--data takes a folder or a name"
@@ -1853,13 +1857,9 @@ def _folder(args: argparse.Namespace, split: str) -> tuple[ImageSet, bool]:
     number = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([-1 if name is None else number[name] for name in first])
     name = args.data if named else folder_name(root)
-    data = ImageSet(name, 0, *DATASETS.get(args.data, IMAGENET)[1:], labels, classes,
+    return ImageSet(name, 0, *DATASETS.get(args.data, IMAGENET)[1:], labels, classes,
                     torch.arange(len(files)), root=place, files=np.array([os.fsencode(file) for file in files]),
                     workers=args.workers, bad=BadImages(args.max_bad_images))
-    side = _largest_side(data)
-    small = 0 < side <= 96  # STL-10's; the 3x3 stem (ImageSet.small) is for still smaller ones
-    data.size = args.image_size or (side if small else IMAGENET.size)
-    return data, small
 
 
 def _image_files(place: Path, without: set[Path]) -> list[str]:

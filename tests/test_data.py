@@ -713,6 +713,17 @@ def test_file_list_chooses_files_and_folders(tmp_path: Path) -> None:
         assert len(common.listed(images_of([0], files=np.array([odd]), root=Path("/set")), path)) == 1
 
 
+def test_a_list_leaves_out_unreadable_images(tmp_path: Path) -> None:
+    """An image that cannot be read is no error where a list of the others is given."""
+    words = listed_tree(tmp_path)
+    for place in ("train", "val"):
+        (tmp_path / place / "broken.png").touch()
+    for split in ("pretrain", "test"):
+        assert len(load(split, *words)) == 16
+        with pytest.raises(common.Fault, match=r"cannot read the image .*broken.png"):
+            load(split, "--data", tmp_path)
+
+
 def test_classes_of_a_list_beside_a_folder_without_images(tmp_path: Path) -> None:
     """A folder without an image, such as runs/, does not take the place of the classes in the lists of a flat set."""
     words = listed_tree(tmp_path)
