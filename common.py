@@ -257,9 +257,10 @@ SHARE = number(float, 0, 1)
 
 
 def count_or_share(text: str) -> float:
-    """An argparse type: a number of images (1, 2, ...) or a share of them (0.1 is 10 %)."""
+    """An argparse type: a number of images (1, 2, ...) or a share of them (0.1 is 10 %); 1.0 might be meant as either.
+    """
     value = POSITIVE(text)
-    if value >= 1 and (value != int(value) or value > 2**53):
+    if value >= 1 and (value != int(value) or value > 2**53 or (value == 1 and "." in text)):
         raise argparse.ArgumentTypeError(f"{text} is neither a number of images nor a share below 1")
     return int(value) if value >= 1 else float(value)
 

@@ -235,6 +235,13 @@ def test_copy_without_the_base_preset() -> None:
         assert common.parse(options, {"mine": dict(lr=0.5)}, argv).lr == lr
 
 
+def test_a_share_of_one_is_no_number() -> None:
+    """1 is one image; of 1.0, which others write for all of them, nobody is left with a single one."""
+    assert common.count_or_share("1") == 1 and common.count_or_share("5e3") == 5000
+    with pytest.raises(argparse.ArgumentTypeError, match="neither a number of images nor a share"):
+        common.count_or_share("1.0")
+
+
 def test_numbers() -> None:
     """Number types: bounds, and one line that says them."""
     assert common.number(int, 0, 5)("5") == 5
