@@ -328,7 +328,7 @@ def add_network_options(
                        "from these scripts")
     model.add_argument("--width", type=SIZE, help="channels of the first stage (64)")
     for name in ("mean", "std"):
-        model.add_argument(f"--{name}", type=NOT_NEGATIVE if name == "mean" else POSITIVE, nargs=3, metavar="RGB",
+        model.add_argument(f"--{name}", type=number(float, 0, 1, open_low=name == "std"), nargs=3, metavar="RGB",
                            help=f"{name} of the channels, in [0, 1], by which the network's images were normalised; "
                            "default: its run's, else the data set's")
     return model

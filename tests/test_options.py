@@ -242,6 +242,14 @@ def test_a_share_of_one_is_no_number() -> None:
         common.count_or_share("1.0")
 
 
+def test_statistics_are_of_images_up_to_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """--mean and --std in grey levels up to 255 are refused: the network would see images of almost one colour."""
+    for words in (["--mean", "123.7", "116.3", "103.5"], ["--std", "58.4", "57.1", "57.4"]):
+        with pytest.raises(SystemExit):
+            eval_knn.parse_args(["file.pth", *words])
+        assert f"argument {words[0]}: {words[1]} is not" in capsys.readouterr().err
+
+
 def test_numbers() -> None:
     """Number types: bounds, and one line that says them."""
     assert common.number(int, 0, 5)("5") == 5
