@@ -1161,10 +1161,15 @@ def train_networks(
     fewest = min(len(rows) for _, rows in found)
     if fewest - search * max(1, round(args.holdout * fewest)) < run.world:
         raise common.Fault(f"{fewest} labelled images are too few{' to choose by' * search}: take more")
-    for _, rows in found if search and multi else ():
-        if not (targets[rows[hold_out(targets[rows], args.holdout, args.seed)]] > 0).any():
+    for _, rows in found if search else ():
+        held = rows[hold_out(targets[rows], args.holdout, args.seed)]
+        if multi and not (targets[held] > 0).any():
             raise common.Fault("the held-out images have no objects that count, nothing to choose by: take more "
                                "images, raise --holdout, or name one setting")
+        # With an image of each class, all settings would have nothing right, and the first be taken.
+        if not multi and not torch.isin(targets[held], targets[rows[~torch.isin(rows, held)]]).any():
+            raise common.Fault("the held-out images are the only ones of their classes, nothing to choose by: take "
+                               "more of each class, or name one setting")
     # Trainings: each draw with each setting of the grid (rate, decay, factor), then, None, with what was best.
     jobs = list(itertools.product(found, [*(grid if search else ()), None]))
     run.args.epochs = len(jobs) * args.epochs
