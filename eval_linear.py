@@ -415,14 +415,20 @@ def weights_checksum(encoder: common.Encoder) -> str:
 
 
 def images_checksum(data: common.ImageSet) -> str:
-    """Of all pixels that are held, or of the sizes of up to 20,000 files, and of the images' positions; `identity` has
-    the names of all files, but of their sizes a few."""
+    """Of all pixels that are held, or of the sizes of up to 20,000 files and the content of some whose sizes tell
+    nothing, uncompressed ones, and of the images' positions; `identity` has the names of all files, but of their sizes
+    a few."""
     content = hashlib.blake2b(data.ids.numpy().tobytes(), digest_size=16)
     if data.pixels is not None:
         for part in torch.split(data.pixels, 8192):
             content.update(part.cpu().contiguous().numpy().data)
     elif len(data) <= 20_000:  # where a look at each is quick
         content.update(repr([common.file_size(data.path(row)) for row in range(len(data))]).encode())
+    for row in range(0, len(data), max(1, len(data) // 64)) if data.pixels is None else ():
+        path = data.path(row)
+        if path.suffix.lower() in (".bmp", ".ppm", ".pgm", ".tif", ".tiff"):
+            with contextlib.suppress(OSError):  # counts as an unreadable image
+                content.update(path.read_bytes())
     return content.hexdigest()
 
 

@@ -1483,6 +1483,18 @@ def test_a_replaced_photograph_is_another_evaluation(split: str, tmp_path: Path)
     assert (before, len(list((tmp_path / "out/features").glob("*.bin")))) == (3, 3)
 
 
+def test_images_of_one_size_made_anew_are_others(tmp_path: Path) -> None:
+    """Uncompressed files made anew have the sizes of the old ones: their content tells them apart."""
+    data = encoder_and_data(count=3)[1]
+    files = dataclasses.replace(data, pixels=None, root=tmp_path, files=np.array([b"0.bmp", b"1.bmp", b"2.bmp"]))
+    found = set()
+    for colour in ("red", "blue"):
+        for number in range(3):
+            Image.new("RGB", (100, 100), colour).save(tmp_path / f"{number}.bmp")
+        found.add(eval_linear.images_checksum(files))
+    assert len(found) == 2
+
+
 def test_faults(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What cannot be done is said in one line."""
     small = [checkpoint, *SMALL, tmp_path]
