@@ -110,8 +110,10 @@ def main(args: argparse.Namespace) -> None:
                            f"{encoder.data['images']:,}, not {train.name}, {len(train):,}; {what} differ): use "
                            "--train-features clean")
     known = train.labels >= 0
-    if not known.any() or (test.labels < 0).any():
+    if not known.any():
         raise common.Fault(f"{train.name} has no classes: kNN needs a folder for each class")
+    if stray := int((test.labels < 0).sum()):
+        raise common.Fault(f"{stray:,} of the {len(test):,} test images of {test.name} are in no class folder")
     if max(args.num_neighbors) > known.sum():
         raise common.Fault(f"--k {max(args.num_neighbors)} is more than the {known.sum()} training images")
     num_clusters = args.num_clusters or len(train.classes)

@@ -287,8 +287,10 @@ def open_task(args: argparse.Namespace, encoder: common.Encoder | None, device: 
     train = common.load_train(args, encoder, "train", device)
     test = common.load_test(args, encoder, train, device)
     labelled = (train.labels >= 0).nonzero()[:, 0]
-    if not len(labelled) or (test.labels < 0).any():
+    if not len(labelled):
         raise common.Fault(f"{train.name} has no classes: classification needs a folder for each class")
+    if stray := int((test.labels < 0).sum()):
+        raise common.Fault(f"{stray:,} of the {len(test):,} test images of {test.name} are in no class folder")
     train = train if len(labelled) == len(train) else train.select(labelled)
     return Task(train, test, train.labels, test.labels)
 

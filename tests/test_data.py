@@ -281,7 +281,8 @@ def test_a_folder_without_validation_images_trains(tmp_path: Path, capsys: pytes
 
 
 def test_images_without_a_class_and_the_monitor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A test image outside the class folders, and training images all outside, end the kNN monitor with a line."""
+    """A test image outside the class folders, and training images all outside, end the kNN monitor with a line; an
+    evaluation, too."""
     for i in range(8):
         save(Image.fromarray(noise(i)), tmp_path / "set" / "train" / f"c{i % 2}" / f"{i}.png")
         save(Image.fromarray(noise(i)), tmp_path / "set" / "val" / f"c{i % 2}" / f"{i}.png")
@@ -293,6 +294,9 @@ def test_images_without_a_class_and_the_monitor(tmp_path: Path, capsys: pytest.C
         args = npid.parse_args(["--data", str(tmp_path / name), "--val-dir", str(tmp_path / "set" / "val")])
         assert common.load_monitor(args, common.load(args, "pretrain", CPU), CPU) is None
         assert capsys.readouterr().err == line
+    for script in ("eval_knn", "eval_linear"):
+        words = ["random", "--arch", "resnet18", "--width", "4", "--data", tmp_path / "set", "--device", "cpu"]
+        one_line(run(script, words), "1 of the 9 test images of set are in no class folder")
 
 
 def test_what_no_monitor_needs_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1527,8 +1527,8 @@ def test_too_few_to_choose_by(tmp_path: Path) -> None:
 def test_one_image_of_each_class_chooses_nothing(tmp_path: Path) -> None:
     """Of one image a class none can be held out to choose a rate, whose order in the grid would decide; one rate
     trains."""
-    words = ["--protocol", "finetune", "--per-class", 1, "--image-size", 16, "--width", 4, "--epochs", 1, "--output",
-             tmp_path]
+    words = ["--protocol", "finetune", "--per-class", 1, "--weight-decay", 0, "--image-size", 16, "--width", 4,
+             "--epochs", 1, "--output", tmp_path]
     with pytest.raises(common.Fault, match="the only ones of their classes, nothing to choose by"):
         evaluate("random", *words, "--lr", 0.01, 0.1)
     assert evaluate("random", *words, "--lr", 0.1)["runs"][0]["labels"] == 10
