@@ -435,7 +435,7 @@ def test_tables_do_not_depend_on_ranks(folder: Path) -> None:
 
 def test_faults(folder: Path, tmp_path: Path) -> None:
     """Masks that are missing, in colour, of another size or with unknown classes are named; so are bad options, and
-    masks without a pixel that counts, by which nothing is learnt, or which would give a mean over no class."""
+    masks without a pixel of a class, by which nothing is learnt."""
 
     def broken(name: str, change: Any) -> list[str]:
         root = Path(shutil.copytree(folder, tmp_path / name))
@@ -457,7 +457,7 @@ def test_faults(folder: Path, tmp_path: Path) -> None:
         words = broken(split, lambda _: None)
         for path in (tmp_path / split / "SegmentationClass").glob(names):
             Image.new("L", (96, 96), common.VOID).save(path)
-        fails(words, f"all pixels of the {count} {split} masks of {split} are void")
+        fails(words, f"no pixel of the {count} {split} masks of {split} has a class")
 
 
 def test_folder_without_class_names(folder: Path, tmp_path: Path) -> None:
@@ -474,6 +474,18 @@ def test_folder_without_class_names(folder: Path, tmp_path: Path) -> None:
     Image.new("L", (96, 96), 200).save(root / "SegmentationClass/test_00001.png")
     one_line(run("eval_segmentation", tiny(root, tmp_path / "late")), "test_00001.png has the value 200")
     assert not (tmp_path / "late/log.jsonl").exists()
+
+
+def test_objects_as_255(folder: Path, tmp_path: Path) -> None:
+    """Masks of 0 and 255, as other tools write them for one class, have no class: no mean IoU of 100 comes of them."""
+    root = Path(shutil.copytree(folder, tmp_path / "binary"))
+    shutil.rmtree(root / "Annotations")
+    shutil.rmtree(root / "ImageSets/Main")
+    for path in (root / "SegmentationClass").iterdir():
+        with Image.open(path) as mask:
+            pixels = np.array(mask)
+        Image.fromarray(np.where(pixels == 0, 0, 255).astype(np.uint8), "L").save(path)
+    one_line(run("eval_segmentation", tiny(root, tmp_path / "out")), "no pixel of the 7 training masks")
 
 
 @pytest.mark.parametrize("preset", eval_segmentation.PRESETS)
