@@ -3479,7 +3479,11 @@ def load_voc(args: argparse.Namespace, split: str, task: str = "Main", classes: 
         places = [(root, names[0])]
     images: list[tuple[Path, str]] = []
     for root, name in places:
-        images += [(root, identity) for identity in _voc_list(root / "ImageSets" / task / f"{name}.txt")]
+        path = root / "ImageSets" / task / f"{name}.txt"
+        listed, _ = _voc_list(path)
+        if not listed:
+            raise Fault(f"{path} lists no images")
+        images += [(root, identity) for identity in listed]
     share = args.test_subset if test else args.subset
     if share is not None and args.data != "shapes":  # which renders just what is wanted
         count = round(share * len(images)) if share < 1 else int(share)
@@ -3523,23 +3527,24 @@ def _voc_root(args: argparse.Namespace) -> Path:
     return places[0]
 
 
-def _voc_list(path: Path) -> list[str]:
-    """The image of each line: its first word; in lists of one class a flag follows."""
+def _voc_list(path: Path) -> tuple[list[str], bool]:
+    """The image of each line, spaces in names included; and whether it is a list of one class: a flag ends each line.
+    """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()  # some editors begin it with a mark
-        names = [line.split()[0] for line in lines if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "no text"
         raise Fault(f"cannot read {path} ({reason}): it lists an image a line") from None
-    if not names:
-        raise Fault(f"{path} lists no images")
-    return names
+    names = [line.strip() for line in lines if line.strip()]
+    images = [found[1] for name in names if (found := re.fullmatch(r"(.*\S)\s+(?:-1|0|1)", name))]
+    return (images, True) if len(images) == len(names) else (names, False)
 
 
 def _voc_class_lists(root: Path) -> list[str]:
     """Classes by the lists of one class, CLASS_trainval.txt or CLASS_train.txt; none if there are no such lists."""
     for end in ("_trainval.txt", "_train.txt"):
-        names = sorted(path.name[: -len(end)] for path in (root / "ImageSets" / "Main").glob(f"[!.]*{end}"))
+        names = sorted(path.name[: -len(end)] for path in (root / "ImageSets" / "Main").glob(f"[!.]*{end}")
+                       if _voc_list(path)[1])  # a user's own list, as small_train.txt, is none
         if names:
             return names
     return []

@@ -108,6 +108,25 @@ def test_hidden_files_are_no_class_lists(folder: Path) -> None:
     assert common.load_voc(options(folder), "train").classes == ["cat", "dog"]
 
 
+def test_own_lists_are_no_class_lists(folder: Path) -> None:
+    """A list that --train-list names, without flags, makes no class of its name, whatever it ends with."""
+    annotate(folder, "a", box("cat", 1, 1, 9, 9))
+    (folder / "ImageSets/Main/small_train.txt").write_text("a\nb\n")
+    data = common.load_voc(options(folder, train_list="small_train"), "train")
+    assert data.classes == ["cat"] and len(data) == 2
+
+
+def test_spaces_in_names(folder: Path) -> None:
+    """Lists take names with spaces, as of copied files, for the names they are, with and without flags."""
+    for old, new in (("b", "a (1)"), ("c", "a 2")):
+        for kind in ("JPEGImages/{}.jpg", "Annotations/{}.xml"):
+            (folder / kind.format(old)).rename(folder / kind.format(new))
+    for text in ("a\na (1)\na 2\n", "a  1\r\na (1) -1\r\na 2 0\r\n"):
+        (folder / "ImageSets/Main/train.txt").write_text(text)
+        data = common.load_voc(options(folder), "train")
+        assert [image.path.name for image in data.images] == ["a.jpg", "a (1).jpg", "a 2.jpg"]
+
+
 def test_rendered_by_need(tmp_path: Path) -> None:
     """--data shapes renders once, just what --subset asks for, and the images do not depend on how many there are."""
     wanted = options("shapes", data_dir=tmp_path, subset=4.0, test_subset=2.0)
