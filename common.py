@@ -3457,8 +3457,9 @@ def load_voc(args: argparse.Namespace, split: str, task: str = "Main", classes: 
     """The VOC images that --data names. `split`: "train" or "test"; `task`: "Main" or "Segmentation".
 
     --data: a key of VOC_LISTS, "shapes" (rendered into --data-dir), or any folder in VOC's layout, whose lists are
-    trainval.txt or train.txt, and test.txt or val.txt. `args.train_list` and `args.test_list`, where a script has
-    them, name others. `classes`: those of the training images, which a test must not exceed.
+    trainval.txt or train.txt, and test.txt; without that train.txt and val.txt. `args.train_list` and
+    `args.test_list`, where a script has them, name others. `classes`: those of the training images, which a test must
+    not exceed.
     """
     test = split == "test"
     wanted = getattr(args, f"{split}_list", None)
@@ -3475,6 +3476,9 @@ def load_voc(args: argparse.Namespace, split: str, task: str = "Main", classes: 
         root = _voc_root(args)
         names = [wanted] if wanted else ["test", "val"] if test else ["trainval", "train"]
         folder = root / "ImageSets" / task
+        tested = getattr(args, "test_list", None) or ("test" if (folder / "test.txt").is_file() else "val")
+        if not test and tested == "val":  # which is a part of trainval
+            names.reverse()
         names = [name for name in names if (folder / f"{name}.txt").is_file()] or names
         places = [(root, names[0])]
     images: list[tuple[Path, str]] = []
@@ -3503,6 +3507,13 @@ def load_voc(args: argparse.Namespace, split: str, task: str = "Main", classes: 
     done = [image._replace(labels=torch.tensor([number[name] for name in names], dtype=torch.int64))
             for image, names in found]
     return VocSet(args.data if args.data in VOC_LISTS else folder_name(Path(args.data)), classes, _clip_boxes(done))
+
+
+def note_shared(train: Sequence[Path], test: Sequence[Path]) -> None:
+    """One line on stderr if images of the test are trained on, too."""
+    known = set(train)
+    if shared := sum(path in known for path in test):
+        note(f"note: {shared} of the {len(test)} test images are trained on: the figures are no test")
 
 
 def _voc_root(args: argparse.Namespace) -> Path:

@@ -136,7 +136,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--data", default="shapes", metavar="NAME|DIR", help=f"shapes, {', '.join(common.VOC_LISTS)}, or "
                       "any folder in VOC's layout")
     common.add_set_options(data)
-    data.add_argument("--train-list", metavar="NAME", help="of ImageSets/Main (trainval, or train where that is not)")
+    data.add_argument("--train-list", metavar="NAME", help="of ImageSets/Main (trainval, or train where that is not, "
+                      "or where the test is val)")
     data.add_argument("--test-list", metavar="NAME", help="of ImageSets/Main (test, or val where that is not)")
     data.add_argument("--train-difficult", action=argparse.BooleanOptionalAction, default=True, help="train on objects "
                       "marked as difficult, too")
@@ -702,6 +703,7 @@ def load(args: argparse.Namespace) -> tuple[common.VocSet, common.VocSet]:
     """Training and test images, with the same classes."""
     data = common.load_voc(args, "train")
     test = common.load_voc(args, "test", classes=data.classes)
+    common.note_shared([image.path for image in data.images], [image.path for image in test.images])
     data.size = test.size = args.test_size
     if not any((args.train_difficult | ~image.difficult).any() for image in data.images):
         raise common.Fault(f"the {len(data)} training images of {data.name} have no boxes")

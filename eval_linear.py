@@ -280,6 +280,7 @@ def open_task(args: argparse.Namespace, encoder: common.Encoder | None, device: 
         spec = common.DataSet(size, *common.statistics(args, known, common.IMAGENET))
         train, targets = voc_images(args, "train", None, spec)
         test, test_targets = voc_images(args, "test", train.classes, spec)
+        common.note_shared(*([part.path(row) for row in range(len(part))] for part in (train, test)))
         for part, found, split in ((train, targets, "training"), (test, test_targets, "test")):
             if not (found > 0).any():
                 raise common.Fault(f"the {len(part)} {split} images of {part.name} have no objects that count")

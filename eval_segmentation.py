@@ -75,7 +75,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                       "any folder in VOC's layout")
     common.add_set_options(data)
     data.add_argument("--train-list", metavar="NAME", help="of ImageSets/Segmentation (voc12: train; else trainval, or "
-                      "train where that is not)")
+                      "train where that is not, or where the test is val)")
     data.add_argument("--test-list", metavar="NAME", help="of ImageSets/Segmentation (voc12: val; else test, or val "
                       "where that is not)")
     data.add_argument("--test-size", type=common.SIZE, metavar="PX", help="shorter side that the network sees in the "
@@ -381,6 +381,7 @@ def load(args: argparse.Namespace) -> tuple[common.VocSet, common.VocSet]:
         if {value for mask in colours for _, value in mask} <= {0, common.VOID}:  # ground alone gives a mean of 100
             raise common.Fault(f"no pixel of the {len(part)} {split} masks of {part.name} has a class: 0 is the "
                                f"background, {common.VOID} void, the first class 1")
+    common.note_shared([image.path for image in data.images], [image.path for image in test.images])
     data.size = test.size = args.test_size
     return data, test
 

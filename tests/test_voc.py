@@ -127,6 +127,25 @@ def test_spaces_in_names(folder: Path) -> None:
         assert [image.path.name for image in data.images] == ["a.jpg", "a (1).jpg", "a 2.jpg"]
 
 
+def test_what_is_tested_is_not_trained_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the test is val, by default or by name, training takes train, not trainval; typed lists that share images
+    are told."""
+    for name, text in (("trainval", "a\nb\nc\n"), ("train", "a\nb\n"), ("val", "c\n")):
+        (folder / "ImageSets/Main" / f"{name}.txt").write_text(text)
+
+    def paths(split: str, **more: object) -> list[Path]:
+        return [image.path for image in common.load_voc(options(folder, **more), split).images]
+
+    assert len(paths("train")) == 2 and len(paths("test")) == 1
+    assert len(paths("train", train_list="trainval")) == 3
+    (folder / "ImageSets/Main/test.txt").write_text("c\n")
+    assert len(paths("train")) == 3 and len(paths("train", test_list="val")) == 2
+    common.note_shared(paths("train", test_list="val"), paths("test", test_list="val"))
+    assert not capsys.readouterr().err
+    common.note_shared(paths("train", train_list="trainval"), paths("test", test_list="val"))
+    assert capsys.readouterr().err == "note: 1 of the 1 test images are trained on: the figures are no test\n"
+
+
 def test_rendered_by_need(tmp_path: Path) -> None:
     """--data shapes renders once, just what --subset asks for, and the images do not depend on how many there are."""
     wanted = options("shapes", data_dir=tmp_path, subset=4.0, test_subset=2.0)
