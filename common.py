@@ -3489,16 +3489,19 @@ def load_voc(args: argparse.Namespace, split: str, task: str = "Main", classes: 
             raise Fault(f"{path} lists no images")
         images += [(root, identity) for identity in listed]
     share = args.test_subset if test else args.subset
+    rows = list(range(len(images)))
     if share is not None and args.data != "shapes":  # which renders just what is wanted
         count = round(share * len(images)) if share < 1 else int(share)
         if not 1 <= count <= len(images):
             raise Fault(f"--{'test-' * test}subset {share:g}: {args.data} has {len(images)} images here")
-        chosen = torch.randperm(len(images), generator=generator(args.seed, "subset"))[:count].sort().values
-        images = [images[row] for row in chosen.tolist()]
-    found = [_voc_image(root, identity, task) for root, identity in images]
-    every = sorted({name for _, names in found for name in names})
+        rows = torch.randperm(len(images), generator=generator(args.seed, "subset"))[:count].sort().values.tolist()
     if classes is None:
-        classes = _voc_class_lists(places[0][0]) or every
+        classes = _voc_class_lists(places[0][0]) or None
+    read = rows if classes is not None else range(len(images))  # classes are those of all images, however few are taken
+    seen = {row: _voc_image(*images[row], task) for row in read}
+    every = sorted({name for _, names in seen.values() for name in names})
+    classes = every if classes is None else classes
+    found = [seen[row] for row in rows]
     if strange := [name for name in every if name not in classes]:
         example = next(image.path for image, names in found if strange[0] in names)
         raise Fault(f"{example} has an object of the class {strange[0]}, which is none of {', '.join(classes[:20])}: "

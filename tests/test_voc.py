@@ -146,6 +146,16 @@ def test_what_is_tested_is_not_trained_on(folder: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().err == "note: 1 of the 1 test images are trained on: the figures are no test\n"
 
 
+def test_classes_of_a_subset(folder: Path) -> None:
+    """With --subset the classes are those of the whole list, so that the test has none that training lacks."""
+    for name, label in zip("abc", ("cat", "dog", "fox"), strict=True):
+        annotate(folder, name, box(label, 1, 1, 9, 9))
+    data = common.load_voc(options(folder, subset=2.0), "train")
+    assert data.classes == ["cat", "dog", "fox"] and len(data) == 2
+    assert [data.classes[int(image.labels)] for image in data.images] == [
+        {"a": "cat", "b": "dog", "c": "fox"}[image.path.stem] for image in data.images]
+
+
 def test_rendered_by_need(tmp_path: Path) -> None:
     """--data shapes renders once, just what --subset asks for, and the images do not depend on how many there are."""
     wanted = options("shapes", data_dir=tmp_path, subset=4.0, test_subset=2.0)
