@@ -64,7 +64,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_linear_bn_eval
 from torch.utils import _pytree as pytree
@@ -3578,13 +3578,26 @@ def _voc_image(root: Path, identity: str, task: str) -> tuple[VocImage, list[str
                     "it, or take it off its list") from None
     boxes, names, difficult = list[tuple[float, ...]](), list[str](), list[bool]()
     if task == "Main" or annotation.is_file():
-        boxes, names, difficult = read_voc_xml(annotation)
+        boxes, names, difficult, stated = read_voc_xml(annotation)
+        if task == "Main" and size[0] != size[1] and stated == (str(size[1]), str(size[0])) and _is_turned(path):
+            raise Fault(f"{path} is turned by its EXIF orientation, and its boxes with it, but not its pixels: store "
+                        "them as they are shown (ImageMagick: mogrify -auto-orient)")
     return VocImage(path, size, torch.tensor(boxes).view(-1, 4), torch.zeros(len(names), dtype=torch.int64),
                     torch.tensor(difficult, dtype=torch.bool), mask), names
 
 
-def read_voc_xml(path: Path) -> tuple[list[tuple[float, ...]], list[str], list[bool]]:
-    """Boxes, class names and difficult flags of the objects in an annotation; parts of objects are not objects.
+def _is_turned(path: Path) -> bool:
+    """Whether viewers show an image turned by a quarter."""
+    try:
+        with Image.open(path) as image:
+            return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except UNREADABLE:
+        return False
+
+
+def read_voc_xml(path: Path) -> tuple[list[tuple[float, ...]], list[str], list[bool], tuple[str | None, ...]]:
+    """Boxes, class names and difficult flags of the objects in an annotation, and width and height of the image as they
+    stand there; parts of objects are not objects.
 
     Broken XML, an entity declaration, and an object without class or box are Faults that name the file.
     """
@@ -3595,7 +3608,8 @@ def read_voc_xml(path: Path) -> tuple[list[tuple[float, ...]], list[str], list[b
         content = path.read_bytes()
         if b"<!ENTITY" in content:
             raise ValueError("it declares entities")
-        for item in ElementTree.fromstring(content).iter("object"):
+        root = ElementTree.fromstring(content)
+        for item in root.iter("object"):
             name = (item.findtext("name") or "").strip()
             sides = [float(item.findtext(f"bndbox/{side}") or "nan") for side in ("xmin", "ymin", "xmax", "ymax")]
             if not name or not all(map(math.isfinite, sides)):
@@ -3607,7 +3621,7 @@ def read_voc_xml(path: Path) -> tuple[list[tuple[float, ...]], list[str], list[b
         raise Fault(f"cannot read {path} ({error.strerror}): every listed image needs its annotation") from None
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise Fault(f"{path} is no annotation of VOC's ({error}): mend it, or take its image off the list") from None
-    return boxes, names, difficult
+    return boxes, names, difficult, tuple(root.findtext(f"size/{side}") for side in ("width", "height"))
 
 
 def _clip_boxes(images: list[VocImage]) -> list[VocImage]:

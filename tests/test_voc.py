@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from sklearn.metrics import precision_recall_curve
 from torchvision.datasets import VOCDetection, VOCSegmentation
 
@@ -154,6 +154,18 @@ def test_classes_of_a_subset(folder: Path) -> None:
     assert data.classes == ["cat", "dog", "fox"] and len(data) == 2
     assert [data.classes[int(image.labels)] for image in data.images] == [
         {"a": "cat", "b": "dog", "c": "fox"}[image.path.stem] for image in data.images]
+
+
+def test_boxes_on_a_turned_photograph(folder: Path) -> None:
+    """An image whose boxes count its pixels as EXIF turns them is refused; a wrong size in the XML alone is not."""
+    (folder / "Annotations/a.xml").write_text("<annotation><size><width>30</width><height>40</height></size>"
+                                              + box("cat", 1, 1, 9, 30) + "</annotation>")
+    assert len(common.load_voc(options(folder), "train")) == 3
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (40, 30), "red").save(folder / "JPEGImages/a.jpg", exif=exif)
+    with pytest.raises(common.Fault, match=r"a\.jpg is turned by its EXIF orientation"):
+        common.load_voc(options(folder), "train")
 
 
 def test_rendered_by_need(tmp_path: Path) -> None:
