@@ -3429,7 +3429,7 @@ class VocImage(NamedTuple):
     boxes: Tensor  # (K, 4) float32: x1 y1 x2 y2 in px, half-open
     labels: Tensor  # (K,) int64
     difficult: Tensor  # (K,) bool: neither a hit nor a miss in VOC's metrics
-    mask: Path  # 8-bit palette: 0 background, class + 1, VOID
+    mask: Path  # 8-bit palette: 0 background, class + 1, VOID; Path() for other tasks
 
 
 @dataclasses.dataclass
@@ -3445,11 +3445,13 @@ class VocSet:
         return len(self.images)
 
     def identity(self) -> dict[str, Any]:
-        """What must agree for a checkpoint to fit: plain values, with a checksum of names and objects."""
+        """What must agree for a checkpoint to fit: plain values, with a checksum of names, objects and mask files."""
         content = hashlib.blake2b(digest_size=8)
         for image in self.images:
             objects = [column.tolist() for column in (image.boxes, image.labels, image.difficult)]
             content.update(repr((image.path.name, objects)).encode())
+            if image.mask != Path():
+                content.update(image.mask.read_bytes())
         return dict(name=self.name, images=len(self), classes=len(self.classes), checksum=content.hexdigest())
 
 
@@ -3569,7 +3571,8 @@ def _voc_image(root: Path, identity: str, task: str) -> tuple[VocImage, list[str
     endings = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
     files = [root / "JPEGImages" / f"{identity}{ending}" for ending in endings]
     path = next((file for file in files if file.is_file()), files[0])
-    mask, annotation = root / "SegmentationClass" / f"{identity}.png", root / "Annotations" / f"{identity}.xml"
+    mask = root / "SegmentationClass" / f"{identity}.png" if task == "Segmentation" else Path()
+    annotation = root / "Annotations" / f"{identity}.xml"
     try:
         with Image.open(path) as image:  # the XML's own size is often wrong
             size = image.size

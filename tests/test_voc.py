@@ -234,6 +234,20 @@ def test_identity(folder: Path) -> None:
     assert len(set(seen)) == 4
 
 
+def test_identity_of_masks(folder: Path) -> None:
+    """For segmentation, sets whose masks differ in a pixel are told apart, too; for other tasks masks do not matter."""
+    seen = []
+    (folder / "SegmentationClass").mkdir()
+    shutil.copytree(folder / "ImageSets/Main", folder / "ImageSets/Segmentation")
+    for value in (1, 2, 2):
+        for name in "abc":
+            mask = Image.new("L", (40, 30))
+            mask.putpixel((0, 0), value)
+            mask.save(folder / "SegmentationClass" / f"{name}.png")
+        seen.append([common.load_voc(options(folder), "train", task).identity() for task in ("Segmentation", "Main")])
+    assert seen[0][0] != seen[1][0] == seen[2][0] and seen[0][1] == seen[1][1]
+
+
 def test_folders_of_other_tools(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cameras' upper-case endings, and the mark that some editors begin a list with; --data . is the folder's name."""
     expected = common.load_voc(options(folder), "train").identity()
