@@ -1257,6 +1257,7 @@ class Crop(NamedTuple):
     size: int
     scale: tuple[float, float]
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    of_square: bool = False  # shares are of the square of the shorter side, not of the whole image
 
 
 @dataclasses.dataclass
@@ -1343,7 +1344,7 @@ class ImageSet:
             height, width = self.pixels.shape[2:]
             for step, index in zip(steps, indices, strict=True):
                 # On the CPU, where so small operators take less than their launches on a GPU
-                boxes = crop_boxes(numbers(step).flatten(0, 1), height, width, crop.scale, crop.ratio)
+                boxes = crop_boxes(numbers(step).flatten(0, 1), height, width, *crop[1:])
                 pixels = sent(self.pixels[index], run.device)
                 images = run.cuts[key](pixels, sent(boxes, run.device).view(views, -1, 4))
                 run.seed_step(epoch, step)
@@ -1500,7 +1501,7 @@ def random_crops(path: Path, uniform: Tensor, crop: Crop) -> Tensor:
     """
     with Image.open(path) as image:
         width, height = image.size
-        boxes = crop_boxes(uniform, height, width, crop.scale, crop.ratio)
+        boxes = crop_boxes(uniform, height, width, *crop[1:])
         *_, low, narrow = boxes.amin(0).tolist()  # least height and width: no crop may get under crop.size pixels
         image.draft("RGB", (math.ceil(width * crop.size / narrow), math.ceil(height * crop.size / low)))
         pixels = rgb(image)
@@ -2134,14 +2135,16 @@ def choose(where: Tensor, changed: Tensor, images: Tensor) -> Tensor:
 
 def crop_boxes(
     uniform: Tensor, height: int | Tensor, width: int | Tensor, scale: Sequence[float],
-    ratio: Sequence[float] = (3 / 4, 4 / 3),
+    ratio: Sequence[float] = (3 / 4, 4 / 3), of_square: bool = False,
 ) -> Tensor:
     """Boxes of RandomResizedCrop, (B, 4) int64: top, left, height, width. uniform: (B, 22) in [0, 1); height,
-    width of the images: int or (B,); scale: range of the share of the area; ratio: that of width / height."""
+    width of the images: int or (B,); scale: range of the share of the area, or of that of the square of the shorter
+    side; ratio: that of width / height."""
     full_height, full_width = (torch.ones_like(uniform[:, 0]).mul(side)[:, None] for side in (height, width))
     share = scale[0] + (scale[1] - scale[0]) * uniform[:, 0:10]
     log_ratio = math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * uniform[:, 10:20]
-    side, stretch = (full_height * full_width * share).sqrt(), (0.5 * log_ratio).exp()
+    area = torch.minimum(full_height, full_width).square() if of_square else full_height * full_width
+    side, stretch = (area * share).sqrt(), (0.5 * log_ratio).exp()
     # The first of ten tries that fits wins; the eleventh always does: the largest box of an allowed ratio.
     heights = torch.cat([side / stretch, torch.minimum(full_height, full_width / ratio[0])], 1).round()
     widths = torch.cat([side * stretch, torch.minimum(full_width, full_height * ratio[1])], 1).round()

@@ -208,8 +208,8 @@ def training_crop(args: argparse.Namespace, data: common.ImageSet) -> common.Cro
     """What is cut from an image before `augment`, by section 4.3; the central crop is that of the descriptors."""
     if args.crop == "random-sized":
         return common.Crop(data.size, (args.min_crop, 1.0))
-    if args.crop == "random":  # one size, that of 224 px in a 4:3 photograph of 256 px
-        return common.Crop(data.size, (0.574, 0.574), (1.0, 1.0))
+    if args.crop == "random":  # one size, that of 224 px where the shorter side has 256; it fits into any format
+        return common.Crop(data.size, ((7 / 8) ** 2,) * 2, (1.0, 1.0), of_square=True)
     source = 2**16 if data.pixels is None else min(data.pixels.shape[-2:])  # photographs are larger than what is cut
     # The central square, since it fits nowhere else; `augment` cuts out its middle.
     return common.Crop(common.shorter_side(data.size, source), (1.0, 1.0), (1.0, 1.0))

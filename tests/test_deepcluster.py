@@ -149,7 +149,7 @@ def crops_of(data: common.ImageSet, *options: str) -> tuple[common.Crop, Tensor]
     crop = dc.training_crop(dc.parse_args(["--preset", "smoke", *options]), data)
     height, width = (256, 341) if data.pixels is None else data.pixels.shape[2:]
     uniform = torch.rand(200, common.CROP_NUMBERS, generator=seeded())
-    return crop, common.crop_boxes(uniform, height, width, crop.scale, crop.ratio).double()
+    return crop, common.crop_boxes(uniform, height, width, *crop[1:]).double()
 
 
 def test_crops() -> None:
@@ -168,6 +168,17 @@ def test_crops() -> None:
         small = image_set(4, side)
         crop, boxes = crops_of(small, "--crop", "central")
         assert crop.size == side and torch.equal(boxes.unique(dim=0), torch.tensor([[0.0, 0, side, side]]).double())
+
+
+@pytest.mark.parametrize("side", [(32, 32), (256, 455), (1920, 1080)])
+def test_random_crops_of_any_format(side: tuple[int, int]) -> None:
+    """--crop random is Resize(256) and RandomCrop(224): seven eighths of the shorter side, at any place, of wide and
+    tall images too."""
+    crop = dc.training_crop(dc.parse_args(["--crop", "random"]), image_set(4))
+    top, left, height, width = common.crop_boxes(torch.rand(2000, 22, generator=seeded()), *side, *crop[1:]).T
+    assert (height == round(min(side) * 7 / 8)).all() and torch.equal(height, width)
+    for place, free in ((top, side[0] - height), (left, side[1] - width)):
+        assert place.min() <= 0.02 * free[0] and place.max() >= 0.98 * free[0]
 
 
 @pytest.mark.parametrize("held", [True, False])
