@@ -747,7 +747,7 @@ def fit_sizes(args: argparse.Namespace, num_images: int) -> str:
     if args.clustering == "pic" and "num_neighbors" in args.typed and args.num_neighbors >= num_images:
         raise common.Fault(f"--num-neighbors {args.num_neighbors}: an image has {num_images - 1} others")
     if args.clustering == "kmeans" and "num_clusters" not in args.typed and 10 * k > num_images:
-        args.num_clusters = max(1, num_images // 20)
+        args.num_clusters = max(min(2, num_images), num_images // 20)  # of a single cluster nothing is learnt
     if "feature_dim" not in args.typed and 10 * dim > num_images:
         args.feature_dim = max(1, num_images // 10)
     sizes = {"--k": (k, args.num_clusters), "--feature-dim": (dim, args.feature_dim)}

@@ -120,6 +120,12 @@ def test_sizes_that_do_not_fit() -> None:
     assert fitted(1_281_167) == (10_000, 256)
 
 
+def test_a_default_is_not_lowered_to_one_cluster() -> None:
+    """Of a few images two clusters are made, unless one is asked for: with one there is nothing to tell apart."""
+    assert [fitted(images)[0] for images in (39, 20, 2, 1)] == [2, 2, 2, 1]
+    assert fitted(39, "--k", "1")[0] == 1
+
+
 @pytest.mark.parametrize("options", [
     "--arch alexnet_bn --head map", "--kmeans faiss --empties half", "--cluster-pool",
     "--clustering labels --images-per-epoch 32",
