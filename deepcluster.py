@@ -31,13 +31,14 @@ Differences from the thesis and from the authors' code:
     a random projection, which is not exact.
   * DeepCluster-v2 would be another script: classifier, descriptors, clustering and optimiser are all different.
 
-log.jsonl has, for each epoch: loss; chance_loss, ln of the number of clusters; clusters; empties, clusters without an
-image before they were filled; splits in Faiss's way; singletons before they were redistributed; largest_share, that of
-the images in the largest cluster; nmi_previous, NMI with the previous clustering; pca_variance, the share that is kept;
-seconds of each part, 0 where a resumed epoch did not repeat it. From labels, each --knn-every epochs: ratio_edge, the
-ratio edge intra-class of section 4.1 in percent, by the network before the epoch (in the first row: untrained);
-nmi_labels of the last clustering; knn_top1 of descriptors after the epoch, and test_top1 of the last layer with
---clustering labels. Epochs between clusterings repeat the row above, except what --knn-every measures anew.
+log.jsonl has, for each epoch: loss; chance_loss, ln of the number of clusters, or of --targets-per-step; clusters;
+empties, clusters without an image before they were filled; splits in Faiss's way; singletons before they were
+redistributed; largest_share, that of the images in the largest cluster; nmi_previous, NMI with the previous clustering;
+pca_variance, the share that is kept; seconds of each part, 0 where a resumed epoch did not repeat it. From labels, each
+--knn-every epochs: ratio_edge, the ratio edge intra-class of section 4.1 in percent, by the network before the epoch
+(in the first row: untrained); nmi_labels of the last clustering; knn_top1 of descriptors after the epoch, and test_top1
+of the last layer with --clustering labels. Epochs between clusterings repeat the row above, except what --knn-every
+measures anew.
 assignments/epochNNNN.npz holds `cluster`, a number for each line of assignments/images.txt.
 """
 
@@ -659,11 +660,14 @@ def label_figures(
     return figures | (dict(nmi_labels=nmi(pseudo_labels[clustered], labels[clustered])) if clustered.any() else {})
 
 
-def partition_figures(pseudo_labels: Tensor, previous: Tensor) -> dict[str, float]:
-    """Number of clusters, share of the largest one, NMI with the clustering before. Both (N,), -1: in no cluster."""
+def partition_figures(pseudo_labels: Tensor, previous: Tensor, among: int | None = None) -> dict[str, float]:
+    """Number of clusters, share of the largest one, NMI with the clustering before. Both (N,), -1: in no cluster.
+
+    among: how many clusters a step's loss chooses among, with --targets-per-step.
+    """
     sizes = torch.unique(pseudo_labels[pseudo_labels >= 0], return_counts=True)[1]
     figures = dict(clusters=len(sizes), largest_share=round(float(sizes.max() / sizes.sum()), 4),
-                   chance_loss=round(math.log(len(sizes)), 4))
+                   chance_loss=round(math.log(min(len(sizes), among or len(sizes))), 4))
     both = (pseudo_labels >= 0) & (previous >= 0)
     return figures | (dict(nmi_previous=nmi(pseudo_labels[both], previous[both])) if both.any() else {})
 
@@ -871,7 +875,8 @@ def main(args: argparse.Namespace) -> None:
                     raise common.Fault("every image is a singleton, none is left to train on: try --sigma median")
             previous, clusters.pseudo_labels = clusters.pseudo_labels, torch.full_like(clusters.pseudo_labels, -1)
             clusters.pseudo_labels[pool] = labels.int()
-            clusters.figures = figures | partition_figures(clusters.pseudo_labels, previous)
+            among = args.targets_per_step and max(args.targets_per_step, args.batch_size)
+            clusters.figures = figures | partition_figures(clusters.pseudo_labels, previous, among)
             count = args.num_clusters if args.clustering == "kmeans" else int(labels.max()) + 1
             top.reset(count, run.generator("top", epoch))
             if run.rank == 0:

@@ -1191,6 +1191,16 @@ def test_other_clusterings(tmp_path: Path) -> None:
         assert {"loss", "empties", "largest_share", "pca_variance", "lr"} <= row.keys()
 
 
+def test_chance_among_some_targets(tmp_path: Path) -> None:
+    """With --targets-per-step, too, the loss of a network that learns nothing is chance_loss, not far below it."""
+    for targets, chance in ((1, 16), (20, 20), (65, 64)):  # a batch has 16 clusters
+        output = tmp_path / str(targets)
+        options = ["--epochs", "1", "--lr", "1e-9", "--k", "64", "--targets-per-step", str(targets)]
+        assert train(output, *options) == 0
+        row = rows_of(output)[0]
+        assert row["chance_loss"] == round(math.log(chance), 4) and abs(row["loss"] - row["chance_loss"]) < 0.1
+
+
 def shuffled_labels() -> None:
     original = common.load
 
