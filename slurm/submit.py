@@ -366,9 +366,10 @@ def make_executor(args: argparse.Namespace, folder: Path) -> Any:
         slurm = submitit.SlurmExecutor(folder, max_num_timeout=args.requeues)
     except RuntimeError:
         raise common.Fault("no SLURM here, srun is missing: use --cluster local") from None
+    typed = re.search(r"\bgpu\b", dict(args.slurm).get("gres", ""))  # type and number of GPUs; not so nvme:100
     own: dict[str, Any] = dict(
         time=max(1, math.ceil(60 * args.hours)), nodes=args.nodes, ntasks_per_node=args.tasks,
-        gpus_per_node=None if "gres" in dict(args.slurm) else args.gpus or None,  # gres has type and number
+        gpus_per_node=None if typed else args.gpus or None,
         partition=args.partition, account=args.account, constraint=args.constraint,
         signal_delay_s=args.grace, srun_args=["--kill-on-bad-exit=1"],  # a rank that dies ends the job
     )

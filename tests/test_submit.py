@@ -266,6 +266,14 @@ def test_what_follows_has_one_gpu_of_the_type(
         assert submit.of_one_gpu(args).slurm == [("gres", one)]
 
 
+@pytest.mark.parametrize(("gres", "asked"), [("nvme:100", 4), ("gres/gpu:a100:4", None), ("gpu,nvme:9", None)])
+def test_what_else_a_node_has(gres: str, asked: int | None, fake_slurm: Path, tmp_path: Path) -> None:
+    """A gres that names no GPU, such as a local disk, is asked for beside those of --gpus."""
+    args = submit.parse_args(["--gpus", "4", "--tasks", "4", "--slurm", f"gres={gres}", NPID])
+    given = submit.make_executor(args, tmp_path).parameters
+    assert (given["gres"], given["gpus_per_node"]) == (gres, asked)
+
+
 def test_srun_has_its_own_options_besides(fake_slurm: Path, tmp_path: Path) -> None:
     """srun_args are added to those by which a rank that dies ends the job."""
     args = submit.parse_args(["--gpus", "1", "--tasks", "1", "--slurm", "srun_args=--label --mpi=none", NPID])
