@@ -114,10 +114,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="all combinations as a job array")
     parser.add_argument("--then", type=follower, action="append", default=[], metavar="COMMAND", help="a script and "
                         "its options, to run once the run has succeeded; may be repeated")
-    # The first word that is a script ends the options: --sweep and --slurm take as many words as there are.
+    # The first word that is a script ends the options: --sweep and --slurm take as many words as there are. None of
+    # theirs is a script, be it setup=python fetch.py.
     before = ["", *words]
-    end = next((i for i, word in enumerate(words) if re.fullmatch(r"[^-].*\.py", word) and before[i] != "--then"),
-               len(words))
+    script = re.compile(r"(?!-|[\w-]+=).+\.py")
+    end = next((i for i, word in enumerate(words) if script.fullmatch(word) and before[i] != "--then"), len(words))
     if end == len(words) and not {"-h", "--help"} & set(words):
         parser.error("which script? name one, such as npid.py")
     args = parser.parse_args(words[:end])

@@ -33,13 +33,16 @@ AFTER = ["eval_knn.py", "{output}/checkpoint.pth"]  # --then eval_knn.py
 
 
 def test_options_of_submission_and_script() -> None:
-    """The first script named ends the submission's options, whatever stands in --then; the rest is the script's."""
+    """The first script named ends the submission's options, whatever stands in --then or after KEY=; the rest is the
+    script's."""
     args = submit.parse_args(["--nodes", "2", "--then", "eval_knn.py", "--sweep", "lr=1,2", "seed=0", "npid.py", "--lr",
                               "1", "other.py"])
     assert (args.nodes, args.then, args.sweep) == (2, [AFTER], [("lr", "1,2"), ("seed", "0")])
     assert (args.script, args.argv) == (Path("npid.py"), ["--lr", "1", "other.py"])
     args = submit.parse_args(["--then=eval_knn.py", "--then", "eval_linear.py", "npid.py"])
     assert (args.then, args.script) == ([AFTER, ["eval_linear.py", "{output}/checkpoint.pth"]], Path("npid.py"))
+    args = submit.parse_args(["--slurm", "setup=python fetch.py", "job-name=npid.py", "--nodes", "2", "./a=1/npid.py"])
+    assert (args.slurm[1], args.nodes, args.script) == (("job_name", "npid.py"), 2, Path("a=1/npid.py"))
     assert args.grace == submit.GRACE and submit.parse_args(["--hours", "0.1", "npid.py"]).grace == 90
 
 
