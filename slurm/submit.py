@@ -62,6 +62,7 @@ OWN = {  # what --slurm must not set: ranks are counted and jobs requeued by the
     "time": "--hours", "nodes": "--nodes", "ntasks": "--tasks", "ntasks_per_node": "--tasks", "gpus": "--gpus",
     "gpus_per_node": "--gpus", "num_gpus": "--gpus", "gpus_per_task": "--gpus", "tasks_per_node": "--tasks",
     "array": "--sweep", "signal": "--grace", "signal_delay_s": "--grace", "additional_parameters": "--slurm KEY=VALUE",
+    "teardown": "setup='trap COMMAND EXIT'",  # its exit code would be the job's, and --then follow a failure
 }
 
 

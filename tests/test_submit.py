@@ -54,6 +54,7 @@ WRONG = [([], "which script"), (["npid", "--lr", "1"], "script? name one"),
          (["--slurm", "num_gpus=8", "npid.py"], "--slurm num_gpus: use --gpus"),
          (["--slurm", "array=0-3", "npid.py"], "--slurm array: use --sweep"),
          (["--slurm", "additional_parameters=x", "npid.py"], "--slurm additional_parameters: use"),
+         (["--slurm", "teardown=rm a", "npid.py"], "--slurm teardown: use setup='trap COMMAND EXIT'"),
          (["--slurm", "srun-args=--label 'a", "npid.py"], "--slurm: invalid pair value"),
          (["--then", "eval_knn.py 'a", "npid.py"], "--then: \"eval_knn.py 'a\" is no command")]
 
