@@ -414,6 +414,7 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         code = Path(temporary) / "code"
         snapshot(args.script.resolve().parent, code)
+        shutil.copy2(args.script, code)  # a link may have another name than the file
         groups = runs_of(code, args, args.nodes * tasks)
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         place = Path(groups[0][1][0].output or "runs/evaluation").parent / "slurm"

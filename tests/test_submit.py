@@ -133,6 +133,22 @@ def test_files_that_an_editor_holds_open(tmp_path: Path) -> None:
         "COMMIT", "mine.py", "package", "package/__init__.py"]
 
 
+def test_a_link_of_another_name(fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script that is a link runs under the link's name, with what lies beside the file that it leads to."""
+    there, here = tmp_path / "there", tmp_path / "here"
+    for folder in (there, here):
+        folder.mkdir()
+    (there / "common.py").touch()
+    (there / "variant.py").write_text("import argparse, common\nparse_args = lambda argv: argparse.Namespace()\n"
+                                      "main = print\n")
+    (here / "mine.py").symlink_to(there / "variant.py")
+    submitted(["mine.py"], monkeypatch, here)
+    (folder,) = (here / "runs" / "slurm").iterdir()
+    names = {file.name for file in (folder / "code").iterdir()}
+    assert names == {"mine.py", "variant.py", "common.py", "COMMIT"}
+    assert "#SBATCH --job-name=mine\n" in (fake_slurm / "1.sh").read_text()
+
+
 def submitted(argv: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """`python slurm/submit.py argv` in `folder`, within this process."""
     monkeypatch.chdir(folder)
