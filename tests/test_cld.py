@@ -1072,6 +1072,13 @@ def test_crops_from_boxes(tmp_path: Path) -> None:
         assert image.size == (5, 5)
 
 
+def test_a_table_of_boxes_in_another_encoding(tmp_path: Path) -> None:
+    """A table with letters that are no UTF-8, as spreadsheets of Windows save it, is refused by name."""
+    (tmp_path / "boxes.csv").write_text("image,x1,y1,x2,y2,class\na.png,0,0,9,9,Sch\u00fcssel\n", encoding="cp1252")
+    with pytest.raises(common.Fault, match=r"boxes.csv is not UTF-8"):
+        crop_boxes.crop_boxes(tmp_path / "boxes.csv", tmp_path, tmp_path / "out")
+
+
 def test_boxes_of_one_scene(tmp_path: Path) -> None:
     """Corners are rounded to whole pixels; each box of a scene has a file of its own; one without width is left out."""
     Image.new("RGB", (20, 10)).save(tmp_path / "scene.png")

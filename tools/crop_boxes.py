@@ -10,6 +10,7 @@ box that is empty after it is cut to its image is left out, and counted.
 
 import argparse
 import csv
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,11 @@ COLUMNS = ["image", "x1", "y1", "x2", "y2", "class"]
 def crop_boxes(table: Path, scenes: Path, out: Path) -> tuple[int, int]:
     """Writes OUT/<class>/<line>-<image>.png for each line of `table`; returns (written, left out)."""
     written = left_out = 0
-    with table.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin it with a mark
+    try:
+        text = table.read_bytes().decode("utf-8-sig")  # spreadsheets begin it with a mark
+    except UnicodeDecodeError:
+        raise common.Fault(f"{table} is not UTF-8: save it in that encoding") from None
+    with io.StringIO(text, newline="") as file:
         reader = csv.DictReader(file)
         if not set(COLUMNS) <= set(reader.fieldnames or ()):
             raise common.Fault(f"{table} has not the header {','.join(COLUMNS)}")
