@@ -296,6 +296,16 @@ def test_tiny_imagenet_becomes_folders(tmp_path: Path) -> None:
     assert [part.unique().tolist() for part in train.pixels.unbind(1)] == [[50], [100], [0]]
 
 
+@pytest.mark.parametrize("last", ["", "val_1.JPEG", "val_1.JPEG\t"])
+def test_a_list_of_tiny_imagenet_that_is_cut(tmp_path: Path, last: str) -> None:
+    """A line of the list of validation images that names no image and class is named, and nothing is written."""
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val/val_annotations.txt").write_text(f"val_0.JPEG\tn2\t0\t0\t9\t9\n{last}\n")
+    with pytest.raises(common.Fault, match=r"val_annotations.txt, line 2: not the name"):
+        tiny_imagenet.convert(tmp_path, tmp_path / "out", 32)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_a_real_row(run: ModuleType, fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NPID in miniature, stopped on its way, goes on, is evaluated by kNN, linear probe and SVM, and drawn."""

@@ -26,8 +26,11 @@ def jobs(source: Path, out: Path) -> list[tuple[Path, Path]]:
     """(image to read, image to write) of both splits."""
     found = [(path, out / "train" / path.parent.parent.name / f"{path.stem}.png")
              for path in sorted(source.glob("train/*/images/*"))]
-    for line in (source / "val/val_annotations.txt").read_text().splitlines():
-        name, label = line.split("\t")[:2]
+    listed = source / "val/val_annotations.txt"
+    for number, line in enumerate(listed.read_text().splitlines(), 1):
+        name, label = [*line.split("\t"), ""][:2]
+        if not (name and label):
+            raise common.Fault(f"{listed}, line {number}: not the name of an image, a tab and its class")
         found.append((source / "val/images" / name, out / "val" / label / f"{Path(name).stem}.png"))
     return found
 
