@@ -702,6 +702,8 @@ def decode(bench: Bench) -> None:
             draw_jpegs(folder, bench.sizes.files)
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
         paths = paths[: bench.sizes.files]
+        if not paths:
+            raise common.Fault(f"no JPEGs in {folder}")
         size = statistics.mean(path.stat().st_size for path in paths)
         facts = dict(files=len(paths), mean_bytes=size, drawn=not bench.args.jpegs)
         crop, draw = common.Crop(224, (0.2, 1.0)), torch.rand(len(paths), 1, common.CROP_NUMBERS)

@@ -382,6 +382,13 @@ def gpu() -> Any:
     return importlib.import_module("benchmarks.gpu")
 
 
+def test_a_folder_without_jpegs(gpu: Any, tmp_path: Path) -> None:
+    """A --jpegs that holds none is named."""
+    args = gpu.parse_args(["decode", "--device", "cpu", "--tiny", "--jpegs", str(tmp_path)])
+    with pytest.raises(common.Fault, match=f"^no JPEGs in {tmp_path}$"):
+        gpu.decode(gpu.Bench(args, "decode"))
+
+
 def test_benchmarks_in_miniature(gpu: Any, tmp_path: Path) -> None:
     """Each record has its time, work and shares; a candidate that cannot run here is a record with its error."""
     output = tmp_path / "gpu.jsonl"
