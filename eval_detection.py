@@ -787,8 +787,8 @@ def main(args: argparse.Namespace) -> None:
     result = dict(protocol="detection", checkpoint=args.checkpoint, checkpoint_sha256=encoder.sha256,
                   preset=args.preset, data=test.name, arch=arch,
                   width=args.width or encoder.options.get("width", 64), train_images=len(data), test_images=len(test),
-                  iterations=args.iterations, batch_size=args.batch_size, seed=args.seed,
-                  settings=run.settings(), **figures(found, test))
+                  test_list=args.test_list, test_subset=args.test_subset, iterations=args.iterations,
+                  batch_size=args.batch_size, seed=args.seed, settings=run.settings(), **figures(found, test))
     line = json.dumps(result)
     if run.rank == 0:
         keys, counts = ("boxes", "labels", "difficult"), torch.tensor([len(image.boxes) for image in test.images])

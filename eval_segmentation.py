@@ -445,8 +445,8 @@ def main(args: argparse.Namespace) -> None:
     result = dict(protocol="segmentation", checkpoint=args.checkpoint, checkpoint_sha256=encoder.sha256,
                   preset=args.preset, data=test.name, arch=arch,
                   width=args.width or encoder.options.get("width", 64), train_images=len(data), test_images=len(test),
-                  iterations=args.iterations, batch_size=args.batch_size, seed=args.seed,
-                  settings=run.settings(),
+                  test_list=args.test_list, test_subset=args.test_subset, iterations=args.iterations,
+                  batch_size=args.batch_size, seed=args.seed, settings=run.settings(),
                   **figures(table.cpu(), ["ground", *test.classes]))
     line = json.dumps(result)
     if run.rank == 0:

@@ -693,7 +693,8 @@ def test_fast_rcnn(arch: str, folder: Path, tmp_path: Path) -> None:
 
 def test_run(folder: Path, tmp_path: Path) -> None:
     """A run leaves log, checkpoint, backbone, detections and one JSON line, also in eval.jsonl; it is not redone. The
-    loss is the sum of its parts. An untrained network is a ResNet-18 unless --arch says another."""
+    loss is the sum of its parts. An untrained network is a ResNet-18 unless --arch says another. The same network on
+    other images is another result, which says so."""
     words = [word for word in tiny(folder, tmp_path / "out") if word not in ("--arch", "resnet18")]
     process = run("eval_detection", words)
     assert process.code == 0 and process.err == ""
@@ -712,10 +713,12 @@ def test_run(folder: Path, tmp_path: Path) -> None:
     assert len(saved["images"]) == 5 and saved["found"]["boxes"].shape[1] == 4 and saved["result"] == result
     again = run("eval_detection", words)
     assert json.loads(again.out.splitlines()[-1]) == result and "already finished" in again.out
+    other = json.loads(run("eval_detection", [*words, "--test-list", "trainval"]).out.splitlines()[-1])
+    assert (result["test_list"], other["test_list"], other["test_images"]) == (None, "trainval", 12)
     # What it wrote can be fine-tuned further; its checkpoint, whose names are others, says where the network is.
     more = tiny(folder, tmp_path / "more", "--arch", "resnet18", "--width", 4,
                 network=str(tmp_path / "out/backbone.pth"))
-    assert run("eval_detection", more).code == 0 and len((tmp_path / "out/eval.jsonl").read_text().splitlines()) == 3
+    assert run("eval_detection", more).code == 0 and len((tmp_path / "out/eval.jsonl").read_text().splitlines()) == 4
     more[0] = str(tmp_path / "out/checkpoint.pth")
     one_line(run("eval_detection", more), "was written by eval_detection: take the backbone.pth beside it")
 

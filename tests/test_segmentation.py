@@ -255,7 +255,8 @@ def test_training_is_that_of_plain_pytorch(folder: Path, tmp_path: Path, monkeyp
 
 def test_run(folder: Path, tmp_path: Path) -> None:
     """A run leaves log, checkpoint and backbone, and one JSON line, also in eval.jsonl; it is not done again. An
-    untrained network is a ResNet-18 unless --arch says another."""
+    untrained network is a ResNet-18 unless --arch says another. The same network on other images is another result,
+    which says so."""
     words = tiny(folder, tmp_path / "out", "--freeze", 2, "--accumulate", 2)
     words = [word for word in words if word not in ("--arch", "resnet18")]
     process = run("eval_segmentation", words)
@@ -267,6 +268,8 @@ def test_run(folder: Path, tmp_path: Path) -> None:
     assert [row["iteration"] for row in log(tmp_path / "out")[1:]] == [2, 4]
     again = run("eval_segmentation", words)
     assert json.loads(again.out.splitlines()[-1]) == result and "already finished" in again.out
+    other = json.loads(run("eval_segmentation", [*words, "--test-subset", "2"]).out.splitlines()[-1])
+    assert (result["test_subset"], other["test_subset"], other["test_images"]) == (None, 2, 2)
     torch.manual_seed(0)
     before = common.backbone("resnet18", 4, True).state_dict()
     after = torch.load(tmp_path / "out/backbone.pth")
