@@ -3510,7 +3510,7 @@ def load_voc(args: argparse.Namespace, split: str, task: str = "Main", classes: 
     if strange := [name for name in every if name not in classes]:
         example = next(image.path for image, names in found if strange[0] in names)
         raise Fault(f"{example} has an object of the class {strange[0]}, which is none of {', '.join(classes[:20])}: "
-                    "mend its XML file")
+                    f"mend its XML file{', or train on images of that class, too' * test}")
     number = {name: label for label, name in enumerate(classes)}
     done = [image._replace(labels=torch.tensor([number[name] for name in names], dtype=torch.int64))
             for image, names in found]

@@ -175,8 +175,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--min-crop", type=common.SHARE, default=0.08, metavar="SHARE", help="least share of "
                         "the area, if random-sized")
     method.add_argument("--flip", choices=["no", "horizontal", "vertical"], default="horizontal", help="section 4.3")
-    parser.add_argument("--assign", metavar="NAME|DIR", help="train nothing: write the clusters of all these images by "
-                        "the centroids in --output to its assigned.csv")
+    parser.add_argument("--assign", metavar="NAME|DIR", help="train nothing: write the clusters of these images, as "
+                        "--data takes them, by the centroids in --output to its assigned.csv")
     common.add_training_options(parser)
     args = common.parse(parser, PRESETS, argv)
     plain = args.arch.partition("_")[0] in common.PLAIN_STAGES
