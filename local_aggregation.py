@@ -600,13 +600,14 @@ def main(args: argparse.Namespace) -> None:
                     labels, _ = cluster(run, features, clusterings, num_clusters, ("background", *key),
                                         args.kmeans_iterations, args.kmeans)
                     background.labels.copy_(labels)
+                before = clusters.labels.clone()
                 if args.close == "clusters":
-                    before = clusters.labels.clone()
                     labels, clustered = cluster(run, features, args.num_clusterings, args.num_clusters,
                                                 ("close", *key), args.kmeans_iterations, args.kmeans, radius)
                     clusters.labels.copy_(labels)
-                    clustered |= health(clusters, before, bank.features, sample)
                 clustered["cluster_seconds"] = round(time.perf_counter() - clustering_began, 2)
+                if args.close == "clusters":
+                    clustered |= health(clusters, before, bank.features, sample)
                 totals.add(**{name: torch.tensor(value, device=run.device) for name, value in clustered.items()})
 
             noise = index[:, None]  # stands in where no noise is drawn, and is not read
