@@ -338,7 +338,9 @@ def draw_gallery(queries: Tensor, names: list[str], strips: list[Strip], parts: 
         headings[heading] = 1.36 * len(tops) + 0.75 * len(headings)
         tops += [headings[heading] + 1.36 * row for row in range(rows)]
     width, inches = start + len(strips) * pitch, 0.62 if len(strips) == 1 else 0.5
-    figure = Figure((inches * width + 0.2, inches * (tops[-1] + 2.3) + 0.7), layout="constrained")
+    titles = [textwrap.fill(strip.title, int(13 * inches * pitch)) for strip in strips]  # 13 letters an inch
+    lines = max(title.count("\n") for title in titles)
+    figure = Figure((inches * width + 0.2, inches * (tops[-1] + 2.3) + 0.7 + 0.25 * lines), layout="constrained")
     axes = figure.add_subplot(xlim=(-0.1, width), ylim=(tops[-1] + 1.4, -0.9), aspect="equal")
     axes.axis("off")
 
@@ -353,7 +355,7 @@ def draw_gallery(queries: Tensor, names: list[str], strips: list[Strip], parts: 
         show(image, 0, y, "black", name)
     for number, strip in enumerate(strips):
         left = start + number * pitch
-        axes.text(left, -0.6, strip.title, va="bottom")
+        axes.text(left, -0.6, titles[number], va="bottom")
         for row, y in enumerate(tops):
             if strip.right is None:
                 for column in range(k):

@@ -129,6 +129,20 @@ def test_neighbours_of_known_features(run: Path, tmp_path: Path, monkeypatch: py
     assert seen[0].title == f"npid smoke: {100 - 100 * shift:.1f} % right over all 40 test images"
 
 
+def test_titles_of_strips_do_not_overlap() -> None:
+    """Titles of networks side by side are broken where a few neighbours leave them little room."""
+    grey, right = torch.full((2, 3, 3, 4, 4), 0.5), torch.ones(2, 3, dtype=torch.bool)
+    names = ["deepcluster smoke", "resnet18-f37072fd.pth"]
+    titles = [f"{name}: 48.3 % right over all 10,000 test images" for name in names]
+    strips = [figures.Strip(title, grey, right, [["cat", "dog", "cow"]] * 2) for title in titles]
+    with matplotlib.rc_context(figures.STYLE):
+        figure = figures.draw_gallery(grey[:, 0], ["cat"] * 2, strips, {"best": 2})
+        figure.canvas.draw()
+    first, second = (text.get_window_extent() for text in figure.axes[0].texts
+                     if " ".join(text.get_text().split()) in titles)
+    assert first.x1 < second.x0 and second.x1 <= figure.bbox.x1
+
+
 def test_gallery_side_by_side(run: Path) -> None:
     """Two networks stand beside each other, and the picture goes to the first one's folder."""
     draw("gallery", run, "random", *FEW, "--rows", 1, "--k", 4)
