@@ -1159,8 +1159,8 @@ def queue(args: argparse.Namespace) -> None:
         for merit, key in merits.items():
             value = last(results.get(name, []), key)
             if value is None:
-                raise common.Fault(f"{name} has no {key} in eval.jsonl: run eval_knn.py {name}/checkpoint.pth "
-                                   "--retrieval --clustering")
+                raise common.Fault(f"{name} has no {key} in eval.jsonl: run eval_knn.py "
+                                   f"{folder_of(name)}/checkpoint.pth --retrieval --clustering")
             points[merit].setdefault(source.options["queue_size"], []).append(value)
     note = "Test images: their k-means against the classes, their nearest training image, weighted kNN."
     save(draw_queue(points), "MoCo by the size of its queue", note, legend(sources), args.out)
@@ -1199,8 +1199,8 @@ def finetuned(
                        if row.get("preset") == preset and "draws" in row], source.data["name"])
         newest = {row["checkpoint"] == "random": dict(classes=source.data["classes"]) | row for row in rows}
         if False not in newest:
-            raise common.Fault(f"{name} has no {preset} in eval.jsonl: run eval_linear.py {name}/checkpoint.pth "
-                               f"--preset {preset}")
+            raise common.Fault(f"{name} has no {preset} in eval.jsonl: run eval_linear.py "
+                               f"{folder_of(name)}/checkpoint.pth --preset {preset}")
         own.append(newest[False])
         untrained = [newest[True]] if True in newest else untrained
     drawn = own + untrained

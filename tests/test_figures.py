@@ -767,6 +767,15 @@ def test_queue(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert seen[0]["NMI"] == {64: [15.0, 17.0], 256: [20.0]}
 
 
+@pytest.mark.parametrize(("name", "host"), [("queue", "moco"), ("lowshot", None)])
+def test_command_that_is_missing_names_the_checkpoint(run: Path, tmp_path: Path, name: str, host: str | None) -> None:
+    """Of a run that is named by its checkpoint the message says the command with that file, not one below it."""
+    folder = evaluated(run, tmp_path / "few", [], host=host, queue_size=64)
+    (folder / "checkpoint.pth").touch()
+    with pytest.raises(common.Fault, match=r"run eval_\w+\.py \S*few/checkpoint\.pth --"):
+        draw(name, folder / "checkpoint.pth")
+
+
 def test_lowshot_and_semisup(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Labels of each class, or their share; mean and deviation over draws as evaluated; untrained as the baseline. The
     classes are those of the evaluated set; those of the run's own, which may have none, where a result has no such."""
