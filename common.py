@@ -302,8 +302,8 @@ def add_data_options(options: argparse.ArgumentParser) -> None:
     add_set_options(data)
     data.add_argument("--val-dir", type=Path, metavar="DIR", help="validation images of a directory without val/")
     data.add_argument("--file-list", type=Path, metavar="FILE", help="of a folder of images, train on those that this "
-                      "names; lines: an image or a class folder, and the class if no folder tells it; evaluations of "
-                      "a run use its own, and --val-list and --imbalance, unless --data is given")
+                      "names; lines: an image or a class folder, and the class if folders do not tell it; evaluations "
+                      "of a run use its own, and --val-list and --imbalance, unless --data is given")
     data.add_argument("--val-list", type=Path, metavar="FILE", help="the same for the validation images; default: "
                       "those of the classes that --file-list leaves")
     data.add_argument("--imbalance", type=number(float, 1), metavar="R", help="train on a long tail, the same for each "
@@ -1635,8 +1635,9 @@ def balanced(labels: Tensor, count: int, *key: int | str, share: bool = False) -
 def listed(data: ImageSet, path: Path) -> ImageSet:
     """The images of a folder that a list names, such as ImageNet-100's or ImageNet-LT's; lines: path [class].
 
-    A path is the end of an image's path (up to four parts), or its folder's name, or that of its top folder. Classes
-    that have no image then are dropped.
+    A path is the end of an image's path (up to four parts), or its folder's name, or that of its top folder. The top
+    folder is the class, unless every image has one in the list and a folder has several (iNaturalist's kingdoms).
+    Classes that have no image then are dropped.
     """
     # As names of files are read; some editors begin a file with a mark
     text = os.fsdecode(path.read_bytes().removeprefix(codecs.BOM_UTF8))
@@ -1664,8 +1665,13 @@ def listed(data: ImageSet, path: Path) -> ImageSet:
     if not rows:
         raise Fault(f"{path} names no image: a line each is needed")
     part = data.select(torch.tensor(rows))
-    if not (data.labels >= 0).any():  # a flat folder, beside which others may hold no image
-        part.labels, part.classes = torch.tensor(given), [str(c) for c in range(max(given) + 1)]
+    numbers = torch.tensor(given)
+    pairs = torch.stack((part.labels, numbers)).unique(dim=1)  # more than classes, if the list divides a folder's
+    apart = bool((pairs >= 0).all()) and len(pairs[0].unique()) < pairs.shape[1]
+    if apart:
+        note(f"note: {path} has several classes in one folder of {data.name}: the list's are taken")
+    if apart or not (data.labels >= 0).any():  # a flat folder, beside which others may hold no image
+        part.labels, part.classes = numbers, [str(c) for c in range(max(given) + 1)]
     kept = [part.classes[c] for c in torch.unique(part.labels[part.labels >= 0])]
     part.labels, part.classes = part.labels_among(kept), kept
     return part

@@ -717,6 +717,20 @@ def test_file_list_chooses_files_and_folders(tmp_path: Path) -> None:
         assert len(common.listed(images_of([0], files=np.array([odd]), root=Path("/set")), path)) == 1
 
 
+def test_classes_of_a_list_that_folders_do_not_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a folder's images have several classes in a list, the list's are taken, with a note; not where a line has
+    none, or the numbers only name the folders or are the same for all."""
+    files = np.array([b"Aves/0/a.png", b"Aves/1/b.png", b"Fungi/2/c.png"])
+    data, path = images_of([0, 0, 1], files=files, root=Path("/set/train")), tmp_path / "list.txt"
+    named = [0, 0, 1], data.classes
+    for numbers, expected in (((" 5", " 1", " 7"), ([1, 0, 2], ["1", "5", "7"])), ((" 5", " 1", ""), named),
+                              ((" 5", " 5", " 1"), named), ((" 0", " 0", " 0"), named)):
+        path.write_text("".join(f"train/{file.decode()}{n}\n" for file, n in zip(files, numbers, strict=True)))
+        part = common.listed(data, path)
+        assert (part.labels.tolist(), part.classes) == expected
+        assert ("the list's are taken" in capsys.readouterr().err) == (expected is not named)
+
+
 def test_a_list_leaves_out_unreadable_images(tmp_path: Path) -> None:
     """An image that cannot be read is no error where a list of the others is given."""
     words = listed_tree(tmp_path)
