@@ -1666,8 +1666,8 @@ def listed(data: ImageSet, path: Path) -> ImageSet:
         raise Fault(f"{path} names no image: a line each is needed")
     part = data.select(torch.tensor(rows))
     numbers = torch.tensor(given)
-    pairs = torch.stack((part.labels, numbers)).unique(dim=1)  # more than classes, if the list divides a folder's
-    apart = bool((pairs >= 0).all()) and len(pairs[0].unique()) < pairs.shape[1]
+    pairs = torch.unique(torch.stack((part.labels, numbers)), dim=1)  # more than classes, if the list divides a folder's
+    apart = bool((pairs >= 0).all()) and len(torch.unique(pairs[0])) < pairs.shape[1]
     if apart:
         note(f"note: {path} has several classes in one folder of {data.name}: the list's are taken")
     if apart or not (data.labels >= 0).any():  # a flat folder, beside which others may hold no image

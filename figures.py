@@ -702,9 +702,9 @@ def draw_mds(clouds: list[Cloud]) -> Figure:
                                            boxcoords="axes fraction", arrowprops=dict(arrowstyle="-", color="0.5"),
                                            bboxprops=dict(edgecolor="0.5", linewidth=1.2), pad=0.2))
         (x, y), reach = cloud.points.mean(0).tolist(), float((cloud.points - cloud.points.mean(0)).abs().max())
-        axes.set(title=f"{cloud.title}; boxes: {cloud.names[label].split(',')[0]}", aspect="equal", xlabel="first axis",
-                 ylabel="second axis", xticks=[], yticks=[], xlim=(x - 1.1 * reach, x + 1.1 * reach),
-                 ylim=(y - 1.4 * reach, y + 1.1 * reach))
+        title = textwrap.fill(f"{cloud.title}; boxes: {cloud.names[label].split(',')[0]}", 44)  # the panel's width
+        axes.set(title=title, aspect="equal", xlabel="first axis", ylabel="second axis", xticks=[], yticks=[],
+                 xlim=(x - 1.1 * reach, x + 1.1 * reach), ylim=(y - 1.4 * reach, y + 1.1 * reach))
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)
     return figure
 

@@ -435,6 +435,18 @@ def test_mds_panels(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert seen[0].points.shape == (60, 2) and seen[0].images.shape == (60, 3, 32, 32)
 
 
+def test_titles_of_mds_stay_in_the_picture() -> None:
+    """A long title, of a network and a class, is broken to the width of its panel."""
+    clouds = [figures.Cloud(f"deepcluster cifar10-thin: {word} accuracy", torch.rand(20, 2), torch.arange(20) % 2,
+                            {0: "aircraft carrier, 50 %", 1: "container ship, 40 %"}, torch.rand(20, 3, 8, 8))
+              for word in ("high", "low")]
+    with matplotlib.rc_context(figures.STYLE):
+        figure = figures.draw_mds(clouds)
+        FigureCanvasAgg(figure).draw()
+    first, second = (axes.title.get_window_extent() for axes in figure.axes)
+    assert first.x0 >= 0 and first.x1 < second.x0 and second.x1 <= figure.bbox.x1
+
+
 def test_mds_of_classes_without_test_images(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They have no accuracy, neither high nor low: their images are in no panel."""
     for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)):
