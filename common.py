@@ -1666,8 +1666,9 @@ def listed(data: ImageSet, path: Path) -> ImageSet:
         raise Fault(f"{path} names no image: a line each is needed")
     part = data.select(torch.tensor(rows))
     numbers = torch.tensor(given)
-    pairs = torch.unique(torch.stack((part.labels, numbers)), dim=1)  # more than classes, if the list divides a folder's
-    apart = bool((pairs >= 0).all()) and len(torch.unique(pairs[0])) < pairs.shape[1]
+    pairs = torch.unique(part.labels * (max(given) + 1) + numbers)  # more than folders, if the list divides one
+    told = bool((part.labels >= 0).all() and (numbers >= 0).all())
+    apart = told and len(torch.unique(part.labels)) < len(pairs)
     if apart:
         note(f"note: {path} has several classes in one folder of {data.name}: the list's are taken")
     if apart or not (data.labels >= 0).any():  # a flat folder, beside which others may hold no image
