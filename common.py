@@ -1684,7 +1684,8 @@ def _of_classes(args: argparse.Namespace, test: ImageSet, classes: Sequence[str]
     strange = (test.labels >= 0) & (labels < 0)
     if strange.any() and (args.val_list is not None or strange.all()):
         name = test.classes[int(test.labels[strange][0])]
-        raise Fault(f"{args.val_list or args.file_list}: no training image is of the class {name}, as test images are")
+        raise Fault(f"{args.val_list or args.file_list}: no training image is of the class {name}, as test images are"
+                    + ": name theirs by a --val-list" * (args.val_list is None))
     if strange.any():
         note(f"note: {int(strange.sum()):,} of the {len(test):,} test images are left out: {args.file_list} has no "
              "training image of their classes")
