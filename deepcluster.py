@@ -773,8 +773,10 @@ def main(args: argparse.Namespace) -> None:
     note = fit_sizes(args, pool_size)
     if args.clustering == "labels" and (data.labels < 0).any():
         raise common.Fault("--clustering labels: not every image has a class")
-    trial = common.kmeans(torch.zeros(1, 1, device=run.device), 1, backend=args.kmeans)  # is Faiss there, and on what?
-    run.describe(data, test, kmeans_backend=trial.backend)
+    facts = dict[str, str]()
+    if args.clustering == "kmeans":  # is Faiss there, and on what?
+        facts["kmeans_backend"] = common.kmeans(torch.zeros(1, 1, device=run.device), 1, backend=args.kmeans).backend
+    run.describe(data, test, **facts)
     if run.rank == 0:
         print(note, end="", flush=True)
     steps = args.updates_per_epoch or run.steps_per_epoch(trained)

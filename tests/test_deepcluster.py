@@ -1191,6 +1191,14 @@ def test_other_clusterings(tmp_path: Path) -> None:
         assert {"loss", "empties", "largest_share", "pca_variance", "lr"} <= row.keys()
 
 
+def test_only_k_means_is_named(tmp_path: Path) -> None:
+    """A run names k-means' back end if it has k-means, not with PIC."""
+    for name in ("kmeans", "pic"):
+        assert train(tmp_path / name, "--epochs", "1", "--clustering", name) == 0
+        header = json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])
+        assert ("kmeans_backend" in header) == (name == "kmeans")
+
+
 def test_chance_among_some_targets(tmp_path: Path) -> None:
     """With --targets-per-step, too, the loss of a network that learns nothing is chance_loss, not far below it."""
     for targets, chance in ((1, 16), (20, 20), (65, 64)):  # a batch has 16 clusters
