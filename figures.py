@@ -28,6 +28,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import math
@@ -1072,7 +1073,8 @@ def pca(args: argparse.Namespace) -> None:
 
 
 def read_eval(name: str, baselines: bool = False) -> Rows:
-    """The lines of eval.jsonl beside a run's checkpoint, oldest first; baselines: those of untrained networks, too."""
+    """The lines of eval.jsonl beside a run's checkpoint, oldest first, but for those of a checkpoint that has changed
+    since; baselines: those of untrained networks, too."""
     path = folder_of(name) / "eval.jsonl"
     try:
         *lines, rest = path.read_text().split("\n")
@@ -1084,6 +1086,12 @@ def read_eval(name: str, baselines: bool = False) -> Rows:
     except ValueError:
         raise common.Fault(f"{path} is no list of results: each line has to be JSON") from None
     rows = [row for row in rows if isinstance(row, dict)]
+    names = [Path(str(row.get("checkpoint"))).name for row in rows]
+    now = {name: dict(checkpoint_sha256=hashlib.sha256(file.read_bytes()).hexdigest()) for name in set(names)
+           if (file := path.parent / name).is_file()}
+    if old := [row for row, name in zip(rows, names, strict=True) if not agree(row, now.get(name, {}))]:
+        print(f"note: {len(old)} results in {path} are left out: the checkpoint has changed since", file=sys.stderr)
+    rows = [row for row in rows if row not in old]
     return rows if baselines else [row for row in rows if row.get("checkpoint") not in ("random", "pixels")]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import importlib
 import json
 import math
@@ -945,6 +946,16 @@ def test_half_a_result_is_left_out(tmp_path: Path) -> None:
     for rest, results in (('{"top1": 3', [1, 2]), ('{"top1": 3}', [1, 2, 3]), ("", [1, 2])):
         (tmp_path / "eval.jsonl").write_text('{"top1": 1}\n{"top1": 2}\n' + rest)
         assert [row["top1"] for row in figures.read_eval(str(tmp_path))] == results
+
+
+def test_results_of_an_older_checkpoint_are_left_out(tmp_path: Path) -> None:
+    """A result stands for a run as long as the file that it names is the one that was evaluated, or is not there."""
+    lines = [dict(checkpoint=f"elsewhere/{name}.pth", checkpoint_sha256=digest)
+             for name, digest in (("checkpoint", "old"), ("checkpoint", hashlib.sha256(b"new").hexdigest()),
+                                  ("published", "old"), ("random", ""))]
+    (tmp_path / "checkpoint.pth").write_bytes(b"new")
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert figures.read_eval(str(tmp_path)) == lines[1:]
 
 
 def test_layers_of_one_line_have_the_same_settings(tmp_path: Path) -> None:
