@@ -213,7 +213,7 @@ def open_networks(args: argparse.Namespace) -> tuple[list[common.Encoder], dict[
 
 def load_train(encoders: Sequence[common.Encoder], args: argparse.Namespace) -> common.ImageSet:
     """The training images of the first encoder's own run, unless --data or --subset names others; if one of them is
-    foreign, at the set's own size and with its mean and std."""
+    foreign, at the set's own size and with its mean and std, or --mean and --std."""
     split, first = "train" if {"data", "subset"} & set(args.typed) else "pretrain", encoders[0]
     if not all(encoder.data for encoder in encoders):
         first = dataclasses.replace(first, data={})
@@ -248,7 +248,7 @@ def extract(
             return (describe or encoder.embed)(images)
 
     def make() -> Tensor:
-        mean, std = common.statistics(args, encoder.data, data)
+        mean, std = (encoder.data.get(key) or getattr(data, key) for key in ("mean", "std"))
         shown = dataclasses.replace(data, size=side(encoder, data, args), mean=mean, std=std)
         return common.extract(args.device, shown, embed, args.batch_size)
 
@@ -1606,9 +1606,10 @@ def words_for(options: argparse.ArgumentParser, argv: Sequence[str]) -> list[str
     """The words of a command line that are options of another picture, too, but for --out."""
     known = {flag: action for action in options._actions for flag in action.option_strings if flag != "--out"}
     words = list[str]()
-    for word, value in zip(argv, [*argv[1:], ""], strict=True):
+    for place, word in enumerate(argv, 1):
         if action := known.get(word.split("=")[0]):
-            words += [word] if "=" in word or action.nargs == 0 else [word, value]
+            nargs = 1 if action.nargs is None else int(action.nargs)
+            words += [word, *argv[place : place + nargs * ("=" not in word)]]
     return words
 
 
@@ -1663,6 +1664,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                                  "and for pca")
             options.add_argument("--arch", choices=common.ARCHITECTURES, help="of files that do not say it")
             options.add_argument("--width", type=common.COUNT, help="of files that do not say it")
+            for key in ("mean", "std"):
+                options.add_argument(f"--{key}", type=common.number(float, 0, 1, open_low=key == "std"), nargs=3,
+                                     metavar="RGB", help=f"{key} of the channels, in [0, 1], by which images were "
+                                     "normalised; of files that do not say it; default: the data set's")
             options.add_argument("--seed", type=common.COUNT_OR_ZERO, default=0, help="of what is drawn at random")
             options.add_argument("--batch-size", type=common.COUNT, default=256, help="images in one forward pass")
             common.add_data_options(options)

@@ -523,6 +523,22 @@ def test_foreign_networks_see_the_images_as_alone(run: Path, tmp_path: Path) -> 
                      "\nSide of the images: 48 px for foreign.pth, 32 px for npid smoke.", ""]
 
 
+def test_foreign_networks_have_the_statistics_that_are_named(run: Path, tmp_path: Path) -> None:
+    """--mean and --std are those of a foreign network; a run beside it keeps its own."""
+    torch.save(common.backbone("resnet18", 4).state_dict(), tmp_path / "foreign.pth")
+    words = ["gallery", str(run), str(tmp_path / "foreign.pth"), "--arch", "resnet18", "--width", "4", *FEW]
+    found = list[list[torch.Tensor]]()
+    for options in ([], ["--mean", "0.5", "0.5", "0.5", "--std", "0.5", "0.5", "0.5"], ["--std", "0.1", "0.2", "0.3"]):
+        args = figures.parse_args([*words, *options])
+        args.device = torch.device("cpu")
+        encoders, _ = figures.open_networks(args)
+        test = figures.labelled(encoders, args, "test")
+        found.append([figures.extract(encoder, test, args) for encoder in encoders])
+    (own, usual), (_, same), (kept, other) = found
+    assert torch.equal(own, kept) and torch.equal(usual, same)  # of shapes both are 0.5
+    assert (usual - other).abs().max() > 0.01
+
+
 def test_a_run_beside_a_network_of_another_architecture(run: Path, tmp_path: Path) -> None:
     """--arch and --width are the foreign file's; the run keeps its own, and so does the untrained one like it."""
     torch.save(common.backbone("resnet34", 8, True).state_dict(), tmp_path / "foreign.pth")
@@ -1009,7 +1025,7 @@ def test_all(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_index_has_the_options(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each command of the index makes its picture again: it has those of the options typed that its picture knows."""
     named = shutil.copytree(run, tmp_path / "a run")
-    words = ["--seed", "3", "--layer=head", *FEW, "--no-amp"]
+    words = ["--seed", "3", "--layer=head", *FEW, "--no-amp", "--mean", "0.4", "0.4", "0.3"]
     for name in figures.parse_args(["all", str(run)]).commands:
         monkeypatch.setattr(figures, name, functools.wraps(getattr(figures, name))(lambda args: None))
     draw("all", named, *words, "--out", tmp_path / "figures")
