@@ -994,13 +994,15 @@ def descriptors(encoder: common.Encoder, data: common.ImageSet, args: argparse.N
 def edges(args: argparse.Namespace) -> None:
     """Ratio edge intra-class, box plots and curves (DeepCluster, Fig. 4.1, 4.2, 4.4 to 4.7, 4.9, 4.10)."""
     sources, points = list[Source](), list[list[tuple[int, float]]]()
+    drawn = [name for name in args.runs if Path(name).is_file() or Path(name, "checkpoint.pth").exists()]
     for name in args.runs:
         if name != "random" and (folder_of(name) / "log.jsonl").exists():
-            source, rows, _ = read_log(name)
-            if found := edge_curve(source.options, rows):
-                sources.append(source)
-                points.append(found)
-    drawn = [name for name in args.runs if Path(name).is_file() or Path(name, "checkpoint.pth").exists()]
+            # In its first epoch a run has a network, but no curve
+            with contextlib.suppress(*[common.Fault] * (name in drawn)):
+                source, rows, _ = read_log(name)
+                if found := edge_curve(source.options, rows):
+                    sources.append(source)
+                    points.append(found)
     if not drawn and not points:
         raise common.Fault(f"{args.runs[0]} has neither a checkpoint nor a log with ratio_edge")
     boxes, chance, notes, runs = dict[str, Tensor](), math.nan, list[str](), dict[str, Source]()

@@ -713,6 +713,16 @@ def test_edges_of_networks_and_logs(run: Path, tmp_path: Path, monkeypatch: pyte
         image(tmp_path / f"{name}.png")
 
 
+def test_edges_within_the_first_epoch(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose log has no epoch yet has the boxes of its checkpoint."""
+    begun = shutil.copytree(run, tmp_path / "begun")
+    (begun / "log.jsonl").write_text((run / "log.jsonl").read_text().splitlines()[0] + "\n")
+    seen = list[Any]()
+    monkeypatch.setattr(figures, "draw_edges", lambda *drawn: (seen.append(drawn), Figure())[1])
+    draw("edges", begun)
+    assert list(seen[0][0]) == ["npid smoke", "untrained"] and not seen[0][2]
+
+
 def test_edges_of_deepcluster_are_of_its_descriptors(run: Path) -> None:
     """Rows of a run of deepcluster.py are the whitened features before the last ReLU, as scikit-learn's PCA has them up
     to signs; of other runs the unit features."""
