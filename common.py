@@ -3343,13 +3343,14 @@ def _load_inert(content: bytes, path: Path) -> Any:
 
 
 def _state_dict(saved: Any, path: Path) -> dict[str, Tensor]:
-    """The dictionary of weights in a file: under its usual names, DINO's teacher, which its authors evaluate, before
-    the student; else where most tensors are."""
+    """The dictionary of weights in a file: under its usual names, VISSL's model before its loss, which may hold another
+    network, and DINO's teacher, which its authors evaluate, before the student; else where most tensors are."""
 
     def count(part: Any) -> int:
         return sum(map(count, part.values())) if isinstance(part, dict) else isinstance(part, Tensor)
 
-    for key in ("state_dict", "model", "model_state_dict", "teacher", "student", "encoder", "net"):
+    for key in ("state_dict", "classy_state_dict", "base_model", "model", "model_state_dict", "teacher", "student",
+                "encoder", "net"):
         if isinstance(saved, dict) and isinstance(saved.get(key), dict):
             saved = saved[key]
     while isinstance(saved, dict) and not any(isinstance(value, Tensor) for value in saved.values()):

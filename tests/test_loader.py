@@ -97,12 +97,14 @@ def test_two_networks_in_a_file(wanted: str, other: str, resnet: dict[str, Tenso
 
 
 def test_nested_weights(resnet: dict[str, Tensor], tmp_path: Path) -> None:
-    """Weights are found wherever most tensors are, but for an optimiser's; DINO's teacher before its student."""
+    """Weights are found wherever most tensors are, but for an optimiser's; DINO's teacher before its student, VISSL's
+    model before the momentum encoder and queue of its loss."""
     trunk = {f"_feature_blocks.{name}": value for name, value in resnet.items() if not name.startswith("fc.")}
     heads, adam = {"0.clf.weight": torch.rand(9, 512)}, {"state": {i: dict(a=torch.rand(1)) for i in range(999)}}
     other = {name: torch.zeros_like(value) for name, value in resnet.items()}
+    loss = {f"moco_encoder.trunk._feature_blocks.{name}": value for name, value in other.items()}
     for saved in (dict(config=dict(lr=0.1), optimizer=adam, classy_state_dict=dict(
-                      base_model=dict(model=dict(heads=heads, trunk=trunk)))),
+                      base_model=dict(model=dict(heads=heads, trunk=trunk)), loss=loss | dict(queue=torch.rand(9)))),
                   dict(online_network_state_dict=resnet, target_network_state_dict=other),
                   dict(student=other, teacher=resnet, epoch=3)):
         torch.save(saved, tmp_path / "file.pth")
