@@ -1097,6 +1097,14 @@ def read_eval(name: str, baselines: bool = False) -> Rows:
     return rows if baselines else [row for row in rows if row.get("checkpoint") not in ("random", "pixels")]
 
 
+def read_current(name: str, baselines: bool = False) -> Rows:
+    """As read_eval, of the weights that the run has now: not of copies of earlier epochs beside it, nor from before it
+    was trained on. Of a folder without weights all count."""
+    files = [path for path in (folder_of(name) / "checkpoint.pth", folder_of(name) / "backbone.pth") if path.exists()]
+    weights = {"", *(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)}  # "": untrained
+    return [row for row in read_eval(name, baselines) if not files or row.get("checkpoint_sha256", "") in weights]
+
+
 def of_set(rows: Rows, data: str | None) -> Rows:
     """The results on a data set; if there are none, as of a network whose own images have no classes, those on any."""
     return [row for row in rows if row.get("data") == data] or rows
@@ -1163,7 +1171,7 @@ def queue(args: argparse.Namespace) -> None:
         sources.append(read_log(name)[0])
         if not str(sources[-1].options.get("host")).startswith(("moco", "infomin")):
             raise common.Fault(f"{name} has no queue: it takes runs of cld.py --host moco")
-    results = knn_results({name: of_set(read_eval(name), source.data["name"])
+    results = knn_results({name: of_set(read_current(name), source.data["name"])
                            for name, source in zip(args.runs, sources, strict=True)}, 200)
     for name, source in zip(args.runs, sources, strict=True):
         for merit, key in merits.items():
@@ -1205,7 +1213,7 @@ def finetuned(
     """Accuracies of networks, untrained ones too if they were evaluated, after fine-tuning under `preset`."""
     sources, own, untrained = [read_log(name)[0] for name in args.runs], Rows(), Rows()
     for name, source in zip(args.runs, sources, strict=True):
-        rows = of_set([row for row in read_eval(name, baselines=True)
+        rows = of_set([row for row in read_current(name, baselines=True)
                        if row.get("preset") == preset and "draws" in row], source.data["name"])
         newest = {row["checkpoint"] == "random": dict(classes=source.data["classes"]) | row for row in rows}
         if False not in newest:
@@ -1449,7 +1457,7 @@ def draw_ablation(table: Table, ours: dict[str, dict[str, list[float]]], given: 
 def ablation(args: argparse.Namespace) -> None:
     """A table of a paper as bars, the paper's figures beside ours (--table)."""
     logs = {name: read_log(name)[:2] for name in args.runs}
-    evaluations = {name: of_set(read_eval(name), source.data["name"]) for name, (source, _) in logs.items()}
+    evaluations = {name: of_set(read_current(name), source.data["name"]) for name, (source, _) in logs.items()}
     options = [source.options for source, _ in logs.values()]
 
     def row_of(options: dict[str, Any], table: Table) -> str | None:

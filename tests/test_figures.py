@@ -918,6 +918,20 @@ def test_ablation(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         image(tmp_path / f"{name}.png")
 
 
+def test_ablation_is_of_the_weights_as_they_are(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results of a copy of an earlier epoch, or from before a run was trained on, do not count."""
+    seen = list[Any]()
+    monkeypatch.setattr(figures, "draw_ablation", lambda table, ours, given: seen.append(ours["svm"]) or Figure())
+    now, line = hashlib.sha256(b"now").hexdigest(), dict(protocol="svm", data="shapes")
+    lines = [line | dict(svm_top1=50.0, checkpoint_sha256=now), line | dict(svm_top1=1.0, checkpoint_sha256="old")]
+    folder = evaluated(run, tmp_path / "run", lines, preset="cifar10")
+    (folder / "checkpoint.pth").write_bytes(b"now")
+    draw("ablation", folder)
+    (folder / "checkpoint.pth").write_bytes(b"trained on")
+    draw("ablation", folder)
+    assert seen == [{"exact softmax": [50.0]}, {}]
+
+
 def test_ablation_compares_like_with_like(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """kNN of the head's features, tau = 0.07, best on all test images, the newest that all runs have alike; where there
     is none the command to run is named. Lines without these facts are taken."""
