@@ -1343,7 +1343,8 @@ K_OF = {"knn": 200, "nn": 1}  # of the columns that eval_knn.py fills
 MERITS: dict[str, tuple[str, Callable[[dict[str, Any], Rows, Rows], float | None]]] = {
     "knn": ("kNN, K = 200", lambda options, log, rows: last(rows, "top1")),
     "nn": ("nearest neighbour", lambda options, log, rows: last(rows, "top1")),
-    "svm": ("linear SVM", lambda options, log, rows: last(rows, "svm_top1")),
+    "svm": ("linear SVM", lambda options, log, rows: last(
+        [row for row in rows if "draws" not in row and row.get("layer", "head") == "head"], "svm_top1")),
     "linear1": ("linear, top-1", lambda options, log, rows: last(rows, "linear_top1")),
     "linear5": ("linear, top-5", lambda options, log, rows: last(rows, "linear_top5")),
     "mlp": ("MLP on frozen convolutions", lambda options, log, rows: last(rows, "mlp_top1")),

@@ -878,7 +878,8 @@ def test_tables_name_presets_that_exist() -> None:
 
 def test_ablation(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs find their table and row by their preset, thin ones too; seeds are averaged; what was not run says so; of
-    several temperatures 0.07 counts; a run of another table is said to be one."""
+    several temperatures 0.07 counts, of SVMs that of the embedding with all labels; a run of another table is said to
+    be one."""
     seen = list[Any]()
     drawn = figures.draw_ablation
 
@@ -891,6 +892,7 @@ def test_ablation(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     entries = [dict(num_neighbors=k, temperature=tau, top1=top - 50 * (tau > 0.07))
                for k, top in ((200, 60.0), (1, 50.0)) for tau in (0.1, 0.07)]
     lines = [dict(protocol="knn", knn=entries, data="shapes"), dict(protocol="svm", svm_top1=55.0, data="shapes")]
+    lines += [dict(lines[1], svm_top1=8.0, draws=[]), dict(lines[1], svm_top1=7.0, layer="conv5")]
     lines += [dict(protocol="knn", knn=[row | dict(top1=9.0) for row in entries], data="places205")]  # elsewhere
     runs = [evaluated(run, tmp_path / f"nce{seed}", [*lines, dict(lines[1], svm_top1=55.0 + 2 * seed)],
                       preset="cifar10-nce10", seed=seed) for seed in (0, 1)]
