@@ -1089,20 +1089,21 @@ def read_eval(name: str, baselines: bool = False) -> Rows:
         raise common.Fault(f"{path} is no list of results: each line has to be JSON") from None
     rows = [row for row in rows if isinstance(row, dict)]
     names = [Path(str(row.get("checkpoint"))).name for row in rows]
-    now = {name: dict(checkpoint_sha256=hashlib.sha256(file.read_bytes()).hexdigest()) for name in set(names)
+    now = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name in set(names)
            if (file := path.parent / name).is_file()}
-    if old := [row for row, name in zip(rows, names, strict=True) if not agree(row, now.get(name, {}))]:
-        print(f"note: {len(old)} results in {path} are left out: the checkpoint has changed since", file=sys.stderr)
-    rows = [row for row in rows if row not in old]
+    same = [name not in now or row.get("checkpoint_sha256", now[name]) == now[name]
+            for row, name in zip(rows, names, strict=True)]
+    if not all(same):
+        note = f"{same.count(False)} results in {path} are left out: the checkpoint has changed since"
+        print(f"note: {note}", file=sys.stderr)
+    rows = [row for row, kept in zip(rows, same, strict=True) if kept]
     return rows if baselines else [row for row in rows if row.get("checkpoint") not in ("random", "pixels")]
 
 
 def read_current(name: str, baselines: bool = False) -> Rows:
-    """As read_eval, of the weights that the run has now: not of copies of earlier epochs beside it, nor from before it
-    was trained on. Of a folder without weights all count."""
-    files = [path for path in (folder_of(name) / "checkpoint.pth", folder_of(name) / "backbone.pth") if path.exists()]
-    weights = {"", *(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)}  # "": untrained
-    return [row for row in read_eval(name, baselines) if not files or row.get("checkpoint_sha256", "") in weights]
+    """As read_eval, of the run's own files alone: not of copies of earlier epochs beside them."""
+    own = ("checkpoint.pth", "backbone.pth", "random", "pixels")
+    return [row for row in read_eval(name, baselines) if Path(row.get("checkpoint", own[0])).name in own]
 
 
 def of_set(rows: Rows, data: str | None) -> Rows:

@@ -925,7 +925,9 @@ def test_ablation_is_of_the_weights_as_they_are(run: Path, tmp_path: Path, monke
     seen = list[Any]()
     monkeypatch.setattr(figures, "draw_ablation", lambda table, ours, given: seen.append(ours["svm"]) or Figure())
     now, line = hashlib.sha256(b"now").hexdigest(), dict(protocol="svm", data="shapes")
-    lines = [line | dict(svm_top1=50.0, checkpoint_sha256=now), line | dict(svm_top1=1.0, checkpoint_sha256="old")]
+    line |= dict(checkpoint="runs/checkpoint.pth")
+    lines = [line | dict(svm_top1=50.0, checkpoint_sha256=now), line | dict(svm_top1=1.0, checkpoint_sha256="old"),
+             line | dict(svm_top1=2.0, checkpoint="runs/epoch10.pth", checkpoint_sha256="copy")]
     folder = evaluated(run, tmp_path / "run", lines, preset="cifar10")
     (folder / "checkpoint.pth").write_bytes(b"now")
     draw("ablation", folder)
