@@ -3364,7 +3364,8 @@ def _state_dict(saved: Any, path: Path) -> dict[str, Tensor]:
 
 def _strip(weights: dict[str, Tensor], target: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """The weights under `target`'s names, without the prefix that most of them share; that prefix, and those of other
-    networks in the file, which are as complete.
+    networks in the file, which are as complete. Weights of `target`'s shapes count twice: a teacher of another
+    architecture may have all the names of its student.
 
     DataParallel inserts "module.", torch.compile "_orig_mod."; the CIFAR networks of NPID's authors call the shortcut
     "shortcut", and timm's VGG has fc6 and fc7 as convolutions.
@@ -3378,10 +3379,10 @@ def _strip(weights: dict[str, Tensor], target: dict[str, Tensor]) -> tuple[dict[
             name = name.replace(old, new)
         plain[name] = value
     votes: dict[str, int] = {}
-    for name in plain:
+    for name, value in plain.items():
         for i in [0, *(i + 1 for i, c in enumerate(name) if c == ".")]:
             if name[i:] in target:
-                votes[name[:i]] = votes.get(name[:i], 0) + 1
+                votes[name[:i]] = votes.get(name[:i], 0) + 1 + (value.shape == target[name[i:]].shape)
                 break
     whole = [p for p in sorted(votes) if votes[p] >= 0.95 * max(votes.values())]
     prefix = max(whole, key=lambda p: (p == "backbone.", any(word in p for word in EVALUATED), votes[p]), default="")

@@ -96,6 +96,17 @@ def test_two_networks_in_a_file(wanted: str, other: str, resnet: dict[str, Tenso
         assert found.describe().endswith(f"; taken: {wanted_}*, also there: {other_}*")
 
 
+def test_teacher_of_another_architecture(resnet: dict[str, Tensor], tmp_path: Path) -> None:
+    """Of a teacher and a student that of the architecture named is taken, though a ResNet-50 has all the names of a
+    ResNet-18."""
+    both = {f"module.student.{name}": value for name, value in resnet.items()}
+    both |= {f"module.teacher.{name}": value for name, value in torchvision.models.resnet50().state_dict().items()}
+    torch.save(dict(state_dict=both), tmp_path / "file.pth")
+    assert torch.equal(encoder(tmp_path / "file.pth").backbone.state_dict()["conv1.weight"], resnet["conv1.weight"])
+    found = encoder(tmp_path / "file.pth", "resnet50")
+    assert torch.equal(found.backbone.state_dict()["conv1.weight"], both["module.teacher.conv1.weight"])
+
+
 def test_nested_weights(resnet: dict[str, Tensor], tmp_path: Path) -> None:
     """Weights are found wherever most tensors are, but for an optimiser's; DINO's teacher before its student, VISSL's
     model before the momentum encoder and queue of its loss."""
