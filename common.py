@@ -3199,8 +3199,8 @@ def load_test(args: argparse.Namespace, encoder: Encoder | None, train: ImageSet
     return _test_images(args, train, device)
 
 
-# Which of two networks in a file its authors evaluate: MoCo's, MoCo v3's, BYOL's, DINO's.
-EVALUATED = ("encoder_q", "base_encoder", "online", "teacher")
+# Which of two networks in a file its authors evaluate: MoCo's, in two spellings, MoCo v3's, BYOL's, DINO's.
+EVALUATED = ("encoder_q", "query", "base_encoder", "online", "teacher")
 # Parts of an encoder that the path to its features leaves out: npid's class vectors, cld's other heads.
 BESIDE = ("classes", "group_head.", "predictor.", "jigsaw.")
 

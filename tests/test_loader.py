@@ -81,6 +81,7 @@ def test_prefixes(kind: str, resnet: dict[str, Tensor], tmp_path: Path) -> None:
 TWINS = [  # where the network is that its authors evaluate, and where the other one is
     ("module.encoder_q.", "module.encoder_k."), ("module.base_encoder.", "module.momentum_encoder."),
     ("online_encoder.net.", "target_encoder.net."), ("teacher_backbone.", "student_backbone."),
+    ("query_encoder.", "key_encoder."),
 ]
 
 
