@@ -1620,7 +1620,7 @@ def words_for(options: argparse.ArgumentParser, argv: Sequence[str]) -> list[str
     words = list[str]()
     for place, word in enumerate(argv, 1):
         if action := known.get(word.split("=")[0]):
-            nargs = 1 if action.nargs is None else int(action.nargs)
+            nargs = action.nargs if isinstance(action.nargs, int) else 1
             words += [word, *argv[place : place + nargs * ("=" not in word)]]
     return words
 
