@@ -245,8 +245,19 @@ def test_unknown_encodings_have_to_be_said(run: ModuleType, tmp_path: Path) -> N
     (tmp_path / "cifar-10-batches-py/test_batch").write_bytes(b"others")
     with pytest.raises(common.Fault, match="JPEG quality 75"):
         run.encoding(row, args)
-    args.images = "PNG"
-    assert run.encoding(row, args) == run.encoding(run.ROWS["tiny32-npid"], args) == "PNG"
+    args.images = "JPEG quality 75"
+    assert run.encoding(row, args) == args.images
+
+
+def test_the_encoding_of_one_set_is_not_that_of_another(run: ModuleType, tmp_path: Path) -> None:
+    """Images of Tiny ImageNet as the tool writes them need no name and get none; others have that of --images."""
+    tiny, folder = run.ROWS["tiny32-npid"], tmp_path / "tiny32/train/n01443537"
+    args = run.parse_args(["--data-dir", str(tmp_path), "--images", "JPEG quality 75"])
+    folder.mkdir(parents=True)
+    (folder / "0.png").touch()
+    assert run.encoding(tiny, args) == "original"
+    (folder / "0.png").rename(folder / "0.jpg")
+    assert run.encoding(tiny, args) == args.images
 
 
 def test_table_holds_figures_of_finished_rows(run: ModuleType, fake: list[str], tmp_path: Path) -> None:
