@@ -37,7 +37,7 @@ import sys
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -1429,9 +1429,9 @@ TABLES: dict[str, Table] = {
 }
 
 
-def draw_ablation(table: Table, ours: dict[str, dict[str, list[float]]], given: Container[str]) -> Figure:
-    """The paper's bar and ours, mean and deviation of several runs. ours: column -> row -> figures; given: rows that
-    there are runs of."""
+def draw_ablation(table: Table, ours: dict[str, dict[str, list[float]]], given: Counter[str]) -> Figure:
+    """The paper's bar and ours, mean and deviation of several runs, and how many of them have the figure. ours: column
+    -> row -> figures; given: the number of runs of each row."""
     figure = Figure((1.6 + 3.6 * len(table.columns), 0.9 + 0.42 * len(table.rows)), layout="constrained")
     panels = figure.subplots(1, len(table.columns), sharey=True, squeeze=False)[0]
     for column, (axes, merit) in enumerate(zip(panels, table.columns, strict=True)):
@@ -1439,7 +1439,9 @@ def draw_ablation(table: Table, ours: dict[str, dict[str, list[float]]], given: 
             found = torch.tensor(ours[merit].get(row, []), dtype=torch.float64)
             bars = [("the paper", values[column], f"{values[column]:.1f}", -0.2, "0.75")]
             if len(found):
-                text = f"{found.mean():.1f}" + (f" ± {found.std():.1f} ({len(found)})" if len(found) > 1 else "")
+                count = f"{len(found)}" + f" of {given[row]}" * (len(found) < given[row])
+                text = f"{found.mean():.1f}" + (f" ± {found.std():.1f}" if len(found) > 1 else "")
+                text += f" ({count})" * (given[row] > 1)
                 bars.append(("ours", float(found.mean()), text, 0.2, COLORS[0]))
             else:
                 text = "not evaluated" if row in given else "not run"
@@ -1473,24 +1475,27 @@ def ablation(args: argparse.Namespace) -> None:
         return sum(row_of(own, TABLES[key]) is not None for own in options)
 
     table, sources = TABLES[args.table or max(TABLES, key=hits)], dict[tuple[str, str], list[Source]]()
-    results = {column: knn_results(evaluations, K_OF[column]) if column in K_OF else evaluations
-               for column in table.columns}
-    monitored = not results.get("knn")  # a column has one protocol
-    ours = {column: dict[str, list[float]]() for column in table.columns}
-    for name, (source, log) in logs.items():
+    places = dict[str, str]()
+    for name, (source, _) in logs.items():
         row = row_of(source.options, table)
         if row is None:
             others = [other.title for other in TABLES.values() if row_of(source.options, other)]
             what = (f"it is one of {' and of '.join(others)}" if others else
                     "its preset is {preset} of {script}.py".format_map(source.options))
             raise common.Fault(f"{name} is no row of {table.title if args.table or others else 'any table'}: {what}")
+        places[name] = row
+        sources.setdefault((row, experiment(source)), []).append(source)
+    results = {column: knn_results(evaluations, K_OF[column]) if column in K_OF else evaluations
+               for column in table.columns}
+    monitored = not results.get("knn")  # a column has one protocol
+    ours = {column: dict[str, list[float]]() for column in table.columns}
+    for name, (source, log) in logs.items():
         for column in table.columns:
             value = MERITS[column][1](source.options, log, results[column].get(name, []))
             if column == "knn" and monitored:
                 value = last(log, "knn_top1")
             if value is not None:
-                ours[column].setdefault(row, []).append(value)
-        sources.setdefault((row, experiment(source)), []).append(source)
+                ours[column].setdefault(places[name], []).append(value)
     if not any(ours.values()):
         raise common.Fault(f"{args.runs[0]} has no {MERITS[table.columns[0]][0]} yet: evaluate it first")
     note = ("Ours: the runs below after their last epoch; with fewer images, epochs or channels than the paper's they "
@@ -1506,7 +1511,7 @@ def ablation(args: argparse.Namespace) -> None:
             note += f" {row} is a mean over different settings."
         also = "".join(f", {key.replace('_', ' ')} {members[0].options.get(key)}" for key in differ)
         runs[f"{row} ({members[0].name})" if row in runs else row] = pooled(members)._replace(also=also)
-    save(draw_ablation(table, ours, {row for row, _ in sources}), table.title, note, runs, args.out)
+    save(draw_ablation(table, ours, Counter(places.values())), table.title, note, runs, args.out)
 
 
 # ---- detections ------------------------------------------------------------------------------------------------------

@@ -936,6 +936,26 @@ def test_ablation_is_of_the_weights_as_they_are(run: Path, tmp_path: Path, monke
     assert seen == [{"exact softmax": [50.0]}, {}]
 
 
+def test_ablation_counts_its_runs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mean says how many of the runs named below it have the figure; a run of no table is said to be one, whatever
+    its evaluations."""
+    seen = list[list[str]]()
+    drawn = figures.draw_ablation
+    monkeypatch.setattr(figures, "draw_ablation", lambda *rest: (figure := drawn(*rest), seen.append(texts(figure)))[0])
+    line = dict(protocol="svm", svm_top1=55.0, data="shapes")
+    runs = [evaluated(run, tmp_path / f"seed{seed}", [line] * (seed < 2), preset="cifar10", seed=seed)
+            for seed in range(3)]
+    draw("ablation", *runs, "--out", tmp_path / "some.png")
+    assert "55.0 ± 0.0 (2 of 3)" in seen[0]
+    draw("ablation", *runs[1:], "--out", tmp_path / "one.png")
+    assert "55.0 (1 of 2)" in seen[1]
+    knn = dict(protocol="knn", data="shapes", knn=[dict(num_neighbors=200, temperature=0.07, top1=50.0)])
+    for name, preset, layer in (("head", "cifar10", "head"), ("backbone", "mine", "backbone")):
+        runs.append(evaluated(run, tmp_path / name, [knn | dict(layer=layer)], preset=preset))
+    with pytest.raises(common.Fault, match="backbone is no row of any table"):
+        draw("ablation", *runs[-2:])
+
+
 def test_ablation_compares_like_with_like(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """kNN of the head's features, tau = 0.07, best on all test images, the newest that all runs have alike; where there
     is none the command to run is named. Lines without these facts are taken."""
