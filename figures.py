@@ -1316,7 +1316,9 @@ def linear(args: argparse.Namespace) -> None:
     lines, rows = read_layers(args.runs, args.protocol, args.data)
     form = "{train_images:,} training and {test_images:,} test images of {data}"
     words = [form.format_map(row) + f", {row['epochs']} epochs" * (args.protocol == "linear") for row in rows]
-    runs = {name: read_log(name)[0] for name in args.runs if (folder_of(name) / "log.jsonl").exists()}
+    logged = {name: read_log(name)[0] for name in args.runs if (folder_of(name) / "log.jsonl").exists()}
+    runs = {source.name: source for source in logged.values()}  # as the lines are named, unless two folders are alike
+    runs = runs if len(runs) == len(logged) else logged
     save(draw_layers(lines, args.protocol), f"Classification by layer{f', {args.data}' if args.data else ''}",
          f"eval_linear.py: {' or '.join(dict.fromkeys(words))}.", runs, args.out)
 

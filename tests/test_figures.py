@@ -838,6 +838,19 @@ def test_lowshot_and_semisup(run: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert log.count('"classes": 10') == 1 and seen[2]["npid smoke"] == [(2, 20, 1), (8, 80, 1)]
 
 
+def test_small_print_has_no_path(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`linear` calls runs by their folders, and by the words typed only where two folders have one name."""
+    seen = list[list[str]]()
+    monkeypatch.setattr(figures, "save", lambda figure, title, note, runs, path: seen.append(list(runs)))
+    line = dict(protocol="linear", method="npid", checkpoint="x", checkpoint_sha256="abc", data="shapes", epochs=1,
+                train_images=9, test_images=9, layers=[dict(layer="conv1", top1=9.0)])
+    (tmp_path / "more").mkdir()
+    one, two, alike = (evaluated(run, tmp_path / name, [line]) for name in ("one", "two", "more/one"))
+    draw("linear", one, two)
+    draw("linear", one, alike)
+    assert seen == [["one", "two"], [str(one), str(alike)]]
+
+
 def test_caption_of_what_is_drawn(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The small print has epochs, images and draws of the evaluations that are drawn, not of older ones."""
     notes = list[str]()
