@@ -1201,7 +1201,7 @@ def draw_labels(curves: dict[str, Points], x: str, y: str) -> Figure:
             axes.annotate(f"{mean:.1f}", (where, mean + deviation * (1 if above else -1)), (0, 6 if above else -12),
                           ha="center", color=COLORS[number % 7], **BESIDE)
     axes.set(xscale="log", xlabel=x, ylabel=y, title="all layers fine-tuned")
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks(ticks, [f"{round(tick, 2):g}" for tick in ticks])
     axes.minorticks_off()
     axes.margins(0.08, 0.12)
     axes.legend(loc="upper left")

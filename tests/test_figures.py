@@ -838,6 +838,12 @@ def test_lowshot_and_semisup(run: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert log.count('"classes": 10') == 1 and seen[2]["npid smoke"] == [(2, 20, 1), (8, 80, 1)]
 
 
+def test_shares_of_labels_are_short() -> None:
+    """Beside the axis stand at most two decimals of a share, and whole numbers as they are."""
+    figure = figures.draw_labels({"a": [(9.765625, 20, 1), (13000, 30, 1)]}, "x", "y")
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["9.77", "13000"]
+
+
 def test_small_print_has_no_path(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`linear` calls runs by their folders, and by the words typed only where two folders have one name."""
     seen = list[list[str]]()
