@@ -215,9 +215,9 @@ def fit_to(count: int, args: argparse.Namespace) -> list[str]:
     if args.background == "nearest" and k > count // 4:
         notes.append(f"warning: k = {k} is {100 * k / count:.0f} % of the images: B_i is hardly local")
     if args.background == "clusters":
-        repeats, given = args.background_clusters
-        if 2 * count < meant_for and "background_clusters" not in args.typed:
-            args.background_clusters = [repeats, max(2, round(given * count / meant_for))]
+        (repeats, given), imagenet = args.background_clusters, IMAGES["imagenet"]  # which the default is for
+        if 2 * count < imagenet and "background_clusters" not in [*args.typed, *preset]:
+            args.background_clusters = [repeats, max(2, round(given * count / imagenet))]
             notes.append(f"--background-clusters {repeats} {args.background_clusters[1]}, scaled from {given} to "
                          f"{count:,} images")
         if args.background_clusters[1] > count:

@@ -266,7 +266,7 @@ def test_warm_start_by_nce_is_that_of_npid(m: int) -> None:
 
 @pytest.mark.parametrize("options", [
     ["--m", "300"], ["--k", "300"], ["--H", "0"], ["--close", "nearest", "--background", "all"],
-    ["--background", "clusters"],
+    ["--background", "clusters", "--background-clusters", "3", "300"],
 ])
 def test_sizes_that_do_not_fit_are_refused(options: list[str], tmp_path: Path) -> None:
     """m or k larger than N, or no clustering at all: a fault that names the option, before anything is trained."""
@@ -302,8 +302,10 @@ def test_sizes_of_the_ablations_fit_too() -> None:
     assert args.background_clusters == [3, 10]
     with pytest.raises(common.Fault, match="more clusters than the 50 images"):
         la.fit_to(50, la.parse_args(["--preset", "table4-clusters", "--background-clusters", "3", "60"]))
-    with pytest.raises(common.Fault, match="3 250: more clusters than the 64 images"):  # of 1,000 for 256 images
-        la.fit_to(64, la.parse_args(["--preset", "smoke", "--background", "clusters"]))
+    for preset, images, clusters in (("smoke", 64, 2), ("cifar10", 50_000, 39)):  # 1,000 for ImageNet's
+        args = la.parse_args(["--preset", preset, "--background", "clusters"])
+        la.fit_to(images, args)
+        assert args.background_clusters == [3, clusters]
     args = la.parse_args(["--preset", "table5-nearest"])
     la.fit_to(400, args)
     assert (args.num_neighbors, args.close_neighbors) == (40, 1)
