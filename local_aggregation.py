@@ -197,7 +197,7 @@ def fit_to(count: int, args: argparse.Namespace) -> list[str]:
         given = getattr(args, name)
         if used and given > count and name in args.typed:
             raise common.Fault(f"{option} {given} is more than the {count} images; {value} would fit")
-        if too_large and name not in args.typed:
+        if used and too_large and name not in args.typed:
             notes.append(f"{option} {value}, scaled from {given} to {count:,} images")
             setattr(args, name, value)
     m, k = args.num_clusters, args.num_neighbors

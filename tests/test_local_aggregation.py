@@ -294,6 +294,13 @@ def test_sizes_without_effect_are_no_fault(options: str) -> None:
     assert la.fit_to(64, args) == [] and 9999 in (args.num_clusters, args.num_neighbors)
 
 
+def test_defaults_without_effect_are_not_scaled() -> None:
+    """Nothing is said of a default m or k that nothing uses."""
+    for options, name in (("--clustering dbscan --H 1", "--m"), ("--close self", "--m"), ("--background all", "--k")):
+        notes = la.fit_to(10_000, la.parse_args(["--preset", "imagenet", *options.split()]))
+        assert len(notes) == 1 and not notes[0].startswith(name), notes
+
+
 def test_sizes_of_the_ablations_fit_too() -> None:
     """B_i's clusters and k' shrink with the data where they are defaults; C_i = B_i, of zero loss, is refused."""
     args = la.parse_args(["--preset", "table4-clusters"])
