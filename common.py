@@ -848,10 +848,11 @@ class Run:
         if old.get("script") != new["script"]:
             raise Fault(f"{path} was written by {old.get('script')}, not {new['script']}: choose another --output")
         if saved["data"] != self.data:
-            what = ", ".join(key for key in self.data if saved["data"].get(key) != self.data[key])
+            what = [key for key in self.data if saved["data"].get(key) != self.data[key]]
+            what += ["--cache"] * (old.get("cache") != new.get("cache"))  # it may leave central squares
             raise Fault(f"{path} was trained on other data ({saved['data']['name']}, {saved['data']['images']:,} "
-                        f"images, not {self.data['name']}, {self.data['images']:,}; {what} differ): choose another "
-                        "--output or --overwrite")
+                        f"images, not {self.data['name']}, {self.data['images']:,}; {', '.join(what)} differ): choose "
+                        "another --output or --overwrite")
         to_the_end = new["schedule"] == "cosine" or new.get("host") == "byol"  # whose key momentum grows until then
         free = FREE_OPTIONS - {"epochs"} if to_the_end else FREE_OPTIONS
         bound = sorted((old.keys() | new.keys()) - free)

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import TINY, Process, checkpoint, log, one_line, run, same, same_runs, start
+from PIL import Image
 
 import common
 import npid
@@ -348,6 +349,18 @@ def test_free_options_may_change(undisturbed: Path, tmp_path: Path) -> None:
     command = ["--workers", "0", "--cache", "host", "--knn-every", "0", "--save-minutes", "9", "--output", tmp_path]
     assert run("npid", [*OFTEN, *command]).code == 0
     same(checkpoint(undisturbed), checkpoint(tmp_path))
+
+
+def test_another_cache_of_photographs_is_named(tmp_path: Path) -> None:
+    """A folder's photographs held as central squares are other images than the files: refused, with --cache named."""
+    for number in range(8):
+        pixels = np.random.default_rng(number).integers(0, 256, (100, 120, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    command = [*TINY, "--data", tmp_path, "--subset", "8", "--batch-size", "4", "--epochs", "1", "--workers", "0",
+               "--output", tmp_path / "out"]
+    assert run("npid", command).code == 0
+    last = run("npid", [*command, "--cache", "host"])
+    assert last.code == 2 and "checksum, --cache differ" in last.err, last.err
 
 
 def test_overwrite_starts_anew(undisturbed: Path, tmp_path: Path) -> None:
