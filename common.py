@@ -847,8 +847,9 @@ class Run:
         old, new = saved["options"], self.header["options"]
         if old.get("script") != new["script"]:
             raise Fault(f"{path} was written by {old.get('script')}, not {new['script']}: choose another --output")
-        if saved["data"] != self.data:
-            what = [key for key in self.data if saved["data"].get(key) != self.data[key]]
+        # A node's own disk may have another name in each job
+        what = [key for key in self.data if key != "name" and saved["data"].get(key) != self.data[key]]
+        if what:
             what += ["--cache"] * (old.get("cache") != new.get("cache"))  # it may leave central squares
             raise Fault(f"{path} was trained on other data ({saved['data']['name']}, {saved['data']['images']:,} "
                         f"images, not {self.data['name']}, {self.data['images']:,}; {', '.join(what)} differ): choose "
@@ -1287,7 +1288,7 @@ class ImageSet:
         return self.size < SMALL
 
     def identity(self) -> dict[str, Any]:
-        """What must agree for a checkpoint to fit: plain values, with a checksum of some pixels or all names."""
+        """What must agree for a checkpoint to fit, but for the name; checksum: of some pixels or all file names."""
         content, sample = hashlib.blake2b(digest_size=8), range(0, len(self), max(1, len(self) // 64))
         if self.pixels is not None:
             content.update(self.pixels[:: sample.step].cpu().numpy().tobytes())
@@ -3459,7 +3460,7 @@ class VocSet:
         return len(self.images)
 
     def identity(self) -> dict[str, Any]:
-        """What must agree for a checkpoint to fit: plain values, with a checksum of names, objects and mask files."""
+        """What must agree for a checkpoint to fit, but for the name; checksum: of file names, objects and masks."""
         content = hashlib.blake2b(digest_size=8)
         for image in self.images:
             objects = [column.tolist() for column in (image.boxes, image.labels, image.difficult)]

@@ -351,6 +351,21 @@ def test_free_options_may_change(undisturbed: Path, tmp_path: Path) -> None:
     same(checkpoint(undisturbed), checkpoint(tmp_path))
 
 
+def test_photographs_may_move(tmp_path: Path) -> None:
+    """The same images under another name go on, in the name that they have now."""
+    for number in range(8):
+        pixels = np.random.default_rng(number).integers(0, 256, (100, 120, 3), np.uint8)
+        (tmp_path / "job1").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "job1" / f"{number}.png")
+    command = [*TINY, "--batch-size", "4", "--workers", "0", "--output", tmp_path / "out", "--subset", "8"]
+    assert run("npid", [*command, "--data", tmp_path / "job1", "--epochs", "1"]).code == 0
+    (tmp_path / "job1").rename(tmp_path / "job2")
+    last = run("npid", [*command, "--data", tmp_path / "job2", "--epochs", "2"])
+    assert last.code == 0, last.err
+    saved = checkpoint(tmp_path / "out")
+    assert saved["epoch"] == 2 and saved["data"]["name"] == "job2"
+
+
 def test_another_cache_of_photographs_is_named(tmp_path: Path) -> None:
     """A folder's photographs held as central squares are other images than the files: refused, with --cache named."""
     for number in range(8):
