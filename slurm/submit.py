@@ -430,9 +430,18 @@ def main(args: argparse.Namespace) -> None:
     if args.cluster == "slurm":
         submit(folder, first, then, jobs)
         return
+    failed = False
     for some in zip(*jobs, strict=True):
         for i, job in enumerate(some):
-            run_here(folder, then if i else first, job)
+            try:
+                run_here(folder, then if i else first, job)
+            except common.Fault as fault:  # the rest has its turn, as in a job array; not what follows a failed run
+                common.say(f"submit.py: error: {fault}")
+                failed = True
+                if i == 0:
+                    break
+    if failed:
+        raise SystemExit(2)
 
 
 def submit(folder: Path, first: Any, then: Any, jobs: list[list[Job]]) -> None:

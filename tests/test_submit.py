@@ -478,6 +478,30 @@ def test_a_local_job_that_fails(tmp_path: Path) -> None:
         paths.result_pickle.write_bytes(pickle.dumps(("error", "Traceback ...")))
 
 
+def test_a_run_of_a_local_sweep_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a job array, the other runs of a local sweep have their turn, and what follows a run that has succeeded,
+    but not what follows the one that failed; the code is 2."""
+    ran = list[str]()
+
+    def run_here(folder: Path, executor: Any, job: Any) -> None:
+        ran.append(f"{job.script} {job.run.argv[-1] if job.script == 'npid.py' else job.run.argv[0]}")
+        if ran[-1] in ("npid.py n-lr=2", "eval_knn.py n-lr=1/checkpoint.pth"):
+            raise common.Fault(f"{job.script} did not finish")
+
+    monkeypatch.setattr(submit, "run_here", run_here)
+    monkeypatch.setattr(submit, "check", lambda code, scripts: [submit.Facts("n", 0, 0)] * 5)  # which takes seconds
+    follow = ["--then", "eval_knn.py", "--then", "eval_linear.py"]
+    with pytest.raises(SystemExit) as stop:
+        submitted(["--cluster", "local", "--sweep", "lr=1,2,3", *follow, NPID, "--output", "n"], monkeypatch, tmp_path)
+    assert stop.value.code == 2
+    assert ran == [f"{script} n-lr={lr}{rest}" for lr in (1, 2, 3) for script, rest in (
+        ("npid.py", ""), ("eval_knn.py", "/checkpoint.pth"), ("eval_linear.py", "/checkpoint.pth"))
+        if lr != 2 or script == "npid.py"]
+    assert capsys.readouterr().err.count("did not finish\n") == 2
+
+
 def test_help_of_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """`submit.py npid.py --help` prints the script's options and submits nothing."""
     with pytest.raises(SystemExit) as stop:
