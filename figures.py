@@ -1520,18 +1520,24 @@ def ablation(args: argparse.Namespace) -> None:
 
 
 def read_detections(name: str) -> dict[str, Any]:
-    """What eval_detection.py left in its folder, or last in that of the network that it fine-tuned."""
+    """What eval_detection.py left in its folder, or last in that of the network that it fine-tuned, which must not have
+    changed since."""
     path = Path(name, "detections.pth") if Path(name).is_dir() else Path(name)
     if not path.exists():
         path = max(Path(name).glob("detection-*/detections.pth"), key=lambda file: file.stat().st_mtime, default=path)
     try:
-        saved: dict[str, Any] = common.load_plain(path)
-        return {key: saved[key] for key in ("found", "truth", "classes", "images", "result", "git")}
+        content: dict[str, Any] = common.load_plain(path)
+        saved = {key: content[key] for key in ("found", "truth", "classes", "images", "result", "git")}
     except OSError as error:
         raise common.Fault(f"cannot read {path} ({error.strerror}): name the folder of a run of "
                            "eval_detection.py") from None
     except Exception:  # garbage makes the unpickler raise almost anything
         raise common.Fault(f"{path} holds no detections of eval_detection.py") from None
+    network = Path(name, Path(saved["result"]["checkpoint"]).name)
+    if (path.parent != Path(name) and network.is_file()
+            and hashlib.sha256(network.read_bytes()).hexdigest() != saved["result"]["checkpoint_sha256"]):
+        raise common.Fault(f"{network} has changed since {path}: run eval_detection.py again, with --overwrite")
+    return saved
 
 
 def class_curves(saved: dict[str, Any]) -> Tensor:

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import hashlib
 import importlib
 import json
 import os
@@ -888,6 +889,20 @@ def test_boxes_are_those_of_the_image(folder: Path, tmp_path: Path) -> None:
 
 
 # the picture
+
+
+def test_picture_of_a_network_that_has_changed(tmp_path: Path) -> None:
+    """By the folder of a network there is no picture of what was found before the network was trained on."""
+    place = tmp_path / "detection-shapes-seed0" / "detections.pth"
+    place.parent.mkdir()
+    (tmp_path / "checkpoint.pth").write_bytes(b"first")
+    result = dict(checkpoint="runs/n/checkpoint.pth", checkpoint_sha256=hashlib.sha256(b"first").hexdigest())
+    torch.save(dict(found={}, truth={}, classes=[], images=[], git="", result=result), place)
+    assert figures.read_detections(str(tmp_path))["result"] == result
+    (tmp_path / "checkpoint.pth").write_bytes(b"later")
+    with pytest.raises(common.Fault, match=r"has changed since .*: run eval_detection.py again, with --overwrite"):
+        figures.read_detections(str(tmp_path))
+    assert figures.read_detections(str(place.parent))["result"] == result
 
 
 def test_picture(folder: Path, tmp_path: Path) -> None:
