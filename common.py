@@ -854,6 +854,9 @@ class Run:
             raise Fault(f"{path} was trained on other data ({saved['data']['name']}, {saved['data']['images']:,} "
                         f"images, not {self.data['name']}, {self.data['images']:,}; {', '.join(what)} differ): choose "
                         "another --output or --overwrite")
+        if old.get("checkpoint_sha256") != new.get("checkpoint_sha256"):  # of what an evaluation fine-tunes
+            raise Fault(f"{path} was trained from other weights than {new['checkpoint']} has now: choose another "
+                        "--output or --overwrite")
         to_the_end = new["schedule"] == "cosine" or new.get("host") == "byol"  # whose key momentum grows until then
         free = FREE_OPTIONS - {"epochs"} if to_the_end else FREE_OPTIONS
         bound = sorted((old.keys() | new.keys()) - free)

@@ -739,6 +739,16 @@ def killed_after(steps: int) -> None:
     common.Run.after_step = patched  # type: ignore[method-assign]
 
 
+def test_other_weights_are_no_option() -> None:
+    """What was fine-tuned from other weights is refused as that: a checksum is nothing that a user could set."""
+    saved = dict(options=dict(script="eval_detection", checkpoint_sha256="a"), data={})
+    run: Any = Rank(0, 1)
+    new = dict(script="eval_detection", checkpoint_sha256="b", checkpoint="net.pth", schedule="iterations")
+    run.data, run.header = {}, dict(options=new)
+    with pytest.raises(common.Fault, match=r"^done\.pth was trained from other weights than net\.pth has now: choose "):
+        common.Run._check_resumable(run, saved, Path("done.pth"))
+
+
 def test_overwrite_removes_the_old_detections(folder: Path, tmp_path: Path) -> None:
     """A run started anew that ends early leaves no boxes of the old one to be drawn."""
     words = tiny(folder, tmp_path / "out")
