@@ -432,6 +432,8 @@ def cluster(
     run.barrier()
     all_labels, all_figures = run.gather(labels[None], figures[None])  # (world, share, ...)
     labels = all_labels.transpose(0, 1).flatten(0, 1)[:num_clusterings]
+    if radius is not None:  # these figures are of k-means alone
+        return labels.contiguous(), {}
     objective, empty, splits = all_figures.transpose(0, 1).flatten(0, 1)[:num_clusterings].mean(0).tolist()
     return labels.contiguous(), dict(objective=round(objective, 5), empty=empty, splits=splits)
 
@@ -488,10 +490,13 @@ def main(args: argparse.Namespace) -> None:
     data = common.load(args, "pretrain", run.device)
     test = common.load_monitor(args, data, run.device)
     notes = fit_to(len(data), args)
-    trial = common.kmeans(torch.zeros(1, 1, device=run.device), 1, backend=args.kmeans)  # is Faiss there, and on what?
     # NPID's loss where all images are equally probable, as chance_loss of npid.py
     chance = math.log(len(data)) if args.warmup_loss == "softmax" else math.log1p(NOISE) + NOISE * math.log1p(1 / NOISE)
-    run.describe(data, test, chance_loss=round(chance, 4), kmeans_backend=trial.backend)
+    facts: dict[str, Any] = dict(chance_loss=round(chance, 4))
+    if args.background == "clusters" or (args.close, args.clustering) == ("clusters", "kmeans"):
+        # Is Faiss there, and on what?
+        facts["kmeans_backend"] = common.kmeans(torch.zeros(1, 1, device=run.device), 1, backend=args.kmeans).backend
+    run.describe(data, test, **facts)
     if notes and run.rank == 0:
         print(*notes, sep="\n", flush=True)
     steps = run.steps_per_epoch(len(data))

@@ -209,6 +209,15 @@ def test_the_back_end_of_k_means_is_printed_and_logged(
     assert json.loads(first)["kmeans_backend"].startswith(f"{name} ") and first in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("options", "used"), [
+    ("--clustering dbscan --H 1", False), ("--close self", False), ("--close self --background clusters", True)])
+def test_only_k_means_is_named(options: str, used: bool, tmp_path: Path) -> None:
+    """A run names k-means' back end if it has k-means, and logs no objective without k-means for C_i."""
+    rows = run_rows(tmp_path / "run", "--subset", "64", "--k", "16", "--epochs", "2", *options.split())
+    header = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert ("kmeans_backend" in header) == used and "objective" not in rows[1]
+
+
 def test_nearest_close_set_is_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--close nearest: C_i is i and the k' most similar of B_i, in whatever order the search lists them."""
     seen, loss = [], la.local_aggregation
