@@ -104,11 +104,11 @@ def main(args: argparse.Namespace) -> None:
             return encoder.embed(images)
 
     bank = encoder.bank if args.train_features == "bank" else None
-    if bank is not None and train.identity() != encoder.data:
-        what = ", ".join(key for key, value in train.identity().items() if encoder.data.get(key) != value)
+    what = [key for key, value in train.identity().items() if key != "name" and encoder.data.get(key) != value]
+    if bank is not None and what:
         raise common.Fault(f"the bank of {path} belongs to other images ({encoder.data['name']}, "
-                           f"{encoder.data['images']:,}, not {train.name}, {len(train):,}; {what} differ): use "
-                           "--train-features clean")
+                           f"{encoder.data['images']:,}, not {train.name}, {len(train):,}; {', '.join(what)} differ): "
+                           "use --train-features clean")
     known = train.labels >= 0
     if not known.any():
         raise common.Fault(f"{train.name} has no classes: kNN needs a folder for each class")

@@ -431,3 +431,17 @@ def test_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(common.Fault, match="one process"):
         eval_knn.main(eval_knn.parse_args(["random", "--device", "cpu", "--subset", "20", "--test-subset", "10"]))
+
+
+def test_the_bank_of_photographs_that_moved(tmp_path: Path) -> None:
+    """The bank stands for the same images under another name."""
+    for number in range(8):
+        for split in ("train", "val"):
+            (tmp_path / f"here/{split}/{number % 2}").mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (120, 100), (30 * number, 0, 0)).save(tmp_path / f"here/{split}/{number % 2}/{number}.png")
+    few = ["--data", tmp_path / "here", "--subset", "8", "--batch-size", "4", "--workers", "0"]
+    assert run("npid", [*TINY, *few, "--epochs", "1", "--output", tmp_path / "out"]).code == 0
+    (tmp_path / "here").rename(tmp_path / "there")
+    words = ["--data", tmp_path / "there", "--train-features", "bank", "--k", "3", "--workers", "0", "--device", "cpu"]
+    found = run("eval_knn", [tmp_path / "out/checkpoint.pth", *words])
+    assert found.code == 0 and json.loads(found.out.splitlines()[-1])["data"] == "there", found.err
