@@ -1209,6 +1209,9 @@ def check_archive(file: Path | io.BytesIO) -> None:
 def load_plain(path: Path) -> Any:
     """A file of plain tensors, numbers and strings, on the CPU. Garbage raises almost anything; nothing in it runs."""
     check_archive(path)
+    with path.open("rb") as file:
+        if file.read(2) == b"PK" and not zipfile.is_zipfile(path):  # of a short one PyTorch says "Invalid argument"
+            raise ValueError("truncated")
     with warnings.catch_warnings(action="ignore"):  # of a pickle protocol that is not ours
         return torch.load(path, map_location="cpu", weights_only=True)
 

@@ -325,6 +325,8 @@ def garbage(kind: str, trained: Path, folder: Path) -> bytes:
         torch.jit.script(ScriptBomb(folder / "executed")).save(folder / "made")
     elif kind == "truncated":
         (folder / "made").write_bytes(whole[: len(whole) // 2])
+    elif kind == "cut short":
+        (folder / "made").write_bytes(whole[:9000])
     elif kind == "empty":
         (folder / "made").write_bytes(b"")
     elif kind == "text":
@@ -334,8 +336,8 @@ def garbage(kind: str, trained: Path, folder: Path) -> bytes:
     return (folder / "made").read_bytes()
 
 
-GARBAGE = ["hostile", "hostile legacy", "hostile pickle", "hostile TorchScript", "truncated", "empty", "text",
-           "random 0", "random 1"]
+GARBAGE = ["hostile", "hostile legacy", "hostile pickle", "hostile TorchScript", "truncated", "cut short", "empty",
+           "text", "random 0", "random 1"]
 
 
 @pytest.mark.parametrize("kind", GARBAGE)
