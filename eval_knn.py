@@ -111,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
                            "use --train-features clean")
     known = train.labels >= 0
     if not known.any():
-        raise common.Fault(f"{train.name} has no classes: kNN needs a folder for each class")
+        raise common.Fault(f"{train.name} has no classes: name images that have a folder for each by --data")
     if stray := int((test.labels < 0).sum()):
         raise common.Fault(f"{stray:,} of the {len(test):,} test images of {test.name} are in no class folder")
     if max(args.num_neighbors) > known.sum():

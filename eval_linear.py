@@ -289,7 +289,7 @@ def open_task(args: argparse.Namespace, encoder: common.Encoder | None, device: 
     test = common.load_test(args, encoder, train, device)
     labelled = (train.labels >= 0).nonzero()[:, 0]
     if not len(labelled):
-        raise common.Fault(f"{train.name} has no classes: classification needs a folder for each class")
+        raise common.Fault(f"{train.name} has no classes: name images that have a folder for each by --data")
     if stray := int((test.labels < 0).sum()):
         raise common.Fault(f"{stray:,} of the {len(test):,} test images of {test.name} are in no class folder")
     train = train if len(labelled) == len(train) else train.select(labelled)

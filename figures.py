@@ -281,7 +281,7 @@ def labelled(encoders: Sequence[common.Encoder], args: argparse.Namespace, split
 
     data = keep(args, (split, encoders[0].sha256), choose)
     if not len(data):
-        raise common.Fault(f"{data.name} has no classes: the picture needs a folder for each class")
+        raise common.Fault(f"{data.name} has no classes: name images that have a folder for each by --data")
     return data
 
 

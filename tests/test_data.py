@@ -648,7 +648,7 @@ def test_what_all_ranks_find_is_said_once(
 
 
 def test_unlabelled_folder(tmp_path: Path) -> None:
-    """A flat folder trains, is told to have no kNN monitor, and cannot be evaluated by kNN."""
+    """A flat folder trains, is told to have no kNN monitor, and kNN asks for other images by --data."""
     for i in range(40):
         save(Image.fromarray(noise(i)), tmp_path / "flat" / f"{i}.png")
     command = [*TINY, "--data", tmp_path / "flat", "--subset", "40", "--knn-every", "1", "--output", tmp_path / "out"]
@@ -656,7 +656,8 @@ def test_unlabelled_folder(tmp_path: Path) -> None:
     assert done.code == 0 and done.err == "flat has no folders that could be classes: no kNN monitor\n"
     assert "knn_top1" not in done.out
     one_line(run("eval_knn", [tmp_path / "out" / "checkpoint.pth"]), "--val-dir")
-    one_line(run("eval_knn", [tmp_path / "out" / "checkpoint.pth", "--val-dir", tmp_path / "flat"]), "no classes")
+    flat = ["--val-dir", tmp_path / "flat"]
+    one_line(run("eval_knn", [tmp_path / "out" / "checkpoint.pth", *flat]), "no classes", "--data")
 
 
 # parts of sets
