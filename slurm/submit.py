@@ -226,7 +226,8 @@ def runs_of(code: Path, args: argparse.Namespace, ranks: int) -> list[tuple[str,
         if args.then and not output:
             raise common.Fault(f"--then is for what comes after training, and {script} does not train")
         if ranks > 1 and not facts.parts:
-            raise common.Fault(f"{script} runs as one task, not as {ranks}: use --nodes 1 --gpus 1 --tasks 1")
+            raise common.Fault(f"{script} runs as one task, not as {ranks}: use --nodes 1 --tasks 1 --gpus "
+                               f"{min(args.gpus, 1)}")
         if facts.parts and facts.batch_size % (ranks * facts.parts):
             raise common.Fault(f"--batch-size {facts.batch_size} must divide by ranks x accumulate = "
                                f"{ranks} x {facts.parts}")
