@@ -57,7 +57,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -327,11 +327,16 @@ def add_network_options(
     model.add_argument("--arch", choices=ARCHITECTURES, help="of random networks, and of files that are not "
                        "from these scripts")
     model.add_argument("--width", type=SIZE, help="channels of the first stage (64)")
-    for name in ("mean", "std"):
-        model.add_argument(f"--{name}", type=number(float, 0, 1, open_low=name == "std"), nargs=3, metavar="RGB",
-                           help=f"{name} of the channels, in [0, 1], by which the network's images were normalised; "
-                           "default: its run's, else the data set's")
+    add_statistics_options(model, "default: its run's, else the data set's")
     return model
+
+
+def add_statistics_options(options: argparse._ActionsContainer, more: str) -> None:
+    """--mean and --std. more: whose they are by default."""
+    for name in ("mean", "std"):
+        options.add_argument(f"--{name}", type=number(float, 0, 1, open_low=name == "std"), nargs=3, metavar="RGB",
+                             help=f"{name} of the channels, in [0, 1], by which the network's images were normalised; "
+                             f"{more}")
 
 
 def add_run_options(options: argparse.ArgumentParser, output: str) -> argparse._ArgumentGroup:
@@ -847,9 +852,7 @@ class Run:
         old, new = saved["options"], self.header["options"]
         if old.get("script") != new["script"]:
             raise Fault(f"{path} was written by {old.get('script')}, not {new['script']}: choose another --output")
-        # A node's own disk may have another name in each job
-        what = [key for key in self.data if key != "name" and saved["data"].get(key) != self.data[key]]
-        if what:
+        if what := differences(saved["data"], self.data):
             what += ["--cache"] * (old.get("cache") != new.get("cache"))  # it may leave central squares
             raise Fault(f"{path} was trained on other data ({saved['data']['name']}, {saved['data']['images']:,} "
                         f"images, not {self.data['name']}, {self.data['images']:,}; {', '.join(what)} differ): choose "
@@ -1195,12 +1198,16 @@ def write_checkpoint(path: Path, content: Any) -> None:
         os.close(folder)
 
 
-def check_archive(file: Path | io.BytesIO) -> None:
+def check_archive(file: BinaryIO) -> None:
     """Compare what torch.save wrote with its checksums, which torch.load does not look at; ValueError if they differ.
 
     A bit that has flipped in a weight would show as nothing but a worse result.
     """
-    if zipfile.is_zipfile(file):
+    if not zipfile.is_zipfile(file):
+        file.seek(0)
+        if file.read(2) == b"PK":  # of a short one PyTorch says "Invalid argument"
+            raise ValueError("truncated")
+    else:
         with zipfile.ZipFile(file) as archive:
             if (name := archive.testzip()) is not None:
                 raise ValueError(f"{name} is damaged")
@@ -1208,10 +1215,8 @@ def check_archive(file: Path | io.BytesIO) -> None:
 
 def load_plain(path: Path) -> Any:
     """A file of plain tensors, numbers and strings, on the CPU. Garbage raises almost anything; nothing in it runs."""
-    check_archive(path)
     with path.open("rb") as file:
-        if file.read(2) == b"PK" and not zipfile.is_zipfile(path):  # of a short one PyTorch says "Invalid argument"
-            raise ValueError("truncated")
+        check_archive(file)
     with warnings.catch_warnings(action="ignore"):  # of a pickle protocol that is not ours
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -1294,7 +1299,7 @@ class ImageSet:
         return self.size < SMALL
 
     def identity(self) -> dict[str, Any]:
-        """What must agree for a checkpoint to fit, but for the name; checksum: of some pixels or all file names."""
+        """What `differences` compares: plain values, with a checksum of some pixels or all names."""
         content, sample = hashlib.blake2b(digest_size=8), range(0, len(self), max(1, len(self) // 64))
         if self.pixels is not None:
             content.update(self.pixels[:: sample.step].cpu().numpy().tobytes())
@@ -1540,6 +1545,12 @@ def extract(
         return features
     run.barrier()
     return run.gather(features)[0][: len(data)]
+
+
+def differences(known: dict[str, Any], images: dict[str, Any]) -> list[str]:
+    """In what the images of an `identity` are not those known, whose checkpoint then does not fit. Not in their name:
+    a folder on a node's own disk may have another in each job."""
+    return [key for key in images if key != "name" and known.get(key) != images[key]]
 
 
 def load(args: argparse.Namespace, split: str, device: torch.device, classes: Sequence[str] = ()) -> ImageSet:
@@ -3466,7 +3477,7 @@ class VocSet:
         return len(self.images)
 
     def identity(self) -> dict[str, Any]:
-        """What must agree for a checkpoint to fit, but for the name; checksum: of file names, objects and masks."""
+        """What `differences` compares: plain values, with a checksum of names, objects and mask files."""
         content = hashlib.blake2b(digest_size=8)
         for image in self.images:
             objects = [column.tolist() for column in (image.boxes, image.labels, image.difficult)]

@@ -104,8 +104,7 @@ def main(args: argparse.Namespace) -> None:
             return encoder.embed(images)
 
     bank = encoder.bank if args.train_features == "bank" else None
-    what = [key for key, value in train.identity().items() if key != "name" and encoder.data.get(key) != value]
-    if bank is not None and what:
+    if bank is not None and (what := common.differences(encoder.data, train.identity())):
         raise common.Fault(f"the bank of {path} belongs to other images ({encoder.data['name']}, "
                            f"{encoder.data['images']:,}, not {train.name}, {len(train):,}; {', '.join(what)} differ): "
                            "use --train-features clean")

@@ -698,7 +698,7 @@ class Ledger:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if any(self.test.get(key) != value for key, value in state["test"].items()):
+        if common.differences(state["test"], self.test):
             raise common.Fault("the images are not those that this run began with, or images have other classes: use "
                                "--overwrite, or another --output")
         vars(self).update(state)

@@ -1089,15 +1089,18 @@ def read_eval(name: str, baselines: bool = False) -> Rows:
         raise common.Fault(f"{path} is no list of results: each line has to be JSON") from None
     rows = [row for row in rows if isinstance(row, dict)]
     names = [Path(str(row.get("checkpoint"))).name for row in rows]
-    now = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name in set(names)
-           if (file := path.parent / name).is_file()}
-    same = [name not in now or row.get("checkpoint_sha256", now[name]) == now[name]
-            for row, name in zip(rows, names, strict=True)]
+    now = {name: checksum(path.parent / name) for name in set(names)}
+    same = [now[name] in (None, row.get("checkpoint_sha256", now[name])) for row, name in zip(rows, names, strict=True)]
     if not all(same):
         note = f"{same.count(False)} results in {path} are left out: the checkpoint has changed since"
         print(f"note: {note}", file=sys.stderr)
     rows = [row for row, kept in zip(rows, same, strict=True) if kept]
     return rows if baselines else [row for row in rows if row.get("checkpoint") not in ("random", "pixels")]
+
+
+def checksum(path: Path) -> str | None:
+    """The checkpoint_sha256 that results of this file would have now; None if there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def read_current(name: str, baselines: bool = False) -> Rows:
@@ -1534,8 +1537,7 @@ def read_detections(name: str) -> dict[str, Any]:
     except Exception:  # garbage makes the unpickler raise almost anything
         raise common.Fault(f"{path} holds no detections of eval_detection.py") from None
     network = Path(name, Path(saved["result"]["checkpoint"]).name)
-    if (path.parent != Path(name) and network.is_file()
-            and hashlib.sha256(network.read_bytes()).hexdigest() != saved["result"]["checkpoint_sha256"]):
+    if path.parent != Path(name) and checksum(network) not in (None, saved["result"]["checkpoint_sha256"]):
         raise common.Fault(f"{network} has changed since {path}: run eval_detection.py again, with --overwrite")
     return saved
 
@@ -1689,10 +1691,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                                  "and for pca")
             options.add_argument("--arch", choices=common.ARCHITECTURES, help="of files that do not say it")
             options.add_argument("--width", type=common.COUNT, help="of files that do not say it")
-            for key in ("mean", "std"):
-                options.add_argument(f"--{key}", type=common.number(float, 0, 1, open_low=key == "std"), nargs=3,
-                                     metavar="RGB", help=f"{key} of the channels, in [0, 1], by which images were "
-                                     "normalised; of files that do not say it; default: the data set's")
+            common.add_statistics_options(options, "of files that do not say it; default: the data set's")
             options.add_argument("--seed", type=common.COUNT_OR_ZERO, default=0, help="of what is drawn at random")
             options.add_argument("--batch-size", type=common.COUNT, default=256, help="images in one forward pass")
             common.add_data_options(options)
