@@ -997,12 +997,15 @@ def edges(args: argparse.Namespace) -> None:
     drawn = [name for name in args.runs if Path(name).is_file() or Path(name, "checkpoint.pth").exists()]
     for name in args.runs:
         if name != "random" and (folder_of(name) / "log.jsonl").exists():
-            # In its first epoch a run has a network, but no curve
-            with contextlib.suppress(*[common.Fault] * (name in drawn)):
+            try:
                 source, rows, _ = read_log(name)
-                if found := edge_curve(source.options, rows):
-                    sources.append(source)
-                    points.append(found)
+            except common.Fault:
+                if name in drawn:  # in its first epoch a run has a network, but no curve
+                    continue
+                raise
+            if found := edge_curve(source.options, rows):
+                sources.append(source)
+                points.append(found)
     if not drawn and not points:
         raise common.Fault(f"{args.runs[0]} has neither a checkpoint nor a log with ratio_edge")
     boxes, chance, notes, runs = dict[str, Tensor](), math.nan, list[str](), dict[str, Source]()
