@@ -229,6 +229,8 @@ def make(name: str, args: argparse.Namespace, deadline: float) -> bool:
         publish(name, facts, args)  # the last call may have been killed before it did, or its results be gone
     if not facts["steps"]:
         facts["added"] = args.added  # --epochs, for one, may change until the training ends
+    elif args.added not in ([], facts["added"]):
+        print(f"{name}: its training has ended, without {shlex.join(args.added)}", flush=True)
     for step in steps[len(facts["steps"]) :]:
         print(f"{name}: {shlex.join(step)}", flush=True)
         began, code = time.monotonic(), -1
@@ -319,10 +321,10 @@ def main(args: argparse.Namespace) -> None:
     if args.table:
         write_table(Path("README.md"), args.results)
         return
-    finished = {name: published(name, args.results)["finished"] for name in ROWS}
+    facts = {name: published(name, args.results) for name in ROWS}
     if args.list:
         for name, row in ROWS.items():
-            said = "finished" if finished[name] else "begun" if (args.work / name).exists() else "not run"
+            said = "finished" if facts[name]["finished"] else "begun" if (args.work / name).exists() else "not run"
             steps = (f"python {step}" for step in row.steps)
             print(f"{name}: {said}", shown(row), *steps, sep="\n    ")
         return
@@ -330,8 +332,9 @@ def main(args: argparse.Namespace) -> None:
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
     failed = False
     for name in args.rows or [name for name in ROWS if ROWS[name].steps]:
-        if finished[name]:
-            print(f"{name}: finished", flush=True)
+        if facts[name]["finished"]:
+            other = json.loads(portable(json.dumps(args.added), args)) not in ([], facts[name]["added"])
+            print(f"{name}: finished" + f", without {shlex.join(args.added)}" * other, flush=True)
             continue
         try:
             done = make(name, args, deadline)

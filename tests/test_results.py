@@ -138,6 +138,19 @@ def test_options_that_were_added_stand_in_the_table(run: ModuleType, fake: list[
     assert "--compile" not in run.table(tmp_path / "results")
 
 
+def test_options_that_come_too_late_are_named(run: ModuleType, fake: list[str], tmp_path: Path,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a row's training has ended, a call with other options for it says that the row is without them."""
+    def said(seed: str) -> str:
+        assert call(run, [*fake, "one", "--", "--seed", seed, "--file-list", str(tmp_path / "list")]) == 0
+        return capsys.readouterr().out
+
+    assert "without" not in said("1") + said("1")
+    assert "one: finished, without --seed 2 " in said("2")
+    shutil.rmtree(tmp_path / "results/one")
+    assert "one: its training has ended, without --seed 2 " in said("2")
+
+
 def test_a_row_in_pieces_has_the_minutes_and_options_of_all(
     run: ModuleType, fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
