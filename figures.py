@@ -543,7 +543,7 @@ def draw_curves(groups: dict[str, list[Rows]], chance: dict[str, float], compare
         if x == "loss":
             axes.invert_xaxis()
             continue
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         low, high = axes.get_ylim()
         above = -math.inf  # values at the ends of lines, moved apart where they would overlap
         for value, where, text, color in sorted(ends):
@@ -976,7 +976,7 @@ def draw_edges(boxes: dict[str, Tensor], chance: float, curves: dict[str, list[t
         for number, (name, points) in enumerate(curves.items()):
             right.plot(*zip(*points, strict=True), **look(number), markersize=3, label=name)
         right.set(title="mean over classes", xlabel="epochs trained", ylabel="edges that stay in their class, %")
-        right.xaxis.set_major_locator(MaxNLocator(integer=True))
+        right.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         right.legend(fontsize=7)
     return figure
 

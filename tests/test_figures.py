@@ -178,6 +178,14 @@ def test_curves_label_what_they_show() -> None:
     assert len(figures.draw_curves({"one": without}, {}, compare=True).axes) == 1
 
 
+def test_a_single_epoch_has_a_whole_number() -> None:
+    """The axis of epochs has no fractions, however few epochs there are."""
+    curves = figures.draw_curves({"one": [[dict(epoch=1, loss=2.0)]]}, {}, compare=False)
+    for figure, epoch in ((curves, 1), (figures.draw_edges({}, 10.0, {"one": [(0, 12.0)]}), 0)):
+        ticks, (low, high) = figure.axes[0].get_xticks(), figure.axes[0].get_xlim()
+        assert [tick for tick in ticks if low <= tick <= high] == [epoch]
+
+
 @pytest.mark.parametrize("label", ["npid cifar10", "npid-cifar10-cosine-of-thirty-epochs-with-momentum-seed0"])
 def test_the_legend_of_curves_stands_beside_the_title(label: str) -> None:
     """However long the names: it begins behind the title and ends within the figure."""
