@@ -1003,10 +1003,9 @@ def edges(args: argparse.Namespace) -> None:
                 if name in drawn:  # in its first epoch a run has a network, but no curve
                     continue
                 raise
-            if found := edge_curve(source.options, rows):
-                sources.append(source)
-                points.append(found)
-    if not drawn and not points:
+            sources.append(source)
+            points.append(edge_curve(source.options, rows))
+    if not drawn and not any(points):
         raise common.Fault(f"{args.runs[0]} has neither a checkpoint nor a log with ratio_edge")
     boxes, chance, notes, runs = dict[str, Tensor](), math.nan, list[str](), dict[str, Source]()
     if drawn:
@@ -1025,10 +1024,11 @@ def edges(args: argparse.Namespace) -> None:
                      f"{data.name}, of DeepCluster's networks by whitened features before the last ReLU; orange: "
                      "median, diamond and number: mean, box: quartiles, whiskers: the last class "
                      "within 1.5 times their distance; rings: classes beyond." + sides(data, boxed))
-    if points:
+    if any(points):
         notes.append("Curves: from the logs, 10 neighbours, by the descriptors that are clustered.")
-    logs = legend(sources)
-    figure = draw_edges(boxes, chance, dict(zip(logs, points, strict=True)))
+    curves = dict(zip(legend(sources), points, strict=True))  # named as the boxes are, whoever has a curve
+    logs = {name: source for name, source in legend(sources).items() if curves[name]}
+    figure = draw_edges(boxes, chance, {name: curves[name] for name in logs})
     save(figure, "Ratio edge intra-class", "\n".join(notes), runs | logs, args.out)
 
 

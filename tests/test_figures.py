@@ -721,6 +721,18 @@ def test_edges_of_networks_and_logs(run: Path, tmp_path: Path, monkeypatch: pyte
         image(tmp_path / f"{name}.png")
 
 
+def test_edges_name_a_curve_as_its_box(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A curve has the name that tells its run from all others, those without a curve included."""
+    pic, kmeans = (other(run, tmp_path / how, script="deepcluster", clustering=how, reassign_every=1)
+                   for how in ("pic", "kmeans"))
+    with (kmeans / "log.jsonl").open("a") as log:
+        print(json.dumps(dict(epoch=3, loss=1.0, ratio_edge=12.0)), file=log)
+    seen = list[Any]()
+    monkeypatch.setattr(figures, "draw_edges", lambda *drawn: (seen.append(drawn), Figure())[1])
+    draw("edges", pic, kmeans, "--out", tmp_path / "edges.png")
+    assert seen[0][2] == {"clustering kmeans, epochs 3": [(2, 12.0)]}
+
+
 def test_edges_within_the_first_epoch(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run whose log has no epoch yet has the boxes of its checkpoint."""
     begun = shutil.copytree(run, tmp_path / "begun")
