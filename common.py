@@ -3292,8 +3292,8 @@ def load_encoder(
             weights = {key: value for key, value in weights.items() if not key.startswith((f"{name}.", "neck."))}
             break
     unexpected = sorted(weights.keys() - matched.keys())
-    if layer == "auto" and any(not name.startswith(BESIDE) and "backbone" not in name for name in unexpected):
-        head = None  # a changed script may have a layer before its head
+    if layer == "auto" and maybe_before_head(unexpected):
+        head = None
     other = [name for name in missing if name in weights] + [name for name in unexpected if name.startswith("layer")]
     other += [name for name in missing if target[name].ndim == 4 or name.endswith("running_mean")]
     if share < 0.95 or other:  # of another shape, of a deeper ResNet, or a whole convolution or normalisation
@@ -3318,6 +3318,11 @@ def load_encoder(
     bank = saved["state"]["bank"]["features"] if ours and "bank" in saved["state"] else None
     report = dict(matched=len(matched), missing=missing, unexpected=unexpected, prefixes=prefixes)
     return Encoder(network, head, options, data, bank, hashlib.sha256(content).hexdigest(), report)
+
+
+def maybe_before_head(unexpected: Sequence[str]) -> list[str]:
+    """Of the names left over those of layers that a changed script may have before its head."""
+    return [name for name in unexpected if not name.startswith(BESIDE) and "backbone" not in name]
 
 
 def _fitting(everything: dict[str, Tensor], width: int, channels: int) -> str | None:

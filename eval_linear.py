@@ -1360,6 +1360,10 @@ def main(args: argparse.Namespace) -> None:
         encoder = common.load_encoder(path, args.arch, args.width, device, "head" if "head" in args.layers else "auto")
         if common.first_rank():
             print(f"{path}: {encoder.describe()}", flush=True)
+        before = common.maybe_before_head(encoder.report["unexpected"]) if encoder.options else []
+        if before and "head" in args.layers and "layers" not in args.typed:
+            raise common.Fault(f"{path} has {before[0]}, perhaps of a layer before its head, which would be left out: "
+                               "take --layers backbone, or --layers head if it stands elsewhere")
         if not args.protocol.startswith("voc07"):
             common.images_of_run(args, encoder.options)
     # Of its own: a protocol trains several times --epochs, and a batch may be smaller.

@@ -1495,6 +1495,16 @@ def test_images_of_one_size_made_anew_are_others(tmp_path: Path) -> None:
     assert len(found) == 2
 
 
+def test_head_behind_an_unknown_layer(checkpoint: Path, tmp_path: Path) -> None:
+    """The preset svm-head does not take a head as if it stood on the backbone where another layer may come before it.
+    """
+    saved = torch.load(checkpoint)
+    saved["state"]["encoder"]["hidden.0.weight"] = torch.rand(32, 32)
+    torch.save(saved, tmp_path / "changed.pth")
+    one_line(run("eval_linear", [tmp_path / "changed.pth", "--device", "cpu", "--preset", "svm-head", "--subset", "60",
+                                 "--test-subset", "20"]), "hidden.0.weight", "--layers backbone")
+
+
 def test_faults(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What cannot be done is said in one line."""
     small = [checkpoint, *SMALL, tmp_path]
