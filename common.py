@@ -257,8 +257,7 @@ SHARE = number(float, 0, 1)
 
 
 def count_or_share(text: str) -> float:
-    """An argparse type: a number of images (1, 2, ...) or a share of them (0.1 is 10 %); 1.0 might be meant as either.
-    """
+    """An argparse type: a number of images (1, 2, ...) or a share of them (0.1: 10 %); 1.0 might be meant as either."""
     value = POSITIVE(text)
     if value >= 1 and (value != int(value) or value > 2**53 or (value == 1 and "." in text)):
         raise argparse.ArgumentTypeError(f"{text} is neither a number of images nor a share below 1")
@@ -473,8 +472,7 @@ class Draw:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device. From pinned memory, since from other memory the host may wait for all a GPU has to do.
-    """
+    """The tensor on the device, by pinned memory: from other memory the host may wait for all a GPU has to do."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -644,8 +642,7 @@ class Run:
         return torch.arange(self.rank * size, (self.rank + 1) * size).clamp_(max=count - 1)
 
     def gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Each tensor of every rank, joined along dim 0 in the order of ranks: equal shapes on all ranks; no gradient.
-        """
+        """Each tensor of every rank, joined along dim 0 in the order of ranks: of equal shapes; no gradient."""
         if self.world == 1:
             return tuple(tensor.detach() for tensor in tensors)
         joined = []
@@ -772,8 +769,7 @@ class Run:
         return options | dict(amp=self.amp)
 
     def log(self, **row: Any) -> None:
-        """Print one JSON line and append it to log.jsonl; what is not finite is null there, as JSON has no word for it.
-        """
+        """Print one JSON line and append it to log.jsonl; what is not finite is null, as JSON has no word for it."""
         if self.rank == 0:
             line = json.dumps({key: None if isinstance(value, float) and not math.isfinite(value) else value
                                for key, value in row.items()})
@@ -2105,8 +2101,7 @@ def shapes(n: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
 
 @dataclasses.dataclass
 class Scene:
-    """An image (3, size, size) uint8 and its K objects: boxes (K, 4) x1 y1 x2 y2 in pixels, labels (K,),
-    masks (K, size, size) bool."""
+    """An image (3, S, S) uint8; its K objects: boxes (K, 4) x1 y1 x2 y2 in px, labels (K,), masks (K, S, S) bool."""
 
     image: Tensor
     boxes: Tensor
@@ -2164,9 +2159,8 @@ def crop_boxes(
     uniform: Tensor, height: int | Tensor, width: int | Tensor, scale: Sequence[float],
     ratio: Sequence[float] = (3 / 4, 4 / 3), of_square: bool = False,
 ) -> Tensor:
-    """Boxes of RandomResizedCrop, (B, 4) int64: top, left, height, width. uniform: (B, 22) in [0, 1); height,
-    width of the images: int or (B,); scale: range of the share of the area, or of that of the square of the shorter
-    side; ratio: that of width / height."""
+    """Boxes of RandomResizedCrop, (B, 4) int64: top, left, height, width. uniform: (B, 22) in [0, 1); scale: range of
+    the share of the area, or of_square: of the square of the shorter side; ratio: that of width / height."""
     full_height, full_width = (torch.ones_like(uniform[:, 0]).mul(side)[:, None] for side in (height, width))
     share = scale[0] + (scale[1] - scale[0]) * uniform[:, 0:10]
     log_ratio = math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * uniform[:, 10:20]
@@ -2216,8 +2210,7 @@ def resized_crop(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def resize_center_crop(images: Tensor, resize: int, crop: int) -> Tensor:
-    """Shorter side to `resize` pixels, then the central crop, (B, 3, crop, crop) floats in [0, 1].
-    images: uint8 or float in [0, 1]."""
+    """Shorter side to `resize` px, then the central crop, (B, 3, crop, crop) in [0, 1]. images: as resized_crop's."""
     shorter = min(images.shape[2:])
     matrices = []
     for source in images.shape[2:]:
@@ -2310,8 +2303,7 @@ def random_color_jitter(
     images: Tensor, draw: Uniform, brightness: float, contrast: float, saturation: float, hue: float,
     probability: float = 1.0,
 ) -> Tensor:
-    """ColorJitter of each image with this probability: factors uniform in [max(0, 1 - b), 1 + b], hue in
-    [-h, h] turns, in random order."""
+    """ColorJitter with this probability: factors in [max(0, 1 - b), 1 + b], hue in [-h, h] turns, in random order."""
     uniform = draw(9)
     spans = [(max(0.0, 1 - b), 1 + b, 1.0) for b in (brightness, contrast, saturation)]
     factors = []
@@ -3111,8 +3103,7 @@ def ratio_edge_intra_class(nearest: Tensor, labels: Tensor) -> Tensor:
 
 
 class _InertPickle:
-    """As pickle, for torch.load: tensors and plain values; every other class in the file becomes an empty stand-in and
-    is never run."""
+    """As pickle, for torch.load: tensors and plain values; other classes become empty stand-ins and are never run."""
 
     class Unpickler(pickle.Unpickler):
         ALLOWED = frozenset({
@@ -3581,8 +3572,7 @@ def _voc_root(args: argparse.Namespace) -> Path:
 
 
 def _voc_list(path: Path) -> tuple[list[str], bool]:
-    """The image of each line, spaces in names included; and whether it is a list of one class: a flag ends each line.
-    """
+    """The image of each line, spaces in names included; whether it is a list of one class: a flag ends each line."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()  # some editors begin it with a mark
     except (OSError, UnicodeDecodeError) as error:

@@ -478,8 +478,7 @@ class Detector(nn.Module):
             self.proposals.drop = args.boundary_anchors == "drop"
 
         def align(features: dict[str, Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]]) -> Any:
-            """Maps {"0": (B, C, h, w)} and B times (P, 4) boxes in px -> (sum of P, C, side, side) float32, by RoIAlign
-            with pixel centres at halves."""
+            """Maps {"0": (B, C, h, w)}, boxes B x (P, 4) px -> (sum of P, C, side, side); pixel centres at halves."""
             boxes = [part - beyond for part in boxes]
             return roi_align(features["0"].float().contiguous(), boxes, side, 1 / stride, aligned=True)
 
@@ -555,8 +554,7 @@ class Detections(NamedTuple):
 
 
 def match(found: Detections, data: common.VocSet) -> tuple[Tensor, Tensor]:
-    """For each box the object of its class that it overlaps most: (overlap (M,), the object's number in the set (M,),
-    -1 for none)."""
+    """For each box the object of its class that it overlaps most: its overlap and its number in the set, -1: none."""
     overlap, partner = torch.zeros(len(found.scores)), torch.full((len(found.scores),), -1)
     parts = torch.split(torch.arange(len(found.image)), torch.bincount(found.image, minlength=len(data)).tolist())
     first = 0

@@ -399,8 +399,7 @@ def layer_features(encoder: common.Encoder, images: Tensor, layers: Sequence[str
 
 
 def crops_of(data: common.ImageSet, rows: Tensor, crops: int, batch: int, device: torch.device) -> Iterator[Tensor]:
-    """Normalised crops (b, V, 3, S, S) of the images at `rows`; of several the first or, of ten, the fifth is the
-    central one."""
+    """Normalised crops (b, V, 3, S, S) of the images at `rows`; the central one is the first or, of ten, the fifth."""
     for images in data.centers(rows, max(1, batch // crops), device, ten=crops == 10):
         images = data.normalize(images)
         yield images if crops == 10 else torch.stack([images, images.flip(-1)][:crops], 1)
@@ -418,9 +417,8 @@ def weights_checksum(encoder: common.Encoder) -> str:
 
 
 def images_checksum(data: common.ImageSet) -> str:
-    """Of all pixels that are held, or of the sizes of up to 20,000 files and the content of some whose sizes tell
-    nothing, uncompressed ones, and of the images' positions; `identity` has the names of all files, but of their sizes
-    a few."""
+    """Of the images' positions, and of all pixels that are held, or of the sizes of up to 20,000 files and the content
+    of some uncompressed ones, whose sizes tell nothing; `identity` has the names of all files, but few sizes."""
     content = hashlib.blake2b(data.ids.numpy().tobytes(), digest_size=16)
     if data.pixels is not None:
         for part in torch.split(data.pixels, 8192):
@@ -1014,8 +1012,7 @@ def one_vs_rest(labels: Tensor, classes: int) -> Tensor:
 
 
 def with_intercept(layer: Layer, rows: Tensor) -> Tensor:
-    """(n V, d + 1) float32: all crops of the images at `rows` and a 1, whose weight is the intercept. Written in place:
-    a layer of ImageNet takes 47 GB."""
+    """(n V, d + 1) float32: all crops of the images at `rows` and a 1, for the intercept. In place: up to 47 GB."""
     views = layer.values.shape[1]
     x = torch.ones(len(rows) * views, layer.size + 1, device=layer.device)
     for part, place in zip(torch.split(rows, 1024), torch.split(x, 1024 * views), strict=True):

@@ -198,8 +198,7 @@ def decoded(
 def training_batches(
     run: common.Run, data: common.VocSet, args: argparse.Namespace, mean: Sequence[float], steps: range
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(step, images (b, 3, S, S) in [0, 1], classes (b, S, S)) of this rank: the next of an endless row of permutations
-    of all images."""
+    """(step, images (b, 3, S, S) in [0, 1], classes (b, S, S)) of this rank: next of an endless row of permutations."""
     rows, count, batch = run.rows(args.batch_size), len(data), args.batch_size
 
     def samples(step: int) -> list[Sample]:

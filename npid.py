@@ -266,8 +266,7 @@ class ShardedBank(common.MemoryBank):
         super().update(z[own], index[own] - self.start, momentum)
 
     def gathered(self, whole: Tensor) -> Tensor:
-        """Copy all rows into `whole` (size, D), on any device. All ranks call it; one with an empty `whole` only sends.
-        """
+        """Copy all rows into `whole` (size, D), on any device. All ranks call it; an empty `whole` only sends."""
         world, share = self.run.world, -(-self.size // self.run.world)
         for begin in range(0, share, self.CHUNK):
             rows = self.features[begin : min(begin + self.CHUNK, share)]

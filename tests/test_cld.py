@@ -1000,8 +1000,7 @@ def test_rand_augment_reads_nothing_from_the_device() -> None:
 
 
 def test_erased_boxes() -> None:
-    """With p = 1 every image loses one box of 2 to 33 % of its area, 0.3 to 3.3 times as wide as high, with p = 0 none.
-    """
+    """With p = 1 each image loses one box of 2 to 33 % of its area, 0.3 to 3.3 times as wide as high; p = 0: none."""
     images = torch.ones(64, 3, 32, 32)
     lost = 1 - cld.random_erase(images, draws(64), 1.0).mean((1, 2, 3))
     assert float(lost.min()) > 0.015 and float(lost.max()) < 0.35 and float(lost.std()) > 0.05

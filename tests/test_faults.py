@@ -110,8 +110,7 @@ def test_downloads_of_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_gpu_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank takes the GPU of its number, or the only one it sees where SLURM has bound it to that; else none is left.
-    """
+    """A rank takes the GPU of its number, or the only one it sees where SLURM has bound it to that; else a fault."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -409,8 +408,7 @@ def test_result_that_cannot_be_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_links_that_lead_back(tmp_path: Path) -> None:
-    """A link to a folder above is no folder of images: each is found once; other links are followed, but in no circle.
-    """
+    """A link to a folder above is no folder of images: each is found once; other links are followed, in no circle."""
     images(tmp_path / "data" / "a", 3)
     images(tmp_path / "elsewhere", 2)
     (tmp_path / "data" / "a" / "loop").symlink_to(tmp_path / "data", target_is_directory=True)

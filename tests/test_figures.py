@@ -230,8 +230,7 @@ def test_curves_of_runs_and_seeds(run: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_run_that_is_trained_on_has_its_new_epochs(run: Path, tmp_path: Path) -> None:
-    """Its log begins with the epochs that it had at first; it is an experiment with runs that had all from the start.
-    """
+    """Its log begins with the epochs that it had at first; it goes with runs that had all from the start."""
     whole, longer = other(run, tmp_path / "whole", seed=1), other(run, tmp_path / "longer", epochs=1)
     first, second = (figures.read_log(str(name))[0] for name in (whole, longer))
     assert "epoch 2 of 2" in str(second) and figures.experiment(first) == figures.experiment(second)

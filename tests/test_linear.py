@@ -1291,8 +1291,7 @@ def test_voc07_has_something_to_choose_by(tmp_path: Path) -> None:
 
 
 def test_voc07_sees_images_as_the_network_did(trained: Path, voc: Path) -> None:
-    """At the size of the network's run, and normalised by --mean and --std, else by its run's figures, else ImageNet's.
-    """
+    """At the size of the network's run; normalised by --mean and --std, else its run's figures, else ImageNet's."""
     words = [str(trained), "--protocol", "voc07-svm", "--data", "shapes", "--data-dir", str(voc), "--subset", "20",
              "--test-subset", "10"]
     encoder, imagenet = common.load_encoder(trained), common.IMAGENET
@@ -1433,8 +1432,7 @@ def test_killed_run_resumes(words: list[str], trained: Path, tmp_path: Path) -> 
 
 
 def test_settings_have_folders_of_their_own(checkpoint: Path) -> None:
-    """Another rate, seed, precision or data set starts anew beside the first; the same command finds its result again.
-    """
+    """Another rate, seed, precision or data set starts anew beside the first; the same command finds its result."""
     words = ["--protocol", "svm", "--layers", "conv5"]
     first = evaluate(checkpoint, *words)
     assert evaluate(checkpoint, *words) == first

@@ -255,8 +255,7 @@ def interrupt_with_the_reader_in_the_monitor() -> None:
 def test_interrupted_with_the_reader_of_the_output(
     when: Callable[[], None], end: tuple[int, int], undisturbed: Path, tmp_path: Path
 ) -> None:
-    """Ctrl-C saves also where it ends whoever reads the output first; the log has each epoch that the checkpoint has.
-    """
+    """Ctrl-C saves also where it ends whoever reads the output first; the log has each epoch of the checkpoint."""
     command = [*OFTEN, "--output", tmp_path, "--save-minutes", "0"]
     assert run("npid", command, before=when).code == 130
     assert (checkpoint(tmp_path)["epoch"], checkpoint(tmp_path)["step"]) == end
