@@ -3142,6 +3142,8 @@ class Encoder:
 
     backbone: nn.Module
     head: nn.Module | None
+    arch: str
+    width: int
     options: dict[str, Any]  # of the run that wrote it; empty for foreign files
     data: dict[str, Any]
     bank: Tensor | None
@@ -3156,8 +3158,8 @@ class Encoder:
     def staged(self) -> Any:
         """The backbone, which must have `stages`; one that a changed script brings need not."""
         if not hasattr(self.backbone, "stages"):
-            raise Fault(f"{self.options.get('arch', 'this network')} has no `stages` (common.py, section 8): give it "
-                        "this method; without it, of eval_linear.py take --layers backbone or head")
+            raise Fault(f"{self.arch} has no `stages` (common.py, section 8): give it this method; without it, of "
+                        "eval_linear.py take --layers backbone or head")
         return self.backbone
 
     def describe(self) -> str:
@@ -3308,7 +3310,7 @@ def load_encoder(
     _fold_norms(network)
     bank = saved["state"]["bank"]["features"] if ours and "bank" in saved["state"] else None
     report = dict(matched=len(matched), missing=missing, unexpected=unexpected, prefixes=prefixes)
-    return Encoder(network, head, options, data, bank, hashlib.sha256(content).hexdigest(), report)
+    return Encoder(network, head, arch, width, options, data, bank, hashlib.sha256(content).hexdigest(), report)
 
 
 def maybe_before_head(unexpected: Sequence[str]) -> list[str]:
@@ -3417,7 +3419,7 @@ def untrained_encoder(
     for part in (network, head):
         part.eval().requires_grad_(False).to(device)
     _fold_norms(network)
-    return Encoder(network, head, {}, {}, None, "", dict(matched=0, missing=[], unexpected=[]))
+    return Encoder(network, head, arch, width, {}, {}, None, "", dict(matched=0, missing=[], unexpected=[]))
 
 
 def _fold_norms(network: PlainNet | ResNet) -> None:

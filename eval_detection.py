@@ -723,10 +723,10 @@ def main(args: argparse.Namespace) -> None:
         encoder = common.load_encoder(Path(args.checkpoint), args.arch, args.width, run.device, "backbone")
         if run.rank == 0:
             print(f"{args.checkpoint}: {encoder.describe()}", flush=True)
-    arch, wanted = args.arch or encoder.options.get("arch", "resnet18"), args.preset.rpartition("-")[2]
-    if wanted in common.PLAIN_STAGES and not arch.startswith(wanted):
-        raise common.Fault(f"--preset {args.preset} is for {wanted}, not {arch}: name --arch, or take another preset")
-    plain = arch.partition("_")[0] in common.PLAIN_STAGES
+    wanted, plain = args.preset.rpartition("-")[2], encoder.arch.partition("_")[0] in common.PLAIN_STAGES
+    if wanted in common.PLAIN_STAGES and not encoder.arch.startswith(wanted):
+        raise common.Fault(f"--preset {args.preset} is for {wanted}, not {encoder.arch}: name --arch, or take another "
+                           "preset")
     common.note_idle(args, dict(dropout=(plain, "AlexNet or VGG16"), roi_size=(not plain, "a ResNet"),
                                 precise_bn=(args.bn == "tuned", "--bn tuned"),
                                 extra_bn=(not plain and args.bn == "tuned", "a ResNet and --bn tuned")))
@@ -783,8 +783,8 @@ def main(args: argparse.Namespace) -> None:
 
     found = detect(model, test, test_regions, args, mean, std, run)
     result = dict(protocol="detection", checkpoint=args.checkpoint, checkpoint_sha256=encoder.sha256,
-                  preset=args.preset, data=test.name, arch=arch,
-                  width=args.width or encoder.options.get("width", 64), train_images=len(data), test_images=len(test),
+                  preset=args.preset, data=test.name, arch=encoder.arch, width=encoder.width,
+                  train_images=len(data), test_images=len(test),
                   test_list=args.test_list, test_subset=args.test_subset, iterations=args.iterations,
                   batch_size=args.batch_size, seed=args.seed, settings=run.settings(), **figures(found, test))
     line = json.dumps(result)

@@ -128,8 +128,7 @@ def main(args: argparse.Namespace) -> None:
     rows = [dict(num_neighbors=k, temperature=tau, top1=round(top1, 2), top5=round(top5, 2))
             for (k, tau), (top1, top5) in accuracy.items()]
     result = dict(protocol="knn", checkpoint=args.checkpoint, checkpoint_sha256=encoder.sha256,
-                  arch=None if pixels else args.arch or encoder.options.get("arch", "resnet18"),
-                  width=None if pixels else args.width or encoder.options.get("width", 64),
+                  arch=None if pixels else encoder.arch, width=None if pixels else encoder.width,
                   layer=None if pixels else "backbone" if encoder.head is None else "head", image_size=train.size,
                   mean=train.mean, std=train.std,
                   checksum=train.identity()["checksum"], git=common.git_commit(),

@@ -1260,7 +1260,7 @@ def mlp(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task
     train, test = both_features(args, encoder, task, run.device)
     train_layer = Layer(train[args.layers[0]], args, run.device)
     test_layer = Layer(test[args.layers[0]], args, run.device, train_layer)
-    hidden = args.hidden or max(16, 64 * (args.width or encoder.options.get("width", 64)))
+    hidden = args.hidden or max(16, 64 * encoder.width)
     layers = [nn.Dropout(args.dropout), nn.Linear(train_layer.size, hidden), nn.ReLU(inplace=True),  # fc6
               nn.Dropout(args.dropout), nn.Linear(hidden, hidden), nn.ReLU(inplace=True)]  # fc7
     model = run.place(Classifier(nn.Sequential(*layers), hidden, len(task.train.classes)))
@@ -1379,8 +1379,7 @@ def main(args: argparse.Namespace) -> None:
     options = encoder.options
     method = f"{options['script']} {options['preset']}" if options else path.stem
     facts = dict(protocol=args.protocol, preset=args.preset, checkpoint=args.checkpoint,
-                 checkpoint_sha256=encoder.sha256, arch=args.arch or options.get("arch", "resnet18"),
-                 width=args.width or options.get("width", 64),
+                 checkpoint_sha256=encoder.sha256, arch=encoder.arch, width=encoder.width,
                  method="untrained" if args.checkpoint == "random" else method, data=task.train.name,
                  classes=len(task.train.classes), subset=args.subset, train_images=len(task.train),
                  test_images=len(task.test), train_crops=args.train_crops, test_crops=args.test_crops,

@@ -394,8 +394,7 @@ def main(args: argparse.Namespace) -> None:
         encoder = common.load_encoder(Path(args.checkpoint), args.arch, args.width, run.device, "backbone")
         if run.rank == 0:
             print(f"{args.checkpoint}: {encoder.describe()}", flush=True)
-    arch = args.arch or encoder.options.get("arch", "resnet18")
-    plain = arch.partition("_")[0] in common.PLAIN_STAGES
+    plain = encoder.arch.partition("_")[0] in common.PLAIN_STAGES
     common.note_idle(args, dict(dropout=(plain, "AlexNet or VGG16"), output_stride=(not plain, "a ResNet")))
     data, test = load(args)
     usual = common.DATASETS["shapes"] if args.data == "shapes" else common.IMAGENET
@@ -442,8 +441,8 @@ def main(args: argparse.Namespace) -> None:
 
     table = confusion_table(model, test, args, mean, std, run)
     result = dict(protocol="segmentation", checkpoint=args.checkpoint, checkpoint_sha256=encoder.sha256,
-                  preset=args.preset, data=test.name, arch=arch,
-                  width=args.width or encoder.options.get("width", 64), train_images=len(data), test_images=len(test),
+                  preset=args.preset, data=test.name, arch=encoder.arch, width=encoder.width,
+                  train_images=len(data), test_images=len(test),
                   test_list=args.test_list, test_subset=args.test_subset, iterations=args.iterations,
                   batch_size=args.batch_size, seed=args.seed, settings=run.settings(),
                   **figures(table.cpu(), ["ground", *test.classes]))

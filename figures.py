@@ -181,11 +181,10 @@ def open_network(
     if name == "random":
         if first is None:
             raise common.Fault('name a run beside "random": the untrained network takes its architecture')
-        arch, width = first.options.get("arch", args.arch), first.options.get("width", args.width or 64)
         torch.manual_seed(args.seed)
         stem = args.image_size < common.SMALL if args.image_size else first.data.get("small", False)
         channels = 2 if isinstance(getattr(first.backbone, "front", None), common.Sobel) else 3
-        encoder = common.untrained_encoder(arch, width, stem, args.device, input_channels=channels)
+        encoder = common.untrained_encoder(first.arch, first.width, stem, args.device, input_channels=channels)
         encoder = dataclasses.replace(encoder, head=encoder.head if first.head else None, options=first.options,
                                       data=first.data)
         return encoder, Source("untrained", {}, {}, "", 0)

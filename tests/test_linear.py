@@ -130,7 +130,7 @@ def test_pool5_is_what_fc6_sees() -> None:
 
 def test_a_network_of_ones_own_needs_no_stages() -> None:
     """Its output can be probed as it is; to ask for a stage that it does not have is a fault that says so."""
-    own = dataclasses.replace(encoder_and_data()[0], backbone=nn.Flatten(), options=dict(arch="mine"))
+    own = dataclasses.replace(encoder_and_data()[0], backbone=nn.Flatten(), arch="mine")
     images = torch.randn(2, 3, 32, 32)
     (found,) = eval_linear.layer_features(own, images, ["backbone"], 10_000)
     assert torch.equal(found, images.flatten(1))
