@@ -1620,15 +1620,15 @@ def load_monitor(args: argparse.Namespace, data: ImageSet, device: torch.device)
                          val_dir=((folder and on) or apart, "a folder of images and a kNN monitor")))
     if not on:
         return None
-    test = _test_images(args, data, device)
+    test = load_test(args, data, device)
     if unknown := int((test.labels < 0).sum()):
         note(f"{unknown:,} of the {len(test):,} test images of {data.name} are in no class folder: no kNN monitor")
         return None
     return test
 
 
-def _test_images(args: argparse.Namespace, train: ImageSet, device: torch.device) -> ImageSet:
-    """At the size of the training images and with their mean and std; of their classes."""
+def load_test(args: argparse.Namespace, train: ImageSet, device: torch.device) -> ImageSet:
+    """Test images of the set of the training images, at their size, with their mean and std, and of their classes."""
     test = load(argparse.Namespace(**vars(args) | dict(image_size=train.size)), "test", device, train.classes)
     test.mean, test.std = train.mean, train.std
     return test
@@ -3185,7 +3185,10 @@ def images_of_run(args: argparse.Namespace, options: dict[str, Any]) -> None:
 
 
 def load_train(args: argparse.Namespace, encoder: Encoder | None, split: str, device: torch.device) -> ImageSet:
-    """Training images of the set that the encoder was trained on, unless --data names another; its size, mean, std."""
+    """Training images of the set that the encoder was trained on, unless --data names another; its size, mean, std.
+
+    `args` has the run's set from then on, for `load_test`.
+    """
     options, data = (encoder.options, encoder.data) if encoder else ({}, {})
     images_of_run(args, options)
     args.image_size = args.image_size or data.get("size")
@@ -3203,12 +3206,6 @@ def statistics(
 ) -> list[tuple[float, float, float]]:
     """Mean and std by which a network sees images: --mean and --std, else those of its run's `data`, else `usual`."""
     return [tuple(getattr(args, key, None) or data.get(key) or getattr(usual, key)) for key in ("mean", "std")]
-
-
-def load_test(args: argparse.Namespace, encoder: Encoder | None, train: ImageSet, device: torch.device) -> ImageSet:
-    """Test images of the same set, at the size and with the mean and std of the training images."""
-    images_of_run(args, encoder.options if encoder else {})
-    return _test_images(args, train, device)
 
 
 # Which of two networks in a file its authors evaluate: MoCo's, in two spellings, MoCo v3's, BYOL's, DINO's.

@@ -80,7 +80,6 @@ def main(args: argparse.Namespace) -> None:
     from_file = args.checkpoint not in ("random", "pixels")
     if not from_file:  # of pixels the network is idle
         train = common.load_train(args, None, "train", device)
-        test = common.load_test(args, None, train, device)
         torch.manual_seed(args.seed)
         encoder = common.untrained_encoder(args.arch or "resnet18", args.width or 64, train.small, device)
         if args.layer == "backbone":
@@ -95,7 +94,7 @@ def main(args: argparse.Namespace) -> None:
                                "--train-features clean")
         split = "pretrain" if args.train_features == "bank" else "train"
         train = common.load_train(args, encoder, split, device)
-        test = common.load_test(args, encoder, train, device)
+    test = common.load_test(args, train, device)
 
     def embed(images: Tensor) -> Tensor:
         if pixels:

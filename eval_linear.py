@@ -286,7 +286,7 @@ def open_task(args: argparse.Namespace, encoder: common.Encoder | None, device: 
                 raise common.Fault(f"the {len(part)} {split} images of {part.name} have no objects that count")
         return Task(train, test, targets, test_targets)
     train = common.load_train(args, encoder, "train", device)
-    test = common.load_test(args, encoder, train, device)
+    test = common.load_test(args, train, device)
     labelled = (train.labels >= 0).nonzero()[:, 0]
     if not len(labelled):
         raise common.Fault(f"{train.name} has no classes: name images that have a folder for each by --data")

@@ -274,7 +274,8 @@ def labelled(encoders: Sequence[common.Encoder], args: argparse.Namespace, split
     def choose() -> common.ImageSet:
         train = load_train(encoders, args)
         own = argparse.Namespace(**vars(args))
-        data = train if split == "train" else common.load_test(own, encoders[0], train, args.device)
+        common.images_of_run(own, encoders[0].options)
+        data = train if split == "train" else common.load_test(own, train, args.device)
         known = data.labels >= 0
         return data if known.all() else data.select(known.nonzero()[:, 0])
 

@@ -143,7 +143,7 @@ def test_mean_and_std_of_foreign_files(resnet: dict[str, Tensor], tmp_path: Path
         args, found = eval_knn.parse_args([*command, *words]), encoder(tmp_path / "file.pth")
         found.data.update(run_data)
         train = common.load_train(args, found, "train", CPU)
-        test = common.load_test(args, found, train, CPU)
+        test = common.load_test(args, train, CPU)
         assert (train.mean, train.std) == (test.mean, test.std) == expected
 
 
@@ -418,7 +418,7 @@ def test_the_bank_leaves_the_test_images_alone(trained: Path) -> None:
     tests = list[common.ImageSet]()
     for split in ("train", "pretrain"):
         own = argparse.Namespace(**vars(args))
-        tests.append(common.load_test(own, found, common.load_train(own, found, split, CPU), CPU))
+        tests.append(common.load_test(own, common.load_train(own, found, split, CPU), CPU))
     assert torch.equal(tests[0].ids, tests[1].ids) and args.seed == 5
 
 
