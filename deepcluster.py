@@ -24,8 +24,7 @@ Differences from the thesis and from the authors' code:
   * PIC runs in float64. In float32 its kernel vanishes beyond a squared distance of 0.39, in float64 beyond 1.19; where
     neighbours are further away every image is a singleton, and `--sigma median` takes sigma from the distances.
   * PCA drops directions whose variance is rounding noise, so constant or rank-deficient descriptors give no NaN.
-  * The last layer has its own SGD without momentum, as in the code; the thesis says only that the layer is new. Fully
-    connected hidden layers of AlexNet and VGG16 have He's initialisation; the code draws them from N(0, 0.01).
+  * The last layer has its own SGD without momentum, as in the code; the thesis says only that the layer is new.
   * Descriptors of more than ONE_PASS bytes are never held: a first pass over the images sums their covariance, a second
     one projects them, which costs another forward pass. Those of more than WIDEST dimensions are first reduced by
     a random projection, which is not exact.
