@@ -411,9 +411,6 @@ def cluster(
     The seeds follow from `key` and the number of the clustering. radius: that of DBSCAN, which then takes the place of
     k-means.
     """
-    if not features.isfinite().all():
-        raise common.Fault("the memory bank is not finite: nothing can be clustered; start again from "
-                           "an earlier checkpoint")
     # Rank r makes the clusterings r, r + ranks, ...; all ranks have room for as many, since gather needs equal shapes.
     share = -(-num_clusterings // run.world)
     labels = torch.zeros(share, len(features), dtype=torch.int32, device=features.device)
@@ -430,12 +427,11 @@ def cluster(
             labels[turn] = found.labels
             figures[turn] = torch.tensor([found.objective[-1] / len(features), found.empty, found.splits])
     run.barrier()
-    all_labels, all_figures = run.gather(labels[None], figures[None])  # (world, share, ...)
-    labels = all_labels.transpose(0, 1).flatten(0, 1)[:num_clusterings]
-    if radius is not None:  # these figures are of k-means alone
-        return labels.contiguous(), {}
-    objective, empty, splits = all_figures.transpose(0, 1).flatten(0, 1)[:num_clusterings].mean(0).tolist()
-    return labels.contiguous(), dict(objective=round(objective, 5), empty=empty, splits=splits)
+    # (world, share, ...), in the order of their numbers
+    labels, figures = (part.transpose(0, 1).flatten(0, 1)[:num_clusterings]
+                       for part in run.gather(labels[None], figures[None]))
+    objective, empty, splits = figures.mean(0).tolist()
+    return labels, {} if radius is not None else dict(objective=round(objective, 5), empty=empty, splits=splits)
 
 
 def dbscan(features: Tensor, radius: float) -> Tensor:

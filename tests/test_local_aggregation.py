@@ -361,16 +361,6 @@ def test_a_run_shorter_than_its_warm_start(options: list[str], warm: int, word: 
     assert args.warmup_epochs == warm and len(notes) == bool(word) and all(word in note for note in notes)
 
 
-def test_a_bank_that_is_not_finite_is_not_clustered() -> None:
-    """A NaN in the bank ends in a fault instead of clusters of nothing."""
-
-    class OneRank:
-        rank, world = 0, 1
-
-    with pytest.raises(common.Fault, match="not finite"):
-        la.cluster(OneRank(), torch.full((10, 4), math.nan), 1, 2, ())  # type: ignore[arg-type]
-
-
 def test_health_figures_equal_their_definitions() -> None:
     """|C_i|, the distance of v_i to the centre of C_i, and the two densities equal loops over the sets."""
     bank, rows = unit(N, D, seed=2), torch.tensor([1, 2, 40])
