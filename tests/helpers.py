@@ -1,5 +1,6 @@
 """Scripts run in processes of their own, forked from a server that has imported everything."""
 
+import argparse
 import contextlib
 import copy
 import dataclasses
@@ -201,19 +202,28 @@ def one_line(process: Process, *words: str) -> None:
 
 
 class Rank:
-    """What the tests of detection and segmentation need of a run."""
+    """A run, or one of its ranks that hears nothing of the others."""
 
-    def __init__(self, rank: int, world: int) -> None:
+    steps, args = 0, argparse.Namespace(seed=0)
+    rows, share = common.Run.rows, common.Run.share
+    generator, permutation = common.Run.generator, common.Run.permutation
+
+    def __init__(self, rank: int = 0, world: int = 1) -> None:
         self.rank, self.world, self.device = rank, world, torch.device("cpu")
 
-    def pause(self, epoch: int, step: int) -> None:
+    def barrier(self, *where: int) -> None:
         pass
+
+    pause = seed_step = barrier
 
     def autocast(self) -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16, enabled=False)
 
-    def gather(self, tensor: torch.Tensor) -> tuple[torch.Tensor]:
-        return (tensor,)
+    def gather(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tensors
+
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
 
 
 def images_of(labels: list[int], **more: Any) -> common.ImageSet:

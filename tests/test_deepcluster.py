@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import Rank
 from PIL import Image
 from torch import Tensor
 
@@ -198,8 +199,8 @@ def test_central_crops_are_those_of_the_descriptors(held: bool, tmp_path: Path) 
     if held:
         pixels = [torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in sorted(folder.iterdir())]
         data = dataclasses.replace(data, pixels=torch.stack(pixels), files=None)
-    run: Any = FakeRun()
-    run.args, run.seed_step, run.cuts, run.graphed = args, lambda *at: None, {}, lambda function, small: function
+    run: Any = Rank()
+    run.args, run.cuts, run.graphed = args, {}, lambda function, small: function
     (_, _, (cut,)), *_ = data.batches(run, torch.arange(4), dc.training_crop(args, data), 0)
     draw = common.Draw(seeded(), 4, slice(0, 4), common.CPU)
     (center,) = data.centers(torch.arange(4), 4, common.CPU)
@@ -325,9 +326,8 @@ def test_numbers_of_dropout() -> None:
     """Parts of a step on any rank are rows of the same numbers; each step and each call has others."""
 
     def numbers(world: int, rank: int, accumulate: int, part: int, step: int = 3) -> Tensor:
-        run: Any = FakeRun()
-        run.args, run.world = argparse.Namespace(batch_size=16, accumulate=accumulate), world
-        run.rows = lambda count: slice(rank * count // world, (rank + 1) * count // world)
+        run: Any = Rank(rank, world)
+        run.args = argparse.Namespace(seed=0, batch_size=16, accumulate=accumulate)
         uniform = dc.dropout_numbers(run, 2, step, part)
         return torch.cat([uniform(10), uniform(10)], 1)
 
@@ -430,25 +430,6 @@ def test_float64_is_never_asked_of_mps() -> None:
     assert dc.exact(torch.device("mps")) == common.CPU and dc.exact(torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
-class FakeRun:
-    """One rank."""
-
-    rank, world, device = 0, 1, torch.device("cpu")
-    rows, share = common.Run.rows, common.Run.share
-
-    def barrier(self) -> None:
-        pass
-
-    def gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tensors
-
-    def mean(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def generator(self, *key: Any, device: torch.device | str = "cpu") -> torch.Generator:
-        return common.generator(0, *key, device=device)
-
-
 def image_set(n: int, size: int = 8) -> common.ImageSet:
     pixels = torch.randint(256, (n, 3, size, size), generator=seeded(), dtype=torch.uint8)
     return common.ImageSet("noise", size, (0.5,) * 3, (0.25,) * 3, torch.zeros(n, dtype=torch.long), ["a"],
@@ -459,7 +440,7 @@ def test_streamed_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two passes that hold no (N, d) matrix give what one pass gives; wide descriptors are shortened, consistently."""
     data, matrix = image_set(600), torch.randn(192, 50, generator=seeded()) / 14
     encode = lambda images: (images.flatten(1) @ matrix).relu()  # noqa: E731
-    whole, projection, offset, variance, _ = dc.describe(FakeRun(), data, encode, 50, 12)  # type: ignore[arg-type]
+    whole, projection, offset, variance, _ = dc.describe(Rank(), data, encode, 50, 12)  # type: ignore[arg-type]
     largest = [0]
     extract = common.extract
 
@@ -470,14 +451,14 @@ def test_streamed_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(dc, "ONE_PASS", 0)
     monkeypatch.setattr(common, "extract", watched)
-    streamed = dc.describe(FakeRun(), data, encode, 50, 12)  # type: ignore[arg-type]
+    streamed = dc.describe(Rank(), data, encode, 50, 12)  # type: ignore[arg-type]
     torch.testing.assert_close(streamed[0] @ streamed[0].T, whole @ whole.T, atol=1e-5, rtol=0)
     assert largest[0] == 12 and streamed[3] == variance
     monkeypatch.setattr(dc, "ONE_PASS", 4 * 50 * len(data) - 1)  # a byte too little for descriptors of 50 numbers
-    dc.describe(FakeRun(), data, encode, 50, 12)  # type: ignore[arg-type]
+    dc.describe(Rank(), data, encode, 50, 12)  # type: ignore[arg-type]
     assert largest[0] == 12
     monkeypatch.setattr(dc, "WIDEST", 30)
-    x, projection, offset, *_ = dc.describe(FakeRun(), data, encode, 50, 12)  # type: ignore[arg-type]
+    x, projection, offset, *_ = dc.describe(Rank(), data, encode, 50, 12)  # type: ignore[arg-type]
     assert projection.shape == (50, 12)
     h = extract(torch.device("cpu"), data, encode)
     torch.testing.assert_close(dc.whiten(h, projection, offset), x, atol=1e-4, rtol=0)
@@ -639,16 +620,13 @@ def test_ranks_share_the_search(rows: int, world: int) -> None:
     """Each rank looks for the neighbours of its share of the rows; together they are those of one rank."""
     x, parts = unit_rows(rows, 6), list[Tensor]()
 
-    class Rank(FakeRun):
-        def __init__(self, rank: int) -> None:
-            self.rank, self.world = rank, world
-
+    class Share(Rank):
         def gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
             parts.extend(tensors)
             return tensors
 
     for rank in range(world):
-        run: Any = Rank(rank)
+        run: Any = Share(rank, world)
         dc.own_neighbors(x, 5, run)
     assert len({part.shape for part in parts}) == 1
     assert torch.equal(torch.cat(parts)[:rows], dc.own_neighbors(x, 5))

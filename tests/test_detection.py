@@ -410,15 +410,6 @@ def test_thresholds_and_first_weights() -> None:
         assert layer.weight.std().item() == pytest.approx(deviation, rel=0.05) and not layer.bias.any()
 
 
-class Draws(Rank):
-    """A rank that draws as a run does."""
-
-    rows, generator, permutation, args = common.Run.rows, common.Run.generator, common.Run.permutation, options(seed=3)
-
-    def seed_step(self, epoch: int, step: int) -> None:
-        pass
-
-
 def test_what_is_drawn_for_an_image(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each round takes all images, in an order of its own; each of --train-sizes is as frequent, half are mirrored; two
     ranks have the halves of what one has."""
@@ -426,7 +417,7 @@ def test_what_is_drawn_for_an_image(folder: Path, monkeypatch: pytest.MonkeyPatc
     data = common.load_voc(argparse.Namespace(data=str(folder), subset=None, test_subset=None), "train")
     monkeypatch.setattr(eval_detection, "decoded", lambda data, args, batches: (seen.append(one) for one in batches))
     for rank, world in ((0, 1), (0, 2), (1, 2)):
-        list(eval_detection.training_batches(Draws(rank, world), data, args, range(150)))  # type: ignore[arg-type]
+        list(eval_detection.training_batches(Rank(rank, world), data, args, range(150)))  # type: ignore[arg-type]
     whole, left, right = seen[:150], seen[150:300], seen[300:]
     assert whole == [one + two for one, two in zip(left, right, strict=True)]
     samples = [sample for step in whole for sample in step]
@@ -580,21 +571,9 @@ def test_precise_statistics() -> None:
         def forward(self, batch: Tensor) -> Tensor:
             return self.norm(batch)
 
-    class OneRank:
-        steps = 0
-
-        def pause(self, epoch: int, step: int) -> None:
-            pass
-
-        def autocast(self) -> torch.autocast:
-            return torch.autocast("cpu", torch.bfloat16, enabled=False)
-
-        def mean(self, tensor: Tensor) -> Tensor:
-            return tensor
-
     net, batches = Net(), [torch.randn(4, 3, 5, 5) * (i + 1) for i in range(3)]
     net(torch.ones(2, 3, 4, 4) * 100)
-    eval_detection.precise_statistics(net, iter(batches), OneRank())  # type: ignore[arg-type]
+    eval_detection.precise_statistics(net, iter(batches), Rank())  # type: ignore[arg-type]
     means = torch.stack([batch.mean((0, 2, 3)) for batch in batches]).mean(0)
     torch.testing.assert_close(net.norm.running_mean, means)
     assert net.norm.momentum == 0.1
@@ -858,8 +837,6 @@ def test_detections_do_not_depend_on_ranks(folder: Path) -> None:
     parts: list[Tensor] = []
 
     class Share(Rank):
-        share = common.Run.share
-
         def gather(self, tensor: Tensor) -> tuple[Tensor]:
             parts.append(tensor)  # rank 0's turn comes first
             return (torch.cat(parts),)

@@ -2,14 +2,14 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, Step, record_steps
+from helpers import TINY, Rank, Step, record_steps
 from torch import Tensor
 
 import common
@@ -409,16 +409,8 @@ def test_figures_of_clusterings_are_those_of_one_rank() -> None:
     """Labels and figures of four clusterings on three ranks are those of one: the room that two ranks leave empty, so
     that all send equal shapes, counts for nothing."""
 
-    class Rank:
-        def __init__(self, rank: int, world: int, sent: Sequence[tuple[Tensor, ...]] = ()) -> None:
-            self.rank, self.world, self.sent = rank, world, sent
-            self.own = tuple[Tensor, ...]()
-
-        def generator(self, *key: int | str) -> torch.Generator:
-            return common.generator(*key)
-
-        def barrier(self) -> None:
-            pass
+    class Share(Rank):
+        own, sent = tuple[Tensor, ...](), list[tuple[Tensor, ...]]()
 
         def gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
             self.own = tensors
@@ -427,11 +419,12 @@ def test_figures_of_clusterings_are_those_of_one_rank() -> None:
     def cluster(rank: Rank) -> tuple[Tensor, dict[str, float]]:
         return la.cluster(rank, unit(N, D), 4, 5, ())  # type: ignore[arg-type]
 
-    ranks = [Rank(number, 3) for number in range(3)]
+    ranks = [Share(number, 3) for number in range(3)]
     for rank in ranks:
         cluster(rank)
-    labels, figures = cluster(Rank(0, 1))
-    together, same = cluster(Rank(0, 3, [rank.own for rank in ranks]))
+    labels, figures = cluster(Rank())
+    ranks[0].sent = [rank.own for rank in ranks]
+    together, same = cluster(ranks[0])
     assert torch.equal(together, labels) and same == figures and figures["objective"] > 0
 
 
@@ -439,19 +432,6 @@ def test_clusterings_are_shared_out_over_the_ranks(monkeypatch: pytest.MonkeyPat
     """Of four clusterings three ranks make two, one and one: those of one rank, each of them once."""
     made, kmeans = list[int](), common.kmeans
     monkeypatch.setattr(common, "kmeans", lambda *a, seed, **k: (made.append(seed), kmeans(*a, seed=seed, **k))[1])
-
-    class Rank:
-        def __init__(self, rank: int, world: int) -> None:
-            self.rank, self.world = rank, world
-
-        def generator(self, *key: int | str) -> torch.Generator:
-            return common.generator(*key)
-
-        def barrier(self) -> None:
-            pass
-
-        def gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-            return tensors
 
     def seeds(rank: int, world: int) -> list[int]:
         made.clear()
@@ -461,7 +441,7 @@ def test_clusterings_are_shared_out_over_the_ranks(monkeypatch: pytest.MonkeyPat
     alone, shares = seeds(0, 1), [seeds(rank, 3) for rank in range(3)]
     assert shares == [[alone[0], alone[3]], [alone[1]], [alone[2]]]
     x = torch.cat([unit(20, D), unit(20, D)])  # twins: of k-means with as many clusters some stay empty
-    labels, figures = la.cluster(Rank(0, 1), x, 4, 30, (), iterations=1)  # type: ignore[arg-type]
+    labels, figures = la.cluster(Rank(), x, 4, 30, (), iterations=1)  # type: ignore[arg-type]
     found = [kmeans(x, 30, seed=seed, iterations=1) for seed in made[-4:]]
     assert torch.equal(labels, torch.stack([one.labels for one in found])) and sum(one.splits for one in found) > 0
     expected = [sum(one.objective[-1] for one in found) / 40 / 4, sum(one.empty for one in found) / 4,

@@ -179,15 +179,6 @@ def test_image_and_mask_stay_together(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(whole[1], torch.from_numpy(mask))
 
 
-class Draws(Rank):
-    """A rank that draws as a run does."""
-
-    rows, generator, permutation, args = common.Run.rows, common.Run.generator, common.Run.permutation, options(seed=3)
-
-    def seed_step(self, epoch: int, step: int) -> None:
-        pass
-
-
 def test_what_is_drawn_for_an_image(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each round takes all images, in an order of its own; scale and place of the crop are uniform, half are mirrored;
     two ranks have the halves of what one has."""
@@ -200,7 +191,7 @@ def test_what_is_drawn_for_an_image(folder: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(eval_segmentation, "decoded", undecoded)
     for rank, world in ((0, 1), (0, 2), (1, 2)):
-        list(eval_segmentation.training_batches(Draws(rank, world), data, args, (0, 0, 0), range(70)))  # type: ignore[arg-type]
+        list(eval_segmentation.training_batches(Rank(rank, world), data, args, (0, 0, 0), range(70)))  # type: ignore[arg-type]
     whole, left, right = seen[:70], seen[70:140], seen[140:]
     assert whole == [one + two for one, two in zip(left, right, strict=True)]
     samples = [sample for step in whole for sample in step]
