@@ -1558,16 +1558,14 @@ def load(args: argparse.Namespace, split: str, device: torch.device, classes: Se
         spec = DATASETS[args.data]
         pixels, labels, names = _NAMED[args.data](args, split)
         # Of a loader of one's own: other numbers than these would be scaled wrongly, and train without a word.
-        if pixels.dtype != torch.uint8 and not (pixels.is_floating_point() and 0 <= pixels.min() <= pixels.max() <= 1):
-            raise Fault(f"the loader of {args.data} returns {pixels.dtype} from {pixels.min():g} to {pixels.max():g}: "
-                        "images have to be uint8, or floats in [0, 1]")
-        if pixels.shape != (len(labels), 3, *pixels.shape[2:]) or pixels.ndim != 4:
-            raise Fault(f"the loader of {args.data} returns {len(labels)} labels and images {tuple(pixels.shape)}, not "
-                        "(N, 3, H, W): repeat a grey channel, .expand(-1, 3, -1, -1)")
-        if labels.dtype != torch.int64 or labels.ndim != 1 or not -1 <= labels.min() <= labels.max() < len(names):
-            raise Fault(f"the loader of {args.data} returns labels {labels.dtype} {tuple(labels.shape)} from "
-                        f"{labels.min():g} to {labels.max():g} and {len(names)} class names: labels have to be (N,) "
-                        "int64, positions among the names, or -1")
+        scaled = pixels.dtype == torch.uint8 or (pixels.is_floating_point() and 0 <= pixels.min() <= pixels.max() <= 1)
+        shaped = pixels.ndim == 4 and pixels.shape[:2] == (len(labels), 3)
+        numbers = labels.dtype == torch.int64 and labels.ndim == 1 and -1 <= labels.min() <= labels.max() < len(names)
+        if not (scaled and shaped and numbers):
+            images, truth = (f"{x.dtype} {tuple(x.shape)} from {x.min():g} to {x.max():g}" for x in (pixels, labels))
+            raise Fault(f"the loader of {args.data} returns images {images}, labels {truth}, {len(names)} class names: "
+                        "images have to be (N, 3, H, W), uint8 or floats in [0, 1], labels (N,) int64, -1 or a name's "
+                        "position")
         ids = torch.arange(len(labels))
         data = ImageSet(args.data, args.image_size or spec.size, spec.mean, spec.std, labels, names, ids, pixels)
     else:
@@ -2483,11 +2481,8 @@ class ResNet(nn.Module):
 def backbone(arch: str, width: int = 64, small: bool = False, input_channels: int = 3) -> PlainNet | ResNet:
     """Network (B, 3, H, W) -> (B, dim), fresh weights. width: 64 is standard, others scale every channel; small:
     3x3 stem of stride 1, for images under 64 px; input_channels: 3, or 2 for the images' Sobel gradients."""
-    network: PlainNet | ResNet
-    if arch in RESNET_BLOCKS:
-        network = ResNet(arch, width, small, input_channels)
-    else:
-        network = PlainNet(arch, width, small, input_channels)
+    shape = (arch, width, small, input_channels)
+    network: PlainNet | ResNet = ResNet(*shape) if arch in RESNET_BLOCKS else PlainNet(*shape)
     # PyTorch's own initialisation, usual for CIFAR: weights 2.4 times smaller than below, which under batch
     # normalisation makes the same learning rate worth six times as much; without it they would let nothing through.
     if small and arch not in PLAIN_STAGES:
