@@ -54,6 +54,7 @@ from torchvision.utils import make_grid
 
 import common
 import deepcluster
+import local_aggregation
 
 # ---- what every picture has ------------------------------------------------------------------------------------------
 
@@ -577,25 +578,6 @@ def curves(args: argparse.Namespace) -> None:
 # ---- density ---------------------------------------------------------------------------------------------------------
 
 
-def density_ranks(images: int) -> tuple[int, int, int]:
-    """The paper's 30 nearest, and ranks 1000 to 4096 for the background; of fewer images the same shares of 4,096."""
-    share = min(1.0, (images - 1) / 4096)
-    first, last = round(1000 * share), round(4096 * share)
-    if first < 2:
-        raise common.Fault(f"{images} images are too few to tell near ones from the background")
-    return min(30, first - 1), first, last
-
-
-def densities(features: Tensor, rows: Tensor, local: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """Mean dot product of features[rows] with their `local` nearest, and with ranks first ... last; self left out."""
-    near, far = list[Tensor](), list[Tensor]()
-    for part in torch.split(rows, 1024):
-        similarity = common.neighbors(features[part], features, last, exclude=part)[0].cpu()
-        near.append(similarity[:, :local].mean(1))
-        far.append(similarity[:, first - 1 :].mean(1))
-    return torch.cat(near), torch.cat(far)
-
-
 def draw_density(panels: dict[str, dict[str, Tensor]]) -> Figure:
     """A histogram over images for each network, in a panel for each kind of density."""
     figure = Figure((8.4, 3.4), layout="constrained")
@@ -632,10 +614,13 @@ def density(args: argparse.Namespace) -> None:
         features = features.to(args.device).float()
         if not features.isfinite().all():
             raise common.Fault(f"the features of {source.name} are not finite")
+        if len(features) < 10:
+            raise common.Fault(f"{len(features)} images are too few to tell near ones from the background")
         rows = torch.randperm(len(features), generator=common.generator(args.seed, "density"))[: args.images]
-        ranks.add(density_ranks(len(features)))
+        ranks.add(local_aggregation.density_ranks(len(features)))
         counts.add(f"{len(rows):,} of {len(features):,}")
-        near[label], far[label] = densities(features, rows.to(args.device), *density_ranks(len(features)))
+        parts = [local_aggregation.density(features, part) for part in torch.split(rows.to(args.device), 1024)]
+        near[label], far[label] = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
     titles = ("Local density: " + " or ".join(f"the {local} nearest" for local in sorted({rank[0] for rank in ranks})),
               "Background density: " + " or ".join(f"ranks {first:,} to {last:,}" for _, first, last in sorted(ranks)))
     words = "of the memory bank, as training left them" if data is None else f"of {data.name}, without augmentation"

@@ -465,17 +465,20 @@ def health(clusters: Clusters, before: Tensor, bank: Tensor, rows: Tensor) -> di
     return figures
 
 
+def density_ranks(images: int) -> tuple[int, int, int]:
+    """The 30 nearest, and ranks 1000 to 4096 for the background (Fig. 2); of fewer images than that the same shares."""
+    shrink = min(1, (images - 1) / 4096)
+    first, last = (max(2, round(rank * shrink)) for rank in (1000, 4096))
+    return min(30, first - 1), first, last
+
+
 @torch.no_grad()
 def density(bank: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Local and background density (Fig. 2) of the images `rows` (R,), each (R,).
-
-    The mean similarity to the 30 nearest of the bank (N, D), and to ranks 1000 to 4096; of fewer than 4,097 images the
-    same shares.
-    """
-    shrink = min(1, (len(bank) - 1) / 4096)
-    first, last = (max(2, round(rank * shrink)) for rank in (1000, 4096))
+    """Local and background density of the images `rows` (R,), each (R,): mean similarities at those ranks in the bank
+    (N, D), of each image without itself."""
+    local, first, last = density_ranks(len(bank))
     similarity = common.neighbors(bank[rows], bank, last, exclude=rows)[0]
-    return similarity[:, : min(30, first - 1)].mean(1), similarity[:, first - 1 :].mean(1)
+    return similarity[:, :local].mean(1), similarity[:, first - 1 :].mean(1)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from PIL import Image
 
 import common
 import figures
+import local_aggregation
 import npid
 
 FEW = ["--test-subset", "40"]
@@ -255,31 +256,6 @@ def test_curves_of_other_images_are_not_averaged(tmp_path: Path, monkeypatch: py
 # density
 
 
-def test_density_is_the_naive_one() -> None:
-    """Both densities equal a float64 loop over sorted dot products without the image itself, duplicates included."""
-    features = F.normalize(torch.randn(300, 16, generator=common.generator("density")), dim=1)
-    features[7] = features[8]
-    rows = torch.tensor([3, 7, 8, 299])
-    near, far = figures.densities(features, rows, 5, 20, 60)
-    for place, row in enumerate(rows.tolist()):
-        products = (features.double() @ features[row].double()).tolist()
-        del products[row]
-        products.sort(reverse=True)
-        assert abs(near[place].item() - sum(products[:5]) / 5) < 1e-6
-        assert abs(far[place].item() - sum(products[19:60]) / 41) < 1e-6
-
-
-def test_density_ranks() -> None:
-    """The paper's ranks wherever they fit, their shares of 4,096 below, never one image in both."""
-    assert figures.density_ranks(1_281_167) == figures.density_ranks(4097) == (30, 1000, 4096)
-    assert figures.density_ranks(257) == (30, 62, 256)
-    for images in range(10, 5000):
-        local, first, last = figures.density_ranks(images)
-        assert 1 <= local < first < last < images
-    with pytest.raises(common.Fault, match="too few"):
-        figures.density_ranks(5)
-
-
 def test_density_of_bank_and_of_features(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bank where every network has one, else features of all; labels say the mean and the ranks."""
     seen = list[dict[str, dict[str, torch.Tensor]]]()
@@ -298,7 +274,7 @@ def test_density_of_bank_and_of_features(run: Path, tmp_path: Path, monkeypatch:
     assert [list(panels) for panels in seen] == [titles, titles]
     bank = torch.load(run / "checkpoint.pth", weights_only=True)["state"]["bank"]["features"]
     rows = torch.randperm(256, generator=common.generator(0, "density"))[:100]
-    expected = figures.densities(bank, rows, 30, 62, 255)
+    expected = local_aggregation.density(bank, rows)
     for values, lines in zip(expected, seen[0].values(), strict=True):
         assert torch.equal(lines["npid smoke"], values)
     assert [len(lines["untrained"]) for lines in seen[1].values()] == [256, 256]

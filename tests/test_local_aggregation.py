@@ -379,6 +379,15 @@ def test_health_figures_equal_their_definitions() -> None:
         assert torch.allclose(around, similarity[:, first - 1 : last].mean(1), atol=1e-5)
 
 
+def test_density_ranks() -> None:
+    """The paper's ranks wherever they fit, their shares of 4,096 below, never one image in both."""
+    assert la.density_ranks(1_281_167) == la.density_ranks(4097) == (30, 1000, 4096)
+    assert la.density_ranks(257) == (30, 62, 256)
+    for images in range(3, 5000):
+        local, first, last = la.density_ranks(images)
+        assert 1 <= local < first < images and first <= last < images
+
+
 def watch_kmeans(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """How each k-means with a seed is called, from now on; all are done by torch."""
     seen, kmeans = list[dict[str, Any]](), common.kmeans
