@@ -48,10 +48,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                           "images of the run, whatever --subset says")
     protocol.add_argument("--layer", choices=["auto", "head", "backbone"], default="auto", help="features: the head's "
                           "output or the backbone's; auto: the head of these scripts, the backbone of foreign files")
-    protocol.add_argument("--retrieval", action="store_true", help="precision among the 1 and 10 nearest, "
-                          "ratio edge intra-class")
-    protocol.add_argument("--clustering", action="store_true", help="NMI, AMI and accuracy of k-means on the test "
-                          "features")
+    protocol.add_argument("--retrieval", action="store_true", help="precision at 1 and 10, ratio edge intra-class")
+    protocol.add_argument("--clustering", action="store_true", help="NMI, AMI and accuracy of k-means on test features")
     protocol.add_argument("--num-clusters", type=common.COUNT, metavar="N",
                           help="of --clustering; default: as many as classes")
     common.add_data_options(parser)

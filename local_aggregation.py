@@ -134,8 +134,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--warmup-loss", choices=["softmax", "nce"], default="softmax",
                         help="NPID's softmax over all images, or its approximation with 4,096 noise images and one Z")
     method.add_argument("--background", choices=["nearest", "all", "clusters"], default="nearest",
-                        help="B_i: the k nearest; all images; or those that share one of "
-                             "--background-clusters (Table 4)")
+                        help="B_i: the k nearest; all images; or by --background-clusters (Table 4)")
     method.add_argument("--background-clusters", type=common.COUNT, nargs=2, default=[3, 1000], metavar=("H", "M"),
                         help="clusterings and clusters for --background clusters")
     method.add_argument("--close", choices=["clusters", "self", "nearest"], default="clusters",
@@ -202,8 +201,7 @@ def fit_to(count: int, args: argparse.Namespace) -> list[str]:
             setattr(args, name, value)
     m, k = args.num_clusters, args.num_neighbors
     if args.clustering == "dbscan" and args.num_clusterings > 1:
-        notes.append(f"note: dbscan draws nothing, all {args.num_clusterings} clusterings are the same: "
-                     "--H 1 is enough")
+        notes.append(f"note: all {args.num_clusterings} clusterings by dbscan are the same: --H 1 is enough")
     if 1 < args.epochs <= args.warmup_epochs and "warmup_epochs" not in args.typed:  # a single epoch is NPID's
         notes.append(f"--warmup-epochs {max(1, args.epochs // 3)}, a third of the epochs, from {args.warmup_epochs}")
         args.warmup_epochs = max(1, args.epochs // 3)
