@@ -186,6 +186,25 @@ def way_out(error: OSError) -> str:
     return "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
 
 
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file whole or not at all: a temporary one in the same directory, on the disk before it is renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # not every file system knows how to flush a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
 def append_line(path: Path, line: str) -> None:
     """Add a JSON line to a file, or nothing of it. Half a line, left by a kill, goes; a whole one is ended first."""
     with path.open("ab+") as file:
@@ -1163,8 +1182,7 @@ def copied(content: Any) -> Any:
 
 
 def write_checkpoint(path: Path, content: Any) -> None:
-    """Write to a temporary file in the same directory, flush it to the disk, then rename."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write plain tensors, numbers and strings; a Fault if the disk is full, or if there is anything else."""
     buffer = io.BytesIO()  # torch.save straight to a full disk dies in C++ without a reason
     torch.save(content, buffer)
     buffer.seek(0)
@@ -1172,20 +1190,10 @@ def write_checkpoint(path: Path, content: Any) -> None:
         raise Fault(f"{path} would hold {', '.join(sorted(strange))}: options, and what each state_dict returns, have "
                     "to be tensors, plain numbers and strings")
     try:
-        with temporary.open("wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, buffer.getbuffer())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise Fault(f"cannot write {path} ({error.strerror}): {way_out(error)}, then run the same command; the last "
                     "checkpoint, if any, is whole") from None
-    with contextlib.suppress(OSError):  # not every file system knows how to flush a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
 
 
 def check_archive(file: BinaryIO) -> None:

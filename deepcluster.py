@@ -44,6 +44,7 @@ assignments/epochNNNN.npz holds `cluster`, a number for each line of assignments
 import argparse
 import csv
 import functools
+import io
 import json
 import math
 import os
@@ -688,12 +689,11 @@ def save_assignments(folder: Path, epoch: int, labels: Tensor, data: common.Imag
         for old in [folder / "images.txt", *folder.glob("epoch*.npz"), folder.parent / "assigned.csv"]:
             old.unlink(missing_ok=True)
     if not (folder / "images.txt").exists():
-        (folder / "images.tmp").write_text("".join(f"{name}\n" for name in image_names(data)), errors="surrogateescape")
-        (folder / "images.tmp").replace(folder / "images.txt")
-    part = folder / "epoch.tmp"
-    with part.open("wb") as file:
-        np.savez_compressed(file, cluster=labels.cpu().numpy())
-    part.replace(folder / f"epoch{epoch:04d}.npz")
+        common.write_whole(folder / "images.txt", "".join(f"{name}\n" for name in image_names(data)).encode(
+            errors="surrogateescape"))
+    content = io.BytesIO()
+    np.savez_compressed(content, cluster=labels.cpu().numpy())
+    common.write_whole(folder / f"epoch{epoch:04d}.npz", content.getbuffer())
 
 
 def assign_images(args: argparse.Namespace) -> None:
@@ -717,10 +717,9 @@ def assign_images(args: argparse.Namespace) -> None:
         return whiten(h, projection, offset)
 
     labels = common.nearest(common.extract(device, data, embed), final["centroids"].to(device))
-    path, part = args.output / "assigned.csv", args.output / "assigned.tmp"
-    with part.open("w", newline="", errors="surrogateescape") as file:
-        csv.writer(file).writerows([("path", "cluster"), *zip(image_names(data), labels.tolist(), strict=True)])
-    part.replace(path)
+    path, content = args.output / "assigned.csv", io.StringIO()
+    csv.writer(content).writerows([("path", "cluster"), *zip(image_names(data), labels.tolist(), strict=True)])
+    common.write_whole(path, content.getvalue().encode(errors="surrogateescape"))
     print(json.dumps(dict(assigned=str(path), images=len(data), clusters=len(torch.unique(labels)))))
 
 

@@ -448,9 +448,7 @@ class FeatureFile(NamedTuple):
         """Note that so many rows are done, once the disk has them."""
         with self.path.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(dict(rows=rows, key=self.key)))
-        temporary.replace(self.path.with_suffix(".json"))
+        common.write_whole(self.path.with_suffix(".json"), json.dumps(dict(rows=rows, key=self.key)).encode())
 
 
 @torch.no_grad()

@@ -151,13 +151,7 @@ def save(figure: Figure, title: str, note: str, runs: dict[str, Source], path: P
             image.save(content, "PNG", optimize=True)
             if content.tell() < 200_000:
                 break
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(content.getvalue())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    common.write_whole(path, content.getbuffer())
     print(path)
 
 
@@ -1650,9 +1644,7 @@ def every_picture(args: argparse.Namespace) -> None:
     parts = [f"# Pictures of {', '.join(args.runs)}\n", *shown]
     if missing:
         parts += ["## Not made\n", *missing, ""]
-    temporary = args.out / "index.tmp"
-    temporary.write_text("\n".join(parts))
-    temporary.replace(args.out / "index.md")
+    common.write_whole(args.out / "index.md", "\n".join(parts).encode())
     print(args.out / "index.md")
 
 
