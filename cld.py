@@ -55,7 +55,6 @@ import argparse
 import copy
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -637,9 +636,9 @@ def main(args: argparse.Namespace) -> None:
     data, test = load(args, run)
     rows = args.batch_size // args.accumulate // (1 if args.groups_over == "all" else run.world)  # grouped at once
     num_groups, queue_size = min(args.num_groups, rows), min(args.queue_size, len(data))
-    if args.group_weight and num_groups == rows and run.rank == 0:
-        print(f"warning: {rows} rows are grouped at once: --num-groups {args.num_groups} makes {rows} groups of one "
-              "row each; lower it, or see --groups-over", file=sys.stderr)
+    if args.group_weight and num_groups == rows:
+        common.note(f"warning: {rows} rows are grouped at once: --num-groups {args.num_groups} makes {rows} groups of "
+                    "one row each; lower it, or see --groups-over")
     if CROPS[args.host] > 2:  # a crop for the keys: there is a queue
         if args.batch_size > args.queue_size:
             raise common.Fault(f"--queue-size {args.queue_size} is less than a batch of {args.batch_size}: raise it")

@@ -235,7 +235,7 @@ def append_result(folder: Path, line: str) -> None:
     try:
         append_line(folder / "eval.jsonl", line)
     except OSError as error:
-        print(f"note: cannot write {folder / 'eval.jsonl'} ({error.strerror})", file=sys.stderr)
+        note(f"note: cannot write {folder / 'eval.jsonl'} ({error.strerror})")
 
 
 # ---- 2. options ------------------------------------------------------------------------------------------------------
@@ -453,8 +453,6 @@ def note_drops(args: argparse.Namespace, end: int, usual: int) -> None:
         lost = [drop for drop in args.lr_drops if drop >= end and (drop < usual or meant)]
         if lost:
             note(f"note: training ends at {end}, before --lr-drops {' '.join(map(str, lost))}")
-        if not args.lr_drops and "schedule" in args.typed and "lr_drops" not in args.typed:
-            note("note: --schedule step without --lr-drops: the rate stays as it is")
 
 
 def typed(options: argparse.ArgumentParser, argv: Sequence[str] | None) -> list[str]:

@@ -849,10 +849,10 @@ def choose(
         found[key] = [*grid[column], first + row + 1, round(table[row, column].item(), 2)]
     top, rates, chance = found["best"], {lr for lr, _ in grid}, 1 / classes
     if top[3] <= 100 * (chance + 4 * math.sqrt(chance * (1 - chance) / held)):  # the best of many at chance
-        print(f"note: {name} is near chance ({top[3]} % of held-out images): features of another scale need other "
-              "--lr, or --normalize", file=sys.stderr)
+        common.note(f"note: {name} is near chance ({top[3]} % of held-out images): features of another scale need "
+                    "other --lr, or --normalize")
     elif len(rates) > 2 and top[0] in (min(rates), max(rates)):
-        print(f"note: the best rate for {name}, {top[0]:g}, is at the end of the grid: widen --lr", file=sys.stderr)
+        common.note(f"note: the best rate for {name}, {top[0]:g}, is at the end of the grid: widen --lr")
     return found
 
 
@@ -990,8 +990,7 @@ def cross_validate(
     best: Tensor = costs[merits.argmax(0)]
     usual = best[with_class.cpu() > 0].mode().values
     if len(costs) > 2 and usual in costs[[0, -1]]:
-        print(f"note: the best cost, {usual.item():g}, is at the end of the grid: widen --C, or try --normalize",
-              file=sys.stderr)
+        common.note(f"note: the best cost, {usual.item():g}, is at the end of the grid: widen --C, or try --normalize")
     return best
 
 
