@@ -74,9 +74,12 @@ def pair(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not (key and equals and value):
         raise argparse.ArgumentTypeError(f"{text} is not KEY=VALUE")
-    if key in ("srun_args", "srun-args"):
+    key = key.replace("-", "_")
+    if key == "srun_args":
         shlex.split(value)  # quotes that are no pair are a ValueError, which argparse reports
-    return key.replace("-", "_"), value
+    if key == "array_parallelism":
+        common.COUNT(value)
+    return key, value
 
 
 def follower(text: str) -> list[str]:
@@ -129,8 +132,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     common.note_idle(args, slurms | limits)
     if taken := next((key for key, _ in args.slurm if key in OWN), None):
         parser.error(f"--slurm {taken}: use {OWN[taken]}")
-    if any(key == "array_parallelism" and not (value.isdecimal() and int(value)) for key, value in args.slurm):
-        parser.error("--slurm array_parallelism takes how many jobs of the array run at once, such as 4")
     seconds = 3600 * args.hours
     if args.grace and args.grace >= seconds:
         parser.error(f"--grace {args.grace} is not less than the {seconds:.0f} s of --hours {args.hours:g}")
