@@ -529,9 +529,7 @@ InstanceLoss = tuple[Tensor, Tensor, tuple[Tensor, ...]]
 class Npid:
     """Every image is a class: the exact softmax over the bank, for both views."""
 
-    def __init__(
-        self, bank: common.MemoryBank, temperature: float, bank_momentum: float, amp: bool = False
-    ) -> None:
+    def __init__(self, bank: common.MemoryBank, temperature: float, bank_momentum: float, amp: bool = False) -> None:
         self.bank, self.temperature, self.bank_momentum, self.amp = bank, temperature, bank_momentum, amp
         self.state: dict[str, Any] = dict(bank=bank)
 

@@ -2697,9 +2697,7 @@ def kmeans(
 CHUNK = {"cuda": 16384}  # rows at once; elsewhere 1,024, of 256 to 4,096 the fastest on a CPU
 
 
-def nearest(
-    x: Tensor, centroids: Tensor, low: list[_Int8] | None = None, half: _Half | None = None
-) -> Tensor:
+def nearest(x: Tensor, centroids: Tensor, low: list[_Int8] | None = None, half: _Half | None = None) -> Tensor:
     """The nearest centroid of each row, (N,) int64, by float32 scores, or faster by half's in float16.
 
     low: low_chunks(x, len(centroids)), from whoever needs them more than once; half: half_rows(x).

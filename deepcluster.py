@@ -639,9 +639,7 @@ def nmi(a: Tensor, b: Tensor) -> float:
     return round(float(normalized_mutual_info_score(a.cpu().numpy(), b.cpu().numpy(), average_method="geometric")), 4)
 
 
-def label_figures(
-    x: Tensor, pseudo_labels: Tensor, labels: Tensor, run: common.Run | None = None
-) -> dict[str, float]:
+def label_figures(x: Tensor, pseudo_labels: Tensor, labels: Tensor, run: common.Run | None = None) -> dict[str, float]:
     """Mean ratio edge intra-class (%) of the 10-NN graph of x (N, D), NMI of clusters with labels (N,).
 
     -1: a label that is not known, or no cluster; the NMI is one of the images that have both.

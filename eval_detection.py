@@ -560,9 +560,7 @@ def match(found: Detections, data: common.VocSet) -> tuple[Tensor, Tensor]:
     return overlap, partner
 
 
-def judge(
-    scores: Tensor, overlap: Tensor, partner: Tensor, difficult: Tensor, least: float
-) -> tuple[Tensor, Tensor]:
+def judge(scores: Tensor, overlap: Tensor, partner: Tensor, difficult: Tensor, least: float) -> tuple[Tensor, Tensor]:
     """VOC's rules: (right (M,), counted (M,)). difficult: (objects,) bool; least: the overlap that makes a hit.
 
     The box of highest score that hits an object is right, others that hit it are wrong; a box that hits a difficult

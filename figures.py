@@ -169,9 +169,7 @@ def keep(args: argparse.Namespace, key: tuple[Any, ...], make: Callable[[], Kept
     return found
 
 
-def open_network(
-    args: argparse.Namespace, name: str, first: common.Encoder | None
-) -> tuple[common.Encoder, Source]:
+def open_network(args: argparse.Namespace, name: str, first: common.Encoder | None) -> tuple[common.Encoder, Source]:
     """The encoder in a run's folder or in a file; "random": an untrained one like `first`, with a head if that has."""
     if name == "random":
         if first is None:

@@ -265,9 +265,7 @@ def state() -> str:
     return ""
 
 
-def ending(
-    cluster: str, script: str, again: str, rank: int, requeue: Any
-) -> Callable[[int, FrameType | None], None]:
+def ending(cluster: str, script: str, again: str, rank: int, requeue: Any) -> Callable[[int, FrameType | None], None]:
     """The handler of a signal; a script calls it too, after its checkpoint, with None as the frame.
 
     TERM is a pre-emption only on SLURM: a local job within an allocation of SLURM's is not that allocation's job.

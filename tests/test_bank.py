@@ -35,9 +35,7 @@ def make(
     return z.to(device), index.to(device), bank.to(device)
 
 
-def reference(
-    z: Tensor, index: Tensor, bank: Tensor, temperature: float, upstream: Tensor
-) -> tuple[Tensor, Tensor]:
+def reference(z: Tensor, index: Tensor, bank: Tensor, temperature: float, upstream: Tensor) -> tuple[Tensor, Tensor]:
     """Loss (B,) and gradient of (upstream * loss).sum() for z, by cross-entropy on float64 logits."""
     z = z.double().requires_grad_()
     loss = F.cross_entropy(z @ bank.double().T / temperature, index, reduction="none")

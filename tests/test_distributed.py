@@ -53,9 +53,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launch(
-    world: int, argv: list[str], images: Path, patch: Any = rank_of, script: str = "npid"
-) -> list[Process]:
+def launch(world: int, argv: list[str], images: Path, patch: Any = rank_of, script: str = "npid") -> list[Process]:
     """All ranks, started as a launcher would."""
     port = free_port()
     patches = [functools.partial(patch, world, rank, port, images) for rank in range(world)]

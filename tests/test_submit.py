@@ -252,9 +252,7 @@ def test_what_no_file_for_sbatch_can_hold(
     assert not list(here.rglob("npid*")) and not list(fake_slurm.iterdir())
 
 
-def test_a_job_in_the_queue_keeps_its_folder(
-    fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_in_the_queue_keeps_its_folder(fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If nobody reads the output, as after `| head -1`, the submitted job still finds its code; within another job its
     memory is not asked for; GPUs of one type are asked for by gres alone."""
     def closed(*_: Any, **__: Any) -> None:
