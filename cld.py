@@ -218,16 +218,6 @@ def views_of_instances(data: common.ImageSet, count: int, seed: int) -> common.I
     return dataclasses.replace(data, pixels=torch.cat(views).to(data.pixels.device), labels=labels[instance])
 
 
-def load(args: argparse.Namespace, run: common.Run) -> tuple[common.ImageSet, common.ImageSet | None]:
-    """Training images and those of the kNN monitor, or what --instances makes of them."""
-    data = common.load(args, "pretrain", run.device)
-    test = common.load_monitor(args, data, run.device)
-    if args.instances:
-        data = views_of_instances(data, args.instances, seed=0)
-        test = test and views_of_instances(test, args.instances, seed=1)
-    return data, test
-
-
 # ---- augmentation ----------------------------------------------------------------------------------------------------
 
 
@@ -631,7 +621,11 @@ def warm_up(progress: float, epochs: int) -> float:
 def main(args: argparse.Namespace) -> None:
     run = common.Run(args)
     common.note_idle(args, dict(groups_over=(run.world > 1 or not args.group_weight, "several ranks")))
-    data, test = load(args, run)
+    data = common.load(args, "pretrain", run.device)
+    test = common.load_monitor(args, data, run.device)
+    if args.instances:
+        data = views_of_instances(data, args.instances, seed=0)
+        test = test and views_of_instances(test, args.instances, seed=1)
     rows = args.batch_size // args.accumulate // (1 if args.groups_over == "all" else run.world)  # grouped at once
     num_groups, queue_size = min(args.num_groups, rows), min(args.queue_size, len(data))
     if args.group_weight and num_groups == rows:

@@ -20,6 +20,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("no CUDA device")
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device that there is."""
+    return str(request.param)
+
+
 @pytest.fixture(autouse=True)
 def _no_survivors() -> Iterator[None]:
     """Scripts that a failed test left at work end with it."""

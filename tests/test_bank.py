@@ -15,14 +15,6 @@ from torch import Tensor
 import common
 import npid
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    """Each device that there is."""
-    return str(request.param)
-
 
 def make(
     size: int, dim: int, batch: int, device: str = "cpu", dtype: torch.dtype = torch.float32

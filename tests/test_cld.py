@@ -892,35 +892,19 @@ def draws(count: int, seed: int = 0) -> common.Draw:
     return common.Draw(torch.Generator().manual_seed(seed), count, slice(None), common.CPU)
 
 
-def test_instances_are_the_same_in_each_run(tmp_path: Path) -> None:
+def test_instances_are_the_same_in_each_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the --seed, instances are the same, and others for test images."""
     words = [*SMALL, "--knn-every", "1", "--seed", "3", "--instances", "5", "--output", str(tmp_path / "run")]
-    args = cld.parse_args(words)
-    run = common.Run(args)
-    data, test = cld.load(args, run)
-    run.lock.close()
+    args, seen = cld.parse_args(words), list[common.ImageSet]()
+    monkeypatch.setattr(common.Run, "describe", lambda run, *images, **facts: seen.extend(images) or sys.exit())
+    with pytest.raises(SystemExit):
+        cld.main(args)
+    data, test = seen
     plain, more = (common.load(args, split, common.CPU) for split in ("pretrain", "test"))
-    assert test is not None and data.pixels is not None and test.pixels is not None
     for part, base, seed in ((data, plain, 0), (test, more, 1)):
         made = cld.views_of_instances(base, 5, seed)
         assert made.pixels is not None and part.pixels is not None
         assert torch.equal(part.pixels, made.pixels) and torch.equal(part.labels, made.labels)
-
-
-def test_monitor_is_that_of_the_other_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Test images come at the size of the training images; a folder without classes has no monitor, and is told so."""
-    for place, side in (("train/a", 32), ("train/b", 32), ("val/a", 40), ("flat", 32)):
-        (tmp_path / place).mkdir(parents=True)
-        for number in range(16):
-            Image.new("RGB", (side, side), (number, 0, 0)).save(tmp_path / place / f"{number}.png")
-    args = cld.parse_args([*SMALL, "--subset", "16", "--test-subset", "16", "--data", str(tmp_path), "--knn-every", "1",
-                           "--output", str(tmp_path / "run")])
-    run = common.Run(args)
-    data, test = cld.load(args, run)
-    assert test is not None and data.size == test.size == 32
-    args.data = str(tmp_path / "flat")
-    assert cld.load(args, run)[1] is None and "no kNN monitor" in capsys.readouterr().err
-    run.lock.close()
 
 
 def test_instances_give_many_correlated_views() -> None:

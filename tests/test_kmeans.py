@@ -12,14 +12,7 @@ from torch import Tensor
 
 import common
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BACKENDS = ["torch", "faiss"]
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    """Each device that there is."""
-    return str(request.param)
 
 
 @pytest.fixture(params=BACKENDS)

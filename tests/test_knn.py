@@ -21,14 +21,6 @@ import common
 import deepcluster
 import eval_knn
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    """Each device that there is."""
-    return str(request.param)
-
 
 def unit(rows: int, dim: int, seed: int, device: str = "cpu") -> Tensor:
     """Random directions."""
