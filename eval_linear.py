@@ -161,7 +161,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                        help="fine-tuning: share of the image's area that a training crop has")
     optim.add_argument("--cost", "--C", dest="cost", type=common.POSITIVE, nargs="+", default=[1.0], metavar="C",
                        help="C of the SVM, to choose from; the middle one where a class has too few images to choose")
-    optim.add_argument("--folds", type=common.number(int, 2, 100), default=3, help="of the choice of C")
+    optim.add_argument("--folds", type=common.number(int, 2, 100), default=3, help="of C's cross-validation")
     optim.add_argument("--positive-weight", type=common.POSITIVE, default=1.0, metavar="X", help="of a class's images")
     optim.add_argument("--seed", type=common.COUNT_OR_ZERO, default=0, help="of subset, held-out part, draws, order")
     common.add_data_options(parser)
