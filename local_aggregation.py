@@ -187,18 +187,21 @@ def fit_to(count: int, args: argparse.Namespace) -> list[str]:
     """
     notes, preset = list[str](), PRESETS["imagenet"] | PRESETS[args.preset]
     by_kmeans = args.close == "clusters" and args.clustering == "kmeans"
-    meant_for = preset.get("subset", IMAGES.get(preset.get("data", "imagenet"), count))  # N of the preset's m
-    for option, name, used, value, too_large in (
-            ("--m", "num_clusters", by_kmeans, max(2, round(preset["num_clusters"] * count / meant_for)),
-             2 * count < meant_for),
-            ("--k", "num_neighbors", args.background == "nearest", max(2, count // 10),
-             args.num_neighbors > count // 4)):
+    near = args.background == "nearest"
+
+    def fit(option: str, name: str, value: int, too_large: bool) -> None:
         given = getattr(args, name)
-        if used and given > count and name in args.typed:
+        if name in args.typed and given > count:
             raise common.Fault(f"{option} {given} is more than the {count} images; {value} would fit")
-        if used and too_large and name not in args.typed:
+        if name not in args.typed and too_large:
             notes.append(f"{option} {value}, scaled from {given} to {count:,} images")
             setattr(args, name, value)
+
+    if by_kmeans:
+        meant_for = preset.get("subset", IMAGES.get(preset.get("data", "imagenet"), count))  # N of the preset's m
+        fit("--m", "num_clusters", max(2, round(preset["num_clusters"] * count / meant_for)), 2 * count < meant_for)
+    if near:
+        fit("--k", "num_neighbors", max(2, count // 10), args.num_neighbors > count // 4)
     m, k = args.num_clusters, args.num_neighbors
     if args.clustering == "dbscan" and args.num_clusterings > 1:
         notes.append(f"note: all {args.num_clusterings} clusterings by dbscan are the same: --H 1 is enough")
@@ -208,27 +211,25 @@ def fit_to(count: int, args: argparse.Namespace) -> list[str]:
     if by_kmeans and m > count // 2:
         notes.append(f"warning: m = {m} clusters of {count:,} images hold {count / m:.1f} each: hardly any "
                      "image has a close neighbour but itself; ImageNet has 43 a cluster at m = 30000")
-    if by_kmeans and args.background == "nearest" and count // m > k:
+    if by_kmeans and near and count // m > k:
         notes.append(f"warning: clusters of {count // m} images are larger than B_i, k = {k}: raise --m or --k")
-    if args.background == "nearest" and k > count // 4:
+    if near and k > count // 4:
         notes.append(f"warning: k = {k} is {100 * k / count:.0f} % of the images: B_i is hardly local")
     if args.background == "clusters":
         (repeats, given), imagenet = args.background_clusters, IMAGES["imagenet"]  # which the default is for
         if 2 * count < imagenet and "background_clusters" not in [*args.typed, *preset]:
-            args.background_clusters = [repeats, max(2, round(given * count / imagenet))]
-            notes.append(f"--background-clusters {repeats} {args.background_clusters[1]}, scaled from {given} to "
-                         f"{count:,} images")
-        if args.background_clusters[1] > count:
-            raise common.Fault(f"--background-clusters {repeats} {args.background_clusters[1]}: more clusters than the "
-                               f"{count} images")
+            fewer = max(2, round(given * count / imagenet))
+            notes.append(f"--background-clusters {repeats} {fewer}, scaled from {given} to {count:,} images")
+            args.background_clusters = [repeats, fewer]
+        elif given > count:
+            raise common.Fault(f"--background-clusters {repeats} {given}: there are only {count} images")
     if args.close == "nearest" and args.close_neighbors > (k - 1 if "close_neighbors" in args.typed else k // 10):
         if "close_neighbors" in args.typed:
             raise common.Fault(f"--close-neighbors {args.close_neighbors} would be all of B_i, k = {k}: lower it")
         notes.append(f"--close-neighbors {max(1, k // 100)}, from {args.close_neighbors}: B_i has {k} images")
         args.close_neighbors = max(1, k // 100)
     if args.warmup_epochs >= args.epochs:
-        notes.append(f"warning: with --warmup-epochs {args.warmup_epochs} all {args.epochs} epochs are NPID's, none is "
-                     "Local Aggregation's")
+        notes.append(f"warning: with --warmup-epochs {args.warmup_epochs} all {args.epochs} epochs are NPID's")
     return notes
 
 

@@ -316,7 +316,7 @@ def test_sizes_of_the_ablations_fit_too() -> None:
     assert len(la.fit_to(1_281_167, args)) == 0 and args.background_clusters == [3, 1000]
     assert any(note.startswith("--background-clusters 3 10, ") for note in la.fit_to(12_812, args))
     assert args.background_clusters == [3, 10]
-    with pytest.raises(common.Fault, match="more clusters than the 50 images"):
+    with pytest.raises(common.Fault, match="there are only 50 images"):
         la.fit_to(50, la.parse_args(["--preset", "table4-clusters", "--background-clusters", "3", "60"]))
     for preset, images, clusters in (("smoke", 64, 2), ("cifar10", 50_000, 39)):  # 1,000 for ImageNet's
         args = la.parse_args(["--preset", preset, "--background", "clusters"])
