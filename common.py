@@ -2424,8 +2424,7 @@ class ThinProjection(nn.Conv2d):
 
 
 class Group(nn.Sequential):
-    """Blocks of a ResNet. A map of one pixel passes in float32: oneDNN's bfloat16 gradient of its strided convolution
-    is garbage."""
+    """Blocks of a ResNet. A map of one pixel passes in float32: oneDNN's strided bfloat16 gradient of it is garbage."""
 
     def forward(self, images: Tensor) -> Tensor:
         pixel = images.shape[2:] == (1, 1)

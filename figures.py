@@ -485,8 +485,7 @@ PANELS = {"Training loss": ("epoch", "loss"), "kNN accuracy": ("epoch", "knn_top
 
 
 def read_log(name: str) -> tuple[Source, Rows, float | None]:
-    """What was run, its epochs, and the loss of equal probabilities; None where noise is drawn, of which older logs
-    hold the softmax's."""
+    """What was run, its epochs, and the loss of equal probabilities; None where noise is drawn: old logs differ."""
     path = folder_of(name) / "log.jsonl"
     try:
         lines = path.read_text().splitlines(keepends=True)
@@ -1503,8 +1502,7 @@ def ablation(args: argparse.Namespace) -> None:
 
 
 def read_detections(name: str) -> dict[str, Any]:
-    """What eval_detection.py left in its folder, or last in that of the network that it fine-tuned, which must not have
-    changed since."""
+    """What eval_detection.py left in its folder, or last in that of its network, unless that has changed."""
     path = Path(name, "detections.pth") if Path(name).is_dir() else Path(name)
     if not path.exists():
         path = max(Path(name).glob("detection-*/detections.pth"), key=lambda file: file.stat().st_mtime, default=path)

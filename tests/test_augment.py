@@ -295,8 +295,7 @@ def test_every_key_has_a_stream_of_its_own() -> None:
 
 @pytest.mark.parametrize("operation", ["jitter", "blur"])
 def test_the_drawn_share_is_changed_whole(operation: str) -> None:
-    """The images that a number of their own draws get what all get with probability 1, the others nothing; sigma is
-    uniform in its range."""
+    """Images that a number of their own draws get what all get with probability 1, others nothing; sigma is uniform."""
     images = torch.rand(300, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def changed(probability: float) -> Tensor:

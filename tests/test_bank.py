@@ -152,8 +152,7 @@ def test_compile_gives_the_same() -> None:
 
 @pytest.mark.parametrize("private", [False, True])
 def test_logits_never_exist(private: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that forward and backward hold at a time beside the inputs is less than a tenth of the B x N logits, and than
-    a copy of the bank."""
+    """What forward and backward hold beside the inputs is less than a tenth of the B x N logits, and than the bank."""
     z, index, bank = make(200_000, 16, 128)
     if not private:
         monkeypatch.setattr(common, "LINEAR_FOR_CPU", None)

@@ -281,8 +281,7 @@ def test_a_folder_without_validation_images_trains(tmp_path: Path, capsys: pytes
 
 
 def test_images_without_a_class_and_the_monitor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A test image outside the class folders, and training images all outside, end the kNN monitor with a line; an
-    evaluation, too."""
+    """A test image outside the class folders, or training images outside, end monitor and evaluation with a line."""
     for i in range(8):
         save(Image.fromarray(noise(i)), tmp_path / "set" / "train" / f"c{i % 2}" / f"{i}.png")
         save(Image.fromarray(noise(i)), tmp_path / "set" / "val" / f"c{i % 2}" / f"{i}.png")

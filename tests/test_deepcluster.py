@@ -179,8 +179,7 @@ def test_crops() -> None:
 
 @pytest.mark.parametrize("side", [(32, 32), (256, 455), (1920, 1080)])
 def test_random_crops_of_any_format(side: tuple[int, int]) -> None:
-    """--crop random is Resize(256) and RandomCrop(224): seven eighths of the shorter side, at any place, of wide and
-    tall images too."""
+    """--crop random is Resize(256) and RandomCrop(224): 7/8 of the shorter side, at any place, of any format."""
     crop = dc.training_crop(dc.parse_args(["--crop", "random"]), image_set(4))
     top, left, height, width = common.crop_boxes(torch.rand(2000, 22, generator=seeded()), *side, *crop[1:]).T
     assert (height == round(min(side) * 7 / 8)).all() and torch.equal(height, width)
@@ -211,8 +210,7 @@ def test_central_crops_are_those_of_the_descriptors(held: bool, tmp_path: Path) 
 
 
 def test_sobel_of_a_constant_is_zero_inside() -> None:
-    """Property 6: no gradient away from the border, zeros beyond it, no parameters, nothing in the weights; right on a
-    ramp."""
+    """Property 6: no gradient away from the border, zeros beyond it, no parameters, no weights; right on a ramp."""
     sobel = common.Sobel()
     constant = sobel(torch.full((2, 3, 9, 9), 0.7))
     assert constant[:, :, 1:-1, 1:-1].abs().max() < 1e-6
@@ -1037,8 +1035,7 @@ TWO_RANKS = {
 @pytest.mark.parametrize("before", [batch_statistics_fixed, streaming])
 @pytest.mark.parametrize("method", TWO_RANKS)
 def test_two_ranks_equal_one(before: Callable[[], None], method: str, tmp_path: Path) -> None:
-    """Two gloo ranks cluster all descriptors once, in the order of the images, and train as one: the same clusters,
-    the same units dropped out."""
+    """Two gloo ranks cluster all descriptors once, in the images' order, and train as one: clusters, dropout."""
     options = ["--epochs", "2", "--lr", "0.01", *TWO_RANKS[method].split()]
     assert train(tmp_path / "one", *options, before=before) == 0
     assert train(tmp_path / "two", *options, before=before, world=2) == 0
@@ -1133,8 +1130,7 @@ def no_exchange() -> None:
 
 
 def test_targets_of_a_step_are_known_beforehand(tmp_path: Path) -> None:
-    """--targets-per-step takes the clusters of all ranks' images from the order: no rank waits for another's, nor for
-    its device."""
+    """--targets-per-step takes all ranks' clusters from the order: no rank waits for another's, nor for its device."""
     assert train(tmp_path / "run", "--epochs", "2", "--targets-per-step", "4", before=no_exchange) == 0
 
 

@@ -850,8 +850,7 @@ def test_detections_do_not_depend_on_ranks(folder: Path) -> None:
 
 
 def test_boxes_are_those_of_the_image(folder: Path, tmp_path: Path) -> None:
-    """A box in the scaled image, wider than high, comes back in the px of the image on the disk, its label
-    from 0."""
+    """A box in the scaled image, wider than high, comes back in px of the image on the disk, its label from 0."""
     data = common.load_voc(argparse.Namespace(data=str(folder), subset=None, test_subset=None), "test")
     Image.new("RGB", (150, 91)).save(tmp_path / "a.png")
     data.images = [data.images[1], data.images[0]._replace(path=tmp_path / "a.png", size=(150, 91))]

@@ -600,8 +600,7 @@ def test_ascent_of_an_image_does_not_depend_on_the_others() -> None:
 
 
 def test_ascent_goes_round_silence() -> None:
-    """A channel that fires most just before it falls silent: steps that end beyond are taken again, shorter, and find
-    more than there was at first."""
+    """A channel that fires most just before it falls silent: steps beyond are taken again, shorter, and find more."""
     up = F.normalize(torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0)).flatten(), dim=0)
 
     def maps(images: torch.Tensor) -> torch.Tensor:
@@ -951,8 +950,7 @@ def test_ablation_is_of_the_weights_as_they_are(run: Path, tmp_path: Path, monke
 
 
 def test_ablation_counts_its_runs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mean says how many of the runs named below it have the figure; a run of no table is said to be one, whatever
-    its evaluations."""
+    """A mean says how many of the runs named below it have the figure; a run of no table is said to be one."""
     seen = list[list[str]]()
     drawn = figures.draw_ablation
     monkeypatch.setattr(figures, "draw_ablation", lambda *rest: (figure := drawn(*rest), seen.append(texts(figure)))[0])

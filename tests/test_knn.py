@@ -272,8 +272,7 @@ def test_ratio_edge_is_that_of_deepcluster(device: str) -> None:
 
 
 def test_retrieval_is_counted_one_by_one(device: str) -> None:
-    """Of every query the share of its nearest image, and of its ten nearest, that have its class; of few images of as
-    many as there are."""
+    """Of every query the share of its nearest one and ten images that have its class; of few of all there are."""
     queries, features = unit(40, 4, 0, device), unit(90, 4, 1, device)
     query_labels, labels = (torch.arange(len(rows), device=device) % 3 for rows in (queries, features))
     for known in (90, 7):
@@ -289,8 +288,7 @@ def test_retrieval_is_counted_one_by_one(device: str) -> None:
 
 
 def test_nmi_and_ami(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NMI is the mutual information of clusters and classes over the mean of their entropies; AMI takes from both what
-    shuffled clusters have."""
+    """NMI is mutual information over the mean entropy; AMI takes from both what shuffled clusters have."""
     source = torch.Generator().manual_seed(0)
     labels = torch.randint(2, (60,), generator=source)
     clusters = 4 * labels + torch.randint(4, (60,), generator=source)  # so the entropies differ
@@ -331,8 +329,7 @@ def test_clusters_that_are_asked_for(
 
 @pytest.mark.parametrize("k", [2, 4, 6])
 def test_cluster_accuracy(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The most images that any one-to-one assignment of clusters to four classes has right, by trying all, with fewer
-    clusters and with more."""
+    """The most images that any one-to-one assignment of clusters to classes has right; fewer clusters, and more."""
     source = torch.Generator().manual_seed(k)
     labels, clusters = torch.randint(4, (50,), generator=source), torch.randint(k, (50,), generator=source)
     monkeypatch.setattr(common, "kmeans", lambda *rest, **more: argparse.Namespace(labels=clusters))
@@ -368,8 +365,7 @@ def test_features_are_those_that_are_asked_for(tmp_path: Path) -> None:
 
 
 def test_parts_of_a_run(tmp_path: Path) -> None:
-    """What --file-list, --val-list and --imbalance left in a run is what evaluations see, by the bank or not; with
-    --data they see all images."""
+    """What --file-list, --val-list and --imbalance left in a run is what evaluations see; with --data they see all."""
     for split, count in (("train", 20), ("val", 4)):
         names = [f"{split}/{c}/{split}{c}{i}.png" for c in "abc" for i in range(count)]
         for number, name in enumerate(names):

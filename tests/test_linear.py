@@ -432,8 +432,7 @@ def test_diverged_probes_have_nothing_right(tmp_path: Path) -> None:
 
 
 def test_nearly_constant_dimensions_are_not_blown_up(tmp_path: Path) -> None:
-    """Standardised, a dimension that varies a millionth as much as the others stays below a hundredth of them; they
-    have deviation 1."""
+    """Standardised, a dimension that varies a millionth as much as the others stays below a hundredth of them."""
     values = torch.randn(200, 1, 8, generator=torch.Generator().manual_seed(0))
     values[..., 3] *= 1e-6
     layer = eval_linear.Layer(values, options(tmp_path, "--normalize", "standard"), CPU)
@@ -1007,8 +1006,7 @@ def test_svm_sees_what_it_should(checkpoint: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_fine_tuning_chooses_by_images_that_it_has_not_seen(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each setting trains without the held-out images and is judged by them alone; the best one trains again, on all
-    labelled images."""
+    """Each setting trains without the held-out images and is judged by them; the best one trains again on all."""
     trained, rates, judged, drawn = list[list[int]](), list[float](), list[int](), list[Tensor]()
     batches, step, draws, merit = (common.ImageSet.batches, torch.optim.SGD.step, eval_linear.draws, eval_linear.merit)
 
@@ -1157,8 +1155,7 @@ def test_foreign_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("trainable", ["fc", "all"])
 def test_voc07(trainable: str, trained: Path, voc: Path, tmp_path: Path) -> None:
-    """Several classes an image: mAP in percent; of the convolutions fc trains nothing, and neither touches their batch
-    statistics."""
+    """Several classes an image: mAP in percent; fc trains no convolution, neither touches their statistics."""
     path = Path(shutil.copy(trained, tmp_path / "checkpoint.pth"))
     found = evaluate(path, "--protocol", "voc07", "--data", "shapes", "--trainable", trainable, "--lr", 0.003,
                      "--weight-decay", 1e-6, "--workers", 0, data_dir=voc)
@@ -1174,8 +1171,7 @@ def test_voc07(trainable: str, trained: Path, voc: Path, tmp_path: Path) -> None
 
 
 def test_voc07_of_alexnet(voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """fc6-8 of AlexNet: fc6, fc7 and the last layer start anew with bias 0.1 and train, the rest does not; --dropout
-    before both hidden ones."""
+    """fc6-8 of AlexNet start anew with bias 0.1 and train, the rest does not; --dropout before both hidden ones."""
     rates, forward = set[tuple[float, ...]](), eval_linear.Classifier.forward
 
     def watched(self: eval_linear.Classifier, x: Tensor) -> Tensor:
@@ -1320,8 +1316,7 @@ def test_corrected_annotations_are_another_task(split: str, checkpoint: Path, tm
 
 
 def test_few_images_of_each_class(trained: Path, voc: Path, tmp_path: Path) -> None:
-    """Of every class just N images with it and 19 N without it, or all there are, are shown, and another draw shows
-    others."""
+    """Of every class N images with it and 19 N without it, or all there are, are shown; another draw shows others."""
     args = eval_linear.parse_args([str(trained), "--protocol", "voc07-svm", "--data", "shapes", "--data-dir", str(voc),
                                    "--subset", "60", "--test-subset", "40", "--per-class", "2", "--draws", "2"])
     task = eval_linear.open_task(args, None, CPU)
@@ -1374,8 +1369,7 @@ def watch_rank(rank: int, port: int, folder: Path) -> None:
 
 
 def test_two_ranks_share_the_images_and_agree(checkpoint: Path, tmp_path: Path) -> None:
-    """Fine-tuning on two ranks: each classifies half of the held-out and of the test images, and both know all scores,
-    so that they choose the same."""
+    """Fine-tuning on two ranks: each classifies half of the images, and both know all scores, and choose the same."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -1533,8 +1527,7 @@ def test_too_few_to_choose_by(tmp_path: Path) -> None:
 
 
 def test_one_image_of_each_class_chooses_nothing(tmp_path: Path) -> None:
-    """Of one image a class none can be held out to choose a rate, whose order in the grid would decide; one rate
-    trains."""
+    """Of one image a class none can be held out to choose a rate, which the grid would decide; one rate trains."""
     words = ["--protocol", "finetune", "--per-class", 1, "--weight-decay", 0, "--image-size", 16, "--width", 4,
              "--epochs", 1, "--output", tmp_path]
     with pytest.raises(common.Fault, match="the only ones of their classes, nothing to choose by"):

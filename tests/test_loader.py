@@ -98,8 +98,7 @@ def test_two_networks_in_a_file(wanted: str, other: str, resnet: dict[str, Tenso
 
 
 def test_teacher_of_another_architecture(resnet: dict[str, Tensor], tmp_path: Path) -> None:
-    """Of a teacher and a student that of the architecture named is taken, though a ResNet-50 has all the names of a
-    ResNet-18."""
+    """Of a teacher and a student that of the --arch is taken, though a ResNet-50 has all the names of a ResNet-18."""
     both = {f"module.student.{name}": value for name, value in resnet.items()}
     both |= {f"module.teacher.{name}": value for name, value in torchvision.models.resnet50().state_dict().items()}
     torch.save(dict(state_dict=both), tmp_path / "file.pth")

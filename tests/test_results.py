@@ -154,8 +154,7 @@ def test_options_that_come_too_late_are_named(run: ModuleType, fake: list[str], 
 def test_a_row_in_pieces_has_the_minutes_and_options_of_all(
     run: ModuleType, fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps of 90 s in two calls make 6 minutes, one that fails included; options of a call after the training are not
-    those of the row."""
+    """Steps of 90 s in two calls make 6 minutes, a failed one included; a later call's options are not the row's."""
     clock, codes = [0.0], iter([0, 1, 0, 0])
 
     def run_step(step: list[str], deadline: float) -> int:
@@ -173,8 +172,7 @@ def test_a_row_in_pieces_has_the_minutes_and_options_of_all(
 
 
 def test_a_call_that_is_ended_ends_its_script(run: ModuleType, fake: list[str], tmp_path: Path) -> None:
-    """SIGTERM reaches the script, which would otherwise go on and keep the row's folder from the next call; the
-    minutes of such a call count."""
+    """SIGTERM reaches the script, which would otherwise keep the row's folder; the minutes of such a call count."""
     row = run.ROWS["one"]
     code = (f"import sys; sys.path.insert(0, {str(common.ROOT)!r}); from results import run; import common; "
             f"run.ROWS = dict(one=run.Row(*{tuple(row)!r})); common.launch(run.main, run.parse_args)")

@@ -315,8 +315,7 @@ def test_more_epochs(undisturbed: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", ["npid --schedule cosine", "cld --host byol --schedule constant"])
 def test_epochs_of_what_ends_with_them_are_fixed(words: str, tmp_path: Path) -> None:
-    """With other epochs a cosine schedule, or the momentum of BYOL's keys, would be another: refused with the option
-    named."""
+    """With other epochs a cosine, or the momentum of BYOL's keys, would be another: refused with the option named."""
     script, *options = words.split()
     command = [*TINY, "--output", tmp_path, *options]
     assert run(script, [*command, "--epochs", "1"]).code == 0

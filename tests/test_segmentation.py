@@ -112,8 +112,7 @@ def test_dilation_equals_torchvisions() -> None:
     ("vgg16_bn", True, 32),
 ])
 def test_strides(arch: str, small: bool, stride: int) -> None:
-    """The scores have the stride that is asked for, AlexNet's and VGG16's that of their last pooling; --dropout is
-    theirs."""
+    """The scores have the stride asked for, AlexNet's and VGG16's that of their last pooling; --dropout is theirs."""
     args = options(output_stride=stride, dropout=0.2)
     model = eval_segmentation.Segmenter(common.backbone(arch, 4, small), 6, args).eval()
     rates = {layer.p for layer in model.head.modules() if isinstance(layer, nn.Dropout)}
@@ -211,8 +210,7 @@ def test_what_is_drawn_for_an_image(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_training_is_that_of_plain_pytorch(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SGD on the recorded crops, normalised by --mean and --std, at a rate that falls as (1 - t / T)^0.9, ends with the
-    same weights."""
+    """SGD on the recorded crops, normalised by --mean and --std, at a rate of (1 - t / T)^0.9, has the same weights."""
     batches, original = list[tuple[Tensor, Tensor]](), eval_segmentation.training_batches
 
     def watched(*arguments: Any) -> Any:
@@ -378,8 +376,7 @@ def test_what_the_network_sees_in_the_test(folder: Path) -> None:
 
 
 def test_scores_lie_on_their_pixels(folder: Path, tmp_path: Path) -> None:
-    """Of an image that is wider than high, too, scores are interpolated to what the network sees, and are then judged
-    by the mask at its own size."""
+    """Also of an image wider than high scores are interpolated to what the network sees, judged at the mask's size."""
     data, (width, height) = load(folder, "test"), (150, 90)
     mask = np.zeros((height, width), np.uint8)
     mask[10:50, 90:140] = 1
@@ -455,8 +452,7 @@ def test_faults(folder: Path, tmp_path: Path) -> None:
 
 
 def test_folder_without_class_names(folder: Path, tmp_path: Path) -> None:
-    """A folder of pictures and masks alone has as many classes as its training masks; a test mask with another is found
-    before the training."""
+    """A folder of pictures and masks alone has its training masks' classes; a test mask with another is refused."""
     root = Path(shutil.copytree(folder, tmp_path / "bare"))
     shutil.rmtree(root / "Annotations")
     shutil.rmtree(root / "ImageSets/Main")

@@ -33,8 +33,7 @@ AFTER = ["eval_knn.py", "{output}/checkpoint.pth"]  # --then eval_knn.py
 
 
 def test_options_of_submission_and_script() -> None:
-    """The first script named ends the submission's options, whatever stands in --then or after KEY=; the rest is the
-    script's."""
+    """The first script named ends the submission's options, whatever stands in --then or after KEY=."""
     args = submit.parse_args(["--nodes", "2", "--then", "eval_knn.py", "--sweep", "lr=1,2", "seed=0", "npid.py", "--lr",
                               "1", "other.py"])
     assert (args.nodes, args.then, args.sweep) == (2, [AFTER], [("lr", "1,2"), ("seed", "0")])
@@ -243,8 +242,7 @@ def test_what_sbatch_gets(fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.
 def test_what_no_file_for_sbatch_can_hold(
     words: list[str], fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A line break, which would end a line of sbatch's options, and bytes that are no UTF-8 are refused, and nothing is
-    left behind."""
+    """A line break, which would end a line of sbatch's options, and bytes that are no UTF-8 are refused."""
     here = tmp_path / "here"
     here.mkdir()
     with pytest.raises(common.Fault, match="cannot stand in sbatch's file"):

@@ -128,8 +128,7 @@ def test_spaces_in_names(folder: Path) -> None:
 
 
 def test_what_is_tested_is_not_trained_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where the test is val, by default or by name, training takes train, not trainval; typed lists that share images
-    are told."""
+    """Where the test is val, by default or by name, training takes train, not trainval; shared images are told."""
     for name, text in (("trainval", "a\nb\nc\n"), ("train", "a\nb\n"), ("val", "c\n")):
         (folder / "ImageSets/Main" / f"{name}.txt").write_text(text)
 
