@@ -19,17 +19,13 @@ bit for bit.
 
 Differences from the paper and from the authors' code:
   * k-means is spherical, as the supplement's eq. (1) writes it; `--clustering euclidean` is the code's, with plain
-    means as centroids. As in the code it starts from the first rows, and the gradient reaches the centroids but not the
-    assignments.
+    means as centroids. As in the code it starts from the first rows, and the gradient reaches the centroids alone.
   * Spectral clustering takes the eigenvectors of the Laplacian's k smallest eigenvalues; those of the largest, as the
     text has it, do not separate two blobs. The affinity is |cosine|, with an empty diagonal.
-  * An empty group keeps its centroid while k-means runs and is no class in the loss; in the code it is a class with
-    logit 0.
+  * An empty group keeps its centroid while k-means runs and is no class in the loss; in the code one of logit 0.
   * Without --accumulate the whole batch is grouped at once, on any number of GPUs. `--groups-over local` is the code's:
-    its 120 groups of 64 images are single images and empty classes. Here there are no more groups than rows, with a
-    warning.
-  * The bank is written once a step, after the optimiser's step, with the mean of both views; the code writes it
-    twice.
+    its 120 groups of 64 images are single images and empty classes. Here there are at most as many as rows.
+  * The bank is written once a step, after the optimiser's step, with the mean of both views; in the code twice.
   * The key encoder is a moving average of the parameters alone. It stays in training mode and has batch statistics of
     its own, which no evaluation reads. Against information leaking through them there is --sync-bn for both encoders,
     in place of MoCo's shuffling.
@@ -41,8 +37,7 @@ Differences from the paper and from the authors' code:
   * Rates change with each step, and the cosine runs to 0 over all epochs, times the warm-up's factor. In the code
     CIFAR's cosine begins after the warm-up and ends at 1e-6, and ImageNet's rate changes once an epoch.
   * `cifar10` and `cifar100` are the released scripts' settings, `cifar10-supplement` and `cifar100-supplement` the
-    text's. For MoCo+CLD on CIFAR the scripts have normalised heads; the published figures are those of linear ones
-    (`-linear`).
+    text's. For MoCo+CLD on CIFAR the scripts have normalised heads; the published figures are of linear ones.
   * STL-10, at 96 px, has the stem of photographs, and grey before jitter; in the code CIFAR's, and grey after jitter.
 
 log.jsonl has, for each epoch: loss, instance_loss, group_loss; instance_accuracy (how often an image's own slot or key
@@ -496,8 +491,7 @@ def group_figures(z: Tensor, groups: Groups) -> dict[str, Tensor]:
 def gather_branch(run: common.Run, z: Tensor) -> Tensor:
     """f_G of all ranks, for groups of the whole batch: (V, B of this rank, D) -> (V, B of all, D).
 
-    All ranks compute the same loss from it, but each has the gradient of its own rows alone: times the number of ranks,
-    by which DDP divides.
+    All ranks compute the same loss from it, each with its own rows' gradient: times the ranks, by which DDP divides.
     """
     parts = list(run.gather(z.detach()[None])[0])
     parts[run.rank] = z.detach() + run.world * (z - z.detach())  # the value is z

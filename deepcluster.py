@@ -17,8 +17,7 @@ clusterings) builds on that: cluster the descriptors of all images, then learn t
 
 Differences from the thesis and from the authors' code:
   * The code's sampler draws positions in the data set, but uses them in the list sorted by cluster, so in effect it
-    samples uniformly over images. Here each cluster has N/K draws, plus or minus one; the code's way is `--sampling
-    released`.
+    samples uniformly over images. Here each cluster has N/K draws, plus or minus one; theirs is `--sampling released`.
   * Empty clusters take half of a random other one after each assignment, as the thesis says (`--empties half`);
     `split` perturbs centroids while training, as Faiss does; `--kmeans faiss` is Faiss itself.
   * PIC runs in float64. In float32 its kernel vanishes beyond a squared distance of 0.39, in float64 beyond 1.19; where
@@ -805,8 +804,7 @@ def main(args: argparse.Namespace) -> None:
         images: Tensor, targets: Tensor, draw: common.Draw, rows: Tensor | None = None,
         dropout: Callable[[int], Callable[[int], Tensor]] | None = None,
     ) -> Tensor:
-        """One step: from crops (B, 3, S, S) and their clusters (B,), among `rows` if given, to new weights. Returns the
-        loss.
+        """One step: from crops (B, 3, S, S) and their clusters (B,), among `rows` if any, to new weights and the loss.
 
         dropout: part of the batch (--accumulate) -> its numbers. The last layer is the loop's `classifier`.
         """

@@ -882,8 +882,7 @@ def fit_svm(x: Tensor, y: Tensor, cost: Tensor) -> Tensor:
         todo = (gradient.norm(dim=1) > torch.maximum(1e-3 * w.norm(dim=1), rounding)).nonzero()[:, 0]
         if not len(todo):
             break
-        # Ten steps are the rule. Where a plane parts the classes, one that errs by a tenth takes almost all images out
-        # of the active ones.
+        # Ten steps are the rule. Where a plane parts the classes, one that errs by a tenth leaves hardly any active.
         step = newton_step(x, active[:, todo], -gradient[todo], 0.1 if number < 12 else 1e-3)
         change = x @ step.T
         length = line_search(w[todo], step, y[:, todo], outputs[:, todo], change, cost[:, todo])

@@ -23,8 +23,7 @@ quarters for few images. Longer runs may allow larger clusters: watch `nmi` and 
 fit N or --epochs are scaled, and printed.
 
 Differences from the paper and from the existing codes:
-  * The warm start uses the exact softmax; `--warmup-loss nce` is the paper's, whose Z, estimated once, fails on
-    small sets.
+  * The warm start uses the exact softmax; `--warmup-loss nce` is the paper's, whose Z, estimated once, fails on few images.
   * Image i is always in C_i and in B_i (it takes the place of the k-th nearest if it is not among them), so no
     intersection is empty, there is no epsilon in the logarithm, and no image is without gradient.
   * Clusters exist before the first step that needs them, and are recomputed at the first step of each epoch, whether
@@ -182,8 +181,7 @@ def fit_to(count: int, args: argparse.Namespace) -> list[str]:
     """Shrink defaults that do not fit `count` images or --epochs; a typed size that does not is a fault, if it is used.
 
     m, and B_i's clusters, shrink where N is under half of what they are meant for, so that clusters keep their size; k
-    to a tenth of N, wider than C_i, where it is over a quarter; the warm start to a third of the epochs. Returns what
-    to tell the user.
+    to a tenth of N, wider than C_i, where it is over a quarter; the warm start to a third of the epochs. Returns notes.
     """
     notes, preset = list[str](), PRESETS["imagenet"] | PRESETS[args.preset]
     by_kmeans = args.close == "clusters" and args.clustering == "kmeans"
@@ -313,8 +311,7 @@ def most_similar(similarity: Tensor, count: int) -> Tensor:
 
 # ---- loss ------------------------------------------------------------------------------------------------------------
 # The bank takes no gradient, so the gradient of L_i with respect to f_i has a closed form: (mean of v over B_i - mean
-# over C_i & B_i) / tau, weighted by the softmax of v.f / tau in each set. No graph of (B, k) or (B, N) similarities is
-# kept.
+# over C_i & B_i) / tau, weighted by the softmax of v.f / tau in each set. No graph of similarities is kept.
 
 
 def with_gradient(z: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
@@ -407,8 +404,7 @@ def cluster(
 ) -> tuple[Tensor, dict[str, float]]:
     """Labels (H, N) int32 of H clusterings of features (N, D), shared out over the ranks, and k-means' figures of them.
 
-    The seeds follow from `key` and the number of the clustering. radius: that of DBSCAN, which then takes the place of
-    k-means.
+    The seeds follow from `key` and the number of the clustering. radius: DBSCAN's, in place of k-means.
     """
     # Rank r makes the clusterings r, r + ranks, ...; all ranks have room for as many, since gather needs equal shapes.
     share = -(-num_clusterings // run.world)
