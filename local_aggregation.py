@@ -23,7 +23,7 @@ quarters for few images. Longer runs may allow larger clusters: watch `nmi` and 
 fit N or --epochs are scaled, and printed.
 
 Differences from the paper and from the existing codes:
-  * The warm start uses the exact softmax; `--warmup-loss nce` is the paper's, whose Z, estimated once, fails on few images.
+  * The warm start uses the exact softmax; `--warmup-loss nce` is the paper's, whose one Z fails on few images.
   * Image i is always in C_i and in B_i (it takes the place of the k-th nearest if it is not among them), so no
     intersection is empty, there is no epsilon in the logarithm, and no image is without gradient.
   * Clusters exist before the first step that needs them, and are recomputed at the first step of each epoch, whether

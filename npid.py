@@ -21,7 +21,7 @@ Differences from the paper and from the authors' code:
   * The bank is written once a step, after the optimiser, with the features of that step's forward pass; all slots are
     unit vectors from the start.
   * NCE is computed in the log domain, without the 1e-7 that the code adds. Z is N times the mean over the noise draws
-    of the first step (`--z first`, the paper's), bad if a fresh network's features are nearly alike; or `--z ema`.
+    of the first step (`--z first`, the paper's), bad if a fresh network's features are nearly alike: then `--z ema`.
   * CIFAR's recipe is the code's: jitter before grey, no flip, tau 0.1, batch 128, weight decay 5e-4; none in the paper.
 
 log.jsonl has, in its first line, chance_loss, the loss at equal probabilities (ln N for the softmax); for each epoch:
