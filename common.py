@@ -800,7 +800,7 @@ class Run:
             try:
                 append_line(path, line)
             except OSError as error:
-                raise Fault(f"cannot write {path} ({error.strerror}): {way_out(error)}, then start again") from None
+                raise Fault(f"cannot write {path} ({error.strerror}): {way_out(error)}, then rerun") from None
             if row.get("feature_std", 1) < 0.01 and not self.warned:
                 self.warned = True
                 note(f"warning: all features are nearly alike (feature_std {row['feature_std']:.2g}): see README.md, "
@@ -1257,7 +1257,6 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 SMALL = 64  # px; networks for images below it take a 3x3 stem
 CROP_NUMBERS = 22  # uniform numbers that crop_boxes takes for an image: ten areas, ten ratios, a corner
 CPU = torch.device("cpu")
-Names = np.ndarray[Any, np.dtype[np.bytes_]]
 
 
 class Crop(NamedTuple):
@@ -1282,7 +1281,7 @@ class ImageSet:
     ids: Tensor  # (N,) int64: position in the full, sorted set, before --subset
     pixels: Tensor | None = None  # (N, 3, H, W) uint8
     root: Path = Path()
-    files: Names | None = None  # (N,) below root; no list of a million objects, which each worker would copy
+    files: np.ndarray[Any, np.dtype[np.bytes_]] | None = None  # (N,) below root; no list, which each worker would copy
     workers: int = 0
     bad: BadImages = dataclasses.field(default_factory=lambda: BadImages(0))
 
