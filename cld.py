@@ -159,7 +159,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--clustering", choices=["spherical", "euclidean", "spectral"], default="spherical",
                         help="spherical: k-means by the supplement's eq. (1); euclidean: the authors' code; spectral: "
                         "the supplement's section 3")
-    method.add_argument("--kmeans-iterations", type=common.COUNT, default=5, metavar="N", help="of k-means in a step")
+    method.add_argument("--kmeans-iterations", type=common.COUNT, default=5, metavar="N", help="of k-means, in each "
+                        "training step")
     method.add_argument("--groups-over", choices=["all", "local"], default="all",
                         help="all: groups of the batch of all ranks; local: of each rank's own part, as in the code; "
                         "either way, of one part of --accumulate at a time")
@@ -175,8 +176,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--key-momentum", type=common.SHARE, metavar="M", help="of the momentum encoder; byol's "
                         "grows to 1 at --epochs; default: 0.999, byol 0.996")
     method.add_argument("--augment", choices=list(RECIPES), help="default: the host's")
-    method.add_argument("--erase", type=common.SHARE, default=0.0, metavar="P", help="of erasing a box of a view")
-    method.add_argument("--warmup-epochs", type=common.COUNT_OR_ZERO, default=0, metavar="N", help="in which lr rises")
+    method.add_argument("--erase", type=common.SHARE, default=0.0, metavar="P", help="probability that a box of a "
+                        "view is erased")
+    method.add_argument("--warmup-epochs", type=common.COUNT_OR_ZERO, default=0, metavar="N", help="first epochs, in "
+                        "which the rate rises from lr / 100 to lr")
     method.add_argument("--instances", type=common.COUNT, metavar="N", help="shapes only: train on crops of N rendered "
                         "images, a correlated set")
     common.add_training_options(parser)

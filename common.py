@@ -342,7 +342,8 @@ def add_network_options(
     options.add_argument("checkpoint", nargs=nargs, help="checkpoint.pth or backbone.pth of these scripts, a file with "
                          f'torchvision\'s or timm\'s names, or "random" for an untrained network{more}')
     model = options.add_argument_group("model")
-    model.add_argument("--arch", choices=ARCHITECTURES, help="of random networks and of foreign files")
+    model.add_argument("--arch", choices=ARCHITECTURES, help="of random networks, and of files that are not "
+                       "from these scripts")
     model.add_argument("--width", type=SIZE, help="channels of the first stage (64)")
     add_statistics_options(model, "default: its run's, else the data set's")
     return model
@@ -382,7 +383,8 @@ def add_training_options(options: argparse.ArgumentParser) -> None:
     model = options.add_argument_group("model")
     model.add_argument("--arch", choices=ARCHITECTURES, default="resnet18", help="backbone; 3x3 stem below "
                        "64 px; _bn: batch normalisation after convolutions, _bn_fc: after fc6 and fc7 too")
-    model.add_argument("--width", type=SIZE, default=64, help="channels of the first stage; standard: 64")
+    model.add_argument("--width", type=SIZE, default=64, help="channels of the first stage; 64 is standard, less is "
+                       "for small machines")
     model.add_argument("--feature-dim", type=SIZE, default=128, metavar="D", help="D, size of the embedding")
     optim = options.add_argument_group("optimization")
     optim.add_argument("--epochs", type=COUNT, default=200, help="passes over the training images")
@@ -800,7 +802,8 @@ class Run:
             try:
                 append_line(path, line)
             except OSError as error:
-                raise Fault(f"cannot write {path} ({error.strerror}): {way_out(error)}, then rerun") from None
+                raise Fault(f"cannot write {path} ({error.strerror}): {way_out(error)}, then run the same "
+                            "command") from None
             if row.get("feature_std", 1) < 0.01 and not self.warned:
                 self.warned = True
                 note(f"warning: all features are nearly alike (feature_std {row['feature_std']:.2g}): see README.md, "
@@ -827,7 +830,8 @@ class Run:
             if not self.alike(epoch, step, saved["log_size"]):
                 raise Fault(f"ranks see different files {path}: --output must lie on a disk that all share")
             if saved["git"] != self.header["git"] and epoch < self.args.epochs:
-                note(f"note: {path} was written by code {saved['git']}, and goes on with {self.header['git']}")
+                note(f"note: {path} was written by the code of {saved['git']}; it goes on with that of "
+                     f"{self.header['git']}")
             try:
                 for name, part in state.items():
                     part.load_state_dict(saved["state"][name])
@@ -878,7 +882,8 @@ class Run:
             raise Fault(f"{path} was trained with other options ({'; '.join(changed)}): use those, another --output or "
                         "--overwrite")
         if (saved["epoch"], saved["step"]) > (self.args.epochs, 0):
-            raise Fault(f"{path} is past --epochs {self.args.epochs}, after {saved['epoch']}: choose more epochs")
+            raise Fault(f"{path} is past --epochs {self.args.epochs}, after {saved['epoch']}: choose more epochs, "
+                        "or another --output")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal == number == signal.SIGINT:  # a second Ctrl-C does not wait for the step
@@ -1095,7 +1100,8 @@ def pick_device(name: str | None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         expected = os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("SLURM_GPUS_ON_NODE")
         if name == "cpu" and expected not in (None, "-1", "NoDevFiles"):  # which hide all of them
-            note("warning: there should be GPUs, but this PyTorch sees none (a build for CPUs, or for a newer driver)")
+            note("warning: there should be GPUs, but this PyTorch sees none (a build for CPUs, or for a newer driver): "
+                 "running on the CPU")
     if name == "cuda" and not torch.cuda.is_available():
         raise Fault("--device cuda: this PyTorch sees no CUDA device; use --device cpu or install a CUDA build")
     if name == "mps" and not torch.backends.mps.is_available():
@@ -1584,7 +1590,8 @@ def load(args: argparse.Namespace, split: str, device: torch.device, classes: Se
         if not 1 <= count <= len(data):
             option = "test_subset" if split == "test" else "subset"
             source = "" if option in args.typed else f", from preset {args.preset}"
-            raise Fault(f"--{option.replace('_', '-')} {wanted:g}{source}: {data.name} has {len(data)} images here")
+            raise Fault(f"--{option.replace('_', '-')} {wanted:g}{source}: {data.name} has {len(data)} images here; "
+                        "lower it")
         data = data.select(balanced(data.labels, count, args.seed, "subset"))
     if args.imbalance and split != "test":
         data = long_tailed(data, args.imbalance)

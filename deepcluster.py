@@ -140,7 +140,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="section 4.2: full FC-ReLU-FC-ReLU-FC, 2fc FC-ReLU-FC, no-relu FC-ReLU-FC-FC, of a ResNet "
                              "on its unpooled last map; map, pooled: one FC on a ResNet's map or on its mean; default: "
                              "full, of ResNets pooled")
-    method.add_argument("--descriptors", choices=["before", "after"], default="before", help="the last ReLU")
+    method.add_argument("--descriptors", choices=["before", "after"], default="before", help="taken before "
+                        "or after the last ReLU (heads full, 2fc)")
     method.add_argument("--dropout", type=common.SHARE, default=0.5, help="before hidden FCs")
     method = parser.add_argument_group("method: clustering")
     method.add_argument("--clustering", choices=["kmeans", "pic", "labels"], default="kmeans",
@@ -155,7 +156,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         "median distance to the neighbours")
     method.add_argument("--singletons", choices=["redistribute", "keep", "drop"], default="redistribute",
                         help="PIC's clusters of one image: into the nearest neighbour's, kept, or left out")
-    method.add_argument("--reassign-every", type=common.COUNT, default=1, metavar="EPOCHS", help="between clusterings")
+    method.add_argument("--reassign-every", type=common.COUNT, default=1, metavar="EPOCHS", help="epochs "
+                        "between clusterings (section 4.4)")
     method.add_argument("--images-per-epoch", type=common.COUNT, metavar="N", help="algorithm 2: cluster and train on "
                         "a new random part of the images each epoch; default: all")
     method.add_argument("--cluster-pool", action="store_true", help="with --images-per-epoch N: cluster all images, "
@@ -169,7 +171,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         "section 4.7: the batch's clusters and random others, N in all; default: all clusters")
     method.add_argument("--crop", choices=["random-sized", "random", "central"], default="random-sized",
                         help="training crop (section 4.3)")
-    method.add_argument("--min-crop", type=common.SHARE, default=0.08, metavar="SHARE", help="least share of the area")
+    method.add_argument("--min-crop", type=common.SHARE, default=0.08, metavar="SHARE", help="least share of "
+                        "the area, if random-sized")
     method.add_argument("--flip", choices=["no", "horizontal", "vertical"], default="horizontal", help="section 4.3")
     parser.add_argument("--assign", metavar="NAME|DIR", help="train nothing: write the clusters of these images, as "
                         "--data takes them, by the centroids in --output to its assigned.csv")

@@ -101,20 +101,24 @@ PRESETS: dict[str, dict[str, Any]] = {
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     model = common.add_network_options(parser)
-    model.add_argument("--small", action=argparse.BooleanOptionalAction, default=False, help="3x3 stem, if random")
+    model.add_argument("--small", action=argparse.BooleanOptionalAction, default=False, help="3x3 stem of a random "
+                       "network; files show what they have")
     model.add_argument("--freeze", type=int, choices=range(6), default=0, help="how many of the first stages are "
                        "frozen: 1 the stem or conv1, 2 layer1 or conv2 too, ...; never layer4 of a ResNet")
     model.add_argument("--bn", choices=["frozen", "tuned"], default="tuned", help="frozen: statistics, scale and shift "
                        "stay, and --extra-bn has no effect; tuned: batch statistics")
-    model.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, default=True, help="statistics of all GPUs")
-    model.add_argument("--extra-bn", action=argparse.BooleanOptionalAction, default=True, help="after layer4 (ResNets)")
+    model.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, default=True, help="batch statistics over "
+                       "all GPUs")
+    model.add_argument("--extra-bn", action=argparse.BooleanOptionalAction, default=True, help="a batch normalisation "
+                       "after layer4 (ResNets)")
     model.add_argument("--precise-bn", type=common.COUNT_OR_ZERO, metavar="N", help="after training, recompute the "
                        "batch statistics for the test: the mean of N batches (0: keep the running ones)")
     model.add_argument("--dropout", type=common.SHARE, default=0.5, help="after fc6 and fc7 (AlexNet, VGG16)")
     regions = parser.add_argument_group("regions")
     regions.add_argument("--proposals", nargs="+", metavar="FILE", help="Fast R-CNN: regions from files, "
                          "see above; default: Faster R-CNN, which proposes its own")
-    regions.add_argument("--anchor-sizes", type=common.SIZE, nargs="+", metavar="PX", help="of ratios 1:2, 1:1, 2:1")
+    regions.add_argument("--anchor-sizes", type=common.SIZE, nargs="+", metavar="PX", help="each in the aspect "
+                         "ratios 1:2, 1:1, 2:1")
     regions.add_argument("--boundary-anchors", choices=["keep", "drop"], default="keep", help="whether anchors that "
                          "cross the border of the image are trained on")
     regions.add_argument("--train-proposals", type=common.COUNT, metavar="N", help="best regions of an image, training")
@@ -136,7 +140,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--test-list", metavar="NAME", help="of ImageSets/Main (test, or val where that is not)")
     data.add_argument("--train-difficult", action=argparse.BooleanOptionalAction, default=True, help="train on objects "
                       "marked as difficult, too")
-    data.add_argument("--train-sizes", type=common.SIZE, nargs="+", metavar="PX", help="shorter sides, to draw from")
+    data.add_argument("--train-sizes", type=common.SIZE, nargs="+", metavar="PX", help="shorter sides, one is drawn "
+                      "for each image")
     data.add_argument("--test-size", type=common.SIZE, metavar="PX", help="shorter side in the test")
     data.add_argument("--max-size", type=common.SIZE, metavar="PX", help="longer side at most")
     optim = parser.add_argument_group("optimization")
@@ -147,14 +152,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     optim.add_argument("--accumulate", type=common.COUNT, default=1, metavar="N", help="forward and backward in N "
                        "parts, for small devices; batch statistics are then those of a part")
     optim.add_argument("--lr", type=common.POSITIVE, help="learning rate")
-    optim.add_argument("--lr-drops", type=common.COUNT, nargs="*", metavar="N", help="when lr falls to a tenth")
-    optim.add_argument("--warmup", type=common.COUNT_OR_ZERO, metavar="N", help="iterations of rising from lr / 1000")
+    optim.add_argument("--lr-drops", type=common.COUNT, nargs="*", metavar="N", help="iterations at which the "
+                       "rate is divided by 10")
+    optim.add_argument("--warmup", type=common.COUNT_OR_ZERO, metavar="N", help="iterations in which the rate rises "
+                       "from a thousandth")
     optim.add_argument("--momentum", type=common.SHARE, default=0.9, help="of SGD")
     optim.add_argument("--weight-decay", type=common.NOT_NEGATIVE, help="of SGD; not of batch normalisation")
     optim.add_argument("--seed", type=common.COUNT_OR_ZERO, default=0, help="of new layers, order, draws")
     common.add_device_options(parser)
     run = common.add_run_options(parser, "detection-<preset>-seed<seed> beside the checkpoint")
-    run.add_argument("--log-every", type=common.COUNT, default=100, metavar="N", help="a log line every N steps")
+    run.add_argument("--log-every", type=common.COUNT, default=100, metavar="N", help="a log line every N iterations")
     args = common.parse(parser, PRESETS, argv, base="voc07")
     if "output" not in args.typed:
         place = Path("runs") if args.checkpoint == "random" else Path(args.checkpoint).parent
@@ -714,7 +721,8 @@ def main(args: argparse.Namespace) -> None:
             print(f"{args.checkpoint}: {encoder.describe()}", flush=True)
     wanted, plain = args.preset.rpartition("-")[2], encoder.arch.partition("_")[0] in common.PLAIN_STAGES
     if wanted in common.PLAIN_STAGES and not encoder.arch.startswith(wanted):
-        raise common.Fault(f"--preset {args.preset} is for {wanted}, not {encoder.arch}: name another")
+        raise common.Fault(f"--preset {args.preset} is for {wanted}, not {encoder.arch}: name --arch, or take another "
+                           "preset")
     common.note_idle(args, dict(dropout=(plain, "AlexNet or VGG16"), roi_size=(not plain, "a ResNet"),
                                 precise_bn=(args.bn == "tuned", "--bn tuned"),
                                 extra_bn=(not plain and args.bn == "tuned", "a ResNet and --bn tuned")))

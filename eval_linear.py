@@ -121,7 +121,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                       "until it has at most N numbers, or one for each channel")
     what.add_argument("--train-crops", type=int, choices=[1, 2, 10], help="the centre, with its mirror "
                       "image, or ten crops; each epoch draws one of them for each image, SVMs take all")
-    what.add_argument("--test-crops", type=int, choices=[1, 10], help="default: 10, but 1 for small images")
+    what.add_argument("--test-crops", type=int, choices=[1, 10], help="10: mean prediction over ten; default: 10, "
+                      "but 1 for small images")
     what.add_argument("--normalize", choices=["none", "l2", "standard"], default="none", help="of features: unit rows, "
                       "or zero mean and unit variance of each dimension over the training images")
     what.add_argument("--holdout", type=common.number(float, 0, 0.5, open_low=True), default=0.1, metavar="SHARE",
@@ -142,8 +143,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                       "normalisation below, as in the ECCV paper's first figure")
     optim = parser.add_argument_group("optimization")
     optim.add_argument("--epochs", type=common.COUNT, help="passes over the training images")
-    optim.add_argument("--batch-size", type=common.COUNT, metavar="B", help="at most as many as labelled images")
-    optim.add_argument("--accumulate", type=common.COUNT, default=1, metavar="N", help="fine-tuning: parts of a step")
+    optim.add_argument("--batch-size", type=common.COUNT, metavar="B", help="lowered to the number of labelled images "
+                       "if that is less")
+    optim.add_argument("--accumulate", type=common.COUNT, default=1, metavar="N", help="fine-tuning: forward and "
+                       "backward in N parts")
     optim.add_argument("--lr", type=common.POSITIVE, nargs="+", help="learning rates to choose from; a fine-tuning "
                        "whose loss is not finite ends the run")
     optim.add_argument("--weight-decay", type=common.NOT_NEGATIVE, nargs="+", help="to choose from")
@@ -155,19 +158,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     optim.add_argument("--lr-drops", type=common.COUNT, nargs="*", metavar="EPOCH", help="for step")
     optim.add_argument("--lr-drop-factor", type=common.number(float, 0, 1, open_low=True), metavar="X",
                        help="lr <- X lr at a drop")
-    optim.add_argument("--hidden", type=common.SIZE, metavar="N", help="mlp: hidden units; default: 4096 at width 64")
+    optim.add_argument("--hidden", type=common.SIZE, metavar="N", help="mlp: units of its two hidden layers; default: "
+                       "4096 at width 64")
     optim.add_argument("--dropout", type=common.number(float, 0, 0.99), default=0.5, help="before hidden layers")
     optim.add_argument("--crop-scale", type=common.SHARE, nargs=2, default=[0.2, 1.0], metavar=("LOW", "HIGH"),
                        help="fine-tuning: share of the image's area that a training crop has")
     optim.add_argument("--cost", "--C", dest="cost", type=common.POSITIVE, nargs="+", default=[1.0], metavar="C",
                        help="C of the SVM, to choose from; the middle one where a class has too few images to choose")
     optim.add_argument("--folds", type=common.number(int, 2, 100), default=3, help="of C's cross-validation")
-    optim.add_argument("--positive-weight", type=common.POSITIVE, default=1.0, metavar="X", help="of a class's images")
+    optim.add_argument("--positive-weight", type=common.POSITIVE, default=1.0, metavar="X", help="weight of images "
+                       "with the class in its SVM")
     optim.add_argument("--seed", type=common.COUNT_OR_ZERO, default=0, help="of subset, held-out part, draws, order")
     common.add_data_options(parser)
     machine = parser.add_argument_group("features")
-    machine.add_argument("--features", type=Path, metavar="DIR", help="default: OUTPUT/features")
-    machine.add_argument("--feature-type", choices=["bfloat16", "float32"], help="default: as the network runs")
+    machine.add_argument("--features", type=Path, metavar="DIR", help="where features are kept; default: "
+                         "OUTPUT/features")
+    machine.add_argument("--feature-type", choices=["bfloat16", "float32"], help="default: bfloat16 where the network "
+                         "runs in it")
     machine.add_argument("--memory", type=common.POSITIVE, metavar="GB", help="features of a layer that take more stay "
                          "on the disk, but not for SVMs, which hold a layer in float32; default: a quarter of what the "
                          "device has free")
@@ -175,7 +182,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                          help="images in one forward pass")
     common.add_device_options(parser)
     run = common.add_run_options(parser, "a folder for each setting in eval_linear/ beside the checkpoint")
-    run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="of fine-tuning")
+    run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the "
+                     "network that is fine-tuned")
     run.add_argument("--sync-bn", action="store_true", help="batch statistics over all GPUs")
     words = list(sys.argv[1:] if argv is None else argv)  # of these --protocol X alone takes the preset X
     flat = [part for word in words for part in word.split("=", 1)]

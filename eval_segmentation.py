@@ -59,14 +59,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     model = common.add_network_options(parser)
-    model.add_argument("--small", action=argparse.BooleanOptionalAction, default=False, help="3x3 stem, if random")
+    model.add_argument("--small", action=argparse.BooleanOptionalAction, default=False, help="3x3 stem of a random "
+                       "network; files show what they have")
     model.add_argument("--output-stride", type=int, choices=[1, 2, 4, 8, 16, 32], metavar="PX", help="of the last map "
                        "of a ResNet: dilations in place of the last strides")
     model.add_argument("--freeze", type=int, choices=range(6), default=0, help="how many of the first stages are "
                        "frozen: 1 the stem or conv1, 2 layer1 or conv2 too, ...")
     model.add_argument("--bn", choices=["frozen", "tuned"], default="tuned", help="of the network; frozen: statistics, "
                        "scale and shift stay; tuned: batch statistics")
-    model.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, default=True, help="statistics of all GPUs")
+    model.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, default=True, help="batch statistics over "
+                       "all GPUs")
     model.add_argument("--dropout", type=common.SHARE, default=0.5, help="after fc6 and fc7 (AlexNet, VGG16)")
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="shapes", metavar="NAME|DIR", help=f"shapes, {', '.join(common.VOC_LISTS)}, or "
@@ -76,7 +78,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                       "train where that is not, or where the test is val)")
     data.add_argument("--test-list", metavar="NAME", help="of ImageSets/Segmentation (voc12: val; else test, or val "
                       "where that is not)")
-    data.add_argument("--test-size", type=common.SIZE, metavar="PX", help="shorter side in the test")
+    data.add_argument("--test-size", type=common.SIZE, metavar="PX", help="shorter side that the network sees in the "
+                      "test")
     data.add_argument("--scales", type=common.POSITIVE, nargs=2, metavar=("LOW", "HIGH"), help="shorter side in "
                       "training, relative to --test-size, drawn for each image")
     data.add_argument("--crop", type=common.SIZE, metavar="PX", help="side of the square that is trained on")
@@ -92,7 +95,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     optim.add_argument("--seed", type=common.COUNT_OR_ZERO, default=0, help="of new layers, order, draws")
     common.add_device_options(parser)
     run = common.add_run_options(parser, "segmentation-<preset>-seed<seed> beside the checkpoint")
-    run.add_argument("--log-every", type=common.COUNT, default=100, metavar="N", help="a log line every N steps")
+    run.add_argument("--log-every", type=common.COUNT, default=100, metavar="N", help="a line of the log every N "
+                     "iterations")
     args = common.parse(parser, PRESETS, argv, base="voc12")
     if "output" not in args.typed:
         place = Path("runs") if args.checkpoint == "random" else Path(args.checkpoint).parent

@@ -1688,7 +1688,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                          "augmentation; default: the bank if every run has one, and neither --data nor --subset")
     options = add(mds)
     options.add_argument("--images", type=common.number(int, 3, 2**53), default=100, metavar="N", help="of each class")
-    options.add_argument("--classes", type=common.number(int, 1, 7), default=6, metavar="N", help="of a panel")
+    options.add_argument("--classes", type=common.number(int, 1, 7), default=6, metavar="N", help="classes in a panel; "
+                         "at most half of all")
     add(filters)
     options = add(maximize, channels=(4, "of each stage, drawn at random"), steps=(200, "of gradient ascent"),
                   images=(10_000, "training images, drawn at random; those that fire a channel most are shown"))

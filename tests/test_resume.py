@@ -299,7 +299,7 @@ def test_other_code_is_said(undisturbed: Path, tmp_path: Path) -> None:
     saved = common.load_checkpoint(copy / "checkpoint.pth")
     torch.save(saved | dict(git="0123456789ab"), copy / "checkpoint.pth")
     assert run("npid", [*command, "--epochs", "4"]).err == ""
-    expected = f"was written by code 0123456789ab, and goes on with {saved['git']}"
+    expected = f"was written by the code of 0123456789ab; it goes on with that of {saved['git']}"
     assert expected in run("npid", [*command, "--epochs", "5"]).err
 
 
