@@ -455,6 +455,8 @@ def note_drops(args: argparse.Namespace, end: int, usual: int) -> None:
         lost = [drop for drop in args.lr_drops if drop >= end and (drop < usual or meant)]
         if lost:
             note(f"note: training ends at {end}, before --lr-drops {' '.join(map(str, lost))}")
+        if not args.lr_drops and "schedule" in args.typed and "lr_drops" not in args.typed:
+            note("note: --schedule step without --lr-drops: the rate stays as it is")
 
 
 def typed(options: argparse.ArgumentParser, argv: Sequence[str] | None) -> list[str]:

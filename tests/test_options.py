@@ -84,6 +84,7 @@ IN_VAIN = {
     "local_aggregation --arch resnet18 --H 10 --m 30000": [],
     "eval_linear random --C 1 10 --draws 5": ["--cost has no effect", "--draws has no effect without --labels"],
     "eval_linear random --preset finetune --epochs 20": ["training ends at 20, before --lr-drops 30 60"],
+    "eval_linear random --preset linear --schedule step": ["--schedule step without --lr-drops"],
     "eval_linear random --preset lowshot": [],
     "eval_linear random --preset svm --lr 0.1 --holdout 0.2 --folds 2": [
         "--lr has no effect", "--holdout has no effect"],
