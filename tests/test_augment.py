@@ -320,7 +320,8 @@ def test_images_of_a_batch_draw_for_themselves() -> None:
 
 
 def test_jitter_draws_follow_torchvision() -> None:
-    """Factors are uniform in [max(0, 1 - b), 1 + b], hue in [-h, h], and all 24 orders are as frequent."""
+    """Factors are uniform in [max(0, 1 - b), 1 + b], hue in [-h, h], all 24 orders are as frequent, and each is drawn
+    for itself."""
     count, seen = 4000, []
     images = torch.zeros(count, 3, 1, 1)
     original = common.color_jitter
@@ -338,6 +339,7 @@ def test_jitter_draws_follow_torchvision() -> None:
     )
     orders, times = torch.unique(order, dim=0, return_counts=True)
     assert len(orders) == 24 and int(times.min()) > count / 24 / 2
+    assert float(torch.corrcoef(torch.cat([unit, order], 1).T)[:4].fill_diagonal_(0).abs().max()) < 0.08
 
 
 def test_result_does_not_depend_on_the_neighbours() -> None:
