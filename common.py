@@ -2535,9 +2535,9 @@ class MemoryBank(nn.Module):
         norm = new.norm(dim=1, keepdim=True)
         valid = norm.isfinite() & (norm > 1e-12)
         rows = torch.where(valid, new / norm, old)
-        # Sorted by (index, valid, position), the winner of a slot is the last of its run. Every duplicate
-        # then writes the same value, so their order does not matter, and nothing here waits for the device.
-        order = torch.argsort(2 * index + valid[:, 0], stable=True)
+        # Sorted by (index, position), the winner of a slot is the last of its run. Every duplicate then
+        # writes the same value, so their order does not matter, and nothing here waits for the device.
+        order = torch.argsort(index, stable=True)
         winner = order[torch.searchsorted(index[order], index, right=True) - 1]
         self.features.index_copy_(0, index, rows[winner])
 
