@@ -2176,7 +2176,7 @@ def crop_boxes(
     widths = torch.cat([side * stretch, torch.minimum(full_width, full_height * ratio[1])], 1).round()
     fits = (heights > 0) & (heights <= full_height) & (widths > 0) & (widths <= full_width)
     winner = F.pad(fits[:, :10].byte(), (0, 1), value=1).argmax(1, keepdim=True)
-    size = torch.cat([heights.gather(1, winner), widths.gather(1, winner)], 1).clamp(min=1)
+    size = torch.cat([heights.gather(1, winner), widths.gather(1, winner)], 1)
     free = torch.cat([full_height, full_width], 1) - size
     corner = torch.where(winner < 10, uniform[:, 20:22] * (free + 1), free / 2).floor()
     return torch.cat([corner, size], 1).long()
