@@ -2622,14 +2622,13 @@ class _BankSoftmax(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, index: Tensor, bank: Tensor, temperature: float, half: bool) -> Tensor:
         if ctx.needs_input_grad[3]:
             raise ValueError("bank_softmax: the temperature takes no gradient")
-        with torch.autocast(z.device.type, enabled=False):
-            positive = bank[index].to(z.dtype)
-            if half and has_flash(z):
-                output, lse = with_own_row(*bank_attention_in_heads(z, bank, temperature), z, positive, temperature)
-            else:
-                output, lse = bank_attention(z, bank, temperature)
-            ctx.save_for_backward((output - positive) / temperature)
-            return lse - (z * positive).sum(1) / temperature
+        positive = bank[index]
+        if half and has_flash(z):
+            output, lse = with_own_row(*bank_attention_in_heads(z, bank, temperature), z, positive, temperature)
+        else:
+            output, lse = bank_attention(z, bank, temperature)
+        ctx.save_for_backward((output - positive) / temperature)
+        return lse - (z * positive).sum(1) / temperature
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -2697,8 +2696,7 @@ def kmeans(
     if init is None:
         init = x[torch.from_numpy(np.random.default_rng(seed).permutation(len(x))[:k]).to(x.device)]
     solve = {"torch": _kmeans_torch, "faiss": _kmeans_faiss}[backend]
-    with torch.autocast(x.device.type, enabled=False):
-        return solve(x, init.to(x).clone(), iterations, seed)
+    return solve(x, init.to(x).clone(), iterations, seed)
 
 
 CHUNK = {"cuda": 16384}  # rows at once; elsewhere 1,024, of 256 to 4,096 the fastest on a CPU
@@ -2877,8 +2875,7 @@ def _kmeans_torch(x: Tensor, centroids: Tensor, iterations: int, seed: int) -> K
             break
         half = None if settled else half  # float32 decides whether this is a fixed point
         sums, counts = cluster_sums(x, labels, k)
-        means = sums / counts.clamp(min=1).unsqueeze(1)
-        centroids = torch.where(counts.unsqueeze(1) > 0, means, centroids)
+        centroids = sums / counts.clamp(min=1).unsqueeze(1)
         empty = split_empty(centroids, counts, random)
         splits += empty
     return KMeans(labels.int(), centroids, objective, empty, splits, f"torch {x.device.type}")
