@@ -603,7 +603,7 @@ class Byol:
         return (2 - 2 * (z * targets).sum(2)).sum(0), accuracy, ()
 
     def after_step(self, encoder: Encoder, written: tuple[Tensor, ...], progress: float) -> None:
-        left = (1 + math.cos(math.pi * min(progress, 1))) / 2  # from 1 to 0 on a cosine
+        left = (1 + math.cos(math.pi * progress)) / 2  # from 1 to 0 on a cosine
         follow(self.keys, encoder, 1 - (1 - self.key_momentum) * left)
 
 
