@@ -118,6 +118,32 @@ def test_two_ranks_equal_one(method: str, tmp_path: Path) -> None:
         assert a == pytest.approx(b, abs=1e-4)
 
 
+def watch_statistics(world: int, rank: int, port: int, folder: Path, script: str = "npid") -> None:
+    """Ranks whose networks differ in batch statistics as they look at all images end with an error."""
+    module = importlib.import_module(script)
+    train, place, extract = module.Encoder.train, common.Run.place, common.extract
+    rank_of(world, rank, port, folder, script)
+    module.Encoder.train, placed = train, list[torch.nn.Module]()
+
+    def watched(run: common.Run, *rest: Any) -> torch.Tensor:
+        assert run.alike([buffer.tolist() for buffer in placed[0].buffers()])
+        return extract(run, *rest)
+
+    common.Run.place = lambda run, model: (placed.append(model), place(run, model))[1]  # type: ignore[method-assign]
+    common.extract = watched
+
+
+@pytest.mark.parametrize(("script", "options"), [
+    ("npid", ["--epochs", "1"]), ("cld", ["--epochs", "1"]), ("deepcluster", ["--epochs", "2"]),
+    ("local_aggregation", [*LOCAL, "--cluster-on", "center-crop"]),
+])
+def test_ranks_look_with_the_same_statistics(script: str, options: list[str], tmp_path: Path) -> None:
+    """Features of all images, of which each rank makes a part, are made with one rank's batch statistics."""
+    command = [*TINY, "--knn-every", "1", *options, "--output", str(tmp_path / "run")]
+    for process in launch(2, command, tmp_path / "images", watch_statistics, script):
+        assert process.wait().code == 0, process.err
+
+
 def count_exchanges(world: int, rank: int, port: int, folder: Path, script: str = "npid") -> None:
     """A line of the file for each exchange of gradients: the step's."""
     rank_of(world, rank, port, folder, script)
