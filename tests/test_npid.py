@@ -134,6 +134,18 @@ def test_sampled_softmax_over_all_others_is_the_exact_softmax() -> None:
     assert torch.allclose(sampled, common.bank_softmax(z, index, bank, tau), atol=1e-5)
 
 
+@pytest.mark.parametrize("m", [1, 7])
+def test_chance_loss_is_that_of_equal_probabilities(m: int) -> None:
+    """The chance loss is each loss where all scores are alike, with the Z that makes every probability 1 / N."""
+    n, zero = 50, torch.zeros(1)
+    for loss, expected in (
+        ("softmax", common.bank_softmax(torch.zeros(1, 4), torch.zeros(1).long(), torch.zeros(n, 4), 1.0)),
+        ("sampled", npid.sampled_softmax(zero, torch.zeros(1, m))),
+        ("nce", npid.nce(zero, torch.zeros(1, m), torch.tensor(math.log(n)), n)),
+    ):
+        assert npid.chance_loss(loss, m, n) == pytest.approx(expected.item())
+
+
 def test_parametric_softmax_is_equation_1() -> None:
     """-log of exp(w_i.v) / sum_j exp(w_j.v), with a gradient for the weights."""
     v, w = torch.randn(3, 8, dtype=torch.float64), torch.randn(20, 8, dtype=torch.float64, requires_grad=True)
