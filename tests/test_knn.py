@@ -8,6 +8,7 @@ import json
 import math
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,6 +65,9 @@ def test_screened_neighbors_of_many_alike() -> None:
     torch.testing.assert_close(similarity, torch.ones(5, 40))
     assert all(len(set(row)) == 40 for row in index.tolist())
     assert torch.equal(index % 2, (torch.arange(5) % 2)[:, None].expand(5, 40))
+    keys[:5] *= 1.001  # each is then among its own nearest
+    itself = torch.arange(5)
+    assert not (common.neighbors(keys[:5], keys, 40, exclude=itself)[1] == itself[:, None]).any()
 
 
 @pytest.mark.parametrize(("count", "side", "ink"), [(300, 32, -0.6), (140, 224, -1.0)])
@@ -193,6 +197,17 @@ def test_knn_equals_naive_loop(device: str) -> None:
             assert top5 == pytest.approx(expected[1])
 
 
+@pytest.mark.parametrize("labelled", [30, 250])
+def test_the_monitor_has_200_neighbours(labelled: int) -> None:
+    """The monitor's K is 200, or all images with a class if they are fewer; images without one do not vote."""
+    labels = torch.arange(300) % 7
+    labels[torch.randperm(300, generator=torch.Generator().manual_seed(0))[labelled:]] = -1
+    truth, (features, queries), known = torch.arange(100) % 7, (unit(300, 4, 0), unit(100, 4, 1)), labels >= 0
+    train, test = (SimpleNamespace(labels=part, classes=["a"] * 7) for part in (labels, truth))
+    expected = naive(queries, truth, features[known], labels[known], min(200, labelled), 0.5)
+    assert common.knn_monitor(features, train, queries, test, 0.5) == dict(knn_top1=pytest.approx(expected[0]))
+
+
 def test_every_row_retrieves_itself(device: str) -> None:
     """With the training set as queries and K = 1 the accuracy is 100 %."""
     x, labels = unit(500, 32, 0, device), torch.randint(10, (500,), device=device)
@@ -319,6 +334,7 @@ def test_clusters_that_are_asked_for(
 
     def record(x: Tensor, k: int, seed: int) -> common.KMeans:
         seen.append((len(x), k, seed))
+        torch.testing.assert_close(x.norm(dim=1), torch.ones(len(x)))
         return kmeans(x, k, seed=seed)
 
     monkeypatch.setattr(common, "kmeans", record)

@@ -421,14 +421,16 @@ def test_the_bank_leaves_the_test_images_alone(trained: Path) -> None:
     assert torch.equal(tests[0].ids, tests[1].ids) and args.seed == 5
 
 
-def test_bank_as_training_features(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bank_as_training_features(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     """--train-features bank is the bank that training left, for the same images only."""
-    path = trained / "checkpoint.pth"
+    path, seen, accuracy = trained / "checkpoint.pth", list[Tensor](), common.knn_accuracy
+    monkeypatch.setattr(common, "knn_accuracy", lambda *x, **more: (seen.append(x[2]), accuracy(*x, **more))[1])
     result = evaluate(capsys, path, "--train-features", "bank", "--test-subset", "20", "--k", "5", "--device", "cpu")
-    assert result["train_images"] == 64 and result["train_features"] == "bank"
+    assert result["train_images"] == result["subset"] == 64 and result["train_features"] == "bank"
     saved = torch.load(path)
     found = encoder(path).bank
     assert found is not None and torch.equal(found, saved["state"]["bank"]["features"])
+    assert torch.equal(seen[0], found)
     command = ["--train-features", "bank", "--test-subset", "20", "--arch", "resnet18", "--width", "4"]
     one_line(run("eval_knn", [path, *command, "--image-size", "20"]), "other images")
     for network in (trained / "backbone.pth", "random"):
