@@ -2,6 +2,7 @@
 
 import argparse
 import codecs
+import itertools
 import json
 import os
 import pickle
@@ -281,7 +282,8 @@ def test_a_folder_without_validation_images_trains(tmp_path: Path, capsys: pytes
 
 
 def test_images_without_a_class_and_the_monitor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A test image outside the class folders, or training images outside, end monitor and evaluation with a line."""
+    """A test image outside the class folders, and training images all outside, end the kNN monitor with a line; an
+    evaluation, too. Of some training images outside only the others vote."""
     for i in range(8):
         save(Image.fromarray(noise(i)), tmp_path / "set" / "train" / f"c{i % 2}" / f"{i}.png")
         save(Image.fromarray(noise(i)), tmp_path / "set" / "val" / f"c{i % 2}" / f"{i}.png")
@@ -296,6 +298,9 @@ def test_images_without_a_class_and_the_monitor(tmp_path: Path, capsys: pytest.C
     for script in ("eval_knn", "eval_linear"):
         words = ["random", "--arch", "resnet18", "--width", "4", "--data", tmp_path / "set", "--device", "cpu"]
         one_line(run(script, words), "1 of the 9 test images of set are in no class folder")
+    (tmp_path / "set" / "val" / "8.png").rename(tmp_path / "set" / "train" / "8.png")
+    found = run("eval_knn", [*words, "--k", "1"])
+    assert found.code == 0 and json.loads(found.out.splitlines()[-1])["train_images"] == 8, found.err
 
 
 def test_what_no_monitor_needs_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -433,19 +438,20 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def batches(root: Path, workers: int, start: int = 0) -> list[tuple[int, Tensor, Tensor]]:
+def batches(root: Path, workers: int, start: int = 0) -> list[tuple[int, Tensor, Tensor, Tensor]]:
     args = options("--data", root, "--workers", workers)
     args.subset, args.image_size, args.output = None, 64, root / f"out{workers}"
     job = common.Run(args)
     data = common.load(args, "pretrain", CPU)
     assert data.pixels is None
-    return list(data.batches(job, job.permutation(0, len(data)), common.Crop(64, (0.2, 1.0)), 0, start, views=2))
+    steps = data.batches(job, job.permutation(0, len(data)), common.Crop(64, (0.2, 1.0)), 0, start, views=2)
+    return [(*step, torch.rand(1)) for step in steps]
 
 
 def test_every_crop_is_drawn_anew(tmp_path: Path) -> None:
     """Of one and the same image each epoch, step, view and place in a batch has a crop of its own; so has each seed.
-    Numbers of the augmentation and the order of the images are drawn anew as well."""
-    found, numbers, orders = list[Tensor](), list[Tensor](), list[Tensor]()
+    Numbers of the augmentation and the order of the images are drawn anew as well, dropout's on each rank."""
+    found, numbers, orders, dropped = list[Tensor](), list[Tensor](), list[Tensor](), set[float]()
     for seed in ("0", "1"):
         job = common.Run(options("--subset", "8", "--seed", seed, "--output", tmp_path / seed))
         data = common.load(job.args, "pretrain", CPU)
@@ -454,21 +460,26 @@ def test_every_crop_is_drawn_anew(tmp_path: Path) -> None:
             found += [images.flatten(0, 1) for _, _, images in steps]
             numbers += [job.draw(epoch, step)(3) for step in (0, 1)]
             orders.append(job.permutation(epoch, 8))
+            for step, job.rank in itertools.product((0, 1), (1, 0)):
+                job.seed_step(epoch, step)
+                dropped.add(torch.rand(1).item())
+    assert len(dropped) == 2 * 2 * 2 * 2
     assert len(torch.cat(found)) == len(torch.cat(found).unique(dim=0)) == 2 * 2 * 2 * 2 * 4
     assert len(torch.cat(numbers).unique(dim=0)) == 2 * 2 * 2 * 4 and len(torch.stack(orders).unique(dim=0)) == 4
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_change_nothing(photographs: Path) -> None:
-    """Crops of any number of workers, or from the middle of an epoch on, are those made in the process itself."""
+    """Crops of any number of workers, or from the middle of an epoch on, are those made in the process itself, and what
+    draws without a generator of its own, such as dropout, draws the same."""
     expected = batches(photographs, 0)
-    assert [step for step, _, _ in expected] == [0, 1] and expected[0][2].shape == (2, 4, 3, 64, 64)
+    assert [step for step, *_ in expected] == [0, 1] and expected[0][2].shape == (2, 4, 3, 64, 64)
     assert not torch.equal(expected[0][2][0], expected[0][2][1])
     for found in (batches(photographs, 1), batches(photographs, 3)):
         for a, b in zip(expected, found, strict=True):
-            assert a[0] == b[0] and torch.equal(a[1], b[1]) and torch.equal(a[2], b[2])
+            assert a[0] == b[0] and all(map(torch.equal, a[1:], b[1:]))
     (later,) = batches(photographs, 2, start=1)
-    assert torch.equal(later[2], expected[1][2])
+    assert all(map(torch.equal, later[1:], expected[1][1:]))
 
 
 def test_crops_from_a_draft(photographs: Path) -> None:
@@ -512,6 +523,14 @@ def test_small_photographs_are_framed_alike(tmp_path: Path) -> None:
     with Image.open(tmp_path / "small.png") as image:
         expected = pil_to_tensor(reference(image.convert("RGB"))).int()
     assert (common.central_square(tmp_path / "small.png", 224).int() - expected).abs().max() <= 2
+
+
+@pytest.mark.parametrize(("side", "seen"), [(96, 96), (97, 224)])
+def test_a_folder_of_small_images(side: int, seen: int, tmp_path: Path) -> None:
+    """Images of up to 96 px, STL-10's, are held decoded and seen at their own size; larger ones are photographs."""
+    save(photograph(0, side, side), tmp_path / "a.png")
+    data = load("pretrain", "--data", tmp_path, "--subset", "1")
+    assert data.size == seen and (data.pixels is not None) == (side == seen)
 
 
 def test_cached_photographs(photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
