@@ -1,6 +1,7 @@
 """CLD: groups and the cross-level loss against slow float64 references, hosts, resume, and data sets made for it."""
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -565,13 +566,14 @@ def by_plain_pytorch(args: Any, steps: list[Step], images: int) -> Iterator[dict
             if name == "queue":
                 keys.load_state_dict(before["key_encoder"])
         optimizer.zero_grad()
-        total, written = 0.0, list[tuple[Tensor, ...]]()
+        total, deviation, written = 0.0, 0.0, list[tuple[Tensor, ...]]()
         for part in torch.arange(len(index)).chunk(args.accumulate):
             found = list[list[Tensor]]()
             for view in views[:2, part]:
                 h = network["backbone"]((view.double() - 0.5) / 0.25)
                 found.append([F.normalize(network[head](h).float()) for head in ("head", "group_head")])
             (z, g), (other_z, other_g) = found
+            deviation += z.detach().std(0).mean().item() * z.shape[1] ** 0.5 / args.accumulate
             if name == "bank":
                 instance = [F.cross_entropy(f @ slots.T / args.temperature, index[part]) for f in (z, other_z)]
                 written.append((z.detach(), other_z.detach()))
@@ -603,7 +605,8 @@ def by_plain_pytorch(args: Any, steps: list[Step], images: int) -> Iterator[dict
             for old, new in zip(keys.parameters(), [*network["backbone"].parameters(), *network["head"].parameters()],
                                 strict=True):
                 old.data = args.key_momentum * old.data + (1 - args.key_momentum) * new.data
-        yield dict(encoder=network.state_dict(), key_encoder=keys.state_dict(), loss=total) | {name: slots}
+        yield dict(encoder=network.state_dict(), key_encoder=keys.state_dict(), loss=total,
+                   feature_std=deviation) | {name: slots}
 
 
 @pytest.mark.parametrize("options", [
@@ -618,15 +621,17 @@ def test_training_is_that_of_plain_pytorch(options: str, tmp_path: Path, monkeyp
     args = cld.parse_args([*words, *options.split()])
     cld.main(args)
     assert len(steps) == 4
-    losses = []
+    figures = dict[str, list[float]](loss=[], feature_std=[])
     for step, found in zip(steps, by_plain_pytorch(args, steps, 32), strict=True):
         for part in ("encoder", "key_encoder") if args.host == "moco" else ("encoder",):
             torch.testing.assert_close(dict(step.state[part]), dict(found[part]), atol=1e-6, rtol=1e-5)
         name = "queue" if args.host == "moco" else "bank"
         torch.testing.assert_close(step.state[name]["features"], found[name], atol=1e-5, rtol=1e-4)
-        losses.append(found["loss"])
+        for key, values in figures.items():
+            values.append(found[key])
     for epoch, row in enumerate(rows_of_log(tmp_path / "run")):
-        assert row["loss"] == pytest.approx(sum(losses[2 * epoch : 2 * epoch + 2]) / 2, rel=1e-5)
+        for key, values in figures.items():
+            assert row[key] == pytest.approx(sum(values[2 * epoch : 2 * epoch + 2]) / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize(("options", "recipe", "crops", "scale"), [
@@ -919,6 +924,8 @@ def test_instances_give_many_correlated_views() -> None:
     distance = torch.cdist(colours, colours)
     same = own[:, None] == own
     assert distance[same].mean() < 0.7 * distance[~same].mean()
+    many = dataclasses.replace(data, labels=torch.zeros(2000, dtype=torch.long))  # cut in two parts
+    assert len(cld.views_of_instances(many, 1, seed=0).pixels.unique(dim=0)) == 2000
     with pytest.raises(common.Fault, match="instances"):
         cld.views_of_instances(images_of([0]), 1, 0)
 

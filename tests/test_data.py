@@ -334,7 +334,8 @@ def test_thin_images_take_no_more_memory_than_others(tmp_path: Path, monkeypatch
 
 
 def test_features_stand_in_memory_once() -> None:
-    """While features are made no more is kept of them than the whole and the last part; they are each image's own."""
+    """While features are made no more is kept of them than the whole and the last part, and no graph for gradients;
+    they are each image's own."""
     alive, data = weakref.WeakSet[Tensor](), common.load(options("--subset", "50"), "pretrain", CPU)
 
     def encode(images: Tensor) -> Tensor:
@@ -345,17 +346,26 @@ def test_features_stand_in_memory_once() -> None:
     found = common.extract(CPU, data, encode, 8)
     assert data.pixels is not None
     assert torch.equal(found, encode(data.normalize(data.pixels.float() / 255)))
-    halves = common.extract(CPU, data, lambda images: images.flatten(1)[:, ::100].bfloat16(), 8)
-    assert torch.equal(halves, found.bfloat16().float())
+    one = torch.ones(1, requires_grad=True)
+    halves = common.extract(CPU, data, lambda images: (one * images.flatten(1)[:, ::100]).bfloat16(), 8)
+    assert torch.equal(halves, found.bfloat16().float()) and not halves.requires_grad
 
 
-def test_the_monitor_sees_images_as_training_does() -> None:
-    """A mean and deviation that a script sets itself are those of its test images, too."""
+def test_the_monitor_sees_images_as_training_does(tmp_path: Path) -> None:
+    """A mean and deviation that a script sets itself are those of its test images, too; so is the size."""
     args = options("--knn-every", "1")
     data = common.load(args, "pretrain", CPU)
+    before = data.identity()
     data.mean, data.std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    assert common.differences(before, data.identity()) == ["mean", "std"]  # no run goes on with others
     test = common.load_monitor(args, data, CPU)
-    assert test is not None and (test.mean, test.std, test.size) == (data.mean, data.std, data.size)
+    assert test is not None and (test.mean, test.std) == (data.mean, data.std)
+    for split, side in (("train", 24), ("val", 32)):
+        save(Image.fromarray(noise(0, side, side)), tmp_path / split / "a" / "0.png")
+    args = options("--knn-every", "1", "--data", tmp_path)
+    args.subset = args.test_subset = None
+    test = common.load_monitor(args, common.load(args, "pretrain", CPU), CPU)
+    assert test is not None and test.size == 24
 
 
 @pytest.mark.parametrize(("low", "high", "kind", "warns"), [
@@ -412,7 +422,7 @@ def test_subset(tmp_path: Path) -> None:
     assert torch.equal(part.pixels, whole.pixels[part.ids]) and torch.equal(part.labels, whole.labels[part.ids])
     assert torch.equal(part.ids, load("pretrain", *words, "37").ids)
     assert not torch.equal(part.ids, load("pretrain", *words, "37", "--seed", "1").ids)
-    assert len(load("pretrain", *words, "0.25")) == 25
+    assert (len(load("pretrain", *words, "0.25")), len(load("pretrain", *words, "1"))) == (25, 1)
     assert part.identity() != load("pretrain", *words, "37", "--seed", "1").identity()
     for bad in ("101", "0.001"):
         with pytest.raises(common.Fault, match="--subset"):
@@ -422,11 +432,14 @@ def test_subset(tmp_path: Path) -> None:
 
 
 def test_shapes_subset() -> None:
-    """Of the rendered shapes as many are made as are wanted, more than the default too, or a share of it."""
+    """Of the rendered shapes as many are made as are wanted, more than the default too, or a share of it; test images
+    are others."""
     assert len(load("pretrain", "--subset", "120")) == 120
-    assert len(load("pretrain", "--subset", "0.001")) == 50
+    train = load("pretrain", "--subset", "0.001")
     args = options("--test-subset", "0.005")
-    assert len(common.load(args, "test", CPU)) == 50
+    test = common.load(args, "test", CPU)
+    assert train.pixels is not None and test.pixels is not None and len(train) == len(test) == 50
+    assert len(torch.cat([train.pixels, test.pixels]).unique(dim=0)) == 100
 
 
 @pytest.fixture(scope="module")
@@ -518,7 +531,7 @@ def test_centre_crop(name: str, photographs: Path) -> None:
 
 def test_small_photographs_are_framed_alike(tmp_path: Path) -> None:
     """A photograph smaller than the network's images is scaled to 256 and cropped, too."""
-    save(photograph(4, 60, 90), tmp_path / "small.png")
+    save(photograph(4, 50, 67), tmp_path / "small.png")  # an odd border to cut off
     reference = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
     with Image.open(tmp_path / "small.png") as image:
         expected = pil_to_tensor(reference(image.convert("RGB"))).int()
@@ -531,6 +544,8 @@ def test_a_folder_of_small_images(side: int, seen: int, tmp_path: Path) -> None:
     save(photograph(0, side, side), tmp_path / "a.png")
     data = load("pretrain", "--data", tmp_path, "--subset", "1")
     assert data.size == seen and (data.pixels is not None) == (side == seen)
+    if data.pixels is not None:  # whole
+        torch.testing.assert_close(next(data.centers(torch.arange(1), 1, CPU)) * 255, data.pixels.float())
 
 
 def test_cached_photographs(photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -627,7 +642,7 @@ def test_identity(tree: Path, tmp_path: Path) -> None:
     (moved / "train/a/1.png").rename(moved / "train/a/2.png")
     assert load("pretrain", *words, moved).identity() != before
     (moved / "train/a/2.png").rename(moved / "train/a/1.png")
-    save(Image.fromarray(noise(99, 20, 20)), moved / "train/a/1.png")
+    save(Image.fromarray(0 * noise(2)), moved / "train/a/1.png")
     assert load("pretrain", *words, moved).identity() != before
 
 

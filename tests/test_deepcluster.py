@@ -377,7 +377,7 @@ def test_whitened_covariance_is_the_identity(n: int, d: int, dim: int) -> None:
 
 
 @pytest.mark.parametrize(("smallest", "mean", "precision"), [(0.1, 1.0, torch.float32), (1e-4, 1.0, torch.float64),
-                                                            (0.1, 1e3, torch.float64)])
+                                                            (0.1, 10.0, torch.float32), (0.1, 1e3, torch.float64)])
 def test_precision_follows_the_descriptors(smallest: float, mean: float, precision: torch.dtype) -> None:
     """Small directions and long means get products of float64; both ways the descriptors are white to 1e-3."""
     scale = torch.logspace(0, math.log10(smallest), 20, dtype=torch.float64).float()
@@ -731,6 +731,14 @@ def test_fewer_draws_than_clusters() -> None:
     """An epoch shorter than the number of clusters draws that many different ones."""
     order = dc.uniform_order(torch.arange(100), 30, seeded())
     assert len(torch.unique(order)) == 30
+
+
+def test_every_image_has_its_turn() -> None:
+    """Over many epochs every image of a cluster is drawn, and every cluster has the draw more that does not divide."""
+    labels = torch.arange(3).repeat(100)
+    orders = [dc.uniform_order(labels, 100, seeded(seed)) for seed in range(20)]
+    assert len(torch.cat(orders).unique()) >= 290
+    assert {int(labels[order].bincount().argmax()) for order in orders} == {0, 1, 2}
 
 
 def test_released_sampling_is_not_uniform() -> None:
