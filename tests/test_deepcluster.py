@@ -1102,8 +1102,8 @@ def watched_draws(file: Path) -> Callable[[], None]:
 
 
 def test_every_clustering_and_every_epoch_draws_anew(tmp_path: Path) -> None:
-    """Each clustering starts from other images, and each epoch on the same clusters has an order of its own; figures by
-    labels are those of the images that were clustered."""
+    """Each clustering starts from other images, of others, and each epoch on the same clusters has an order of its own;
+    figures by labels are those of the images that were clustered."""
     options = ["--epochs", "3", "--reassign-every", "2", "--images-per-epoch", "40", "--knn-every", "2"]
     assert train(tmp_path / "run", *options, before=watched_draws(tmp_path / "draws")) == 0
     draws = [tuple(json.loads(line)) for line in (tmp_path / "draws").read_text().splitlines()]
@@ -1114,6 +1114,8 @@ def test_every_clustering_and_every_epoch_draws_anew(tmp_path: Path) -> None:
         kept = (clusters >= 0).nonzero()[:, 0]
         assert len(kept) == 40
         assert rows_of(tmp_path / "run")[epoch - 1]["nmi_labels"] == dc.nmi(clusters[kept], labels[kept])
+    one, two = (clusters_of(tmp_path / "run", made) >= 0 for made in (1, 3))
+    assert not torch.equal(one, two)
 
 
 def no_exchange() -> None:
