@@ -696,6 +696,13 @@ def test_newton_steps_that_end_early() -> None:
 # metrics
 
 
+def test_difficult_objects_hide_no_other() -> None:
+    """A class is there if any of its objects counts, left out if all are difficult, absent if there is none."""
+    objects = torch.zeros(3, 4), torch.tensor([0, 0, 1]), torch.tensor([False, True, True])
+    image = common.VocImage(Path(), (1, 1), *objects, Path())
+    assert eval_linear.presence(common.VocSet("set", ["a", "b", "c"], [image])).tolist() == [[1, 0, -1]]
+
+
 def test_mean_ap_by_hand() -> None:
     """Two classes, three images each; an image with target 0 is neither right nor wrong for its class."""
     targets = torch.tensor([[1, -1], [-1, 0], [1, 1], [0, 1]])

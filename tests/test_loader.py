@@ -437,6 +437,12 @@ def test_bank_as_training_features(trained: Path, capsys: pytest.CaptureFixture[
         one_line(run("eval_knn", [network, *command]), "no memory bank")
 
 
+def test_an_untrained_encoder_is_in_evaluation_mode() -> None:
+    """Its feature of an image does not depend on the others of a batch."""
+    encoder, images = common.untrained_encoder("resnet18", 4, True, common.CPU), torch.rand(3, 3, 16, 16)
+    torch.testing.assert_close(encoder.embed(images)[:1], encoder.embed(images[:1]))
+
+
 @pytest.mark.parametrize("name", ["random", "pixels"])
 def test_without_a_file(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     """An untrained network and plain pixels need no file, repeat themselves, and leave none."""
