@@ -202,7 +202,7 @@ def test_torch_and_faiss_reach_the_same_objective() -> None:
     assert ours.objective[0] == pytest.approx(theirs.objective[0], rel=1e-5)
     assert ours.objective[-1] == pytest.approx(theirs.objective[-1], rel=1e-3)
     two = common.kmeans(x, 2, iterations=1, backend="faiss")
-    assert two.objective[0] / two.objective[-1] < 2  # of all rows: Faiss would take 256 a cluster
+    assert two.objective[0] > two.objective[-1]  # of all rows: Faiss would take 256 a cluster
 
 
 def test_same_seed_same_result(backend: str) -> None:

@@ -58,8 +58,9 @@ def test_screened_neighbors_equal_all_products(rows: int, k: int, excluded: bool
     assert torch.equal(found[True][1].sort(1).values, found[False][1].sort(1).values)
 
 
-def test_screened_neighbors_of_many_alike() -> None:
+def test_screened_neighbors_of_many_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where thousands of keys are equal the screen rules out too few and all products decide."""
+    monkeypatch.setattr(common, "HAS_INT8", hasattr(torch, "_int_mm"))
     keys = unit(2, 16, 0).repeat(3000, 1)
     similarity, index = common.neighbors(keys[:5], keys, 40)
     torch.testing.assert_close(similarity, torch.ones(5, 40))
