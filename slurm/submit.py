@@ -322,11 +322,11 @@ class Job(submitit.helpers.Checkpointable):
             signal.signal(signal.SIGTERM, end)
             signal.signal(signal.SIGUSR2, end)
         sys.argv = [self.script, *self.run.argv]
-        if attempt > 1 and self.has_begun():
-            sys.argv = [word for word in sys.argv if word != "--overwrite"]
         sys.path.insert(0, self.code)
         sys.modules.pop("common", None)  # --cluster debug: the one of this file
         script, shared = importlib.import_module(Path(self.script).stem), importlib.import_module("common")
+        if attempt > 1 and "--overwrite" in sys.argv and self.has_begun(script.parse_args):
+            sys.argv = [word for word in sys.argv if word != "--overwrite"]
         if world.rank == 0:
             print(f"job {env.job_id}, attempt {attempt}: {shlex.join(sys.argv)}", flush=True)
         try:
@@ -339,9 +339,11 @@ class Job(submitit.helpers.Checkpointable):
                 subprocess.run(["scancel", "--batch", "--signal=KILL", env.raw_job_id], check=False)
             raise
 
-    def has_begun(self) -> bool:
+    def has_begun(self, parse_args: Callable[[list[str]], argparse.Namespace]) -> bool:
         """Whether an earlier attempt may have saved a checkpoint, which --overwrite must not remove."""
-        start, output = Path(self.code).stat().st_mtime, self.run.output
+        with contextlib.redirect_stderr(io.StringIO()):  # the script says its notes itself
+            output = getattr(parse_args(self.run.argv), "output", None)
+        start = Path(self.code).stat().st_mtime
         return not output or any(file.stat().st_mtime > start for file in Path(output).rglob("checkpoint.pth"))
 
 

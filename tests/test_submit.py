@@ -547,3 +547,22 @@ def test_debug(tmp_path: Path) -> None:
                           text=True)
     assert done.returncode == 2 and done.stderr.splitlines()[-1] == "mine.py: error: that is all", done.stderr
     assert (tmp_path / "out").read_text() == "hello"
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_overwrite_until_something_is_saved(saved: bool, tmp_path: Path) -> None:
+    """An evaluation that is pre-empted before its first checkpoint still starts over what lay there before, wherever
+    below --output that is; what it has saved itself stays."""
+    (tmp_path / "mine.py").write_text(
+        "import common\n\nfolder_of = None\n\n\ndef parse_args(argv=None):\n    options = common.parser(None)\n"
+        "    options.add_argument('--overwrite', action='store_true')\n    args = options.parse_args(argv)\n"
+        "    args.output = 'out'\n    return args\n\n\ndef main(args):\n    print('overwrite:', args.overwrite)\n"
+    )
+    shutil.copy(ROOT / "common.py", tmp_path)
+    (tmp_path / "out" / "setting").mkdir(parents=True)
+    old = tmp_path / "out" / "setting" / "checkpoint.pth"
+    old.touch()
+    os.utime(old, (moment := time.time() + (1e6 if saved else -1e6), moment))
+    done = subprocess.run([*SUBMIT, "--cluster", "debug", "mine.py", "--overwrite"], cwd=tmp_path, capture_output=True,
+                          text=True, env=os.environ | dict(SLURM_RESTART_COUNT="1"))
+    assert f"overwrite: {not saved}" in done.stdout, done.stderr
