@@ -170,7 +170,8 @@ def test_cached_features_are_the_networks(kind: str, tmp_path: Path) -> None:
 
 
 def test_features_of_another_checkpoint_are_never_used(tmp_path: Path) -> None:
-    """Other weights, images, crops or layer sizes make files of their own; one with a wrong key inside is made anew."""
+    """Other weights, images, crops, layer sizes, types or precisions make files of their own; one with a wrong key
+    inside is made anew."""
     args = options(tmp_path, "--layers", "conv5", "--no-amp")
     encoder, data = encoder_and_data()
     (first,) = features(args, encoder, data)
@@ -185,9 +186,10 @@ def test_features_of_another_checkpoint_are_never_used(tmp_path: Path) -> None:
     moved = data.select(torch.arange(23, -1, -1))
     assert torch.equal(features(args, encoder, moved)[0].flip(0)[:, 0, 0] != 0, before[:, 0, 0] != 0)
     features(args, encoder, data, 2)
-    features(options(tmp_path, "--layers", "conv5", "--no-amp", "--layer-size", "32"), encoder, data)
+    for more in ("--layer-size 32", "--feature-type bfloat16", "--amp --feature-type float32"):
+        features(options(tmp_path, "--layers", "conv5", "--no-amp", *more.split()), encoder, data)
     files = sorted((tmp_path / "features").glob("train-conv5-*.bin"))
-    assert len(files) == 5
+    assert len(files) == 7
     keys = {path: path.with_suffix(".json").read_text() for path in files}
     for path in files:  # as if a checksum were met twice: the name agrees, what stands inside does not
         path.with_suffix(".json").write_text(keys[files[0] if path != files[0] else files[1]])
@@ -432,18 +434,23 @@ def test_diverged_probes_have_nothing_right(tmp_path: Path) -> None:
 
 
 def test_nearly_constant_dimensions_are_not_blown_up(tmp_path: Path) -> None:
-    """Standardised, a dimension that varies a millionth as much as the others stays below a hundredth of them."""
+    """Standardised, a dimension that varies a millionth as much as the others, or not at all, stays below a hundredth
+    of them, of bfloat16 as of float32; where none varies all are zero."""
+    args = options(tmp_path, "--normalize", "standard")
     values = torch.randn(200, 1, 8, generator=torch.Generator().manual_seed(0))
     values[..., 3] *= 1e-6
-    layer = eval_linear.Layer(values, options(tmp_path, "--normalize", "standard"), CPU)
-    deviation = layer.crops(torch.arange(200)).flatten(0, 1).std(0, correction=0)
-    assert float(deviation[3]) < 0.01
-    torch.testing.assert_close(deviation[[0, 1, 2, 4, 5, 6, 7]], torch.ones(7))
+    values[..., 4] = 0.1
+    for stored in (values, values.bfloat16()):
+        layer = eval_linear.Layer(stored, args, CPU)
+        deviation = layer.crops(torch.arange(200)).flatten(0, 1).std(0, correction=0)
+        assert float(deviation[3:5].max()) < 0.01
+        torch.testing.assert_close(deviation[[0, 1, 2, 5, 6, 7]], torch.ones(6))
+    assert not eval_linear.Layer(torch.zeros(9, 1, 8), args, CPU).crops(torch.arange(9)).any()
 
 
 def test_figures_of_several_crops(tmp_path: Path) -> None:
-    """top1 is by the mean probability over all crops, center_top1 by the central one, of standardised features whose
-    mean and deviation are those of the training images."""
+    """top1 is by the mean probability over all crops, center_top1, and what settings are chosen by, by the central one,
+    of standardised features whose mean and deviation are those of the training images."""
     values, labels = torch.randn(2, 90, 10, 5, generator=torch.Generator().manual_seed(0)), torch.arange(90) % 3
     train, test = 2 * values[0] + 1, 3 * values[1]
     args = options(tmp_path, "--normalize", "standard")
@@ -458,6 +465,8 @@ def test_figures_of_several_crops(tmp_path: Path) -> None:
         means, center = logits.softmax(2).mean(1), logits[:, 4]
         for key, scores in (("top1", means), ("center_top1", center)):
             assert found[key] == pytest.approx(100 * float((scores.argmax(1) == labels).double().mean()), abs=0.01)
+        held_out = eval_linear.probe_accuracy(probes, 2, layer, torch.arange(90), labels)
+        assert found["center_top1"] == pytest.approx(held_out[which], abs=0.01)
         for other in (logits.mean(1), logits[:, 0], center):
             assert not torch.equal(means.argmax(1), other.argmax(1))
 
@@ -659,6 +668,16 @@ def test_costs_are_those_of_folds_by_rows(tmp_path: Path) -> None:
         assert chosen.tolist() == pytest.approx([args.cost[int(right.argmax())]] * 3)
 
 
+def test_costs_of_several_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where images may have several classes each takes the cost of the largest area, by the folds that have it."""
+    found, asked = iter([[float("nan")] * 2] * 2 + [[10.0, 30.0], [20.0, 20.0]] * 2), list[bool]()
+    monkeypatch.setattr(eval_linear, "precisions", lambda x, y, eleven: (asked.append(eleven), next(found))[1])
+    targets = torch.where(torch.rand(60, 2, generator=torch.Generator().manual_seed(0)) < 0.5, 1, -1)
+    args = options(tmp_path, "--C", "0.1", "1")
+    assert eval_linear.cross_validate(torch.randn(60, 5), targets, args, True, (0,)).tolist() == pytest.approx([1, 0.1])
+    assert asked == [False] * 6
+
+
 def sigterm_in_the_first_fit() -> None:
     original, calls = eval_linear.fit_svm, list[int]()
 
@@ -756,7 +775,8 @@ def test_last_layer_is_float32() -> None:
 
 
 def test_draws_are_balanced_and_seeded(tmp_path: Path) -> None:
-    """As many of each class, give or take one; the key decides which; without balance any are drawn."""
+    """As many of each class, give or take one; the key, of which the seed is a part, decides which; without balance any
+    are drawn."""
     labels = torch.arange(1000) % 7
     for count in (7, 50, 700):
         rows = common.balanced(labels, count, 0, "a")
@@ -769,6 +789,9 @@ def test_draws_are_balanced_and_seeded(tmp_path: Path) -> None:
     ((_, rows),) = eval_linear.draws(args, eval_linear.Task(data, data, labels, labels))  # type: ignore[arg-type]
     loose = torch.bincount(labels[rows])
     assert loose.sum() == 100 and loose.max() - loose.min() > 1
+    args.seed = 1
+    ((_, other),) = eval_linear.draws(args, eval_linear.Task(data, data, labels, labels))  # type: ignore[arg-type]
+    assert not torch.equal(other, rows)
 
 
 def test_each_class_holds_out_its_share() -> None:
@@ -1053,11 +1076,28 @@ def test_fine_tuning_chooses_by_images_that_it_has_not_seen(checkpoint: Path, mo
 
 
 def test_of_equally_good_settings_the_first_is_taken(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where held-out images tell no difference: the first rate of the grid, after its first epoch."""
+    """Where held-out images tell no difference: the first rate of the grid after its first epoch; of fine-tuning, whose
+    epochs are not chosen, after the last."""
     monkeypatch.setattr(eval_linear, "merit", lambda *_: dict(top1=50.0, top5=90.0))
-    words = ["--protocol", "mlp", "--layers", "conv5", "--epochs", 2, "--lr", 0.02, 0.01, "--hidden", 8]
-    (row,) = evaluate(checkpoint, *words)["runs"]
-    assert (row["best_lr"], row["best_epoch"], row["holdout"]) == (0.02, 1, 50.0)
+    for epoch, protocol in ((1, ["mlp", "--layers", "conv5", "--hidden", 8]), (2, ["finetune", "--weight-decay", 0])):
+        (row,) = evaluate(checkpoint, "--epochs", 2, "--lr", 0.02, 0.01, "--protocol", *protocol)["runs"]
+        assert (row["best_lr"], row["best_epoch"], row["holdout"]) == (0.02, epoch, 50.0)
+
+
+def test_each_layer_and_draw_chooses_for_itself(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second layer, and the second draw of labels, take the best of their own rates; the headline of probes is that
+    of the layer that is best on held-out images."""
+    words = ["--epochs", 1, "--lr", 0.02, 0.01, "--weight-decay", 0]
+    held_out, tested = iter([[60.0, 70.0], [50.0, 40.0]]), iter([1.0, 0.0, 9.0, 0.0])
+    monkeypatch.setattr(eval_linear, "probe_accuracy", lambda *_: next(held_out))
+    monkeypatch.setattr(eval_linear, "probe_figures", lambda *_: dict(top1=next(tested), top5=90.0))
+    found = evaluate(checkpoint, *words)
+    assert [(row["lr"], row["holdout_top1"]) for row in found["layers"]] == [(0.01, 70), (0.02, 50)]
+    assert (found["layer"], found["linear_top1"]) == ("conv1", 1)
+    merits = iter([60.0, 70, 1, 50, 40, 2])  # two rates on held-out images, and the test, of each draw
+    monkeypatch.setattr(eval_linear, "merit", lambda *_: dict(top1=next(merits), top5=90.0))
+    rows = evaluate(checkpoint, *words, "--protocol", "finetune", "--labels", 20, "--draws", 2)["runs"]
+    assert [(row["best_lr"], row["holdout"], row["top1"]) for row in rows] == [(0.01, 70, 1), (0.02, 50, 2)]
 
 
 def test_mlp_is_that_of_plain_pytorch(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1161,13 +1201,24 @@ def test_foreign_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("trainable", ["fc", "all"])
-def test_voc07(trainable: str, trained: Path, voc: Path, tmp_path: Path) -> None:
-    """Several classes an image: mAP in percent; fc trains no convolution, neither touches their statistics."""
+def test_voc07(trainable: str, trained: Path, voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several classes an image: mAP in percent, by logits; fc trains no convolution, neither touches their
+    statistics."""
+    logits, judged, forward, merit = list[Tensor](), list[Tensor](), eval_linear.Classifier.forward, eval_linear.merit
+
+    def watched(self: eval_linear.Classifier, x: Tensor) -> Tensor:
+        found = forward(self, x)
+        logits.extend([found] * (not self.training))
+        return found
+
+    monkeypatch.setattr(eval_linear.Classifier, "forward", watched)
+    monkeypatch.setattr(eval_linear, "merit", lambda *given: (judged.append(given[0]), merit(*given))[1])
     path = Path(shutil.copy(trained, tmp_path / "checkpoint.pth"))
     found = evaluate(path, "--protocol", "voc07", "--data", "shapes", "--trainable", trainable, "--lr", 0.003,
                      "--weight-decay", 1e-6, "--workers", 0, data_dir=voc)
     (row,) = found["runs"]
     assert row["map_11_points"] == found["map_voc07_classification"] and len(row["ap_11_points"]) == 10
+    torch.testing.assert_close(judged, [torch.cat(logits)])
     before = common.load_encoder(path).backbone.state_dict()
     (after,) = tmp_path.glob("eval_linear/smoke-*/checkpoint.pth")
     for name, weight in common.load_checkpoint(after)["state"]["model"].items():
@@ -1175,6 +1226,16 @@ def test_voc07(trainable: str, trained: Path, voc: Path, tmp_path: Path) -> None
         if name in before and "num_batches" not in name:
             frozen = trainable == "fc" or "running" in name
             assert torch.equal(weight, before[name]) == frozen, name
+
+
+def test_voc07_chooses_by_area(trained: Path, voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two rates the one of the larger area under the curves is taken, whatever their figures at 11 points."""
+    found = (dict(map_11_points=eleven, map_area=area) for eleven, area in ((50.0, 60.0), (60.0, 50.0), (1.0, 1.0)))
+    monkeypatch.setattr(eval_linear, "merit", lambda *_: next(found))
+    path = Path(shutil.copy(trained, tmp_path / "checkpoint.pth"))
+    (row,) = evaluate(path, "--protocol", "voc07", "--data", "shapes", "--epochs", 1, "--lr", 0.002, 0.001,
+                      "--weight-decay", 0, "--workers", 0, data_dir=voc)["runs"]
+    assert (row["best_lr"], row["holdout"]) == (0.002, 60)
 
 
 def test_voc07_of_alexnet(voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1323,7 +1384,8 @@ def test_corrected_annotations_are_another_task(split: str, checkpoint: Path, tm
 
 
 def test_few_images_of_each_class(trained: Path, voc: Path, tmp_path: Path) -> None:
-    """Of every class N images with it and 19 N without it, or all there are, are shown; another draw shows others."""
+    """Of every class N images with it and 19 N without it, or all there are, are shown; another draw, or seed, shows
+    others."""
     args = eval_linear.parse_args([str(trained), "--protocol", "voc07-svm", "--data", "shapes", "--data-dir", str(voc),
                                    "--subset", "60", "--test-subset", "40", "--per-class", "2", "--draws", "2"])
     task = eval_linear.open_task(args, None, CPU)
@@ -1333,7 +1395,8 @@ def test_few_images_of_each_class(trained: Path, voc: Path, tmp_path: Path) -> N
         assert ((targets > 0).sum(0) == 2).all() and torch.equal((targets < 0).sum(0), without)
         known = targets != 0
         assert torch.equal(targets[known], task.train_targets[rows][known])
-    assert first[0]["checksum"] != second[0]["checksum"]
+    args.seed = 1
+    assert len({facts["checksum"] for facts, *_ in (first, second, *eval_linear.svm_draws(args, task))}) == 4
     args.per_class = [1000]
     with pytest.raises(common.Fault, match="--per-class 1000: shapes has"):
         eval_linear.svm_draws(args, task)
