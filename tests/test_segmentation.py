@@ -112,13 +112,15 @@ def test_dilation_equals_torchvisions() -> None:
     ("vgg16_bn", True, 32),
 ])
 def test_strides(arch: str, small: bool, stride: int) -> None:
-    """The scores have the stride asked for, AlexNet's and VGG16's that of their last pooling; --dropout is theirs."""
+    """The scores have the stride asked for, AlexNet's and VGG16's that of their last pooling; --dropout is theirs, and
+    so is a last layer of zeros."""
     args = options(output_stride=stride, dropout=0.2)
     model = eval_segmentation.Segmenter(common.backbone(arch, 4, small), 6, args).eval()
     rates = {layer.p for layer in model.head.modules() if isinstance(layer, nn.Dropout)}
     assert rates == ({0.1} if arch.startswith("resnet") else {0.2})  # of torchvision's FCN head, or --dropout
     scores = model(torch.rand(1, 3, 256, 256))
     assert scores.shape[1] == 7 and abs(scores.shape[2] - 256 / stride) <= 1
+    assert bool(scores.any()) == arch.startswith("resnet")
 
 
 def test_network_of_another_kind() -> None:
