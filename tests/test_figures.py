@@ -165,7 +165,8 @@ def test_series_are_the_epochs_that_all_runs_have() -> None:
 
 
 def test_curves_label_what_they_show() -> None:
-    """The final mean and deviation over seeds at a line's end, the chance line, a legend; loss falls to the right."""
+    """Each seed's line and their mean, at its end the final mean and deviation, the chance line, a legend; loss falls
+    to the right."""
     runs = [[dict(epoch=e, loss=9 - e + seed, knn_top1=10.0 * e) for e in (1, 2, 3)] for seed in (0, 1)]
     figure = figures.draw_curves({"two": runs, "one": runs[:1]}, {"chance, ln N = 8.52": 8.52}, compare=True)
     loss, accuracy, both = figure.axes
@@ -173,6 +174,7 @@ def test_curves_label_what_they_show() -> None:
     assert sorted(text.get_text().strip() for text in accuracy.texts) == ["30.0", "30.0 ± 0.0"]
     heights = sorted(text.get_position()[1] for text in accuracy.texts)
     assert heights[1] - heights[0] > 0.05 * np.ptp(accuracy.get_ylim())  # they do not overlap
+    assert [list(line.get_ydata()) for line in loss.lines[:4]] == [[8, 7, 6], [9, 8, 7], [8.5, 7.5, 6.5], [8, 7, 6]]
     assert both.xaxis_inverted() and len(figures.draw_curves({"one": runs[:1]}, {}, compare=False).axes) == 2
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["two (mean of 2 seeds)", "one"]
     without = [[dict(epoch=1, loss=2.0)]]
@@ -257,7 +259,8 @@ def test_curves_of_other_images_are_not_averaged(tmp_path: Path, monkeypatch: py
 
 
 def test_density_of_bank_and_of_features(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bank where every network has one, else features of all; labels say the mean and the ranks."""
+    """The bank where every network has one, else features of all; labels say the mean and the ranks, heights the
+    percentage of images."""
     seen = list[dict[str, dict[str, torch.Tensor]]]()
     drawn = figures.draw_density
 
@@ -280,6 +283,9 @@ def test_density_of_bank_and_of_features(run: Path, tmp_path: Path, monkeypatch:
     assert [len(lines["untrained"]) for lines in seen[1].values()] == [256, 256]
     legend = drawn(seen[0]).axes[0].get_legend()
     assert legend is not None and legend.get_texts()[0].get_text() == f"npid smoke: mean {expected[0].mean():.3f}"
+    values = torch.tensor([0.0, 0, 0, 1])
+    bars = drawn({key: {"one": values} for key in "ab"}).axes[0].patches
+    assert max(bar.get_xy()[:, 1].max() for bar in bars) == 75  # type: ignore[attr-defined]
 
 
 # neighbors, retrieval
@@ -415,8 +421,22 @@ def test_mds_panels(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [len(cloud.names) for cloud in seen] == [5, 5] and not set(seen[0].names) & set(seen[1].names)
     accuracies = [[float(name.split()[-2]) for name in cloud.names.values()] for cloud in seen]
     assert min(accuracies[0]) >= max(accuracies[1]) and all(a == sorted(a, reverse=True) for a in accuracies)
+    assert max(accuracies[0]) > 0 and {each % 25 for both in accuracies for each in both} == {0}  # of 4 test images
     assert all(torch.bincount(cloud.labels).tolist().count(12) == 5 for cloud in seen)
     assert seen[0].points.shape == (60, 2) and seen[0].images.shape == (60, 3, 32, 32)
+
+
+def test_boxes_of_mds_are_of_the_class_that_falls_apart() -> None:
+    """Of a class that is two heaps, rather than of one that is only wide, the images next to the centre of each."""
+    heap = torch.tensor([0, 0.1, -0.1, 1, -1])
+    along = torch.cat([torch.linspace(-50, 50, 30), heap - 10, heap + 10])
+    points, labels = torch.stack([along, torch.zeros(40)], 1), torch.tensor([0] * 30 + [1] * 10)
+    images = torch.arange(40)[:, None, None, None].expand(-1, 3, 8, 8) / 40
+    figure = figures.draw_mds([figures.Cloud("cloud", points, labels, {0: "one, 9 %", 1: "two, 8 %"}, images)] * 2)
+    assert figure.axes[0].get_title() == "cloud; boxes: two"
+    boxes: list[Any] = list(figure.axes[0].artists)
+    shown = [{round(40 * float(part.get_data().mean())) for part in box.offsetbox.get_children()} for box in boxes]
+    assert sorted(map(sorted, shown)) == [[30, 31, 32], [35, 36, 37]]
 
 
 def test_titles_of_mds_stay_in_the_picture() -> None:
@@ -557,11 +577,13 @@ def test_filters_with_sobel_are_composed() -> None:
 
 
 def test_filters_side_by_side(run: Path, tmp_path: Path) -> None:
-    """A panel for each network, its tiles from black to white."""
+    """A panel for each network, each of its tiles from black to white."""
     draw("filters", run, "random", "--out", tmp_path / "filters.png")
     image(tmp_path / "filters.png")
     tiles = np.asarray(figures.draw_filters({"one": torch.randn(5, 3, 3, 3)}).axes[0].get_images()[0].get_array())
-    assert tiles.shape == (8, 12, 3) and tiles.min() == 0 and tiles.max() == 1  # 5 of 6 places, a white line each
+    assert tiles.shape == (8, 12, 3) and tiles.max() == 1  # 5 of 6 places, a white line each
+    own = [tiles[4 * row + 1 : 4 * row + 4, 4 * column + 1 : 4 * column + 4] for row in (0, 1) for column in (0, 1, 2)]
+    assert [(tile.min(), tile.max()) for tile in own[:5]] == [(0, 1)] * 5
 
 
 # maximize
@@ -668,7 +690,8 @@ def test_maximize_shows_the_images_that_fire_most(run: Path, tmp_path: Path, mon
 
 
 def test_edges_of_networks_and_logs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Boxes of the run and of the untrained network; curves where a figure was measured, by epochs before it."""
+    """Boxes of the run and of the untrained network, a class's share of edges to itself among all others' neighbours;
+    curves where a figure was measured, by epochs before it."""
     seen = list[Any]()
     drawn = figures.draw_edges
 
@@ -680,6 +703,15 @@ def test_edges_of_networks_and_logs(run: Path, tmp_path: Path, monkeypatch: pyte
     draw("edges", run, "--out", tmp_path / "boxes.png")
     boxes, chance, curves = seen[0]
     assert list(boxes) == ["npid smoke", "untrained"] and boxes["untrained"].shape == (10,) and not curves
+    args = figures.parse_args(["edges", str(run)])
+    args.device = torch.device("cpu")
+    encoders, _ = figures.open_networks(args)
+    data = figures.load_train(encoders, args)
+    features = figures.extract(encoders[0], data, args)
+    nearest = (features @ features.T).fill_diagonal_(-2).topk(args.num_neighbors).indices
+    same = (data.labels[nearest] == data.labels[:, None]).double().mean(1)
+    expected = [100 * same[data.labels == label].mean().item() for label in range(10)]
+    assert boxes["npid smoke"].tolist() == pytest.approx(expected, abs=0.5)  # products in other orders may tie
     assert chance == pytest.approx(100 * (25.6 - 1) / 255, rel=0.01)
     logs = [other(run, tmp_path / f"dc{every}", script="deepcluster", reassign_every=every) for every in (1, 2)]
     for log in logs:
@@ -749,7 +781,8 @@ def test_variance_kept_is_that_of_scikit_learn() -> None:
 
 
 def test_pca_of_run_and_untrained(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Curves of the raw features of both backbones, or with --layer head of the unit embeddings."""
+    """Curves of the raw features of both backbones before their last ReLU, or with --layer head of the unit
+    embeddings."""
     seen = list[dict[str, torch.Tensor]]()
     drawn = figures.draw_pca
     monkeypatch.setattr(figures, "draw_pca", lambda curves: (seen.append(curves), drawn(curves))[1])
@@ -759,6 +792,15 @@ def test_pca_of_run_and_untrained(run: Path, tmp_path: Path, monkeypatch: pytest
     assert list(seen[0]) == ["npid smoke", "untrained"]
     assert [len(curve) for curve in seen[0].values()] == [32, 32] and len(seen[1]["npid smoke"]) == 128
     assert all(curve[-1] == pytest.approx(100) for curve in seen[0].values())
+    args = figures.parse_args(["pca", str(run)])
+    args.device = torch.device("cpu")
+    network: Any = common.untrained_encoder("alexnet_bn", 4, True, args.device).backbone  # a ResNet ends with a mean
+    encoder = dataclasses.replace(figures.open_networks(args)[0][0], backbone=network)
+    features = figures.extract(encoder, figures.load_train([encoder], args), args,
+                               functools.partial(network, relu_last=False))
+    monkeypatch.setattr(figures, "open_networks", lambda _: ([encoder], {"a": figures.Source("a", {}, {}, "", 0)}))
+    draw("pca", run, "--out", tmp_path / "plain.png")
+    torch.testing.assert_close(seen[2]["a"], figures.variance_kept(features))
 
 
 # pictures from evaluations
