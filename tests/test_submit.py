@@ -164,6 +164,7 @@ REFUSED = [
     (["--gpus", "2", str(ROOT / "eval_knn.py"), "random"], "one task, not as 2: use --nodes 1 --tasks 1 --gpus 1"),
     (["--gpus", "0", "--tasks", "2", str(ROOT / "eval_knn.py"), "random"], "use --nodes 1 --tasks 1 --gpus 0"),
     (["--gpus", "8", str(ROOT / "eval_linear.py"), "random"], "eval_linear.py: error: --protocol linear takes one"),
+    (["--gpus", "1", "--tasks", "2", NPID], "--tasks 2 on --gpus 1: each task takes a GPU of its own"),
     (["missing.py"], "no script missing.py"),
     (["--cluster", "local", "--nodes", "2", NPID], "--cluster local has one node"),
     (["--then", "eval_nothing.py", NPID], "there is no such script beside npid.py"),
@@ -205,15 +206,16 @@ def test_what_sbatch_gets(fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.
                           capsys: pytest.CaptureFixture[str]) -> None:
     """Nodes, GPUs, time, the rest of sbatch's options, a sweep as an array, what follows as one that depends on it."""
     (tmp_path / "he re").mkdir()
-    submitted(["--nodes", "2", "--gpus", "8", "--hours", "1.01", "--partition", "long", "--account", "vision",
-               "--constraint", "a100", "--slurm", "qos=high", "mem=400G", "exclusive=true", "setup=module load cuda\n:",
+    submitted(["--nodes", "2", "--gpus", "8", "--hours", "1.01", "--grace", "120", "--requeues", "7", "--partition",
+               "long", "--account", "vision", "--constraint", "a100", "--slurm", "qos=high", "mem=400G",
+               "exclusive=true", "setup=module load cuda\n:",
                "array_parallelism=2", "switches=1", "cpus_per_task=12", "job-name=mine", "--sweep", "lr=0.01,0.03",
                "seed=0,1", "--then", "eval_knn.py --k 20", NPID, "--data", "cifar10", "--val-dir", "a\n'b c"],
               monkeypatch, tmp_path / "he re")
     text = (fake_slurm / "1.sh").read_text()
     for line in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "time=61", "partition=long", "account=vision",
                  "constraint=a100", "qos=high", "mem=400G", "exclusive", "switches=1", "requeue", "array=0-3%2",
-                 "signal=USR2@300", "job-name=mine", "cpus-per-task=12"):
+                 "signal=USR2@120", "job-name=mine", "cpus-per-task=12"):
         assert f"#SBATCH --{line}\n" in text, (line, text)
     assert "\nmodule load cuda\n:\n" in text and "gpus-per-task" not in text
     assert re.search(r"^srun .*--kill-on-bad-exit=1 --cpus-per-task=12 ", text, re.M)
@@ -226,7 +228,9 @@ def test_what_sbatch_gets(fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.
         assert f"output runs/npid-cifar10-{name}\n" in out
     (folder,) = (tmp_path / "he re" / "runs" / "slurm").iterdir()
     load = submit.submitit.core.utils.DelayedSubmission.load
-    jobs = [load(path).function for path in folder.glob("1_*_submitted.pkl")]
+    kept = [load(path) for path in folder.glob("1_*_submitted.pkl")]
+    jobs = [job.function for job in kept]
+    assert {job._timeout_countdown for job in kept} == {7}
     assert [job.run.argv[:4] for job in jobs] == [["--data", "cifar10", "--val-dir", "a\n'b c"]] * 4
     assert f"folder {folder}\n" in out and f"tail -F '{folder}/" in out
     assert "scancel 1 2" in out and "squeue -j 1,2" in out
@@ -271,7 +275,8 @@ def test_a_job_in_the_queue_keeps_its_folder(fake_slurm: Path, tmp_path: Path, m
 def test_what_follows_has_one_gpu_of_the_type(
     fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An evaluation takes one GPU of the type that the training has, however that is written, not all of the node."""
+    """An evaluation, once the training has succeeded, takes one GPU of the type that it has, however that is written,
+    not all of the node; none where that has none."""
     (tmp_path / "here").mkdir()
     submitted(["--gpus", "8", "--slurm", "gres=gpu:a100:8", "mem=9G", "--then", "eval_knn.py", NPID], monkeypatch,
               tmp_path / "here")
@@ -281,6 +286,8 @@ def test_what_follows_has_one_gpu_of_the_type(
     for gres, one in (("gpu:8,shard:4", "gpu:1,shard:4"), ("gpu:1g.10gb:2", "gpu:1g.10gb:1"), ("gpu:a", "gpu:a")):
         args = submit.parse_args(["--gpus", "8", "--slurm", f"gres={gres}", NPID])
         assert submit.of_one_gpu(args).slurm == [("gres", one)]
+    assert "#SBATCH --dependency=afterok:1\n" in (fake_slurm / "2.sh").read_text()
+    assert submit.of_one_gpu(submit.parse_args(["--gpus", "0", "--tasks", "2", NPID])).gpus == 0
 
 
 @pytest.mark.parametrize(("gres", "asked"), [("nvme:100", 4), ("gres/gpu:a100:4", None), ("gpu,nvme:9", None)])
@@ -429,6 +436,13 @@ def test_local_time_out(tmp_path: Path) -> None:
     assert result["checkpoint"] == "runs/mine-smoke-seed0/checkpoint.pth"
 
 
+def test_limits_of_local_jobs(tmp_path: Path) -> None:
+    """Hours, grace and requeues are those of the options, as on SLURM."""
+    words = ["--cluster", "local", "--gpus", "0", "--tasks", "1", "--hours", "2", "--grace", "60", "--requeues", "4"]
+    local = submit.make_executor(submit.parse_args([*words, NPID]), tmp_path)
+    assert (local.parameters["timeout_min"], local.parameters["signal_delay_s"], local.max_num_timeout) == (120, 60, 4)
+
+
 def test_local_gpus_are_those_that_are_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A local job gets the first --gpus of $CUDA_VISIBLE_DEVICES, numbers or names; more than it has are refused."""
     given = list[str]()
@@ -521,6 +535,30 @@ def test_term_within_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
         else:
             end(signal.SIGTERM, None)
     assert asked == [signal.SIGUSR2]
+
+
+def test_other_ranks_leave_the_requeue_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal before training is not theirs; after their checkpoint they end without an error, which would end it."""
+    monkeypatch.setattr(submit, "state", lambda: "RUNNING")
+    monkeypatch.setattr(submit.signal, "signal", lambda *_: None)
+    end = submit.ending("slurm", "npid.py", "", 1, lambda *_: pytest.fail("requeued"))
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        end(number, sys._getframe())
+        with pytest.raises(SystemExit) as stop:
+            end(number, None)
+        assert stop.value.code == 0
+
+
+def test_overwrite_until_the_first_checkpoint(tmp_path: Path) -> None:
+    """What an earlier attempt saved is newer than the job's code; where the output is not known there may be some."""
+    code, path = tmp_path / "code", tmp_path / "out/part/checkpoint.pth"
+    for folder in (code, path.parent):
+        folder.mkdir(parents=True)
+    path.touch()
+    for seconds, begun in ((10, True), (-10, False)):
+        os.utime(path, (code.stat().st_mtime + seconds,) * 2)
+        assert submit.Job(code, "npid.py", submit.Command([], str(tmp_path / "out")), "").has_begun() == begun
+    assert submit.Job(code, "eval_knn.py", submit.Command([], None), "").has_begun()
 
 
 @pytest.mark.parametrize("called", ["CANCELLED", "COMPLETING", ""])
