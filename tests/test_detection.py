@@ -541,11 +541,16 @@ def test_learning_rate() -> None:
 
 
 def test_half_the_batch() -> None:
-    """Half the batch: half the rate, twice the iterations, drops and warm-up; what is typed stays."""
+    """Half the batch: half the rate, twice the iterations, drops and warm-up; each that is typed stays."""
     args = eval_detection.parse_args(["random", "--preset", "voc0712", "--batch-size", "8"])
     assert (args.lr, args.iterations, args.lr_drops, args.warmup) == (0.01, 48_000, [36_000, 44_000], 200)
     args = eval_detection.parse_args(["random", "--preset", "voc0712", "--batch-size", "8", "--iterations", "99"])
     assert (args.lr, args.iterations, args.lr_drops) == (0.01, 99, [18_000, 22_000])
+    for name, value in (("lr", 0.5), ("lr_drops", 9), ("warmup", 7)):
+        typed = ["--" + name.replace("_", "-"), str(value)]
+        args = eval_detection.parse_args(["random", "--preset", "voc0712", "--batch-size", "8", *typed])
+        usual = dict(lr=0.01, iterations=48_000, lr_drops=[36_000, 44_000], warmup=200)
+        assert {key: getattr(args, key) for key in usual} == usual | {name: [value] if "drops" in name else value}
     args = eval_detection.parse_args(["random", "--preset", "voc0712"])
     assert (args.lr, args.iterations, args.lr_drops) == (0.02, 24_000, [18_000, 22_000])
 
@@ -561,7 +566,7 @@ def test_decay() -> None:
 
 
 def test_precise_statistics() -> None:
-    """Running statistics become the plain mean of those of the batches, whatever they were."""
+    """Running statistics become the plain mean of those of the batches, whatever they were, and of the ranks."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -573,9 +578,13 @@ def test_precise_statistics() -> None:
 
     net, batches = Net(), [torch.randn(4, 3, 5, 5) * (i + 1) for i in range(3)]
     net(torch.ones(2, 3, 4, 4) * 100)
-    eval_detection.precise_statistics(net, iter(batches), Rank())  # type: ignore[arg-type]
+    run: Any = Rank()
+    run.mean = lambda statistic: 3 * statistic  # as if those of other ranks were larger
+    eval_detection.precise_statistics(net, iter(batches), run)
     means = torch.stack([batch.mean((0, 2, 3)) for batch in batches]).mean(0)
-    torch.testing.assert_close(net.norm.running_mean, means)
+    torch.testing.assert_close(net.norm.running_mean, 3 * means)
+    variances = torch.stack([batch.var((0, 2, 3)) for batch in batches]).mean(0)
+    torch.testing.assert_close(net.norm.running_var, 3 * variances)
     assert net.norm.momentum == 0.1
 
 
@@ -604,7 +613,7 @@ def test_parts_bound_the_memory(folder: Path, tmp_path: Path) -> None:
 
 
 def test_proposals_files(folder: Path, tmp_path: Path) -> None:
-    """Text and MATLAB files say the same; boxes are cut off at the border, the first ones are taken."""
+    """Text and MATLAB files say the same; the first boxes are taken, cut off at the border, none that is beyond it."""
     data = common.load_voc(argparse.Namespace(data=str(folder), subset=None, test_subset=None), "test")
     boxes = np.array([[1, 2, 30, 40], [90, 90, 120, 130], [5, 6, 7, 8]])
     names = [image.path.stem for image in data.images]
@@ -620,6 +629,8 @@ def test_proposals_files(folder: Path, tmp_path: Path) -> None:
         assert len(found) == 5
         for one in found:
             assert one.tolist() == [[0, 1, 30, 40], [89, 89, 96, 96]]
+    text.write_text(text.read_text().replace(" 1 2 30 40 ", " 98 1 99 9 "))  # beyond the border
+    assert [one.tolist() for one in eval_detection.read_proposals([str(text)], data, 2)] == [[[89, 89, 96, 96]]] * 5
 
 
 def test_damaged_proposals(tmp_path: Path) -> None:
