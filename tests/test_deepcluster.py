@@ -119,6 +119,7 @@ def test_sizes_that_do_not_fit() -> None:
     assert fitted(1000) == (50, 100)
     assert fitted(5000) == (250, 256)
     assert fitted(1_281_167) == (10_000, 256)
+    assert fitted(100_000)[0] == 10_000 and fitted(99_999)[0] == 4999  # under ten images a cluster
 
 
 def test_a_default_is_not_lowered_to_one_cluster() -> None:
@@ -498,8 +499,9 @@ def test_empty_clusters_take_half_of_others() -> None:
     donors = torch.unique(labels[moved])
     assert len(donors) == 1 and int(moved.sum()) == int((labels == donors).sum()) // 2
     assert torch.equal(filled[~moved], labels[~moved])
-    donors = {int(labels[dc.fill_empty(labels, 4, np.random.default_rng(seed))[0] == 2][0]) for seed in range(30)}
-    assert donors == {0, 1}  # any that can be halved
+    halves = [(dc.fill_empty(labels, 4, np.random.default_rng(seed))[0] == 2).nonzero()[:, 0] for seed in range(30)]
+    assert {int(labels[rows[0]]) for rows in halves} == {0, 1}  # any that can be halved
+    assert len({tuple(rows.tolist()) for rows in halves}) > 10  # any half of it
     nearly_all, empties = dc.fill_empty(torch.zeros(50, dtype=torch.long), 50, np.random.default_rng(0))
     assert empties == 49 and torch.equal(nearly_all.sort().values, torch.arange(50))
     untouched, empties = dc.fill_empty(torch.arange(5), 5, np.random.default_rng(0))
@@ -652,7 +654,8 @@ def test_pic_does_not_depend_on_the_order() -> None:
 
 
 def test_sigma() -> None:
-    """Far neighbours vanish at sigma 0.2: only singletons, all dropped if asked; the median brings them back."""
+    """Far neighbours vanish at sigma 0.2: only singletons, all dropped if asked; the median brings them back. Equal
+    images are neighbours also where the median is 0."""
     x = unit_rows(300, 256)
     assert pic(x, 5, 0.2, "keep")[1] == 300
     assert (pic(x, 5, 0.2, "drop")[0] == -1).all()
@@ -662,6 +665,7 @@ def test_sigma() -> None:
     nearest = torch.tensor([[1], [0], [1], [2]])  # distances 1, 1, 2, 4: the (lower) median is 1
     expected = torch.tensor([2 * math.exp(-1), math.exp(-4), math.exp(-16)], dtype=torch.float64)
     torch.testing.assert_close(dc.affinity(distances, nearest, "median").weights[[0, 2, 4]], expected)
+    assert dc.affinity(0 * distances, nearest, "median").weights.tolist() == [2, 2, 1, 1, 1, 1]
 
 
 def test_singletons() -> None:
@@ -1082,10 +1086,11 @@ def test_reassignment_and_parts(tmp_path: Path) -> None:
 
 
 def watched_draws(file: Path) -> Callable[[], None]:
-    """A line of the file for each k-means, with its seed, and for each epoch's order of the images."""
+    """A line of the file for each k-means, with its seed, for each epoch's order of the images, and for the clusters of
+    each step, with theirs."""
 
     def patch() -> None:
-        kmeans, order = dc.kmeans_half, dc.training_order
+        kmeans, order, rows = dc.kmeans_half, dc.training_order, dc.target_rows
 
         def clustered(x: Tensor, k: int, seed: int, *rest: Any) -> Any:
             common.append_line(file, json.dumps(["seed", seed]))
@@ -1096,18 +1101,24 @@ def watched_draws(file: Path) -> Callable[[], None]:
             common.append_line(file, json.dumps(["order", *found.tolist()]))
             return found
 
-        dc.kmeans_half, dc.training_order = clustered, ordered
+        def aimed(*args: Any) -> Tensor:
+            common.append_line(file, json.dumps(["targets", args[3].initial_seed()]))
+            return rows(*args)
+
+        dc.kmeans_half, dc.training_order, dc.target_rows = clustered, ordered, aimed
 
     return patch
 
 
 def test_every_clustering_and_every_epoch_draws_anew(tmp_path: Path) -> None:
-    """Each clustering starts from other images, of others, and each epoch on the same clusters has an order of its own;
-    figures by labels are those of the images that were clustered."""
-    options = ["--epochs", "3", "--reassign-every", "2", "--images-per-epoch", "40", "--knn-every", "2"]
+    """Each clustering starts from other images, of others, each epoch on the same clusters has an order of its own, and
+    each step other clusters beside its targets; figures by labels are those of the images that were clustered."""
+    options = ["--epochs", "3", "--reassign-every", "2", "--images-per-epoch", "40", "--knn-every", "2",
+               "--targets-per-step", "4"]
     assert train(tmp_path / "run", *options, before=watched_draws(tmp_path / "draws")) == 0
     draws = [tuple(json.loads(line)) for line in (tmp_path / "draws").read_text().splitlines()]
-    assert [draw[0] for draw in draws] == ["seed", "order", "order", "seed", "order"] and len(set(draws)) == 5
+    epoch = ["order", "targets", "targets"]
+    assert [draw[0] for draw in draws] == ["seed", *epoch, *epoch, "seed", *epoch] and len(set(draws)) == 11
     labels = common.load(dc.parse_args(TINY), "pretrain", common.CPU).labels
     for epoch, made in ((1, 1), (2, 1), (3, 3)):
         clusters = clusters_of(tmp_path / "run", made)
