@@ -284,10 +284,12 @@ def test_torchscript_is_converted_first(resnet: dict[str, Tensor], tmp_path: Pat
     assert all(torch.equal(value, resnet[name]) for name, value in found.backbone.state_dict().items())
 
 
-def test_a_missing_convolution_is_no_trifle(resnet: dict[str, Tensor], tmp_path: Path) -> None:
-    """95 of 100 tensors are not enough where the stem is among the five."""
-    torch.save({name: value for name, value in resnet.items() if not name.startswith(("conv1", "bn1"))},
-               tmp_path / "file.pth")
+@pytest.mark.parametrize("missing", [("conv1", "bn1"), ("conv1",), ("layer2.0.bn1.running_mean",)])
+def test_a_missing_convolution_is_no_trifle(
+    missing: tuple[str, ...], resnet: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """95 of 100 tensors are not enough where the stem is among the five, nor 99 where statistics are missing."""
+    torch.save({name: value for name, value in resnet.items() if not name.startswith(missing)}, tmp_path / "file.pth")
     with pytest.raises(common.Fault, match="Missing"):
         encoder(tmp_path / "file.pth")
 
