@@ -471,9 +471,9 @@ def test_checkpoint_in_the_background(tmp_path: Path, monkeypatch: pytest.Monkey
     work.close()
 
 
-def started(output: Path) -> common.Run:
+def started(output: Path, *options: str) -> common.Run:
     """A run that trains nothing."""
-    work = common.Run(npid.parse_args([*TINY, "--output", str(output)]))
+    work = common.Run(npid.parse_args([*TINY, "--output", str(output), *options]))
     work.describe(common.load(work.args, "pretrain", work.device))
     work.resume({}, 100)
     return work
@@ -490,6 +490,19 @@ def test_a_log_that_was_cut_goes_on_with_a_whole_line(tmp_path: Path) -> None:
     os.truncate(path, len(whole) - 5)
     started(tmp_path).close()
     assert path.read_text().splitlines() == whole.splitlines()[:-1]
+
+
+def test_overwrite_leaves_none_of_the_old_results(tmp_path: Path) -> None:
+    """A run that is started over and ends early has neither weights nor figures of the one before it; other files stay.
+    Without --overwrite, too, a log without its checkpoint is begun anew."""
+    for name in ("checkpoint.pth", "backbone.pth", "detections.pth", "log.jsonl", "eval.jsonl", "notes.txt"):
+        (tmp_path / name).write_text("old\n")
+    for options in (["--overwrite"], []):
+        work = started(tmp_path, *options)
+        assert {path.name for path in tmp_path.iterdir()} == {"lock", "log.jsonl", "notes.txt"}
+        assert [row.keys() >= {"options"} for row in log(tmp_path)] == [True]
+        work.log(epoch=1)
+        work.close()
 
 
 def test_a_loss_that_was_not_finite_once_is_found_later(tmp_path: Path) -> None:
