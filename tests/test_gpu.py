@@ -191,6 +191,15 @@ def test_a_graph_returns_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found["loss"].item() == 2 and not found["loss"].requires_grad
 
 
+def test_a_graph_of_a_step_that_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that is given random numbers need not take any, such as one whose augmentation is switched off."""
+    monkeypatch.setattr(common.Graph, "record", pretend_graph.record)
+    graph = common.Graph(lambda x, draw: 2 * x)
+    for _ in range(common.Graph.FIRST + 2):
+        draw = common.Draw(torch.Generator(), 2, slice(None), common.CPU)
+        assert graph(torch.ones(2), draw).tolist() == [2, 2]
+
+
 def half_a_second_behind() -> None:
     """Sums that the host waits for this long, as it does where a GPU has steps to do."""
     means = common.Totals.means
@@ -280,6 +289,21 @@ def test_pretended_faults_are_seen(tmp_path: Path) -> None:
     """Mixed devices and NumPy on the device are errors there, reading values and copying from ordinary memory noted."""
     done = run("npid", [*TINY, "--output", tmp_path], pretended_faults)
     assert done.code == 0 and "all noticed" in done.out, done.err
+
+
+def rate_on_a_gpu() -> None:
+    """Set the rate where a checkpoint brought one of the CPU. In a process of its own, as below."""
+    with FakeTensorMode():
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2, device="cuda"))], torch.tensor(0.5))
+        common.set_rate(optimizer, 0.03)
+    print("the rate is on", optimizer.param_groups[0]["lr"].device)
+    sys.exit(0)
+
+
+def test_the_rate_of_a_checkpoint_moves_to_the_gpu(tmp_path: Path) -> None:
+    """Checkpoints are read to the CPU: a rate that stayed there would be a constant of the step's CUDA graph."""
+    done = run("npid", [*TINY, "--output", tmp_path], rate_on_a_gpu)
+    assert "the rate is on cuda:0" in done.out, done.err
 
 
 def finish_on_a_gpu() -> None:
