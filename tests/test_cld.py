@@ -828,10 +828,10 @@ def test_labels_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_too_many_groups_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """120 groups of 16 rows: clamped, said, and logged."""
-    train(tmp_path / "run", "--num-groups", "120", "--epochs", "1")
-    assert "16 groups of one row" in capsys.readouterr().err
-    assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])["num_groups"] == 16
+    """120 groups of the 8 rows of a part of the batch: clamped, said, and logged."""
+    train(tmp_path / "run", "--num-groups", "120", "--epochs", "1", "--accumulate", "2")
+    assert "8 groups of one row" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])["num_groups"] == 8
 
 
 def other_value_error() -> None:
