@@ -466,7 +466,8 @@ def shards(rank: int, world: int, store: str, folder: Path) -> None:
 
 SLOTS = 70_003  # divides by neither 2 nor 4, and takes more than one exchange
 QUERIES = torch.nn.functional.normalize(torch.randn(16, 16, generator=common.generator("queries")), dim=1)
-INDEX = torch.randint(SLOTS, (16,), generator=common.generator("index"))
+ENDS = torch.tensor([rank * SLOTS // 4 - last for rank in range(1, 5) for last in (0, 1)]) % SLOTS  # of parts
+INDEX = torch.cat([ENDS, torch.randint(SLOTS, (8,), generator=common.generator("index"))])
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -325,7 +325,7 @@ def test_epochs_of_what_ends_with_them_are_fixed(words: str, tmp_path: Path) -> 
 REFUSED = [
     (["--tau", "0.2"], "--temperature 0.1 -> 0.2"),
     (["--seed", "1"], "--seed 0 -> 1"),
-    (["--subset", "63"], "other data"),
+    (["--subset", "63"], "images, checksum differ"),
     (["--image-size", "20"], "other data"),
     (["--loss", "nce"], "--loss softmax -> nce"),
     (["--no-amp"], "--amp None -> False"),
@@ -492,17 +492,19 @@ def test_a_log_that_was_cut_goes_on_with_a_whole_line(tmp_path: Path) -> None:
     assert path.read_text().splitlines() == whole.splitlines()[:-1]
 
 
-def test_overwrite_leaves_none_of_the_old_results(tmp_path: Path) -> None:
+def test_overwrite_leaves_none_of_the_old_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run that is started over and ends early has neither weights nor figures of the one before it; other files stay.
-    Without --overwrite, too, a log without its checkpoint is begun anew."""
+    What continues it is said, not --overwrite. Without that, too, a log without its checkpoint is begun anew."""
     for name in ("checkpoint.pth", "backbone.pth", "detections.pth", "log.jsonl", "eval.jsonl", "notes.txt"):
         (tmp_path / name).write_text("old\n")
-    for options in (["--overwrite"], []):
-        work = started(tmp_path, *options)
+    for option, words in (("--overwrite", ", without --overwrite, continues"), ("--no-amp", "command continues")):
+        work = started(tmp_path, option)
         assert {path.name for path in tmp_path.iterdir()} == {"lock", "log.jsonl", "notes.txt"}
         assert [row.keys() >= {"options"} for row in log(tmp_path)] == [True]
         work.log(epoch=1)
-        work.close()
+        with pytest.raises(SystemExit):
+            work.stop(signal.SIGINT, 0, 1)
+        assert words in capsys.readouterr().err
 
 
 def test_a_loss_that_was_not_finite_once_is_found_later(tmp_path: Path) -> None:
