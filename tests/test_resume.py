@@ -537,6 +537,18 @@ def test_checkpoints_are_minutes_apart(
     assert saved == steps
 
 
+@pytest.mark.parametrize(("rank", "world", "loss"), [(1, 2, 3.0), (0, 1, 2.0)])
+def test_sums_of_all_ranks_go_on(rank: int, world: int, loss: float) -> None:
+    """Within an epoch as many ranks go on with their own sums of the log's figures, fewer or more with the mean; those
+    of the next epoch begin at zero."""
+    fake: Any = argparse.Namespace(device=common.CPU, rank=rank, world=world, mean=lambda total: total)
+    totals = common.Totals(fake)
+    totals.load_state_dict(dict(counts=dict(loss=2), sums=dict(loss=torch.tensor([2.0, 6.0]))))
+    assert totals.means() == dict(loss=loss)
+    totals.add(loss=torch.tensor(5.0))
+    assert totals.means() == dict(loss=5.0)
+
+
 def test_no_thread_writes_beside_workers(tmp_path: Path) -> None:
     """Checkpoints wait where any images, those of the monitor too, are decoded by workers: they are forked."""
     work = common.Run(npid.parse_args([*TINY, "--output", str(tmp_path)]))
