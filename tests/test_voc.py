@@ -92,6 +92,7 @@ def test_masks_and_boxes_of_the_rendered_set_agree(rendered: Path) -> None:
 def test_class_lists_agree_with_the_annotations(rendered: Path) -> None:
     """The lists of each class have 1, 0 (difficult objects alone) and -1 as `presence` has them; all three occur."""
     devkit = common.load_voc(options(rendered), "train")
+    assert set(eval_linear.presence(devkit).flatten().tolist()) == {-1, 0, 1}
     for name, column in zip(devkit.classes, eval_linear.presence(devkit).T, strict=True):
         lines = (rendered / "ImageSets/Main" / f"{name}_trainval.txt").read_text().splitlines()
         assert [line.split()[0] for line in lines] == [image.path.stem for image in devkit.images]
@@ -209,7 +210,7 @@ def test_two_processes_render_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_handled_as_voc_does(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Images without boxes stay; parts are no objects; boxes beyond the border are cut off or left out."""
     annotate(folder, "a", box("cat", 1, 1, 40, 30), box("dog", 5, 6, 80, 20), box("dog", 60, 1, 70, 9),
-             box("dog", 0, 3.5, 9, 9, more="<difficult>1</difficult><part><name>head</name></part>"))
+             box("dog", 0, 3.5, 9, 9, more="<difficult> 1 </difficult><part><name>head</name></part>"))
     data = common.load_voc(options(folder), "train")
     assert data.classes == ["cat", "dog"] and [len(image.boxes) for image in data.images] == [3, 0, 0]
     assert data.images[0].boxes.tolist() == [[0, 0, 40, 30], [4, 5, 40, 20], [0, 2.5, 9, 9]]
