@@ -1,6 +1,7 @@
 """A run that was stopped in any way ends, continued, as one that never was."""
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import math
@@ -347,6 +348,25 @@ def test_free_options_may_change(undisturbed: Path, tmp_path: Path) -> None:
     command = ["--workers", "0", "--cache", "host", "--knn-every", "0", "--save-minutes", "9", "--output", tmp_path]
     assert run("npid", [*OFTEN, *command]).code == 0
     same(checkpoint(undisturbed), checkpoint(tmp_path))
+
+
+def test_which_options_may_change(tmp_path: Path) -> None:
+    """Those that README.md names, with what names the same images, and no others; not --epochs on a cosine."""
+    work = started(tmp_path)
+    work.save({}, 0, 1)
+    work.close()
+    saved, old = common.load_checkpoint(tmp_path / "checkpoint.pth"), work.header["options"]
+    free = {"device", "shard_bank", "workers", "compile", "cuda_graph", "save_minutes", "knn_every", "knn_features",
+            "test_subset", "val_dir", "val_list", "max_bad_images", "cache", "epochs", "data", "data_dir", "output",
+            "overwrite", "preset", "typed"}
+    for schedule, expected in (("step", free), ("cosine", free - {"epochs"})):
+        saved["options"], found = old | dict(schedule=schedule), set()
+        for name in old:
+            work.header["options"] = saved["options"] | {name: "another"}
+            with contextlib.suppress(common.Fault):
+                work._check_resumable(saved, tmp_path / "checkpoint.pth")
+                found.add(name)
+        assert found == expected
 
 
 def test_photographs_may_move(tmp_path: Path) -> None:
