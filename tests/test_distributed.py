@@ -175,6 +175,22 @@ def test_parts_of_a_batch_share_one_exchange(script: str, tmp_path: Path) -> Non
     assert len(counts) == 1 and min(counts) >= log(tmp_path / "1")[-1]["step"]
 
 
+def test_gradients_of_three_ranks_are_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more than two ranks on CPUs, whose gradients are summed in their order, it is the mean, as of two."""
+
+    def all_gather(every: list[torch.Tensor], own: torch.Tensor, async_op: bool) -> argparse.Namespace:
+        for rank, part in enumerate(every):
+            part.copy_(own + rank)
+        future = torch.futures.Future[Any]()
+        future.set_result(every)
+        return argparse.Namespace(get_future=lambda: future)
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    bucket = argparse.Namespace(buffer=lambda: torch.tensor([1.0, 5.0]))
+    assert common.mean_in_order(bucket).wait().tolist() == [2.0, 6.0]
+
+
 def fail_on_one(world: int, rank: int, port: int, folder: Path) -> None:
     """A fault that rank 1 alone meets."""
     rank_of(world, rank, port, folder)

@@ -351,7 +351,8 @@ def test_free_options_may_change(undisturbed: Path, tmp_path: Path) -> None:
 
 
 def test_which_options_may_change(tmp_path: Path) -> None:
-    """Those that README.md names, with what names the same images, and no others; not --epochs on a cosine."""
+    """Those that README.md names, with what names the same images, and no others, nor one that is no more; not --epochs
+    on a cosine, nor to fewer than have been begun."""
     work = started(tmp_path)
     work.save({}, 0, 1)
     work.close()
@@ -367,6 +368,11 @@ def test_which_options_may_change(tmp_path: Path) -> None:
                 work._check_resumable(saved, tmp_path / "checkpoint.pth")
                 found.add(name)
         assert found == expected
+    work.header["options"] = old
+    for change, words in ((dict(options=old | dict(gone=3)), "--gone 3 -> None"),
+                          (dict(options=old, epoch=2, step=1), "past --epochs 2")):
+        with pytest.raises(common.Fault, match=words):
+            work._check_resumable(saved | change, tmp_path / "checkpoint.pth")
 
 
 def test_photographs_may_move(tmp_path: Path) -> None:
@@ -525,6 +531,23 @@ def test_overwrite_leaves_none_of_the_old_results(tmp_path: Path, capsys: pytest
         with pytest.raises(SystemExit):
             work.stop(signal.SIGINT, 0, 1)
         assert words in capsys.readouterr().err
+
+
+def test_a_launchers_own_handler_has_its_turn(tmp_path: Path) -> None:
+    """A signal that comes twice, but for Ctrl-C, stops a run no sooner; then the handler that was there before the
+    run's own is called, such as one that queues the job again."""
+    calls = list[int]()
+    before = signal.signal(signal.SIGUSR2, lambda number, _: calls.append(number))
+    try:
+        work = started(tmp_path)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGUSR2)
+        assert work.signal == signal.SIGUSR2 and not calls
+        with pytest.raises(SystemExit):
+            work.stop(signal.SIGUSR2, 0, 1)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert calls == [signal.SIGUSR2]
 
 
 def test_a_loss_that_was_not_finite_once_is_found_later(tmp_path: Path) -> None:
