@@ -263,6 +263,19 @@ def test_interrupted_with_the_reader_of_the_output(
     assert log(tmp_path)[1:] == log(undisturbed)[1 : 1 + end[0]]
 
 
+def test_output_that_nobody_reads_ends_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `| head`: without a signal it is an error, which ends the run, and not only its output."""
+    work = started(tmp_path)
+
+    def broken(*args: Any, **options: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(common, "print", broken, raising=False)
+    with pytest.raises(BrokenPipeError):
+        work.log(epoch=1)
+    work.close()
+
+
 def same_runs_but_options(a: Path, b: Path) -> None:
     same(checkpoint(a), checkpoint(b))
     assert log(a)[1:] == log(b)[1:]
