@@ -549,18 +549,6 @@ def test_other_ranks_leave_the_requeue_to_the_first(monkeypatch: pytest.MonkeyPa
         assert stop.value.code == 0
 
 
-def test_overwrite_until_the_first_checkpoint(tmp_path: Path) -> None:
-    """What an earlier attempt saved is newer than the job's code; where the output is not known there may be some."""
-    code, path = tmp_path / "code", tmp_path / "out/part/checkpoint.pth"
-    for folder in (code, path.parent):
-        folder.mkdir(parents=True)
-    path.touch()
-    for seconds, begun in ((10, True), (-10, False)):
-        os.utime(path, (code.stat().st_mtime + seconds,) * 2)
-        assert submit.Job(code, "npid.py", submit.Command([], str(tmp_path / "out")), "").has_begun() == begun
-    assert submit.Job(code, "eval_knn.py", submit.Command([], None), "").has_begun()
-
-
 @pytest.mark.parametrize("called", ["CANCELLED", "COMPLETING", ""])
 def test_term_is_the_end_unless_the_job_is_running(called: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """TERM requeues nothing where SLURM calls the job anything but running, or cannot be asked."""
