@@ -1002,9 +1002,9 @@ def edges(args: argparse.Namespace) -> None:
                      "within 1.5 times their distance; rings: classes beyond." + sides(data, boxed))
     if any(points):
         notes.append("Curves: from the logs, 10 neighbours, by the descriptors that are clustered.")
-    curves = dict(zip(legend(sources), points, strict=True))  # named as the boxes are, whoever has a curve
-    logs = {name: source for name, source in legend(sources).items() if curves[name]}
-    figure = draw_edges(boxes, chance, {name: curves[name] for name in logs})
+    named = legend(sources)  # as the boxes are, whoever has a curve
+    curves = {name: found for name, found in zip(named, points, strict=True) if found}
+    figure, logs = draw_edges(boxes, chance, curves), {name: named[name] for name in curves}
     save(figure, "Ratio edge intra-class", "\n".join(notes), runs | logs, args.out)
 
 
