@@ -1002,9 +1002,9 @@ def edges(args: argparse.Namespace) -> None:
                      "within 1.5 times their distance; rings: classes beyond." + sides(data, boxed))
     if any(points):
         notes.append("Curves: from the logs, 10 neighbours, by the descriptors that are clustered.")
-    named = legend(sources)  # as the boxes are, whoever has a curve
-    curves = {name: found for name, found in zip(named, points, strict=True) if found}
-    figure, logs = draw_edges(boxes, chance, curves), {name: named[name] for name in curves}
+    known = legend(sources)  # as the boxes are, whoever has a curve
+    curves = {name: found for name, found in zip(known, points, strict=True) if found}
+    figure, logs = draw_edges(boxes, chance, curves), {name: known[name] for name in curves}
     save(figure, "Ratio edge intra-class", "\n".join(notes), runs | logs, args.out)
 
 

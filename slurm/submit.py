@@ -77,8 +77,8 @@ def pair(text: str) -> tuple[str, str]:
     key = key.replace("-", "_")
     if key == "srun_args":
         shlex.split(value)  # quotes that are no pair are a ValueError, which argparse reports
-    if key == "array_parallelism":
-        common.COUNT(value)
+    if key == "array_parallelism" and not (value.isdecimal() and int(value)):
+        raise argparse.ArgumentTypeError(f"{key} takes how many jobs of the array run at once, such as 4, not {value}")
     return key, value
 
 
