@@ -1735,33 +1735,24 @@ def _shapes(args: argparse.Namespace, split: str) -> tuple[Tensor, Tensor, list[
 def _cifar(args: argparse.Namespace, split: str) -> tuple[Tensor, Tensor, list[str]]:
     """The pickled batches of CIFAR-10 and -100, read without running anything they might contain."""
     ten = args.data == "cifar10"
-    folder = args.data_dir / ("cifar-10-batches-py" if ten else "cifar-100-python")
-    names = ["test_batch" if ten else "test"] if split == "test" else ["train"]
-    if ten and split != "test":
-        names = [f"data_batch_{i}" for i in range(1, 6)]
-    _download(args, "CIFAR10" if ten else "CIFAR100", folder)
-    path, label_key = folder, "labels" if ten else "fine_labels"  # path: what is read at present, for the message
+    official = torchvision.datasets.CIFAR10 if ten else torchvision.datasets.CIFAR100  # knows files, md5 sums and keys
+    folder = args.data_dir / official.base_folder
+    _download(args, official.__name__, folder)
+    path = folder  # what is read at present, for the message
     try:
-        batches = [_read_pickle(path := folder / name, _CIFAR_MD5[name]) for name in names]
-        meta = _read_pickle(path := folder / ("batches.meta" if ten else "meta"))
-        classes = [os.fsdecode(name) for name in meta["label_names" if ten else "fine_label_names"]]
+        files = official.test_list if split == "test" else official.train_list
+        batches = [_read_pickle(path := folder / name, md5) for name, md5 in files]
+        meta = _read_pickle(path := folder / official.meta["filename"])
+        classes = [os.fsdecode(name) for name in meta[official.meta["key"]]]
         path = folder
         pixels = torch.from_numpy(np.concatenate([np.asarray(batch["data"], np.uint8) for batch in batches]))
-        truth = torch.tensor([label for batch in batches for label in batch[label_key]])
+        truth = torch.tensor([label for batch in batches for label in batch["labels" if ten else "fine_labels"]])
         return pixels.view(len(truth), 3, 32, 32), truth, classes
     except OSError as error:
         reason = error.strerror
     except Exception:  # garbage makes the unpickler raise almost anything
         reason = "damaged, or no CIFAR batch"
     raise Fault(f"cannot read {path} ({reason}): remove {folder} to download the data again")
-
-
-_CIFAR_MD5 = {
-    "data_batch_1": "c99cafc152244af753f735de768cd75f", "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751", "data_batch_4": "634d18415352ddfa80567beed471001a",
-    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb", "test_batch": "40351d587109b95175f43aff81a1287e",
-    "train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
-}
 
 
 class _PlainUnpickler(pickle.Unpickler):

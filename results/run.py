@@ -30,6 +30,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torchvision
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
@@ -149,11 +151,12 @@ def encoding(row: Row, args: argparse.Namespace) -> str:
     """How the images of a row are encoded: "original" for the official files, else what --images says."""
     if "--preset smoke" in row.train:
         return "rendered"
-    folder = {"CIFAR-10": "cifar-10-batches-py", "CIFAR-100": "cifar-100-python"}.get(row.data.split(",")[0])
-    if folder:
-        found = [path for path in (args.data_dir / folder / name for name in common._CIFAR_MD5) if path.is_file()]
-        if all(hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() == common._CIFAR_MD5[path.name]
-               for path in found):
+    sets = {"CIFAR-10": torchvision.datasets.CIFAR10, "CIFAR-100": torchvision.datasets.CIFAR100}
+    if official := sets.get(row.data.split(",")[0]):
+        files = {args.data_dir / official.base_folder / name: md5
+                 for name, md5 in [*official.train_list, *official.test_list]}
+        if all(hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() == md5
+               for path, md5 in files.items() if path.is_file()):
             return "original"  # what is missing is downloaded
     elif row.data == TINY:
         first = next((args.data_dir / "tiny32/train").glob("*/*"), None)

@@ -69,11 +69,11 @@ def test_missing_and_empty_data(train: list[str], tmp_path: Path) -> None:
 def no_network() -> None:
     import torchvision
 
-    def fail(root: str, download: bool) -> None:
+    def fail(self: Any, root: str, download: bool) -> None:
         raise OSError(errno.ENETUNREACH, "Network is unreachable")
 
-    torchvision.datasets.CIFAR10 = fail
-    torchvision.datasets.STL10 = fail
+    torchvision.datasets.CIFAR10.__init__ = fail
+    torchvision.datasets.STL10.__init__ = fail
 
 
 def test_download_fails(train: list[str], tmp_path: Path) -> None:
