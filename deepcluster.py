@@ -465,18 +465,15 @@ def fill_empty(labels: Tensor, k: int, random: np.random.Generator) -> tuple[Ten
     shuffle = torch.from_numpy(random.permutation(len(labels))).to(labels.device)
     order = shuffle[labels[shuffle].argsort(stable=True)]  # a cluster holds order[start : start + count], shuffled
     starts = counts.cumsum() - counts
-    filled = []
+    labels = labels.clone()
     for cluster in empty.tolist():
         donors = np.flatnonzero(counts > 1)
         if len(donors) == 0:  # fewer images than clusters
             break
         donor = random.choice(donors)
-        half = counts[donor] // 2
-        counts[donor] -= half
-        starts[cluster], counts[cluster] = starts[donor] + counts[donor], half
-        filled.append(cluster)
-    labels = labels.clone()
-    for cluster in filled:
+        counts[cluster] = counts[donor] // 2
+        counts[donor] -= counts[cluster]
+        starts[cluster] = starts[donor] + counts[donor]
         labels[order[starts[cluster] : starts[cluster] + counts[cluster]]] = cluster
     return labels, len(empty)
 
