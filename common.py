@@ -1301,6 +1301,12 @@ class ImageSet:
         """Whether the network takes its 3x3 stem."""
         return self.size < SMALL
 
+    @property
+    def shorter_side(self) -> int:
+        """What it is scaled to before the central crop, px: 8/7 of `size` (256 for 224), `size` if images are small."""
+        fits = self.pixels is not None and min(self.pixels.shape[2:]) <= self.size
+        return self.size if self.small or fits else round(self.size * 8 / 7)
+
     def identity(self) -> dict[str, Any]:
         """What `differences` compares: plain values, with a checksum of some pixels or all names."""
         content, sample = hashlib.blake2b(digest_size=8), range(0, len(self), max(1, len(self) // 64))
@@ -1380,20 +1386,17 @@ class ImageSet:
         corners and the centre of each and of its mirror image, as torchvision's ten_crop, (b, 10, 3, S, S), the shorter
         side at 8/7 of S of small images too.
         """
-        side = round(self.size * 8 / 7)
+        side = round(self.size * 8 / 7) if ten else self.shorter_side
         if self.pixels is not None:
             for part in torch.split(rows, batch_size):
                 pixels = sent(self.pixels[part.to(self.pixels.device)], device)
                 if ten:
                     yield torch.stack(ten_crop(resize_center_crop(pixels, side, side), self.size), 1)
                 else:
-                    yield resize_center_crop(pixels, shorter_side(self.size, min(pixels.shape[-2:])), self.size)
+                    yield resize_center_crop(pixels, side, self.size)
         else:
-            shape = (3, self.size, self.size)
-            if ten:
-                decoder = _Decoder(self, functools.partial(ten_squares, size=self.size, side=side), (10, *shape))
-            else:
-                decoder = _Decoder(self, functools.partial(central_square, size=self.size), shape)
+            read, shape = (ten_squares, (10, 3)) if ten else (central_square, (3,))
+            decoder = _Decoder(self, functools.partial(read, size=self.size, side=side), (*shape, self.size, self.size))
             items = ([(i,) for i in part.tolist()] for part in torch.split(rows, batch_size))
             for _, images in self._decoded(decoder, items, device):
                 yield images
@@ -1478,11 +1481,6 @@ def rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def shorter_side(size: int, source: int) -> int:
-    """What the shorter side is scaled to before the central crop, px: 8/7 of `size` (256 for 224), `size` if small."""
-    return size if size < SMALL or source <= size else round(size * 8 / 7)
-
-
 def shortened(path: Path, side: int) -> Tensor:
     """The whole image, its shorter side scaled to `side` px: (3, H, W). Of one over 16 times as long, the middle."""
     with Image.open(path) as image:
@@ -1503,9 +1501,9 @@ def ten_squares(path: Path, size: int, side: int) -> Tensor:
     return torch.stack(ten_crop(shortened(path, side), size))
 
 
-def central_square(path: Path, size: int, side: int | None = None) -> Tensor:
-    """The shorter side scaled to `side` (default: that of evaluation), then the central square: (3, size, size)."""
-    pixels = shortened(path, side or (size if size < SMALL else round(size * 8 / 7)))
+def central_square(path: Path, size: int, side: int) -> Tensor:
+    """The shorter side scaled to `side`, then the central square: (3, size, size)."""
+    pixels = shortened(path, side)
     top, left = (round((length - size) / 2) for length in pixels.shape[1:])
     return pixels[:, top : top + size, left : left + size]
 

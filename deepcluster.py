@@ -210,9 +210,8 @@ def training_crop(args: argparse.Namespace, data: common.ImageSet) -> common.Cro
         return common.Crop(data.size, (args.min_crop, 1.0))
     if args.crop == "random":  # one size, that of 224 px where the shorter side has 256; it fits into any format
         return common.Crop(data.size, ((7 / 8) ** 2,) * 2, (1.0, 1.0), of_square=True)
-    source = 2**16 if data.pixels is None else min(data.pixels.shape[-2:])  # photographs are larger than what is cut
     # The central square, since it fits nowhere else; `augment` cuts out its middle.
-    return common.Crop(common.shorter_side(data.size, source), (1.0, 1.0), (1.0, 1.0))
+    return common.Crop(data.shorter_side, (1.0, 1.0), (1.0, 1.0))
 
 
 def augment(images: Tensor, draw: common.Draw, flip: str, size: int) -> Tensor:
