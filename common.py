@@ -641,7 +641,7 @@ class Run:
             raise Fault(f"{self.output} is in use by another run: choose another --output; if there is none, as after "
                         f"the death of a node, remove {self.output / 'lock'}") from None
         except OSError as error:
-            print(f"note: {self.output} cannot be locked ({error.strerror}): start nothing else there", file=sys.stderr)
+            say(f"note: {self.output} cannot be locked ({error.strerror}): start nothing else there")
         for leftover in self.output.glob("*.pth.tmp"):  # ours: other files may lie there too
             leftover.unlink()
 
@@ -1441,7 +1441,7 @@ class BadImages:
                 raise Fault(f"cannot read the image {path}: remove it, or tolerate some with --max-bad-images "
                             f"(now {self.limit})")
             if first_rank() or not all_ranks:
-                print(f"unreadable image, replaced by grey: {path}", file=sys.stderr, flush=True)
+                say(f"unreadable image, replaced by grey: {path}")
 
 
 def ignore_signals(worker: int) -> None:
@@ -1818,7 +1818,7 @@ def _download(args: argparse.Namespace, name: str, there: Path, **what: str) -> 
     there: the set's own folder, or a file of it where `what` says which part is wanted: parts share their folders.
     """
     for _ in _missing(there):
-        print(f"downloading {name} to {args.data_dir}", file=sys.stderr, flush=True)
+        say(f"downloading {name} to {args.data_dir}")
         try:
             args.data_dir.mkdir(parents=True, exist_ok=True)
             # Whole sets are renamed once they are whole: other runs may look, or have been first.
