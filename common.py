@@ -474,6 +474,16 @@ def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Gene
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, by pinned memory: from other memory the host may wait for all a GPU has to do.
+
+    Elsewhere the copy is waited for: on Apple's GPUs an unawaited one may read what comes after.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 class Draw:
     """Uniform numbers for each image of this rank's batch: rows of the global batch's, whatever the number of ranks."""
 
@@ -484,17 +494,7 @@ class Draw:
     def __call__(self, *shape: int) -> Tensor:
         """The next numbers in [0, 1): (rows, *shape). Drawn on the CPU, so that all devices see the same."""
         self.shapes.append(shape)
-        # From other memory a copy may wait for all that a GPU has to do or, unawaited on Apple's, read what comes after
-        pinned = self.device.type == "cuda"
-        numbers = torch.rand(self.batch_size, *shape, generator=self.source, pin_memory=pinned)[self.rows]
-        return numbers.to(self.device, non_blocking=pinned)
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device, by pinned memory: from other memory the host may wait for all a GPU has to do."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+        return sent(torch.rand(self.batch_size, *shape, generator=self.source)[self.rows], self.device)
 
 
 class Redraw:
