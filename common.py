@@ -1350,6 +1350,9 @@ class ImageSet:
         if self.pixels is not None:
             order = order.to(self.pixels.device)  # once: a copy in each step would wait for the device
 
+        def slots(step: int) -> Tensor:
+            return order[step * batch : (step + 1) * batch][rows]
+
         def numbers(step: int) -> Tensor:
             draw = Draw(run.generator("crop", epoch, step), batch, rows, CPU)
             return torch.stack([draw(CROP_NUMBERS) for _ in range(views)])
@@ -1358,22 +1361,20 @@ class ImageSet:
             return torch.stack([resized_crop(pixels, box, crop.size) for box in boxes])
 
         steps = range(start, len(order) // batch)
-        indices = (order[step * batch : (step + 1) * batch][rows] for step in steps)
         if self.pixels is not None:
             key = (self.name, self.pixels.shape[1:], crop, views)
-            if key not in run.cuts:  # kept for all epochs
-                run.cuts[key] = run.graphed(cut, self.small)
+            graphed_cut = run.cuts.setdefault(key, run.graphed(cut, self.small))  # kept for all epochs
             height, width = self.pixels.shape[2:]
-            for step, index in zip(steps, indices, strict=True):
+            for step in steps:
                 # On the CPU, where so small operators take less than their launches on a GPU
                 boxes = crop_boxes(numbers(step).flatten(0, 1), height, width, *crop[1:])
+                index = slots(step)
                 pixels = sent(self.pixels[index], run.device)
-                images = run.cuts[key](pixels, sent(boxes, run.device).view(views, -1, 4))
+                images = graphed_cut(pixels, sent(boxes, run.device).view(views, -1, 4))
                 run.seed_step(epoch, step)
                 yield step, sent(index, run.device), images
         else:
-            items = (list(zip(index.tolist(), numbers(step).transpose(0, 1), strict=True))
-                     for step, index in zip(steps, indices, strict=True))
+            items = (list(zip(slots(step).tolist(), numbers(step).transpose(0, 1), strict=True)) for step in steps)
             decoder = _Decoder(self, functools.partial(random_crops, crop=crop), (views, 3, crop.size, crop.size))
             for step, (index, images) in zip(steps, self._decoded(decoder, items, run.device), strict=True):
                 run.seed_step(epoch, step)
