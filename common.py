@@ -1178,13 +1178,7 @@ def plain_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def copied(content: Any) -> Any:
     """Dictionaries, lists and tuples with copies of their tensors, on the CPU."""
-    if isinstance(content, Tensor):
-        return content.detach().to("cpu", copy=True)
-    if isinstance(content, dict):
-        return {key: copied(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):  # kept apart: a resume compares options
-        return (list if isinstance(content, list) else tuple)(copied(value) for value in content)
-    return content
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), content)
 
 
 def write_checkpoint(path: Path, content: Any) -> None:
