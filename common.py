@@ -952,7 +952,7 @@ class Run:
                         f"--overwrite or another --output; the last checkpoint in {self.output}, if any, is good")
         for part in state.values():  # what the ranks have in parts
             if hasattr(part, "collect"):
-                part.collect(self)
+                part.collect()
         if self.rank == 0:
             self.written()
             content = dict(
@@ -1050,9 +1050,9 @@ class Totals:
         self.counts, self.sums = {}, {}
         return means
 
-    def collect(self, run: Run) -> None:
+    def collect(self) -> None:
         """Before state_dict, on all ranks: one sum per rank, (ranks,), so that each resumes with its own."""
-        self.collected = {name: run.gather(total[None])[0] for name, total in self.sums.items()}
+        self.collected = {name: self.run.gather(total[None])[0] for name, total in self.sums.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return dict(counts=dict(self.counts), sums=self.collected)

@@ -275,9 +275,9 @@ class ShardedBank(common.MemoryBank):
                 whole[first : min(first + len(part), last)] = part[: max(0, last - first)]
         return whole
 
-    def collect(self, run: common.Run) -> None:
+    def collect(self) -> None:
         """Before state_dict, on all ranks: the whole bank comes to the first one's host memory."""
-        self.whole = self.gathered(torch.empty(self.size if run.rank == 0 else 0, self.features.shape[1]))
+        self.whole = self.gathered(torch.empty(self.size if self.run.rank == 0 else 0, self.features.shape[1]))
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
         whole, self.whole = self.whole, torch.empty(0)

@@ -473,7 +473,7 @@ def shards(rank: int, world: int, store: str, folder: Path) -> None:
     before = bank.features.clone()
     bank.update(QUERIES, INDEX, 0.5)
     everywhere = bank.gathered(torch.empty(SLOTS, 16))
-    bank.collect(fake)
+    bank.collect()
     saved = bank.state_dict()["features"]
     assert torch.equal(everywhere, saved) if rank == 0 else len(saved) == 0
     torch.save([losses.detach(), z.grad, before, everywhere], folder / str(rank))
