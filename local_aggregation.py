@@ -410,10 +410,7 @@ def cluster(
     share = -(-num_clusterings // run.world)
     labels = torch.zeros(share, len(features), dtype=torch.int32, device=features.device)
     figures = torch.zeros(share, 3, device=features.device)
-    for turn in range(share):
-        number = turn * run.world + run.rank
-        if number >= num_clusterings:
-            continue
+    for turn, number in enumerate(range(run.rank, num_clusterings, run.world)):
         if radius is not None:
             labels[turn] = dbscan(features, radius)
         else:
