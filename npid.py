@@ -267,12 +267,13 @@ class ShardedBank(common.MemoryBank):
         """Copy all rows into `whole` (size, D), on any device. All ranks call it; an empty `whole` only sends."""
         world, share = self.run.world, -(-self.size // self.run.world)
         for begin in range(0, share, self.CHUNK):
-            rows = self.features[begin : min(begin + self.CHUNK, share)]
+            rows = self.features[begin : begin + self.CHUNK]
             padding = min(self.CHUNK, share - begin) - len(rows)  # gather needs equal shapes
             (parts,) = self.run.gather(F.pad(rows, (0, 0, 0, padding))[None])
             for rank, part in enumerate(parts if len(whole) else ()):
-                first, last = rank * self.size // world + begin, (rank + 1) * self.size // world
-                whole[first : min(first + len(part), last)] = part[: max(0, last - first)]
+                first = rank * self.size // world + begin
+                last = min(first + len(part), (rank + 1) * self.size // world)
+                whole[first:last] = part[: last - first]
         return whole
 
     def collect(self) -> None:
