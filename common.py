@@ -1448,6 +1448,11 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+# What Pillow raises for damaged images.
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error, zlib.error,
+              Image.DecompressionBombError)
+
+
 class _Decoder(torch.utils.data.Dataset[tuple[int, Tensor, bool]]):
     """(row, *more) -> (row, image, bad): read(path of row, *more), uint8 of `shape`; grey and bad if unreadable."""
 
@@ -1460,11 +1465,6 @@ class _Decoder(torch.utils.data.Dataset[tuple[int, Tensor, bool]]):
             return row, self.read(self.data.path(row), *more).contiguous(), False
         except UNREADABLE:
             return row, torch.full(self.shape, 128, dtype=torch.uint8), True
-
-
-# What Pillow raises for damaged images.
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error, zlib.error,
-              Image.DecompressionBombError)
 
 
 def rgb(image: Image.Image) -> Image.Image:
