@@ -901,7 +901,7 @@ def main(args: argparse.Namespace) -> None:
             totals.add(loss=loss)
             run.after_step(state, epoch, step, loss)
 
-        row: dict[str, float] = totals.means() | clusters.figures  # waits for the device's last steps
+        row = totals.means() | clusters.figures  # waits for the device's last steps
         train_seconds = time.perf_counter() - began_training
         if monitored and test is not None:
             row |= knn(test)

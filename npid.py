@@ -420,7 +420,7 @@ def main(args: argparse.Namespace) -> None:
                 totals.add(**part_figures)
             run.after_step(state, epoch, step, loss)
 
-        row: dict[str, float] = totals.means()  # waits for the device's last steps
+        row = totals.means()  # waits for the device's last steps
         images_per_second = (steps - start) * args.batch_size / (time.perf_counter() - began)
         if test and (epoch + 1 == args.epochs or (epoch + 1) % args.knn_every == 0):
             encoder.eval()
