@@ -406,11 +406,11 @@ def cluster(
 
     The seeds follow from `key` and the number of the clustering. radius: DBSCAN's, in place of k-means.
     """
-    # Rank r makes the clusterings r, r + ranks, ...; all ranks have room for as many, since gather needs equal shapes.
-    share = -(-num_clusterings // run.world)
+    share = -(-num_clusterings // run.world)  # all ranks have room for as many, since gather needs equal shapes
+    first = run.rank * share
     labels = torch.zeros(share, len(features), dtype=torch.int32, device=features.device)
     figures = torch.zeros(share, 3, device=features.device)
-    for turn, number in enumerate(range(run.rank, num_clusterings, run.world)):
+    for turn, number in enumerate(range(first, min(first + share, num_clusterings))):
         if radius is not None:
             labels[turn] = dbscan(features, radius)
         else:
@@ -419,9 +419,7 @@ def cluster(
             labels[turn] = found.labels
             figures[turn] = torch.tensor([found.objective[-1] / len(features), found.empty, found.splits])
     run.barrier()
-    # (world, share, ...), in the order of their numbers
-    labels, figures = (part.transpose(0, 1).flatten(0, 1)[:num_clusterings]
-                       for part in run.gather(labels[None], figures[None]))
+    labels, figures = (part[:num_clusterings] for part in run.gather(labels, figures))
     objective, empty, splits = figures.mean(0).tolist()
     return labels, {} if radius is not None else dict(objective=round(objective, 5), empty=empty, splits=splits)
 

@@ -415,7 +415,7 @@ def test_seeds_of_clusterings(option: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_figures_of_clusterings_are_those_of_one_rank() -> None:
-    """Labels and figures of four clusterings on three ranks are those of one: the room that two ranks leave empty, so
+    """Labels and figures of four clusterings on three ranks are those of one: the room that a rank leaves empty, so
     that all send equal shapes, counts for nothing."""
 
     class Share(Rank):
@@ -438,7 +438,7 @@ def test_figures_of_clusterings_are_those_of_one_rank() -> None:
 
 
 def test_clusterings_are_shared_out_over_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of four clusterings three ranks make two, one and one: those of one rank, each of them once."""
+    """Of four clusterings three ranks make two, two and none: those of one rank, each of them once."""
     made, kmeans = list[int](), common.kmeans
     monkeypatch.setattr(common, "kmeans", lambda *a, seed, **k: (made.append(seed), kmeans(*a, seed=seed, **k))[1])
 
@@ -448,7 +448,7 @@ def test_clusterings_are_shared_out_over_the_ranks(monkeypatch: pytest.MonkeyPat
         return list(made)
 
     alone, shares = seeds(0, 1), [seeds(rank, 3) for rank in range(3)]
-    assert shares == [[alone[0], alone[3]], [alone[1]], [alone[2]]]
+    assert shares == [alone[:2], alone[2:], []]
     x = torch.cat([unit(20, D), unit(20, D)])  # twins: of k-means with as many clusters some stay empty
     labels, figures = la.cluster(Rank(), x, 4, 30, (), iterations=1)  # type: ignore[arg-type]
     found = [kmeans(x, 30, seed=seed, iterations=1) for seed in made[-4:]]
