@@ -1865,11 +1865,11 @@ def _folder(args: argparse.Namespace, split: str) -> ImageSet:
         classes = sorted(f.name for f in entries if f.name[0] != "." and f.is_dir()
                          and not (others and Path(f).resolve() in others))
     files = _image_files(place, others if place == train else set())
-    first = [file.split("/", 1)[0] if "/" in file else None for file in files]
-    if strange := sorted({name for name in first if name is not None} - set(classes)):
+    first = [file.split("/")[0] if "/" in file else "" for file in files]  # "": in no folder
+    if strange := sorted(set(first) - {"", *classes}):
         raise Fault(f"{place} has folders that {train} has not: {', '.join(strange[:3])}")
-    number = {name: i for i, name in enumerate(classes)}
-    labels = torch.tensor([-1 if name is None else number[name] for name in first])
+    number = {name: i for i, name in enumerate(classes)} | {"": -1}
+    labels = torch.tensor([number[name] for name in first])
     name = args.data if named else folder_name(root)
     return ImageSet(name, 0, *DATASETS.get(args.data, IMAGENET)[1:], labels, classes,
                     torch.arange(len(files)), root=place, files=np.array([os.fsencode(file) for file in files]),
