@@ -1,8 +1,6 @@
-"""Code that at least three of the scripts would otherwise repeat. No paper's design choices are made here; formulas
-that scripts share name their equation.
-
-Code belongs here if three scripts need it word for word, its name says all that a caller has to know, and it has a test
-of its own. Nothing happens at import. In order of use:
+"""Code belongs here if three scripts need it word for word, its name says all that a caller has to know, and it has a
+test of its own. No paper's design choices are made here; formulas that scripts share name their equation. Nothing
+happens at import. In order of use:
 
      1  errors        Fault, launch, note
      2  options       parser, parse
