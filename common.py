@@ -250,7 +250,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         return action.help if action.default is None else super()._get_help_string(action)  # "None" says nothing
 
 
-def number(kind: type, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> Callable[[str], Any]:
+def number(kind: type, low: float, high: float = math.inf, open_low: bool = False) -> Callable[[str], Any]:
     """An argparse type: a finite number in [low, high], or (low, high] if `open_low`."""
 
     def convert(text: str) -> Any:
