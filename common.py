@@ -1611,9 +1611,8 @@ def load_monitor(args: argparse.Namespace, data: ImageSet, device: torch.device)
     if args.knn_every and reason:
         note(f"{data.name} has no {reason}: no kNN monitor")
     apart = folder and not (image_root(args) / "train").is_dir()  # then training leaves out what is in --val-dir
-    note_idle(args, dict(knn_features=(on, "a kNN monitor"), test_subset=(on, "a kNN monitor"),
-                         val_list=(on, "a kNN monitor"),
-                         val_dir=((folder and on) or apart, "a folder of images and a kNN monitor")))
+    idle = {name: (on, "a kNN monitor") for name in ("knn_features", "test_subset", "val_list")}
+    note_idle(args, idle | dict(val_dir=((folder and on) or apart, "a folder of images and a kNN monitor")))
     if not on:
         return None
     test = load_test(args, data, device)
