@@ -1373,11 +1373,10 @@ class ImageSet:
                 yield step, index, images.transpose(0, 1)
 
     def centers(self, rows: Tensor, batch_size: int, device: torch.device, ten: bool = False) -> Iterator[Tensor]:
-        """The images at `rows` in batches (b, 3, S, S) in [0, 1], without augmentation.
+        """The central squares of the images at `rows`, by `shorter_side`, in batches (b, 3, S, S) in [0, 1].
 
-        Small images as they are; larger ones with the shorter side at 8/7 of S, then the central square. With `ten` the
-        corners and the centre of each and of its mirror image, as torchvision's ten_crop, (b, 10, 3, S, S), the shorter
-        side at 8/7 of S of small images too.
+        With `ten` the corners and the centre of each and of its mirror image, as torchvision's ten_crop,
+        (b, 10, 3, S, S), the shorter side at 8/7 of S of small images too.
         """
         side = round(self.size * 8 / 7) if ten else self.shorter_side
         if self.pixels is not None:
