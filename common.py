@@ -3442,7 +3442,10 @@ class VocSet:
     name: str
     classes: list[str]
     images: list[VocImage]
-    size: int = 0  # px: the shorter side that the network sees, which the script decides
+    # How the network sees them, which the script decides.
+    size: int = 0  # px: the shorter side
+    mean: tuple[float, float, float] = IMAGENET.mean
+    std: tuple[float, float, float] = IMAGENET.std
 
     def __len__(self) -> int:
         return len(self.images)

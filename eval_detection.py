@@ -296,7 +296,7 @@ class Batch(NamedTuple):
 
 def collate(
     part: list[tuple[Sample, Tensor]], data: common.VocSet, proposals: list[Tensor] | None, args: argparse.Namespace,
-    mean: Sequence[float], std: Sequence[float], device: torch.device,
+    device: torch.device,
 ) -> Batch:
     """Decoded images with their boxes on the device, normalised."""
     sizes = [(pixels.shape[1], pixels.shape[2]) for _, pixels in part]
@@ -304,7 +304,7 @@ def collate(
     images = torch.zeros(len(part), 3, *sides, device=device)
     targets, regions = list[dict[str, Tensor]](), list[Tensor]()
     for canvas, (height, width), (sample, pixels) in zip(images, sizes, part, strict=True):
-        canvas[:, :height, :width] = common.normalize(pixels[None].to(device).float() / 255, mean, std)[0]
+        canvas[:, :height, :width] = common.normalize(pixels[None].to(device).float() / 255, data.mean, data.std)[0]
         image = data.images[sample.row]
         kept = ~image.difficult | args.train_difficult
         boxes = move_boxes(image.boxes[kept], image.size, (width, height), sample.flip)
@@ -657,8 +657,7 @@ def figures(found: Detections, data: common.VocSet) -> dict[str, Any]:
 
 @torch.no_grad()
 def detect(
-    model: Detector, data: common.VocSet, proposals: list[Tensor] | None, args: argparse.Namespace,
-    mean: Sequence[float], std: Sequence[float], run: common.Run,
+    model: Detector, data: common.VocSet, proposals: list[Tensor] | None, args: argparse.Namespace, run: common.Run
 ) -> Detections:
     """At most 100 boxes in each image, one image at a time; shared out over the ranks, the same on all."""
     model.eval()
@@ -669,7 +668,7 @@ def detect(
     for number, (place, part) in enumerate(zip(packed, batches, strict=True)):
         if number % 10 == 0:  # ranks wait here for each other
             run.pause(1, 0)
-        batch = collate(part, data, proposals, args, mean, std, run.device)
+        batch = collate(part, data, proposals, args, run.device)
         with run.autocast():
             ((answer,), _) = model(batch)
         sample, (height, width) = part[0][0], batch.sizes[0]
@@ -728,7 +727,7 @@ def main(args: argparse.Namespace) -> None:
                                 extra_bn=(not plain and args.bn == "tuned", "a ResNet and --bn tuned")))
     data, test = load(args)
     usual_data = common.DATASETS["shapes"] if args.data == "shapes" else common.IMAGENET
-    mean, std = common.statistics(args, encoder.data, usual_data)
+    data.mean, data.std = test.mean, test.std = common.statistics(args, encoder.data, usual_data)
     train_regions = read_proposals(args.proposals, data, args.train_proposals) if args.proposals else None
     test_regions = read_proposals(args.proposals, test, args.test_proposals) if args.proposals else None
     run.describe(data, test, test=test.identity())
@@ -742,7 +741,7 @@ def main(args: argparse.Namespace) -> None:
     finished, first = run.resume(state, args.iterations)
 
     def batch_of(part: list[tuple[Sample, Tensor]]) -> Batch:
-        return collate(part, data, train_regions, args, mean, std, run.device)
+        return collate(part, data, train_regions, args, run.device)
 
     began, since = time.perf_counter(), first
     for step, images in training_batches(run, data, args, range(first, 0 if finished else args.iterations)):
@@ -777,7 +776,7 @@ def main(args: argparse.Namespace) -> None:
         run.broadcast(model)
         run.save(state, 1, 0)
 
-    found = detect(model, test, test_regions, args, mean, std, run)
+    found = detect(model, test, test_regions, args, run)
     result = dict(protocol="detection", checkpoint=args.checkpoint, checkpoint_sha256=encoder.sha256,
                   preset=args.preset, data=test.name, arch=encoder.arch, width=encoder.width,
                   train_images=len(data), test_images=len(test),

@@ -145,8 +145,8 @@ class Decoder(torch.utils.data.Dataset[tuple[Tensor, Tensor] | str]):
     """Sample -> pixels (3, h, w) uint8 and classes (h, w) uint8, of a test image (no crop) at the mask's own size; what
     is wrong with the file instead, as a text, where that is so."""
 
-    def __init__(self, data: common.VocSet, mean: Sequence[float]) -> None:
-        self.data, self.mean = data, tuple(round(255 * value) for value in mean)
+    def __init__(self, data: common.VocSet) -> None:
+        self.data, self.mean = data, tuple(round(255 * value) for value in data.mean)
 
     def __getitem__(self, sample: Any) -> tuple[Tensor, Tensor] | str:
         image = self.data.images[sample.row]
@@ -181,12 +181,10 @@ def joined(items: list[tuple[Tensor, Tensor] | str]) -> Any:
     return wrong[0] if wrong else torch.utils.data.default_collate(items)
 
 
-def decoded(
-    data: common.VocSet, args: argparse.Namespace, mean: Sequence[float], batches: Any
-) -> Iterator[tuple[Tensor, Tensor]]:
+def decoded(data: common.VocSet, args: argparse.Namespace, batches: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """Images (b, 3, h, w) and masks (b, h, w) of each batch of samples, decoded by workers."""
     loader: Any = torch.utils.data.DataLoader(
-        Decoder(data, mean), batch_sampler=batches, num_workers=args.workers, collate_fn=joined,
+        Decoder(data), batch_sampler=batches, num_workers=args.workers, collate_fn=joined,
         worker_init_fn=common.ignore_signals,
     )
     for batch in loader:
@@ -196,7 +194,7 @@ def decoded(
 
 
 def training_batches(
-    run: common.Run, data: common.VocSet, args: argparse.Namespace, mean: Sequence[float], steps: range
+    run: common.Run, data: common.VocSet, args: argparse.Namespace, steps: range
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(step, images (b, 3, S, S) in [0, 1], classes (b, S, S)) of this rank: next of an endless row of permutations."""
     rows, count, batch = run.rows(args.batch_size), len(data), args.batch_size
@@ -210,7 +208,7 @@ def training_batches(
         return [Sample(row, max(1, round(args.test_size * (low + (high - low) * u))), v < 0.5, args.crop, x, y)
                 for row, (u, v, x, y) in zip(order.tolist(), draw.tolist(), strict=True)]
 
-    batches = decoded(data, args, mean, (samples(step) for step in steps))
+    batches = decoded(data, args, (samples(step) for step in steps))
     for step, (images, masks) in zip(steps, batches, strict=True):
         run.seed_step(0, step)
         yield step, images.to(run.device).float() / 255, masks.to(run.device).long()
@@ -337,22 +335,19 @@ def figures(table: Tensor, names: Sequence[str]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def confusion_table(
-    model: Segmenter, data: common.VocSet, args: argparse.Namespace, mean: Sequence[float], std: Sequence[float],
-    run: common.Run,
-) -> Tensor:
+def confusion_table(model: Segmenter, data: common.VocSet, args: argparse.Namespace, run: common.Run) -> Tensor:
     """The confusion table of all test images, one at a time at their own size; shared out over the ranks."""
     model.eval()
     rows = list(range(len(data)))[run.rank :: run.world]
     count = 1 + len(data.classes)
     table = torch.zeros(count, count, dtype=torch.int64, device=run.device)
-    batches = tqdm(decoded(data, args, mean, [[Sample(row, args.test_size)] for row in rows]), total=len(rows),
+    batches = tqdm(decoded(data, args, [[Sample(row, args.test_size)] for row in rows]), total=len(rows),
                    desc="test", unit="image", dynamic_ncols=True, leave=False, disable=run.rank > 0 or None)
     for number, (pixels, mask) in enumerate(batches):
         if number % 10 == 0 and number < len(data) // run.world:  # ranks, which all have so many, wait for each other
             run.pause(1, 0)
         height, width = pixels.shape[2:]
-        image = common.normalize(pixels.to(run.device).float() / 255, mean, std)
+        image = common.normalize(pixels.to(run.device).float() / 255, data.mean, data.std)
         # Zeros at the right and below, so that the map has whole cells.
         image = F.pad(image, (0, -width % 32, 0, -height % 32)).contiguous(memory_format=torch.channels_last)
         with run.autocast():
@@ -398,7 +393,7 @@ def main(args: argparse.Namespace) -> None:
     common.note_idle(args, dict(dropout=(plain, "AlexNet or VGG16"), output_stride=(not plain, "a ResNet")))
     data, test = load(args)
     usual = common.DATASETS["shapes"] if args.data == "shapes" else common.IMAGENET
-    mean, std = common.statistics(args, encoder.data, usual)
+    data.mean, data.std = test.mean, test.std = common.statistics(args, encoder.data, usual)
     run.describe(data, test, test=test.identity())
     run.header["options"] |= dict(checkpoint_sha256=encoder.sha256)
 
@@ -412,11 +407,11 @@ def main(args: argparse.Namespace) -> None:
 
     began, since = time.perf_counter(), first
     steps = range(first, 0 if finished else args.iterations)
-    for step, images, classes in training_batches(run, data, args, mean, steps):
+    for step, images, classes in training_batches(run, data, args, steps):
         model.train()
         for group in optimizer.param_groups:
             group["lr"] = args.lr * (1 - step / args.iterations) ** 0.9
-        images = common.normalize(images, mean, std).contiguous(memory_format=torch.channels_last)
+        images = common.normalize(images, data.mean, data.std).contiguous(memory_format=torch.channels_last)
         optimizer.zero_grad()
         known = run.mean((classes != common.VOID).sum().float()).clamp(min=1)  # so that each pixel weighs the same
         loss = torch.zeros((), device=run.device)
@@ -439,7 +434,7 @@ def main(args: argparse.Namespace) -> None:
         run.broadcast(model)
         run.save(state, 1, 0)
 
-    table = confusion_table(model, test, args, mean, std, run)
+    table = confusion_table(model, test, args, run)
     result = dict(protocol="segmentation", checkpoint=args.checkpoint, checkpoint_sha256=encoder.sha256,
                   preset=args.preset, data=test.name, arch=encoder.arch, width=encoder.width,
                   train_images=len(data), test_images=len(test),

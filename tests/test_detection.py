@@ -274,12 +274,12 @@ def test_a_batch_has_boxes_where_the_objects_are() -> None:
     """Boxes follow their image's size and flip, classes count from 1, difficult objects are trained on if so asked,
     images are normalised and filled up with zeros."""
     data = truth_of([([[10, 20, 30, 60], [0, 0, 100, 100]], [2, 0], [0, 1]), ([[10, 20, 30, 60]], [1], [0])], 3)
+    data.mean, data.std = (0.1,) * 3, (0.5,) * 3
     part = [(Sample(0, 50, False), torch.full((3, 50, 50), 51, dtype=torch.uint8)),
             (Sample(1, 40, True), torch.full((3, 40, 40), 204, dtype=torch.uint8))]
     for kept in (False, True):
         regions = [image.boxes for image in data.images]  # given ones, which move likewise
-        batch = eval_detection.collate(part, data, regions, options(train_difficult=kept), (0.1,) * 3, (0.5,) * 3,
-                                       common.CPU)
+        batch = eval_detection.collate(part, data, regions, options(train_difficult=kept), common.CPU)
         one, two = batch.targets
         assert batch.proposals is not None
         assert [found.tolist() for found in batch.proposals] == [[[5, 10, 15, 30], [0, 0, 50, 50]], [[28, 8, 36, 24]]]
@@ -450,11 +450,12 @@ def test_training_is_that_of_plain_pytorch(folder: Path, tmp_path: Path, monkeyp
     model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(eval_detection.parameter_groups(model, 0.01), 1.0, momentum=0.5)
     data, _ = eval_detection.load(args)
+    data.mean, data.std = mean, std
     for step, images in enumerate(batches):
         torch.manual_seed(common.generator(3, "step", 0, step, 0).initial_seed())  # which anchors are trained on
         for group in optimizer.param_groups:
             group["lr"] = [0.00001, 0.005005, 0.01, 0.001][step]
-        _, losses = model(eval_detection.collate(images, data, None, args, mean, std, common.CPU))
+        _, losses = model(eval_detection.collate(images, data, None, args, common.CPU))
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
@@ -852,11 +853,11 @@ def test_detections_do_not_depend_on_ranks(folder: Path) -> None:
             parts.append(tensor)  # rank 0's turn comes first
             return (torch.cat(parts),)
 
-    mean, std = common.DATASETS["shapes"][1:]
-    alone = eval_detection.detect(model, data, None, args, mean, std, Share(0, 1))  # type: ignore[arg-type]
+    data.mean, data.std = common.DATASETS["shapes"][1:]
+    alone = eval_detection.detect(model, data, None, args, Share(0, 1))  # type: ignore[arg-type]
     parts.clear()
-    eval_detection.detect(model, data, None, args, mean, std, Share(0, 2))  # type: ignore[arg-type]
-    both = eval_detection.detect(model, data, None, args, mean, std, Share(1, 2))  # type: ignore[arg-type]
+    eval_detection.detect(model, data, None, args, Share(0, 2))  # type: ignore[arg-type]
+    both = eval_detection.detect(model, data, None, args, Share(1, 2))  # type: ignore[arg-type]
     assert len(alone.scores) > 50 and all(torch.equal(a, b) for a, b in zip(alone, both, strict=True))
 
 
@@ -877,7 +878,7 @@ def test_boxes_are_those_of_the_image(folder: Path, tmp_path: Path) -> None:
     run: Any = Rank(0, 1)
     run.share = torch.arange
     model: Any = Network()
-    found = eval_detection.detect(model, data, None, options(workers=0, test_size=60), (0, 0, 0), (1, 1, 1), run)
+    found = eval_detection.detect(model, data, None, options(workers=0, test_size=60), run)
     assert seen == [(60, 60), (60, 99)]
     assert found.image.tolist() == [0, 0, 1, 1] and found.labels.tolist() == [0, 6] * 2
     torch.testing.assert_close(found.boxes, torch.tensor([[0, 0, 96, 96], [48, 32, 96, 96.0],

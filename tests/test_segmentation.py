@@ -156,7 +156,8 @@ def test_image_and_mask_stay_together(folder: Path, tmp_path: Path) -> None:
     Image.fromarray(picture).save(tmp_path / "a.png")
     Image.fromarray(mask).save(tmp_path / "m.png")
     data.images[0] = image._replace(path=tmp_path / "a.png", mask=tmp_path / "m.png")
-    decoder = eval_segmentation.Decoder(data, (0.5, 0.5, 0.5))
+    data.mean = (0.5, 0.5, 0.5)
+    decoder = eval_segmentation.Decoder(data)
     for sample in (Sample(0, 64, False, 48, 0.3, 0.8), Sample(0, 200, True, 96, 1.0, 0.0), Sample(0, 40, True, 64)):
         item = decoder[sample]
         assert not isinstance(item, str)
@@ -185,14 +186,14 @@ def test_what_is_drawn_for_an_image(folder: Path, monkeypatch: pytest.MonkeyPatc
     two ranks have the halves of what one has."""
     seen, data, args = list[list[Sample]](), load(folder), options(scales=[0.5, 2.0], test_size=100, crop=70)
 
-    def undecoded(data: Any, args: Any, mean: Any, batches: Any) -> Any:
+    def undecoded(data: Any, args: Any, batches: Any) -> Any:
         for samples in batches:
             seen.append(samples)
             yield torch.zeros(1), torch.zeros(1)
 
     monkeypatch.setattr(eval_segmentation, "decoded", undecoded)
     for rank, world in ((0, 1), (0, 2), (1, 2)):
-        list(eval_segmentation.training_batches(Rank(rank, world), data, args, (0, 0, 0), range(70)))  # type: ignore[arg-type]
+        list(eval_segmentation.training_batches(Rank(rank, world), data, args, range(70)))  # type: ignore[arg-type]
     whole, left, right = seen[:70], seen[70:140], seen[140:]
     assert whole == [one + two for one, two in zip(left, right, strict=True)]
     samples = [sample for step in whole for sample in step]
@@ -366,9 +367,8 @@ def test_what_the_network_sees_in_the_test(folder: Path) -> None:
             seen.append(images)
             return torch.zeros(1, 11, 3, 3)
 
-    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
-    eval_segmentation.confusion_table(Network(), data, options(workers=0, test_size=70), mean, std,  # type: ignore[arg-type]
-                                      Rank(0, 1))
+    mean, std = data.mean, data.std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    eval_segmentation.confusion_table(Network(), data, options(workers=0, test_size=70), Rank(0, 1))  # type: ignore[arg-type]
     for image, (found,) in zip(data.images, seen, strict=True):
         assert found.shape == (3, 96, 96) and not found[:, 70:].any() and not found[:, :, 70:].any()
         with Image.open(image.path) as file:
@@ -380,6 +380,7 @@ def test_what_the_network_sees_in_the_test(folder: Path) -> None:
 def test_scores_lie_on_their_pixels(folder: Path, tmp_path: Path) -> None:
     """Also of an image wider than high scores are interpolated to what the network sees, judged at the mask's size."""
     data, (width, height) = load(folder, "test"), (150, 90)
+    data.mean, data.std = (0.5,) * 3, (0.5,) * 3
     mask = np.zeros((height, width), np.uint8)
     mask[10:50, 90:140] = 1
     Image.fromarray(mask).save(tmp_path / "m.png")
@@ -388,7 +389,7 @@ def test_scores_lie_on_their_pixels(folder: Path, tmp_path: Path) -> None:
 
     def table(network: Any) -> Tensor:
         args, run = options(workers=0, test_size=60), Rank(0, 1)  # 100 x 60 px, filled up
-        return eval_segmentation.confusion_table(network, data, args, (0.5,) * 3, (0.5,) * 3, run)  # type: ignore[arg-type]
+        return eval_segmentation.confusion_table(network, data, args, run)  # type: ignore[arg-type]
 
     class Fine(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
@@ -416,9 +417,10 @@ def test_tables_do_not_depend_on_ranks(folder: Path) -> None:
     args, data = options(workers=0), load(folder, "test")
     model = eval_segmentation.Segmenter(common.backbone("resnet18", 4, True), 10, args)
 
+    data.mean, data.std = common.DATASETS["shapes"][1:]
+
     def table(rank: int, world: int) -> Tensor:
-        mean, std = common.DATASETS["shapes"][1:]
-        return eval_segmentation.confusion_table(model, data, args, mean, std, Rank(rank, world))  # type: ignore[arg-type]
+        return eval_segmentation.confusion_table(model, data, args, Rank(rank, world))  # type: ignore[arg-type]
 
     assert torch.equal(table(0, 1), table(0, 2) + table(1, 2)) and table(0, 1).sum() > 0.9 * 3 * 96 * 96 * 0.9
 
