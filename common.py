@@ -3405,6 +3405,17 @@ def _fold_norms(network: PlainNet | ResNet) -> None:
             del layers[place]
 
 
+def publish(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Print the result of an evaluation as JSON, and add it to eval.jsonl in --output, if there is that option, and
+    beside the checkpoint, if that is a file."""
+    line = json.dumps(result)
+    folders = [args.output] if "output" in args else []
+    folders += [Path(args.checkpoint).parent] if result["checkpoint_sha256"] else []
+    for folder in dict.fromkeys(folders):
+        append_result(folder, line)
+    print(line, flush=True)
+
+
 # ---- 12. PASCAL VOC --------------------------------------------------------------------------------------------------
 
 # A folder in VOC's layout: JPEGImages/ID.jpg, Annotations/ID.xml, ImageSets/Main/LIST.txt with an ID a line; for

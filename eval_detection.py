@@ -45,7 +45,6 @@ box_reg), their sum, the rate, time and memory.
 import argparse
 import contextlib
 import io
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -782,7 +781,6 @@ def main(args: argparse.Namespace) -> None:
                   train_images=len(data), test_images=len(test),
                   test_list=args.test_list, test_subset=args.test_subset, iterations=args.iterations,
                   batch_size=args.batch_size, seed=args.seed, settings=run.settings(), **figures(found, test))
-    line = json.dumps(result)
     if run.rank == 0:
         keys, counts = ("boxes", "labels", "difficult"), torch.tensor([len(image.boxes) for image in test.images])
         truth = {key: torch.cat([getattr(image, key) for image in test.images]) for key in keys}
@@ -792,12 +790,9 @@ def main(args: argparse.Namespace) -> None:
             classes=test.classes, images=[str(image.path) for image in test.images], result=result,
             git=run.header["git"],
         ))
-        common.append_result(args.output, line)
-        if args.checkpoint != "random":
-            common.append_result(Path(args.checkpoint).parent, line)
     run.finish(encoder.backbone)
     if run.rank == 0:
-        print(line, flush=True)
+        common.publish(args, result)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ cluster_accuracy, with the best one-to-one assignment of clusters to classes.
 """
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,10 +137,7 @@ def main(args: argparse.Namespace) -> None:
         result |= retrieval(queries, test.labels.to(device), features, labels) | ratio_edge(features, labels)
     if args.clustering:
         result |= clustering(queries, test.labels, num_clusters, args.seed)
-    line = json.dumps(result)
-    if from_file:
-        common.append_result(path.parent, line)
-    print(line, flush=True)
+    common.publish(args, result)
 
 
 def retrieval(queries: Tensor, query_labels: Tensor, features: Tensor, labels: Tensor) -> dict[str, float]:

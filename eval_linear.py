@@ -1383,10 +1383,7 @@ def main(args: argparse.Namespace) -> None:
     if args.protocol in ("linear", "mlp"):
         facts |= dict(lr_grid=args.lr, weight_decay_grid=args.weight_decay, holdout=args.holdout,
                       schedule=args.schedule)
-    line = json.dumps(facts | result)
-    for folder in dict.fromkeys([args.output] + [path.parent] * (args.checkpoint != "random")):
-        common.append_result(folder, line)
-    print(line, flush=True)
+    common.publish(args, facts | result)
 
 
 if __name__ == "__main__":

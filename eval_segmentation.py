@@ -25,7 +25,6 @@ dropout also from the number of ranks. Where the names of a folder's classes are
 """
 
 import argparse
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -441,15 +440,10 @@ def main(args: argparse.Namespace) -> None:
                   test_list=args.test_list, test_subset=args.test_subset, iterations=args.iterations,
                   batch_size=args.batch_size, seed=args.seed, settings=run.settings(),
                   **figures(table.cpu(), ["ground", *test.classes]))
-    line = json.dumps(result)
-    if run.rank == 0:
-        common.append_result(args.output, line)
-        if args.checkpoint != "random":
-            common.append_result(Path(args.checkpoint).parent, line)
     model.write_back()
     run.finish(encoder.backbone)
     if run.rank == 0:
-        print(line, flush=True)
+        common.publish(args, result)
 
 
 if __name__ == "__main__":

@@ -455,6 +455,20 @@ def test_without_a_file(name: str, tmp_path: Path, capsys: pytest.CaptureFixture
     assert math.isfinite(results[0]["knn_top1"]) and not list(tmp_path.iterdir())
 
 
+def test_a_result_is_published_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It goes to --output and beside a checkpoint, once where these are one folder; untrained networks have none."""
+    (tmp_path / "out").mkdir()
+    out, beside = tmp_path / "out/eval.jsonl", tmp_path / "eval.jsonl"
+    for number, (folder, checksum) in enumerate([("out", ""), ("out", "1f"), (".", "1f"), (None, "1f"), (None, "")]):
+        args = argparse.Namespace(checkpoint=tmp_path / "a.pth")
+        if folder:
+            args.output = tmp_path / folder
+        common.publish(args, dict(number=number, checkpoint_sha256=checksum))
+        assert json.loads(capsys.readouterr().out)["number"] == number
+    found = [[json.loads(line)["number"] for line in file.read_text().splitlines()] for file in (out, beside)]
+    assert found == [[0, 1], [1, 2, 3]]
+
+
 def test_result_without_a_place(trained: Path, tmp_path: Path) -> None:
     """Where eval.jsonl cannot be written the result is still the last line."""
     (tmp_path / "checkpoint.pth").write_bytes((trained / "checkpoint.pth").read_bytes())
