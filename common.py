@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import codecs
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -3277,10 +3278,7 @@ def load_encoder(
     if head is None and layer == "head":
         raise Fault(f"{path} has no linear layer on the {network.dim} features of {arch}: take backbone, not head")
     network.load_state_dict(matched, strict=False)
-    for part in (network, head):
-        if part is not None:
-            part.eval().requires_grad_(False).to(device)
-    _fold_norms(network)
+    _settle(network, head, device)
     bank = saved["state"]["bank"]["features"] if ours and "bank" in saved["state"] else None
     report = dict(matched=len(matched), missing=missing, unexpected=unexpected, prefixes=prefixes)
     return Encoder(network, head, arch, width, options, data, bank, hashlib.sha256(content).hexdigest(), report)
@@ -3368,11 +3366,11 @@ def _strip(weights: dict[str, Tensor], target: dict[str, Tensor]) -> tuple[dict[
         for old, new in renames.items():
             name = name.replace(old, new)
         plain[name] = value
-    votes: dict[str, int] = {}
+    votes = collections.Counter[str]()
     for name, value in plain.items():
-        for i in [0, *(i + 1 for i, c in enumerate(name) if c == ".")]:
-            if name[i:] in target:
-                votes[name[:i]] = votes.get(name[:i], 0) + 1 + (value.shape == target[name[i:]].shape)
+        for i, character in enumerate(f".{name}"):
+            if character == "." and name[i:] in target:
+                votes[name[:i]] += 1 + (value.shape == target[name[i:]].shape)
                 break
     whole = [p for p in sorted(votes) if votes[p] >= 0.95 * max(votes.values())]
     prefix = max(whole, key=lambda p: (p == "backbone.", any(word in p for word in EVALUATED), votes[p]), default="")
@@ -3389,14 +3387,16 @@ def untrained_encoder(
     """An encoder with random weights, the baseline of every table."""
     network = backbone(arch, width, small, input_channels)
     head = nn.Linear(network.dim, feature_dim)
-    for part in (network, head):
-        part.eval().requires_grad_(False).to(device)
-    _fold_norms(network)
+    _settle(network, head, device)
     return Encoder(network, head, arch, width, {}, {}, None, "", dict(matched=0, missing=[], unexpected=[]))
 
 
-def _fold_norms(network: PlainNet | ResNet) -> None:
-    """Make the batch normalisations of fc6 and fc7 part of them: all evaluations see two linear layers."""
+def _settle(network: PlainNet | ResNet, head: nn.Module | None, device: torch.device) -> None:
+    """On the device, for evaluation. The batch normalisations of fc6 and fc7 become part of them: all evaluations see
+    two linear layers."""
+    for part in (network, head):
+        if part is not None:
+            part.eval().requires_grad_(False).to(device)
     layers = network.classifier if isinstance(network, PlainNet) else nn.Sequential()
     for place, norm in reversed(list(enumerate(layers))):
         linear = layers[place - 1]
