@@ -3240,25 +3240,9 @@ def load_encoder(
     missing = sorted(wanted - matched.keys())
     share = min(1 - len(missing) / len(wanted),
                 1 - sum(target[n].numel() for n in missing) / sum(target[n].numel() for n in wanted))
-    head: nn.Module | None = None
-    neck = _neck(weights, network.dim) if layer != "backbone" else None
-    inputs = network.dim if neck is None else len(weights["neck.0.weight"])
     names = dict(head=["head", "fc", "linear"], auto=["head"] if ours else [], backbone=[])[layer]
-    if neck is None and any(name.startswith("neck.") for name in weights):  # what lies behind it is no use alone
-        names = []
-    for name in names:
-        found = {key: weights[f"{name}.{key}"] for key in ("weight", "bias") if f"{name}.{key}" in weights}
-        if f"{name}.direction" in weights:  # cld.NormLinear; the input's length that it divides by cancels in embed
-            found = dict(weight=F.normalize(weights[f"{name}.direction"]))
-        elif found.keys() == {"weight"} and found["weight"].shape[:1] == (inputs,) != found["weight"].shape[1:]:
-            found = dict(weight=F.normalize(found["weight"].T))  # the same of its authors, transposed
-        if "weight" in found and found["weight"].shape[1:] == (inputs,):
-            linear = nn.Linear(inputs, len(found["weight"]), bias="bias" in found)
-            linear.load_state_dict(found)
-            head = linear if neck is None else nn.Sequential(neck, linear)
-            weights = {key: value for key, value in weights.items() if not key.startswith((f"{name}.", "neck."))}
-            break
-    unexpected = sorted(weights.keys() - matched.keys())
+    head, used = _head(weights, network.dim, names)
+    unexpected = sorted(weights.keys() - matched.keys() - used)
     if layer == "auto" and maybe_before_head(unexpected):
         head = None
     other = [name for name in missing if name in weights] + [name for name in unexpected if name.startswith("layer")]
@@ -3302,17 +3286,30 @@ def _fitting(everything: dict[str, Tensor], width: int, channels: int) -> str | 
     return None
 
 
-def _neck(weights: dict[str, Tensor], dim: int) -> nn.Sequential | None:
-    """The hidden layer of an MLP head of ours on `dim` features: neck.0, and neck.1, its batch normalisation if any."""
-    if "neck.0.weight" not in weights or weights["neck.0.weight"].shape[1:] != (dim,):
-        return None
-    outputs = len(weights["neck.0.weight"])
-    norm = [nn.BatchNorm1d(outputs)] if "neck.1.running_mean" in weights else []
-    neck = nn.Sequential(nn.Linear(dim, outputs), *norm, nn.ReLU())
-    if {name for name in weights if name.startswith("neck.")} != {f"neck.{key}" for key in neck.state_dict()}:
-        return None
-    neck.load_state_dict({key: weights[f"neck.{key}"] for key in neck.state_dict()})
-    return neck
+def _head(weights: dict[str, Tensor], dim: int, names: Sequence[str]) -> tuple[nn.Module | None, set[str]]:
+    """The first of `names` that is a linear layer on `dim` features or, in an MLP head of ours, on its hidden layer:
+    neck.0, and neck.1, its batch normalisation if any. With it the names of its weights."""
+    hidden = {name.removeprefix("neck."): value for name, value in weights.items() if name.startswith("neck.")}
+    inputs = hidden.get("0.bias", torch.empty(0)).numel() if hidden else dim
+    for name in names:
+        found = {key: weights[f"{name}.{key}"] for key in ("weight", "bias") if f"{name}.{key}" in weights}
+        if f"{name}.direction" in weights:  # cld.NormLinear; the input's length that it divides by cancels in embed
+            found = dict(weight=F.normalize(weights[f"{name}.direction"]))
+        elif found.keys() == {"weight"} and found["weight"].shape[:1] == (inputs,) != found["weight"].shape[1:]:
+            found = dict(weight=F.normalize(found["weight"].T))  # the same of its authors, transposed
+        if "weight" in found and found["weight"].shape[1:] == (inputs,):
+            linear = nn.Linear(inputs, len(found["weight"]), bias="bias" in found)
+            linear.load_state_dict(found)
+            used = {key for key in weights if key.startswith((f"{name}.", "neck."))}
+            if not hidden:
+                return linear, used
+            norm = [nn.BatchNorm1d(inputs)] if "1.running_mean" in hidden else []
+            neck = nn.Sequential(nn.Linear(dim, inputs), *norm, nn.ReLU())
+            if {k: v.shape for k, v in hidden.items()} != {k: v.shape for k, v in neck.state_dict().items()}:
+                break  # what lies behind an unknown layer is no use alone
+            neck.load_state_dict(hidden)
+            return nn.Sequential(neck, linear), used
+    return None, set()
 
 
 def _load_inert(content: bytes, path: Path) -> Any:
