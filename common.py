@@ -3378,6 +3378,17 @@ def _strip(weights: dict[str, Tensor], target: dict[str, Tensor]) -> tuple[dict[
     return kept | beside, [prefix, *(p for p in whole if p != prefix)]
 
 
+def chosen_encoder(args: argparse.Namespace, device: torch.device, layer: str = "auto", small: bool = False) -> Encoder:
+    """The encoder of the file that an evaluation's first argument names, and a line that says how its names matched, or
+    a random one; `small`: whether that has the 3x3 stem."""
+    if args.checkpoint == "random":
+        return untrained_encoder(args.arch or "resnet18", args.width or 64, small, device)
+    encoder = load_encoder(args.checkpoint, args.arch, args.width, device, layer)
+    if first_rank():
+        print(f"{Path(args.checkpoint)}: {encoder.describe()}", flush=True)
+    return encoder
+
+
 def untrained_encoder(
     arch: str, width: int, small: bool, device: torch.device, feature_dim: int = 128, input_channels: int = 3
 ) -> Encoder:

@@ -711,12 +711,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"--batch-size {args.batch_size}, from {usual}: lr {args.lr:g}, {args.iterations:,} iterations, drops at "
               f"{args.lr_drops}", flush=True)
     torch.manual_seed(args.seed)
-    if args.checkpoint == "random":
-        encoder = common.untrained_encoder(args.arch or "resnet18", args.width or 64, args.small, run.device)
-    else:
-        encoder = common.load_encoder(Path(args.checkpoint), args.arch, args.width, run.device, "backbone")
-        if run.rank == 0:
-            print(f"{args.checkpoint}: {encoder.describe()}", flush=True)
+    encoder = common.chosen_encoder(args, run.device, "backbone", args.small)
     wanted, plain = args.preset.rpartition("-")[2], encoder.arch.partition("_")[0] in common.PLAIN_STAGES
     if wanted in common.PLAIN_STAGES and not encoder.arch.startswith(wanted):
         raise common.Fault(f"--preset {args.preset} is for {wanted}, not {encoder.arch}: name --arch, or take another "

@@ -72,25 +72,24 @@ def main(args: argparse.Namespace) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise common.Fault("kNN takes one process: start it without a launcher")
     amp = common.amp_default(device) if args.amp is None else args.amp
-    path = Path(args.checkpoint)
+    path, bank = Path(args.checkpoint), None
     pixels = args.checkpoint == "pixels"
-    from_file = args.checkpoint not in ("random", "pixels")
-    if not from_file:  # of pixels the network is idle
+    if args.checkpoint in ("random", "pixels"):  # of pixels the network is idle
         train = common.load_train(args, None, "train", device)
         torch.manual_seed(args.seed)
         encoder = common.untrained_encoder(args.arch or "resnet18", args.width or 64, train.small, device)
         if args.layer == "backbone":
             encoder.head = None
     else:
-        encoder = common.load_encoder(path, args.arch, args.width, device, args.layer)
-        print(f"{path}: {encoder.describe()}", flush=True)
-        if args.train_features == "bank" and encoder.bank is None:
-            raise common.Fault(f"{path} has no memory bank: use --train-features clean")
-        if args.train_features == "bank" and encoder.head is None:
-            raise common.Fault(f"the memory bank of {path} has the output of a head that cannot be read: use "
-                               "--train-features clean")
-        split = "pretrain" if args.train_features == "bank" else "train"
-        train = common.load_train(args, encoder, split, device)
+        encoder = common.chosen_encoder(args, device, args.layer)
+        if args.train_features == "bank":
+            bank = encoder.bank
+            if bank is None:
+                raise common.Fault(f"{path} has no memory bank: use --train-features clean")
+            if encoder.head is None:
+                raise common.Fault(f"the memory bank of {path} has the output of a head that cannot be read: use "
+                                   "--train-features clean")
+        train = common.load_train(args, encoder, "train" if bank is None else "pretrain", device)
     test = common.load_test(args, train, device)
 
     def embed(images: Tensor) -> Tensor:
@@ -99,7 +98,6 @@ def main(args: argparse.Namespace) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             return encoder.embed(images)
 
-    bank = encoder.bank if args.train_features == "bank" else None
     if bank is not None and (what := common.differences(encoder.data, train.identity())):
         raise common.Fault(f"the bank of {path} belongs to other images ({encoder.data['name']}, "
                            f"{encoder.data['images']:,}, not {train.name}, {len(train):,}; {', '.join(what)} differ): "

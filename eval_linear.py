@@ -1349,9 +1349,7 @@ def main(args: argparse.Namespace) -> None:
     device = common.pick_device(args.device)
     encoder, path = None, Path(args.checkpoint)
     if args.checkpoint != "random":
-        encoder = common.load_encoder(path, args.arch, args.width, device, "head" if "head" in args.layers else "auto")
-        if common.first_rank():
-            print(f"{path}: {encoder.describe()}", flush=True)
+        encoder = common.chosen_encoder(args, device, "head" if "head" in args.layers else "auto")
         before = common.maybe_before_head(encoder.report["unexpected"]) if encoder.options else []
         if before and "head" in args.layers and "layers" not in args.typed:
             raise common.Fault(f"{path} has {before[0]}, perhaps of a layer before its head, which would be left out: "
@@ -1363,7 +1361,7 @@ def main(args: argparse.Namespace) -> None:
     task = open_task(args, encoder, device)
     if encoder is None:
         torch.manual_seed(args.seed)
-        encoder = common.untrained_encoder(args.arch or "resnet18", args.width or 64, task.train.small, device)
+        encoder = common.chosen_encoder(args, device, small=task.train.small)
     args.test_crops = run.args.test_crops = args.test_crops or (1 if task.train.small else 10)
     encoder.backbone.to(memory_format=torch.channels_last)
     run.describe(task.train, task.test, checkpoint_sha256=encoder.sha256)

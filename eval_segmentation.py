@@ -382,12 +382,7 @@ def load(args: argparse.Namespace) -> tuple[common.VocSet, common.VocSet]:
 def main(args: argparse.Namespace) -> None:
     run = common.Run(args)
     torch.manual_seed(args.seed)
-    if args.checkpoint == "random":
-        encoder = common.untrained_encoder(args.arch or "resnet18", args.width or 64, args.small, run.device)
-    else:
-        encoder = common.load_encoder(Path(args.checkpoint), args.arch, args.width, run.device, "backbone")
-        if run.rank == 0:
-            print(f"{args.checkpoint}: {encoder.describe()}", flush=True)
+    encoder = common.chosen_encoder(args, run.device, "backbone", args.small)
     plain = encoder.arch.partition("_")[0] in common.PLAIN_STAGES
     common.note_idle(args, dict(dropout=(plain, "AlexNet or VGG16"), output_stride=(not plain, "a ResNet")))
     data, test = load(args)
