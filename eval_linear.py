@@ -1189,7 +1189,10 @@ def train_networks(
         held = rows[hold_out(targets[rows], args.holdout, args.seed)]
         if setting is not None:
             rows = rows[~torch.isin(rows, held)]
-        lr, decay, factor = setting or (ledger.chosen["setting"] if search else grid[0])
+        # The best on held-out images, of equal ones the first; without a search the one setting after its last epoch.
+        best, best_epoch, holdout = max(ledger.history, key=lambda entry: entry[2],
+                                        default=(grid[0], args.epochs, None))
+        lr, decay, factor = setting or best
         run.args.batch_size = min(args.batch_size, len(rows) // run.world * run.world)
         steps, first = run.steps_per_epoch(len(rows)), first_step if epoch == first_epoch else 0
         accumulate = -(-run.args.batch_size * args.accumulate // args.batch_size)  # parts no larger than asked for
@@ -1228,21 +1231,17 @@ def train_networks(
         if setting is not None and (last or every_epoch):
             row["holdout"] = merit(scores(False, held), targets[held])[key]
             ledger.history.append([[lr, decay, factor], local + 1, row["holdout"]])
-            if last and jobs[number + 1][1] is None:  # the search of this draw is over
-                best = max(ledger.history, key=lambda entry: entry[2])  # of equal ones the first
-                ledger.chosen = dict(setting=best[0], epoch=best[1], holdout=best[2])
         if setting is None:
-            chosen = ledger.chosen.get("epoch", args.epochs)
-            if last or local + 1 == chosen:
+            if last or local + 1 == best_epoch:
                 ended = merit(scores(True, every_test), task.test_targets)
-            if local + 1 == chosen:
+            if local + 1 == best_epoch:
                 ledger.best = ended
             if last:
-                row |= dict(facts, best_lr=lr, weight_decay=decay, head_factor=factor, best_epoch=chosen,
-                            **({"holdout": ledger.chosen["holdout"]} if search else {}), **ledger.best,
+                row |= dict(facts, best_lr=lr, weight_decay=decay, head_factor=factor, best_epoch=best_epoch,
+                            **({"holdout": holdout} if search else {}), **ledger.best,
                             **{f"last_{name}": value for name, value in ended.items() if name in ("top1", "top5", key)})
                 ledger.rows.append(row)
-                ledger.history, ledger.chosen, ledger.best = [], {}, {}
+                ledger.history, ledger.best = [], {}
         run.log(epoch=epoch + 1, training=number + 1, lr=rate(args, lr, decay, local, local * steps), **row,
                 seconds=round(time.perf_counter() - began, 1))
         if last or not args.save_minutes:  # epochs on few labels are shorter than a checkpoint takes
