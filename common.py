@@ -3498,7 +3498,7 @@ def load_voc(args: argparse.Namespace, split: str, task: str = "Main", classes: 
             # Either list shows that the set is there; only without both is it downloaded.
             there = next((path for path in lists if path.exists()), lists[1])
             _download(args, "VOCDetection", there, year=year, image_set=name)
-            places.append((root, wanted or name))
+            places.append((root, lists[0]))
     else:
         root = _voc_root(args)
         names = [wanted] if wanted else ["test", "val"] if test else ["trainval", "train"]
@@ -3506,11 +3506,10 @@ def load_voc(args: argparse.Namespace, split: str, task: str = "Main", classes: 
         tested = getattr(args, "test_list", None) or ("test" if (folder / "test.txt").is_file() else "val")
         if not test and tested == "val":  # which is a part of trainval
             names.reverse()
-        names = [name for name in names if (folder / f"{name}.txt").is_file()] or names
-        places = [(root, names[0])]
+        lists = [folder / f"{name}.txt" for name in names]
+        places = [(root, next((path for path in lists if path.is_file()), lists[0]))]
     images: list[tuple[Path, str]] = []
-    for root, name in places:
-        path = root / "ImageSets" / task / f"{name}.txt"
+    for root, path in places:
         listed, _ = _voc_list(path)
         if not listed:
             raise Fault(f"{path} lists no images")
@@ -3536,7 +3535,7 @@ def load_voc(args: argparse.Namespace, split: str, task: str = "Main", classes: 
     number = {name: label for label, name in enumerate(classes)}
     done = [image._replace(labels=torch.tensor([number[name] for name in names], dtype=torch.int64))
             for image, names in found]
-    return VocSet(args.data if args.data in VOC_LISTS else folder_name(Path(args.data)), classes, _clip_boxes(done))
+    return VocSet(folder_name(Path(args.data)), classes, _clip_boxes(done))
 
 
 def note_shared(train: Sequence[Path], test: Sequence[Path]) -> None:
