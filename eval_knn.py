@@ -67,6 +67,38 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def retrieval(queries: Tensor, query_labels: Tensor, features: Tensor, labels: Tensor) -> dict[str, float]:
+    """Share of the nearest 1 and 10 of features (N, D) that have the class of the query (Q, D), mean in percent."""
+    index = common.neighbors(queries, features, min(10, len(features)))[1]
+    same = (labels[index] == query_labels[:, None]).float()
+    return dict(precision_at_1=round(100 * same[:, 0].mean().item(), 2),
+                precision_at_10=round(100 * same.mean().item(), 2))
+
+
+def ratio_edge(features: Tensor, labels: Tensor) -> dict[str, float]:
+    """Ratio edge intra-class of the 10-NN graph of features (N, D), mean over classes, in percent."""
+    itself = torch.arange(len(features), device=features.device)
+    index = common.neighbors(features, features, min(10, len(features) - 1), exclude=itself)[1]
+    shares = common.ratio_edge_intra_class(index.cpu(), labels.cpu())  # mps has no float64
+    return dict(ratio_edge=round(100 * shares.nanmean().item(), 2))
+
+
+def clustering(features: Tensor, labels: Tensor, k: int, seed: int) -> dict[str, float]:
+    """Agreement of a k-means of features (N, D) with the classes in percent: NMI and AMI, arithmetic mean, and the
+    accuracy with the best one-to-one assignment of clusters to classes."""
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
+    from sklearn.metrics.cluster import contingency_matrix
+
+    found = common.kmeans(features, k, seed=seed).labels.cpu().numpy()
+    truth = labels.cpu().numpy()
+    table = contingency_matrix(truth, found)
+    best = linear_sum_assignment(table, maximize=True)
+    return dict(nmi=round(100 * normalized_mutual_info_score(truth, found, average_method="arithmetic"), 2),
+                ami=round(100 * adjusted_mutual_info_score(truth, found, average_method="arithmetic"), 2),
+                cluster_accuracy=round(100 * table[best].sum() / len(truth), 2))
+
+
 def main(args: argparse.Namespace) -> None:
     device = common.pick_device(args.device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -136,38 +168,6 @@ def main(args: argparse.Namespace) -> None:
     if args.clustering:
         result |= clustering(queries, test.labels, num_clusters, args.seed)
     common.publish(args, result)
-
-
-def retrieval(queries: Tensor, query_labels: Tensor, features: Tensor, labels: Tensor) -> dict[str, float]:
-    """Share of the nearest 1 and 10 of features (N, D) that have the class of the query (Q, D), mean in percent."""
-    index = common.neighbors(queries, features, min(10, len(features)))[1]
-    same = (labels[index] == query_labels[:, None]).float()
-    return dict(precision_at_1=round(100 * same[:, 0].mean().item(), 2),
-                precision_at_10=round(100 * same.mean().item(), 2))
-
-
-def ratio_edge(features: Tensor, labels: Tensor) -> dict[str, float]:
-    """Ratio edge intra-class of the 10-NN graph of features (N, D), mean over classes, in percent."""
-    itself = torch.arange(len(features), device=features.device)
-    index = common.neighbors(features, features, min(10, len(features) - 1), exclude=itself)[1]
-    shares = common.ratio_edge_intra_class(index.cpu(), labels.cpu())  # mps has no float64
-    return dict(ratio_edge=round(100 * shares.nanmean().item(), 2))
-
-
-def clustering(features: Tensor, labels: Tensor, k: int, seed: int) -> dict[str, float]:
-    """Agreement of a k-means of features (N, D) with the classes in percent: NMI and AMI, arithmetic mean, and the
-    accuracy with the best one-to-one assignment of clusters to classes."""
-    from scipy.optimize import linear_sum_assignment
-    from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
-    from sklearn.metrics.cluster import contingency_matrix
-
-    found = common.kmeans(features, k, seed=seed).labels.cpu().numpy()
-    truth = labels.cpu().numpy()
-    table = contingency_matrix(truth, found)
-    best = linear_sum_assignment(table, maximize=True)
-    return dict(nmi=round(100 * normalized_mutual_info_score(truth, found, average_method="arithmetic"), 2),
-                ami=round(100 * adjusted_mutual_info_score(truth, found, average_method="arithmetic"), 2),
-                cluster_accuracy=round(100 * table[best].sum() / len(truth), 2))
 
 
 if __name__ == "__main__":
