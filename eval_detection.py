@@ -485,18 +485,17 @@ class Detector(nn.Module):
             nms_thresh=args.nms, detections_per_img=100,
         )
         self.requires_grad_(True)
-        self.trunk[: self.freeze].requires_grad_(False)
-        for module in self.modules():
-            if self.frozen_bn and isinstance(module, nn.BatchNorm2d):
-                module.requires_grad_(False)
+        self.frozen().requires_grad_(False)
+
+    def frozen(self) -> nn.ModuleList:
+        """What stays as it is: the first stages and, if so asked, every batch normalisation."""
+        norms = [part for part in self.modules() if isinstance(part, nn.BatchNorm2d | nn.SyncBatchNorm)]
+        return nn.ModuleList([*self.trunk[: self.freeze], *norms * self.frozen_bn])
 
     def train(self, mode: bool = True) -> "Detector":
-        """Frozen stages and frozen batch normalisations stay in evaluation mode."""
+        """What is frozen stays in evaluation mode."""
         super().train(mode)
-        self.trunk[: self.freeze].eval()
-        for module in self.modules():
-            if self.frozen_bn and isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
-                module.eval()
+        self.frozen().eval()
         return self
 
     def forward(self, batch: Batch) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:

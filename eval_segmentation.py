@@ -273,18 +273,17 @@ class Segmenter(nn.Module):
         self.trunk, self.head = nn.Sequential(*stages), head
         self.freeze, self.frozen_bn = args.freeze, args.bn == "frozen"
         self.requires_grad_(True)
-        self.trunk[: self.freeze].requires_grad_(False)
-        for module in self.trunk.modules():
-            if self.frozen_bn and isinstance(module, nn.BatchNorm2d):
-                module.requires_grad_(False)
+        self.frozen().requires_grad_(False)
+
+    def frozen(self) -> nn.ModuleList:
+        """What stays as it is: the first stages and, if so asked, the network's batch normalisations."""
+        norms = [part for part in self.trunk.modules() if isinstance(part, nn.BatchNorm2d | nn.SyncBatchNorm)]
+        return nn.ModuleList([*self.trunk[: self.freeze], *norms * self.frozen_bn])
 
     def train(self, mode: bool = True) -> "Segmenter":
-        """Frozen stages and frozen batch normalisations stay in evaluation mode."""
+        """What is frozen stays in evaluation mode."""
         super().train(mode)
-        self.trunk[: self.freeze].eval()
-        for module in self.trunk.modules():
-            if self.frozen_bn and isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
-                module.eval()
+        self.frozen().eval()
         return self
 
     @torch.no_grad()
