@@ -3702,12 +3702,12 @@ def _render_voc(root: Path, train: int, test: int, size: int) -> None:
             scene = render_scene(labels, int(torch.randint(2**31, (), generator=source)), size)
             identity = f"{split}_{i:05d}"
             difficult = scene.masks.sum((1, 2)) < 0.03 * size**2
-            present = dict.fromkeys(classes, "-1")
+            present = dict.fromkeys(classes, -1)
             text = f"<annotation>\n  <filename>{identity}.jpg</filename>\n"
             text += f"  <size><width>{size}</width><height>{size}</height><depth>3</depth></size>\n"
             for (x1, y1, x2, y2), label, flag in zip(scene.boxes.tolist(), scene.labels, difficult, strict=True):
                 name = classes[label]
-                present[name] = "1" if not flag or present[name] == "1" else "0"
+                present[name] = max(present[name], int(not flag))
                 text += f"  <object><name>{name}</name><difficult>{int(flag)}</difficult><bndbox><xmin>{x1 + 1}</xmin>"
                 text += f"<ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>\n"
             (root / "Annotations" / f"{identity}.xml").write_text(text + "</annotation>\n")
