@@ -200,26 +200,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("name one checkpoint: a file, or random")
     args.checkpoint = args.checkpoint or args.weights
     del args.weights
-    if args.protocol in ("linear", "mlp") and (args.labels or args.per_class or args.label_list):
+    svms, tuned = "svm" in args.protocol, args.protocol in ("finetune", "voc07")
+    if not (svms or tuned) and any(getattr(args, way) for way in ways):
         parser.error(f"--labels, --per-class and --label-list are for fine-tuning and SVMs, not for {args.protocol}: "
                      "use --subset")
     if args.protocol == "voc07" and args.per_class:
         parser.error("--per-class is for one class an image, and for voc07-svm: use --labels")
-    if args.protocol not in ("finetune", "voc07") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if not tuned and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         parser.error(f"--protocol {args.protocol} takes one process: start it without a launcher, or with one GPU")
     for name in ("layers", "labels", "per_class"):  # each once
         setattr(args, name, list(dict.fromkeys(getattr(args, name) or ())) or None)
     if args.protocol == "mlp" and len(args.layers) > 1:
         parser.error("--protocol mlp takes one of --layers")
-    svms, tuned = "svm" in args.protocol, args.protocol in ("finetune", "voc07")
     grid = len(args.lr) * len(args.weight_decay) * len(args.head_factor)
     needs = {  # options: whether they are used, and what they need for that
         "layers layer_size train_crops normalize features feature_type memory": (not tuned, "a frozen network"),
         "epochs batch_size lr weight_decay momentum schedule": (not svms, "--protocol linear, mlp, finetune or voc07"),
         "holdout": (not svms and (not tuned or grid > 1), "rates, decays or epochs to choose from"),
         "lr_drop_factor": (args.schedule == "step" and not svms, "--schedule step"),
-        "head_factor accumulate dropout": (args.protocol in ("mlp", "finetune", "voc07"),
-                                           "--protocol mlp, finetune or voc07"),
+        "head_factor accumulate dropout": (tuned or args.protocol == "mlp", "--protocol mlp, finetune or voc07"),
         "hidden": (args.protocol == "mlp", "--protocol mlp"), "crop_scale": (tuned, "--protocol finetune or voc07"),
         "trainable": (args.protocol == "voc07", "--protocol voc07"),
         "train_batchnorm": (args.protocol == "voc07" and args.trainable == "fc", "--protocol voc07 --trainable fc"),
