@@ -253,16 +253,15 @@ def training_batches(
     run: common.Run, data: common.VocSet, args: argparse.Namespace, steps: range
 ) -> Iterator[tuple[int, list[tuple[Sample, Tensor]]]]:
     """This rank's images of each step: the next of an endless row of permutations of all images."""
-    rows, count, batch = run.rows(args.batch_size), len(data), args.batch_size
+    rows, count, batch, sizes = run.rows(args.batch_size), len(data), args.batch_size, args.train_sizes
 
     def samples(step: int) -> list[Sample]:
         places = torch.arange(step * batch, (step + 1) * batch)
         rounds, inner = places // count, places % count
         order = torch.cat([run.permutation(i, count)[inner[rounds == i]] for i in sorted(set(rounds.tolist()))])[rows]
         draw = common.Draw(run.generator("augment", 0, step), batch, rows, common.CPU)(2)
-        sides = [args.train_sizes[int(len(args.train_sizes) * u)] for u in draw[:, 0].tolist()]
-        return [Sample(row, side, flip) for row, side, flip in
-                zip(order.tolist(), sides, (draw[:, 1] < 0.5).tolist(), strict=True)]
+        return [Sample(row, sizes[int(len(sizes) * u)], v < 0.5)
+                for row, (u, v) in zip(order.tolist(), draw.tolist(), strict=True)]
 
     batches = decoded(data, args, (samples(step) for step in steps))
     for step, images in zip(steps, batches, strict=True):
