@@ -11,8 +11,8 @@ happens at import. In order of use:
      7  augmentation  batched, on the device, drawn per image
      8  backbones     AlexNet, VGG16, ResNet
      9  bank          MemoryBank, bank_softmax
-    10  clustering    kmeans, neighbors
-    11  evaluation    knn_accuracy, load_encoder
+    10  clustering    kmeans, neighbors, knn_accuracy
+    11  evaluation    load_encoder, load_train, publish
     12  VOC           load_voc: boxes, classes and masks;  average_precision
 """
 
@@ -3079,40 +3079,6 @@ def ratio_edge_intra_class(nearest: Tensor, labels: Tensor) -> Tensor:
     return sums / (nearest.shape[1] * torch.bincount(labels))
 
 
-class _InertPickle:
-    """As pickle, for torch.load: tensors and plain values; other classes become empty stand-ins and are never run."""
-
-    class Unpickler(pickle.Unpickler):
-        ALLOWED = frozenset({
-            ("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor"),
-            ("torch._utils", "_rebuild_parameter"), ("torch", "Size"), ("torch", "device"),
-            ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"), ("numpy", "dtype"),
-            ("_codecs", "encode"),
-        })
-
-        def find_class(self, module: str, name: str) -> Any:
-            if (module, name) in self.ALLOWED or (module == "torch" and name.endswith("Storage")):
-                return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-            return type(name, (_StandIn,), {})
-
-    @staticmethod
-    def load(file: Any, **options: Any) -> Any:
-        return _InertPickle.Unpickler(file, **options).load()
-
-
-class _StandIn:
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    append = extend = add = __setstate__
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-
 @dataclasses.dataclass
 class Encoder:
     """A backbone with the weights of a file, and its head if the file has one of ours."""
@@ -3310,6 +3276,40 @@ def _head(weights: dict[str, Tensor], dim: int, names: Sequence[str]) -> tuple[n
             neck.load_state_dict(hidden)
             return nn.Sequential(neck, linear), used
     return None, set()
+
+
+class _InertPickle:
+    """As pickle, for torch.load: tensors and plain values; other classes become empty stand-ins and are never run."""
+
+    class Unpickler(pickle.Unpickler):
+        ALLOWED = frozenset({
+            ("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor"),
+            ("torch._utils", "_rebuild_parameter"), ("torch", "Size"), ("torch", "device"),
+            ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"), ("numpy", "dtype"),
+            ("_codecs", "encode"),
+        })
+
+        def find_class(self, module: str, name: str) -> Any:
+            if (module, name) in self.ALLOWED or (module == "torch" and name.endswith("Storage")):
+                return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+            return type(name, (_StandIn,), {})
+
+    @staticmethod
+    def load(file: Any, **options: Any) -> Any:
+        return _InertPickle.Unpickler(file, **options).load()
+
+
+class _StandIn:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    append = extend = add = __setstate__
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
 
 
 def _load_inert(content: bytes, path: Path) -> Any:
