@@ -790,15 +790,14 @@ def linear(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, t
     # A checkpoint's tensors lie on the CPU.
     probes.load_state_dict({name: value.to(run.device) for name, value in probes.state_dict().items()})
     truths = labels.to(run.device)
-    train_layer: Any = None
-    test_layer: Any = None
     began = time.perf_counter()
 
     for epoch in range(first_epoch, run.args.epochs):
         job, local = divmod(epoch, args.epochs)  # local: the epoch within the job
         name, search = jobs[job]
         if epoch == first_epoch or (search and local == 0):  # the first epoch of this process or of a layer
-            train_layer = test_layer = None  # what they take is free before the next are made
+            train_layer: Any = None  # what they take is free before the next are made
+            test_layer: Any = None
             train_layer = Layer(train[name], args, run.device)
             test_layer = Layer(test[name], args, run.device, train_layer)
         rows = fitted if search else every
@@ -1046,8 +1045,6 @@ def svm(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task
     ledger = Ledger(task)
     state: dict[str, Any] = dict(ledger=ledger)
     first, _ = run.resume(state, 1)
-    train_layer: Any = None
-    test_layer: Any = None
 
     def pause() -> None:
         """On a signal save and stop at once, not at the end of a layer, on ImageNet an hour; it is then begun anew."""
@@ -1060,7 +1057,8 @@ def svm(args: argparse.Namespace, run: common.Run, encoder: common.Encoder, task
         began = time.perf_counter()
         name, number = jobs[epoch]
         if epoch == first or number == 0:  # the first of this process or of a layer
-            train_layer = test_layer = None  # what they take is free before the next are made
+            train_layer: Any = None  # what they take is free before the next are made
+            test_layer: Any = None
             train_layer = Layer(train[name], args, run.device)
             test_layer = Layer(test[name], args, run.device, train_layer)
         facts, rows, targets = found[number]
