@@ -208,12 +208,14 @@ def test_two_processes_render_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_handled_as_voc_does(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Images without boxes stay; parts are no objects; boxes beyond the border are cut off or left out."""
+    """Images without boxes stay; parts are no objects; boxes beyond the border are cut off or left out, and the others
+    keep their classes, blanks around whose names are no part of them."""
     annotate(folder, "a", box("cat", 1, 1, 40, 30), box("dog", 5, 6, 80, 20), box("dog", 60, 1, 70, 9),
-             box("dog", 0, 3.5, 9, 9, more="<difficult> 1 </difficult><part><name>head</name></part>"))
+             box(" cat\n", 0, 3.5, 9, 9, more="<difficult> 1 </difficult><part><name>head</name></part>"))
     data = common.load_voc(options(folder), "train")
     assert data.classes == ["cat", "dog"] and [len(image.boxes) for image in data.images] == [3, 0, 0]
     assert data.images[0].boxes.tolist() == [[0, 0, 40, 30], [4, 5, 40, 20], [0, 2.5, 9, 9]]
+    assert data.images[0].labels.tolist() == [0, 1, 0]
     assert data.images[0].difficult.tolist() == [False, False, True] and data.images[1].boxes.shape == (0, 4)
     note = capsys.readouterr().err.splitlines()
     assert note == ["note: 1 boxes reach outside their image and are cut off there, 1 have no pixel in it and are "
