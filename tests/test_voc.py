@@ -224,6 +224,17 @@ def test_handled_as_voc_does(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert len(half) == 2
 
 
+@pytest.mark.parametrize("first", [(1, 1, 90, 9), (20, 1, 10, 9)])
+def test_the_first_image_with_a_box_outside_is_named(
+    first: tuple[int, ...], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The note on boxes names the first image in the list whose box is cut off at the border, or has no pixel."""
+    annotate(folder, "b", box("cat", *first))
+    annotate(folder, "c", box("cat", 1, 1, 90, 9), box("cat", 60, 1, 70, 9))
+    common.load_voc(options(folder), "train")
+    assert capsys.readouterr().err.endswith("; the first in b.jpg\n")
+
+
 def test_identity(folder: Path) -> None:
     """Sets that differ in a box, a class or in what is difficult are told apart; the same set is the same."""
     seen = []
