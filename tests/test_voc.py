@@ -156,6 +156,18 @@ def test_classes_of_a_subset(folder: Path) -> None:
         {"a": "cat", "b": "dog", "c": "fox"}[image.path.stem] for image in data.images]
 
 
+def test_subsets_are_drawn(folder: Path) -> None:
+    """--subset and --test-subset draw a number or a share of the images by --seed, in the order of the list."""
+    for split in ("train", "test"):
+        key, drawn = "subset" if split == "train" else "test_subset", set[str]()
+        for seed in range(20):
+            wanted = options(folder, seed=seed, test_list="train", **{key: 0.5 if seed % 2 else 2.0})
+            names = [image.path.stem for image in common.load_voc(wanted, split).images]
+            assert len(names) == 2 and names == sorted(names)  # of three: 1.5 is rounded to an even number
+            drawn.add("".join(names))
+        assert drawn == {"ab", "ac", "bc"}
+
+
 def test_boxes_on_a_turned_photograph(folder: Path) -> None:
     """An image whose boxes count its pixels as EXIF turns them is refused; a wrong size in the XML alone is not."""
     (folder / "Annotations/a.xml").write_text("<annotation><size><width>30</width><height>40</height></size>"
