@@ -102,10 +102,11 @@ def test_class_lists_agree_with_the_annotations(rendered: Path) -> None:
     assert eval_linear.presence(common.VocSet("", list("abcd"), [image])).tolist() == [[-1, 0, 1, -1]]
 
 
-def test_hidden_files_are_no_class_lists(folder: Path) -> None:
+@pytest.mark.parametrize("end", ["train", "trainval"])
+def test_hidden_files_are_no_class_lists(end: str, folder: Path) -> None:
     """Lists of one class name the classes, but for those that a Mac leaves beside each file on foreign disks."""
-    for name in ("cat_train.txt", "dog_train.txt", "._cat_train.txt"):
-        (folder / "ImageSets/Main" / name).write_text("a 1\n")
+    for name in ("cat", "dog", "._cat"):
+        (folder / f"ImageSets/Main/{name}_{end}.txt").write_text("a 1\n")
     assert common.load_voc(options(folder), "train").classes == ["cat", "dog"]
 
 
