@@ -119,14 +119,15 @@ def test_own_lists_are_no_class_lists(folder: Path) -> None:
 
 
 def test_spaces_in_names(folder: Path) -> None:
-    """Lists take names with spaces, as of copied files, for the names they are, with and without flags."""
-    for old, new in (("b", "a (1)"), ("c", "a 2")):
+    """Lists take names with spaces, as of copied files, for the names they are, with and without flags: a name that
+    ends as if by a flag is one, where others have none."""
+    for old, new in (("b", "a (1)"), ("c", "a 1")):
         for kind in ("JPEGImages/{}.jpg", "Annotations/{}.xml"):
             (folder / kind.format(old)).rename(folder / kind.format(new))
-    for text in ("a\na (1)\na 2\n", "a  1\r\na (1) -1\r\na 2 0\r\n"):
+    for text in ("a\na (1)\na 1\n", "a  1\r\na (1) -1\r\na 1 0\r\n"):
         (folder / "ImageSets/Main/train.txt").write_text(text)
         data = common.load_voc(options(folder), "train")
-        assert [image.path.name for image in data.images] == ["a.jpg", "a (1).jpg", "a 2.jpg"]
+        assert [image.path.name for image in data.images] == ["a.jpg", "a (1).jpg", "a 1.jpg"]
 
 
 def test_what_is_tested_is_not_trained_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
