@@ -276,13 +276,15 @@ def test_identity_of_masks(folder: Path) -> None:
 
 
 def test_folders_of_other_tools(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cameras' upper-case endings, and the mark that some editors begin a list with; --data . is the folder's name."""
+    """Other endings, as cameras' in upper case, and the mark that some editors begin a list with; --data . is the folder's name."""
     expected = common.load_voc(options(folder), "train").identity()
     (folder / "ImageSets/Main/train.txt").write_text("a\nb\nc\n", encoding="utf-8-sig")
     monkeypatch.chdir(folder)
     assert common.load_voc(options("."), "train").identity() == expected
-    (folder / "JPEGImages/b.jpg").rename(folder / "JPEGImages/b.JPG")
-    assert common.load_voc(options("."), "train").images[1].path.name == "b.JPG"
+    path = folder / "JPEGImages/b.jpg"
+    for ending in (".JPG", ".jpeg", ".png", ".PNG"):
+        path = path.rename(path.with_suffix(ending))
+        assert common.load_voc(options("."), "train").images[1].path.name == path.name
 
 
 def test_faults(folder: Path, tmp_path: Path) -> None:
