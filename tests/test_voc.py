@@ -171,15 +171,19 @@ def test_subsets_are_drawn(folder: Path) -> None:
 
 
 def test_boxes_on_a_turned_photograph(folder: Path) -> None:
-    """An image whose boxes count its pixels as EXIF turns them is refused; a wrong size in the XML alone is not."""
+    """An image whose boxes count its pixels as EXIF turns them, by a quarter, mirrored or not, is refused where boxes
+    are needed; a wrong size in the XML alone is not."""
     (folder / "Annotations/a.xml").write_text("<annotation><size><width>30</width><height>40</height></size>"
                                               + box("cat", 1, 1, 9, 30) + "</annotation>")
     assert len(common.load_voc(options(folder), "train")) == 3
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    Image.new("RGB", (40, 30), "red").save(folder / "JPEGImages/a.jpg", exif=exif)
-    with pytest.raises(common.Fault, match=r"a\.jpg is turned by its EXIF orientation"):
-        common.load_voc(options(folder), "train")
+    shutil.copytree(folder / "ImageSets/Main", folder / "ImageSets/Segmentation")
+    for orientation in (5, 6, 7, 8):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        Image.new("RGB", (40, 30), "red").save(folder / "JPEGImages/a.jpg", exif=exif)
+        with pytest.raises(common.Fault, match=r"a\.jpg is turned by its EXIF orientation"):
+            common.load_voc(options(folder), "train")
+        assert len(common.load_voc(options(folder), "train", "Segmentation")) == 3
 
 
 def test_rendered_by_need(tmp_path: Path) -> None:
