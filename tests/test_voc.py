@@ -75,6 +75,16 @@ def test_torchvision_reads_the_rendered_set(rendered: Path) -> None:
     assert len(VOCSegmentation(str(devkit), "2007", "test")) == 6
 
 
+def test_folders_that_hold_a_set(rendered: Path, tmp_path: Path) -> None:
+    """VOCdevkit, and the folder that it lies in, stand for the one set there; where there are two, one has to be named."""
+    places = [common.load_voc(options(place), "train") for place in (rendered, rendered.parent, rendered.parent.parent)]
+    assert len({place.identity()["checksum"] for place in places}) == 1
+    shutil.copytree(rendered, tmp_path / "VOC2007")
+    shutil.copytree(rendered, tmp_path / "VOC2012")
+    with pytest.raises(common.Fault, match=r"more than one: .*VOC2007, .*VOC2012"):
+        common.load_voc(options(tmp_path), "train")
+
+
 def test_masks_and_boxes_of_the_rendered_set_agree(rendered: Path) -> None:
     """A class's pixels lie in its boxes, the outline is void, and a box holds pixels of its class."""
     for image in common.load_voc(options(rendered), "train", "Segmentation").images:
