@@ -76,7 +76,7 @@ def test_torchvision_reads_the_rendered_set(rendered: Path) -> None:
 
 
 def test_folders_that_hold_a_set(rendered: Path, tmp_path: Path) -> None:
-    """VOCdevkit, and the folder that it lies in, stand for the one set there; where there are two, one has to be named."""
+    """VOCdevkit, and the folder that it lies in, stand for the set there; of two, one has to be named."""
     places = [common.load_voc(options(place), "train") for place in (rendered, rendered.parent, rendered.parent.parent)]
     assert len({place.identity()["checksum"] for place in places}) == 1
     shutil.copytree(rendered, tmp_path / "VOC2007")
@@ -197,7 +197,8 @@ def test_boxes_on_a_turned_photograph(folder: Path) -> None:
 
 
 def test_rendered_by_need(tmp_path: Path) -> None:
-    """--data shapes renders once, just what --subset asks for, and the images do not depend on how many there are."""
+    """--data shapes renders once, just what --subset and --test-subset ask for, and the images do not depend on how
+    many there are."""
     wanted = options("shapes", data_dir=tmp_path, subset=4.0, test_subset=2.0)
     first = common.load_voc(wanted, "train")
     again = common.load_voc(wanted, "train")
@@ -207,7 +208,8 @@ def test_rendered_by_need(tmp_path: Path) -> None:
     for a, b in zip(first.images, more.images[:4], strict=True):
         assert a.path != b.path and a.path.read_bytes() == b.path.read_bytes() and torch.equal(a.boxes, b.boxes)
     train = {image.path.read_bytes() for image in more.images}
-    assert not train & {image.path.read_bytes() for image in common.load_voc(wanted, "test", classes=None).images}
+    test = [image.path.read_bytes() for image in common.load_voc(wanted, "test", classes=None).images]
+    assert len(test) == 2 and not train & set(test)
 
 
 def test_rendered_on_each_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +266,7 @@ def test_the_first_image_with_a_box_outside_is_named(
 
 
 def test_identity(folder: Path) -> None:
-    """Sets that differ in a box, a class or in what is difficult are told apart; the same set is the same."""
+    """Sets that differ in a box, a class, in a name or in what is difficult are told apart; the same set is not."""
     seen = []
     for text in (box("cat", 1, 1, 9, 9), box("cat", 1, 1, 9, 8), box("dog", 1, 1, 9, 9),
                  box("cat", 1, 1, 9, 9, more="<difficult>1</difficult>")):
@@ -272,7 +274,11 @@ def test_identity(folder: Path) -> None:
         data = [common.load_voc(options(folder), "train", classes=["cat", "dog"]).identity() for _ in range(2)]
         assert data[0] == data[1]
         seen.append(data[0]["checksum"])
-    assert len(set(seen)) == 4
+    for kind in ("JPEGImages/{}.jpg", "Annotations/{}.xml"):
+        (folder / kind.format("c")).rename(folder / kind.format("d"))
+    (folder / "ImageSets/Main/train.txt").write_text("a\nb\nd\n")
+    seen.append(common.load_voc(options(folder), "train", classes=["cat", "dog"]).identity()["checksum"])
+    assert len(set(seen)) == 5
 
 
 def test_identity_of_masks(folder: Path) -> None:
@@ -290,7 +296,8 @@ def test_identity_of_masks(folder: Path) -> None:
 
 
 def test_folders_of_other_tools(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other endings, as cameras' in upper case, and the mark that some editors begin a list with; --data . is the folder's name."""
+    """Other endings, as cameras' in upper case, and the mark that some editors begin a list with; --data . is the
+    folder's name."""
     expected = common.load_voc(options(folder), "train").identity()
     (folder / "ImageSets/Main/train.txt").write_text("a\nb\nc\n", encoding="utf-8-sig")
     monkeypatch.chdir(folder)
