@@ -292,6 +292,15 @@ def test_parts_weigh_by_their_pixels(folder: Path, tmp_path: Path) -> None:
     assert parts == pytest.approx(whole, abs=1e-3) and ranks == pytest.approx(whole, abs=1e-3)
 
 
+def test_a_batch_of_void(folder: Path, tmp_path: Path) -> None:
+    """A batch without a pixel that counts has the loss 0, and the run goes on."""
+    root = Path(shutil.copytree(folder, tmp_path / "set"))
+    Image.new("L", (96, 96), common.VOID).save(root / "SegmentationClass/trainval_00003.png")
+    more = ["--batch-size", 1, "--iterations", 7, "--log-every", 1]
+    eval_segmentation.main(eval_segmentation.parse_args(tiny(root, tmp_path / "out", *more)))
+    assert [row["loss"] for row in log(tmp_path / "out")[1:]].count(0) == 1
+
+
 def test_signal_in_the_final_test(folder: Path, tmp_path: Path) -> None:
     """SIGTERM after the last step ends the run before the test does, its checkpoint kept; the same command goes on to
     the result of an undisturbed run."""
