@@ -148,7 +148,8 @@ def test_fc_as_convolution() -> None:
 
 
 def test_image_and_mask_stay_together(folder: Path, tmp_path: Path) -> None:
-    """However an image is scaled, mirrored and cut, its mask frames the same pixels; what is beyond it is void."""
+    """However an image is scaled, mirrored and cut, its mask frames the same pixels, with no other class at the frame;
+    what is beyond an image, at the right and below, is void."""
     data = load(folder)
     image = data.images[0]
     picture, mask = np.full((96, 96, 3), 20, np.uint8), np.zeros((96, 96), np.uint8)
@@ -158,13 +159,15 @@ def test_image_and_mask_stay_together(folder: Path, tmp_path: Path) -> None:
     data.images[0] = image._replace(path=tmp_path / "a.png", mask=tmp_path / "m.png")
     data.mean = (0.5, 0.5, 0.5)
     decoder = eval_segmentation.Decoder(data)
-    for sample in (Sample(0, 64, False, 48, 0.3, 0.8), Sample(0, 200, True, 96, 1.0, 0.0), Sample(0, 40, True, 64)):
+    samples = (Sample(0, 64, False, 48, 0.3, 0.8), Sample(0, 200, True, 96, 1.0, 0.0), Sample(0, 40, True, 64, 0.5, 0.9))
+    for sample in samples:
         item = decoder[sample]
         assert not isinstance(item, str)
         pixels, classes = item
         assert pixels.shape[1:] == classes.shape == (sample.crop, sample.crop)
         bright = pixels[0] > 170
         assert ((classes == 3) != bright).float().mean() < 0.04 and (classes == 3).any()
+        assert set(classes.unique().tolist()) <= {0, 3, common.VOID}
         beyond = torch.ones_like(classes, dtype=torch.bool)
         beyond[: sample.side, : sample.side] = False
         assert (classes[beyond] == common.VOID).all() and (pixels[:, beyond] == 128).all()
