@@ -329,15 +329,16 @@ def test_frozen_normalisations_stay_on_several_gpus() -> None:
 
 @pytest.mark.parametrize("arch", ["alexnet_bn", "vgg16_bn"])
 def test_plain_networks(arch: str, folder: Path, tmp_path: Path) -> None:
-    """FCN-32s of AlexNet and VGG16 runs, normalisations frozen, and its backbone has torchvision's names, with what fc6
-    and fc7 have learnt as convolutions."""
-    words = tiny(folder, tmp_path / "out", "--bn", "frozen")
+    """FCN-32s of AlexNet and VGG16 runs with --dropout, normalisations frozen with scale and shift, and its backbone has
+    torchvision's names, with what fc6 and fc7 have learnt as convolutions."""
+    words = tiny(folder, tmp_path / "out", "--bn", "frozen", "--dropout", 0.2)
     words[words.index("--arch") + 1] = arch
     process = run("eval_segmentation", [*words, "--small"])
-    assert process.code == 0, process.err
+    assert process.code == 0 and process.err == "", process.err
     saved = torch.load(tmp_path / "out/backbone.pth")
     assert saved.keys() == common.backbone(arch, 4, True).state_dict().keys()
-    assert (saved["features.1.running_mean"] == 0).all() and (saved["features.1.running_var"] == 1).all()
+    for key, value in dict(running_mean=0, running_var=1, weight=1, bias=0).items():
+        assert (saved[f"features.1.{key}"] == value).all()
     torch.manual_seed(0)
     before = common.backbone(arch, 4, True).state_dict()
     head = {name: value for name, value in checkpoint(tmp_path / "out")["state"]["model"].items() if "head" in name}
