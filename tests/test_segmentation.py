@@ -349,7 +349,8 @@ def test_plain_networks(arch: str, folder: Path, tmp_path: Path) -> None:
 
 
 def test_resume_is_exact(folder: Path, tmp_path: Path) -> None:
-    """A run killed after 7 of 8 steps, its last checkpoint two steps old, ends with the bits of one that was not."""
+    """A run killed after 7 of 8 steps, its last checkpoint two steps old, ends with the bits of one that was not;
+    its last line is of its last step."""
     more = ["--iterations", 8, "--log-every", 3]
     assert run("eval_segmentation", tiny(folder, tmp_path / "whole", *more)).code == 0
     words = tiny(folder, tmp_path / "parts", *more)
@@ -357,6 +358,7 @@ def test_resume_is_exact(folder: Path, tmp_path: Path) -> None:
     assert run("eval_segmentation", words).code == 0
     same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
     assert log(tmp_path / "whole") == log(tmp_path / "parts")
+    assert [row["iteration"] for row in log(tmp_path / "whole")[1:]] == [3, 6, 8]
     results = [json.loads((tmp_path / name / "eval.jsonl").read_text()) for name in ("whole", "parts")]
     assert results[0] == results[1]
 
