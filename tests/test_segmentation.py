@@ -403,7 +403,7 @@ def test_scores_lie_on_their_pixels(folder: Path, tmp_path: Path) -> None:
     data.images = [data.images[0]._replace(path=tmp_path / "a.png", mask=tmp_path / "m.png", size=(width, height))]
 
     def table(network: Any) -> Tensor:
-        args, run = options(workers=0, test_size=60), Rank(0, 1)  # 100 x 60 px, filled up
+        args, run = options(workers=0, test_size=63), Rank(0, 1)  # 105 x 63 px, filled up
         return eval_segmentation.confusion_table(network, data, args, run)  # type: ignore[arg-type]
 
     class Fine(nn.Module):
@@ -422,7 +422,7 @@ def test_scores_lie_on_their_pixels(folder: Path, tmp_path: Path) -> None:
     found = table(Fine())
     assert found.sum() == height * width and found[1].sum() == 2000
     assert found[0, 0] + found[1, 1] > 0.985 * height * width and found[1, 1] > 1800
-    seen = F.interpolate(Coarse.scores, (64, 128), mode="bilinear")[..., :60, :100]
+    seen = F.interpolate(Coarse.scores, (64, 128), mode="bilinear")[..., :63, :105]
     answers = F.interpolate(seen, (height, width), mode="bilinear").argmax(1)[0]
     assert torch.equal(table(Coarse()), eval_segmentation.confusion(answers, torch.from_numpy(mask), 11))
 
