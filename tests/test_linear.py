@@ -628,6 +628,27 @@ def test_cost_by_cross_validation(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert torch.equal(eval_linear.cross_validate(padded, empty, args, True, (0,))[:2], chosen)
 
 
+@pytest.mark.parametrize(("best", "count", "noted"), [(0, 3, True), (1, 3, False), (2, 3, True), (1, 2, False)])
+def test_the_end_of_a_grid_is_noted(
+    best: int, count: int, noted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A chosen rate or cost that is the least or the greatest of more than two is noted, for there may be better ones;
+    classes without images choose none."""
+    values = [10.0**i for i in range(count)]
+    accuracies = 100 * F.one_hot(torch.tensor([best]), count).float()
+    eval_linear.choose(accuracies, [(lr, 0.0) for lr in values], 10, 200, "conv1")
+    assert ("widen --lr" in capsys.readouterr().err) == noted
+    targets = torch.full((12, 4), -1)
+    targets[:6, 0] = 1  # no image is of the other classes
+    weights = torch.full((count, 4, 1), -1.0)
+    weights[best] = 1
+    monkeypatch.setattr(eval_linear, "fit_svms", lambda *_: weights)
+    x = torch.linspace(1, -1, 12)[:, None]
+    eval_linear.cross_validate(x, targets, options(tmp_path, "--C", *map(str, values)), True, (0,))
+    assert ("widen --C" in capsys.readouterr().err) == noted
+
+
 def test_svms_copy_no_features(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Folds are left out by targets of 0, int8, of one and the same features; both crops of an image lie in one fold,
     and the classes are spread over the folds."""
