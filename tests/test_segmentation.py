@@ -159,8 +159,8 @@ def test_image_and_mask_stay_together(folder: Path, tmp_path: Path) -> None:
     data.images[0] = image._replace(path=tmp_path / "a.png", mask=tmp_path / "m.png")
     data.mean = (0.5, 0.5, 0.5)
     decoder = eval_segmentation.Decoder(data)
-    samples = (Sample(0, 64, False, 48, 0.3, 0.8), Sample(0, 200, True, 96, 1.0, 0.0), Sample(0, 40, True, 64, 0.5, 0.9))
-    for sample in samples:
+    for sample in (Sample(0, 64, False, 48, 0.3, 0.8), Sample(0, 200, True, 96, 1.0, 0.0),
+                   Sample(0, 40, True, 64, 0.5, 0.9)):
         item = decoder[sample]
         assert not isinstance(item, str)
         pixels, classes = item
@@ -329,7 +329,7 @@ def test_frozen_normalisations_stay_on_several_gpus() -> None:
 
 @pytest.mark.parametrize("arch", ["alexnet_bn", "vgg16_bn"])
 def test_plain_networks(arch: str, folder: Path, tmp_path: Path) -> None:
-    """FCN-32s of AlexNet and VGG16 runs with --dropout, normalisations frozen with scale and shift, and its backbone has
+    """FCN-32s of AlexNet and VGG16 runs with --dropout, normalisations frozen with scale and shift; its backbone has
     torchvision's names, with what fc6 and fc7 have learnt as convolutions."""
     words = tiny(folder, tmp_path / "out", "--bn", "frozen", "--dropout", 0.2)
     words[words.index("--arch") + 1] = arch
