@@ -21,6 +21,7 @@ from torchvision.models import resnet50
 
 import common
 import eval_segmentation
+import npid
 from eval_segmentation import Sample
 
 
@@ -271,6 +272,28 @@ def test_run(folder: Path, tmp_path: Path) -> None:
     same({name: value for name, value in after.items() if name.startswith(("conv1", "bn1", "layer1"))},
          {name: value for name, value in before.items() if name.startswith(("conv1", "bn1", "layer1"))})
     assert not torch.equal(after["layer2.0.conv1.weight"], before["layer2.0.conv1.weight"])
+
+
+def test_networks_of_files(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                           capsys: pytest.CaptureFixture[str]) -> None:
+    """A run's network sees images by the run's mean and std; the result stands beside it, too; once its file has other
+    weights, what was trained from it is refused."""
+    small = ["--preset", "smoke", "--subset", "32", "--epochs", "1", "--knn-every", "0", "--output", str(tmp_path)]
+    npid.main(npid.parse_args([*small, "--device", "cpu"]))
+    saved = common.load_checkpoint(tmp_path / "checkpoint.pth")
+    saved["data"] |= dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    torch.save(saved, tmp_path / "checkpoint.pth")
+    asked, original = list[Any](), common.normalize
+    monkeypatch.setattr(common, "normalize", lambda *x: (asked.append(x[1:]), original(*x))[1])
+    words = tiny(folder, tmp_path / "out", "--test-list", "trainval", network=str(tmp_path / "checkpoint.pth"))
+    eval_segmentation.main(eval_segmentation.parse_args(words))
+    assert {tuple(map(tuple, statistics)) for statistics in asked} == {((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))}
+    assert (tmp_path / "eval.jsonl").read_text() == (tmp_path / "out/eval.jsonl").read_text()
+    assert "note: 7 of the 7 test images are trained on" in capsys.readouterr().err
+    saved["state"]["encoder"]["backbone.conv1.weight"] += 1
+    torch.save(saved, tmp_path / "checkpoint.pth")
+    with pytest.raises(common.Fault, match="was trained from other weights than"):
+        eval_segmentation.main(eval_segmentation.parse_args(words))
 
 
 def test_images_that_wait_keep_few_files_open(folder: Path, tmp_path: Path) -> None:
