@@ -599,6 +599,8 @@ def test_pic_on_graphs_with_known_answers() -> None:
     assert dc.basins(path, v).tolist() == [0, 0, 0, 0, 1, 1, 1]  # 4 has 0.5 to the left, 1 to the right
     heavy = graph_of({(i, i + 1): 3.0 if i == 3 else 1.0 for i in range(6)}, 7)
     assert dc.basins(heavy, v).tolist() == [0, 0, 0, 0, 0, 1, 1]  # the weight counts, not the step alone
+    line = graph_of({(i, i + 1): 1.0 for i in range(99)}, 100)
+    assert not dc.basins(line, torch.linspace(1, 0, 100, dtype=torch.float64)).any()  # however far it is to the peak
     star = graph_of({(0, i): 1.0 for i in range(1, 6)}, 7)
     v = dc.power_iteration(star)
     assert dc.basins(star, v).tolist() == [0, 0, 0, 0, 0, 0, 1]
