@@ -1232,6 +1232,26 @@ def test_labels_are_for_figures_alone(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "d")[1]["clusters"] == 10 and "test_top1" in rows_of(tmp_path / "d")[1]
 
 
+def test_the_monitor_evaluates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The monitor's kNN, at tau = 0.07, is of the training and test images' whitened descriptors, whose PCA is that of
+    the training images, by the network in evaluation mode; with --clustering labels test_top1 is the accuracy in % of
+    its last layer."""
+    asked, monitor = list[Any](), common.knn_monitor
+    monkeypatch.setattr(common, "knn_monitor", lambda *x, **more: (asked.append((x, more)), monitor(*x, **more))[1])
+    words = [*TINY, "--epochs", "1", "--knn-every", "1", "--test-subset", "40", "--no-amp", "--output", str(tmp_path)]
+    dc.main(dc.parse_args([*words, "--clustering", "labels", "--sampling", "images"]))
+    (((keys, train, queries, test), more),) = asked
+    assert more == dict(temperature=0.07)
+    encoder, state = common.load_encoder(tmp_path / "checkpoint.pth"), state_of(tmp_path)
+    final = state["clusters"]["final"]
+    for features, images in ((keys, train), (queries, test)):
+        (pixels,) = images.centers(torch.arange(len(images)), 64, common.CPU)
+        h = encoder.backbone(images.normalize(pixels), relu_last=False)
+        torch.testing.assert_close(features, dc.whiten(h, final["projection"], final["offset"]), atol=1e-4, rtol=0)
+    guesses = (h.relu() @ state["top"]["weight"].T + state["top"]["bias"]).argmax(1)
+    assert rows_of(tmp_path)[0]["test_top1"] == round(100 * float((guesses == test.labels).double().mean()), 2) > 0
+
+
 def folder_of(path: Path, images: list[Any]) -> Path:
     path.mkdir()
     for i, pixels in enumerate(images):
