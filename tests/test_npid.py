@@ -227,6 +227,18 @@ def test_batches_of_one_image_log_no_nan(script: ModuleType, tmp_path: Path) -> 
     assert "NaN" not in row and "feature_std" not in row and json.loads(row)["loss"] > 0
 
 
+@pytest.mark.parametrize("loss", ["nce", "sampled"])
+def test_no_more_noise_than_images(loss: str, tmp_path: Path) -> None:
+    """The default of --m is lowered to the number of images, a typed one above it is refused."""
+    options = ["--preset", "smoke", "--subset", "32", "--epochs", "1", "--knn-every", "0", "--loss", loss]
+    options += ["--output", str(tmp_path)]
+    npid.main(npid.parse_args(options))
+    header = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert header["options"]["num_negatives"] == 32
+    with pytest.raises(common.Fault, match="--m 33 is more than the 32 images"):
+        npid.main(npid.parse_args([*options, "--m", "33"]))
+
+
 def test_a_figure_too_large_is_null(tmp_path: Path) -> None:
     """A Z that float32 cannot hold is null in the log, which stays JSON; training itself takes its logarithm."""
     options = ["--preset", "smoke", "--subset", "32", "--epochs", "1", "--knn-every", "0"]
