@@ -447,6 +447,14 @@ def interrupted(world: int, rank: int, port: int, folder: Path) -> None:
     common.Run.after_step = after_step  # type: ignore[method-assign]
 
 
+def test_a_signal_to_another_rank_stops_this_one() -> None:
+    """Also between steps, as in a test, where only one of the ranks has had it."""
+    other, stopped = signal.SIGUSR2, list[tuple[int, ...]]()
+    run: Any = argparse.Namespace(signal=0, agree=lambda wish: max(wish, other), stop=lambda *x: stopped.append(x))
+    common.Run.pause(run, 3, 4)
+    assert stopped == [(other, 3, 4)]
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_resume(world: int, tmp_path: Path) -> None:
     """Ranks, stopped within an epoch by a signal to one of them, end with the bits and log of undisturbed ones."""
