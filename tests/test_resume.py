@@ -388,6 +388,15 @@ def test_which_options_may_change(tmp_path: Path) -> None:
             work._check_resumable(saved | change, tmp_path / "checkpoint.pth")
 
 
+def test_settings_of_a_result(tmp_path: Path) -> None:
+    """They are the options that say what is learnt, wherever that is, and the precision that was taken."""
+    work = started(tmp_path)
+    work.amp = True
+    found = work.settings()
+    work.close()
+    assert (found["amp"], found["lr"]) == (True, work.args.lr) and not {"output", "workers", "data_dir"} & found.keys()
+
+
 def test_photographs_may_move(tmp_path: Path) -> None:
     """The same images under another name go on, in the name that they have now."""
     for number in range(8):
