@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -127,6 +128,16 @@ def test_a_row_is_made_in_pieces(run: ModuleType, fake: list[str], tmp_path: Pat
     assert not facts(tmp_path, "one")["finished"] and len(first.splitlines()) < 4
     assert call(run, [*fake, "one"]) == 0
     assert facts(tmp_path, "one")["finished"] and log.read_text().startswith(first)
+
+
+@pytest.mark.parametrize(("words", "end"), [(["--minutes", "2"], 220.0), ([], math.inf)])
+def test_minutes_are_those_of_a_call(words: list[str], end: float, run: ModuleType, fake: list[str],
+                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows of a call share its minutes; without them there is no end."""
+    ends = list[float]()
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    monkeypatch.setattr(run, "make", lambda name, args, deadline: not ends.append(deadline))
+    assert call(run, [*fake, *words]) == 0 and ends == [end, end]
 
 
 def test_options_that_were_added_stand_in_the_table(run: ModuleType, fake: list[str], tmp_path: Path) -> None:
