@@ -151,7 +151,8 @@ def test_options_that_were_added_stand_in_the_table(run: ModuleType, fake: list[
 
 def test_options_that_come_too_late_are_named(run: ModuleType, fake: list[str], tmp_path: Path,
                                               capsys: pytest.CaptureFixture[str]) -> None:
-    """Where a row's training has ended, a call with other options for it says that the row is without them."""
+    """Where a row's training has ended, a call with other options for it says that the row is without them, one
+    without options nothing."""
     def said(seed: str) -> str:
         assert call(run, [*fake, "one", "--", "--seed", seed, "--file-list", str(tmp_path / "list")]) == 0
         return capsys.readouterr().out
@@ -160,6 +161,8 @@ def test_options_that_come_too_late_are_named(run: ModuleType, fake: list[str], 
     assert "one: finished, without --seed 2 " in said("2")
     shutil.rmtree(tmp_path / "results/one")
     assert "one: its training has ended, without --seed 2 " in said("2")
+    shutil.rmtree(tmp_path / "results/one")
+    assert call(run, [*fake, "one"]) == 0 and "without" not in capsys.readouterr().out
 
 
 def test_a_row_in_pieces_has_the_minutes_and_options_of_all(
