@@ -351,6 +351,15 @@ def test_layers_of_an_nn_sequential_are_renamed_first(resnet: dict[str, Tensor],
     assert all(torch.equal(value, resnet[name]) for name, value in found.backbone.state_dict().items())
 
 
+def test_names_left_over_are_told(resnet: dict[str, Tensor], tmp_path: Path) -> None:
+    """Of what does not fit those of another shape are named first, then those that the network has not at all."""
+    odd = dict(resnet) | {"aaa.weight": torch.zeros(3), "conv1.weight": torch.zeros(64, 3, 5, 5)}
+    del odd["bn1.weight"], odd["fc.weight"], odd["fc.bias"]
+    torch.save(odd, tmp_path / "odd.pth")
+    with pytest.raises(common.Fault, match=r"Missing bn1.weight, conv1.weight ...; left over conv1.weight, aaa"):
+        encoder(tmp_path / "odd.pth")
+
+
 def test_half_loaded_is_refused(resnet: dict[str, Tensor], trained: Path, tmp_path: Path) -> None:
     """Under 95 % of the weights, another architecture, width or stem: refused with names from both sides."""
     part = {name: value for name, value in resnet.items() if not name.startswith("layer4.1")}
