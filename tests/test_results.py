@@ -303,6 +303,17 @@ def test_table_holds_figures_of_finished_rows(run: ModuleType, fake: list[str], 
     assert readme.read_text() == page
 
 
+def test_what_stands_beside_figures(run: ModuleType, fake: list[str], tmp_path: Path) -> None:
+    """The table says how images are encoded unless they are the official files, and "none" of a figure that a finished
+    row has not."""
+    for images, said in (("original", ""), ("JPEG quality 75", ", JPEG quality 75")):
+        made = dict(added=[], images=images, device="a GPU", finished=True, minutes=7.4)
+        run.publish("one", made, run.parse_args(fake))
+        table = run.table(tmp_path / "results").splitlines()[2]
+        assert table.endswith(f"| [a GPU, 7 min{said}](results/one/log.jsonl) |")
+        assert "| 80.0 | none | 75.4 | none | none |" in table
+
+
 def test_bad_words(run: ModuleType, fake: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """A row that does not exist, and one that is too large, are errors of one line."""
     for words, said in ((["three"], "no row three"), (["large"], "torchrun --nproc-per-node 8")):
