@@ -168,7 +168,10 @@ def test_options_that_come_too_late_are_named(run: ModuleType, fake: list[str], 
 def test_a_row_in_pieces_has_the_minutes_and_options_of_all(
     run: ModuleType, fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps of 90 s in two calls make 6 minutes, a failed one included; a later call's options are not the row's."""
+    """Steps of 90 s in two calls make 6 minutes, a failed one included, though it has left an empty log; a later call's
+    options are not the row's."""
+    (tmp_path / "work/one").mkdir(parents=True)
+    (tmp_path / "work/one/log.jsonl").touch()
     clock, codes = [0.0], iter([0, 1, 0, 0])
 
     def run_step(step: list[str], deadline: float) -> int:
