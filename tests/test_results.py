@@ -317,6 +317,17 @@ def test_what_stands_beside_figures(run: ModuleType, fake: list[str], tmp_path: 
         assert "| 80.0 | none | 75.4 | none | none |" in table
 
 
+def test_list_says_how_far_rows_have_come(run: ModuleType, fake: list[str], tmp_path: Path,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
+    """--list names each row with its state and its commands."""
+    run.publish("one", dict(finished=True), run.parse_args(fake))
+    (tmp_path / "work/two").mkdir(parents=True)
+    run.main(run.parse_args([*fake, "--list"]))
+    row, lines = run.ROWS["one"], capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line[0] != " "] == ["one: finished", "two: begun", "large: not run"]
+    assert lines[1:4] == [f"    python {command}" for command in (row.train, *row.steps)]
+
+
 def test_bad_words(run: ModuleType, fake: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """A row that does not exist, and one that is too large, are errors of one line."""
     for words, said in ((["three"], "no row three"), (["large"], "torchrun --nproc-per-node 8")):
