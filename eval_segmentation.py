@@ -268,8 +268,6 @@ class Segmenter(nn.Module):
             nn.init.zeros_(score.weight)  # as in the first FCN
             nn.init.zeros_(score.bias)  # type: ignore[arg-type]
             head = nn.Sequential(*layers[start:], *hidden, score)
-        if args.freeze > len(stages):
-            raise common.Fault(f"--freeze {args.freeze}: this network has {len(stages)} stages")
         self.trunk, self.head = nn.Sequential(*stages), head
         self.freeze, self.frozen_bn = args.freeze, args.bn == "frozen"
         self.requires_grad_(True)
