@@ -264,6 +264,8 @@ def test_run(folder: Path, tmp_path: Path) -> None:
     assert [row["iteration"] for row in log(tmp_path / "out")[1:]] == [2, 4]
     again = run("eval_segmentation", words)
     assert json.loads(again.out.splitlines()[-1]) == result and "already finished" in again.out
+    header, *rows = log(tmp_path / "out")
+    assert len(rows) == 2 and header["test"]["images"] == 3 and "7 images at 32 px" in process.out
     other = json.loads(run("eval_segmentation", [*words, "--test-subset", "2"]).out.splitlines()[-1])
     assert (result["test_subset"], other["test_subset"], other["test_images"]) == (None, 2, 2)
     torch.manual_seed(0)
