@@ -3,6 +3,7 @@
 What can be claimed of a GPU without one is tested on the CPU: no tensor is on the wrong device, no step waits.
 """
 
+import argparse
 import functools
 import importlib
 import json
@@ -536,6 +537,16 @@ def test_benchmark_heads_merge_exactly(gpu: Any) -> None:
 
     torch.testing.assert_close(gpu.in_heads(operator, 7)(z, bank), common.bank_attention(z, bank, gpu.TAU), atol=1e-5,
                                rtol=1e-5)
+
+
+def test_ratios_of_a_race(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ratio is theirs over ours of one round, and the first round does not count."""
+    bench = importlib.import_module("benchmarks.bench")
+    monkeypatch.setattr(bench, "seconds", lambda way, device: way())
+    theirs, ours = iter([90.0, 2.0, 6.0, 3.0]), iter([1.0, 1.0, 2.0, 3.0])
+    args = argparse.Namespace(device="cpu", repeats=3)
+    assert bench.race("case", lambda: next(theirs), lambda: next(ours), args) == dict(
+        case="case", ratio_min=1, ratio_median=2, ratio_max=3, theirs_seconds=3, ours_seconds=2, rounds=3)
 
 
 def test_ratios_without_faiss(
