@@ -429,6 +429,24 @@ def test_benchmarks_in_miniature(gpu: Any, tmp_path: Path) -> None:
     assert records[0]["case"] == "matmul bfloat16" and records[-1]["way"] == "the whole loss"
 
 
+def test_figures_of_a_case(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images, operations and bytes a second, their shares of what the device can, times the plain way is slower, and
+    whether an aim, a rate of images or else a time, is met."""
+    output, took = tmp_path / "gpu.jsonl", iter([6.0, 2.0, 2.0])
+    bench = gpu.Bench(gpu.parse_args(["step", "--device", "cpu", "--tiny", "--output", str(output)]), "step")
+    bench.ceilings = {"matmul tf32": 10.0, "copy": 5.0}
+    monkeypatch.setattr(bench, "seconds", lambda work: next(took))
+    bench.case("a", "plain", print, aim=7.0)
+    bench.case("a", "fast", print, flop=8, read=4, kind="tf32", per=12, aim=1, more=lambda: 1)
+    bench.case("a", "twice", print, times=2, aim=3.0)
+    plain, fast, twice = ({key: value for key, value in json.loads(line).items()
+                           if key not in ("benchmark", "case", "way", *bench.facts)} for line in gpu.lines_of(output))
+    assert plain == dict(seconds=6, aim=7, met=True) and twice == dict(seconds=4, aim=3, met=False, times_plain=1.5)
+    assert fast == pytest.approx(dict(seconds=2, images_per_second=6, aim=1, met=True, flop=8, flop_per_second=4,
+                                      flop_share=0.4, bytes=4, bytes_per_second=2, bytes_share=0.4, times_plain=3,
+                                      more=1))
+
+
 def test_candidates_that_fail(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that fails is a record, and the next has its turn; one that loses the device ends the process."""
     bench = gpu.Bench(gpu.parse_args(["--device", "cpu", "--tiny", "--output", str(tmp_path / "gpu.jsonl")]), "mine")
