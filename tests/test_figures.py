@@ -202,7 +202,8 @@ def test_the_legend_of_curves_stands_beside_the_title(label: str) -> None:
 
 
 def test_curves_of_runs_and_seeds(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs that differ in the seed alone become one line, others are named by what differs, ln N is that of the log."""
+    """Runs that differ in the seed alone become one line, others are named by what differs, the loss of chance is that
+    of the log, called ln N where it is."""
     seen = list[Any]()
     drawn = figures.draw_curves
 
@@ -230,6 +231,10 @@ def test_curves_of_runs_and_seeds(run: Path, tmp_path: Path, monkeypatch: pytest
     assert seen[3][1] == {}
     draw("curves", run, run, run, "--out", tmp_path / "picture.png")
     assert [len(runs) for runs in seen[4][0].values()] == [1, 1, 1]
+    text = (again / "log.jsonl").read_text()
+    (again / "log.jsonl").write_text(text.replace('"chance_loss": 5.5452', '"chance_loss": 2.3026'))  # ten clusters
+    draw("curves", again, "--out", tmp_path / "picture.png")
+    assert seen[5][1] == {"chance, 2.30": 2.3026}
 
 
 def test_a_run_that_is_trained_on_has_its_new_epochs(run: Path, tmp_path: Path) -> None:
@@ -259,8 +264,8 @@ def test_curves_of_other_images_are_not_averaged(tmp_path: Path, monkeypatch: py
 
 
 def test_density_of_bank_and_of_features(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bank where every network has one, else features of all; labels say the mean and the ranks, heights the
-    percentage of images."""
+    """The bank where every network has one, else features of all; labels say the mean and the ranks, lines the mean,
+    heights the percentage of images."""
     seen = list[dict[str, dict[str, torch.Tensor]]]()
     drawn = figures.draw_density
 
@@ -284,8 +289,9 @@ def test_density_of_bank_and_of_features(run: Path, tmp_path: Path, monkeypatch:
     legend = drawn(seen[0]).axes[0].get_legend()
     assert legend is not None and legend.get_texts()[0].get_text() == f"npid smoke: mean {expected[0].mean():.3f}"
     values = torch.tensor([0.0, 0, 0, 1])
-    bars = drawn({key: {"one": values} for key in "ab"}).axes[0].patches
-    assert max(bar.get_xy()[:, 1].max() for bar in bars) == 75  # type: ignore[attr-defined]
+    axes = drawn({key: {"one": values} for key in "ab"}).axes[0]
+    assert max(bar.get_xy()[:, 1].max() for bar in axes.patches) == 75  # type: ignore[attr-defined]
+    assert [line.get_xdata() for line in axes.lines] == [[0.25, 0.25]]  # the mean
 
 
 # neighbors, retrieval
