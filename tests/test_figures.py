@@ -733,6 +733,12 @@ def test_edges_of_networks_and_logs(run: Path, tmp_path: Path, monkeypatch: pyte
         image(tmp_path / f"{name}.png")
 
 
+def test_edges_are_labelled_by_the_mean_over_classes() -> None:
+    """The number beside a box is the mean, as the diamond is, of the classes that have images."""
+    figure = figures.draw_edges({"run": torch.tensor([10.0, 20, math.nan, 90])}, 10.0, {})
+    assert "40.0" in texts(figure) and figure.axes[0].get_title() == "3 classes, final network"
+
+
 def test_edges_name_a_curve_as_its_box(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A curve has the name that tells its run from all others, those without a curve included."""
     pic, kmeans = (other(run, tmp_path / how, script="deepcluster", clustering=how, reassign_every=1)
