@@ -665,8 +665,10 @@ def test_ascent_leaves_the_channels_bias_behind() -> None:
 
 
 def test_maximize_shows_the_images_that_fire_most(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The nine images are those with the highest mean activation of the channel, in order, and only live channels."""
-    seen = list[dict[str, list[figures.Channel]]]()
+    """The nine images are those with the highest mean activation of the channel, in order, and only live channels; the
+    small print has the middle and the least of how much higher the channels of all stages are raised."""
+    seen, notes, save = list[dict[str, list[figures.Channel]]](), list[str](), figures.save
+    monkeypatch.setattr(figures, "save", lambda *x: (notes.append(x[2]), save(*x)))
     drawn = figures.draw_maximize
 
     def spy(rows: dict[str, list[figures.Channel]]) -> Figure:
@@ -677,6 +679,10 @@ def test_maximize_shows_the_images_that_fire_most(run: Path, tmp_path: Path, mon
     draw("maximize", run, "--stages", "conv1", "conv3", "--channels", 2, "--steps", 20, "--out", tmp_path / "m.png")
     image(tmp_path / "m.png")
     assert list(seen[0]) == ["conv1", "conv3"]
+    quiet, loud = (sorted(channel.after / getattr(channel, key) for row in seen[0].values() for channel in row)
+                   for key in ("before", "loud"))
+    assert f": {quiet[2]:,.0f} times as much in the median, {quiet[0]:,.0f} at least;" in notes[0]
+    assert f"noise of the image's contrast {loud[2]:,.0f} and {loud[0]:.1f}." in notes[0]
     encoder = common.load_encoder(run / "checkpoint.pth")
     network: Any = encoder.backbone
     args = figures.parse_args(["maximize", str(run)])
