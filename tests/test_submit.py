@@ -256,12 +256,12 @@ def test_what_no_file_for_sbatch_can_hold(
 
 def test_a_job_in_the_queue_keeps_its_folder(fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If nobody reads the output, as after `| head -1`, the submitted job still finds its code; within another job its
-    memory is not asked for; GPUs of one type are asked for by gres alone."""
+    memory is not asked for, but the same SLURM; GPUs of one type are asked for by gres alone."""
     def closed(*_: Any, **__: Any) -> None:
         raise BrokenPipeError
 
     (tmp_path / "here").mkdir()
-    for name in ("SLURM_JOB_ID", "SLURM_MEM_PER_CPU"):
+    for name in ("SLURM_JOB_ID", "SLURM_MEM_PER_CPU", "SLURM_CONF"):
         monkeypatch.setenv(name, "300")
     monkeypatch.setattr(submit, "print", closed, raising=False)
     with pytest.raises(BrokenPipeError):
@@ -270,6 +270,7 @@ def test_a_job_in_the_queue_keeps_its_folder(fake_slurm: Path, tmp_path: Path, m
     assert "#SBATCH --gres=gpu:a100:2\n" in text and "gpus-per-node" not in text and "ntasks-per-node=2" in text
     (folder,) = (tmp_path / "here" / "runs" / "slurm").iterdir()
     assert (folder / "code" / "npid.py").exists() and not {"SLURM_JOB_ID", "SLURM_MEM_PER_CPU"} & set(os.environ)
+    assert os.environ["SLURM_CONF"] == "300"
 
 
 def test_what_follows_has_one_gpu_of_the_type(
