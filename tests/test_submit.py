@@ -242,6 +242,18 @@ def test_what_sbatch_gets(fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.
     assert [file.name for file in (tmp_path / "he re" / "runs" / "slurm").iterdir()] == [folder.name]
 
 
+def test_where_what_follows_is_refused(fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training that is in the queue already is cancelled, before its folder goes."""
+    (tmp_path / "here").mkdir()
+    for tool, text in (("sbatch", 'grep -q dependency= "$1" && exit 1\necho "Submitted batch job 7"'),
+                       ("scancel", f"echo $* $(ls {tmp_path}/here/runs/slurm | wc -l) > {tmp_path}/cancelled")):
+        (tmp_path / "tools" / tool).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "tools" / tool).chmod(0o755)
+    with pytest.raises(common.Fault, match="sbatch refuses"):
+        submitted(["--then", "eval_knn.py", NPID], monkeypatch, tmp_path / "here")
+    assert (tmp_path / "cancelled").read_text() == "7 1\n" and not list((tmp_path / "here/runs/slurm").iterdir())
+
+
 @pytest.mark.parametrize("words", [["--slurm", "comment=a\nb", NPID], [NPID, "--output", "\udcff/c"]])
 def test_what_no_file_for_sbatch_can_hold(
     words: list[str], fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
