@@ -562,6 +562,28 @@ def test_other_ranks_leave_the_requeue_to_the_first(monkeypatch: pytest.MonkeyPa
         assert stop.value.code == 0
 
 
+def test_workers_leave_signals_to_their_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM signals the workers of a rank, too, which have inherited its handler: they neither requeue nor end."""
+    monkeypatch.setattr(submit.signal, "signal", lambda *_: None)
+    end = submit.ending("slurm", "npid.py", "", 0, lambda *_: pytest.fail("requeued"))
+    monkeypatch.setattr(submit.os, "getpid", lambda: -1)
+    end(signal.SIGUSR2, None)
+
+
+def test_a_requeue_that_fails_says_what_continues(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the job cannot be requeued it ends with an error that has the command that goes on."""
+    def requeue(*_: Any) -> None:
+        raise submit.subprocess.CalledProcessError(1, "scontrol")
+
+    monkeypatch.setattr(submit.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as stop:
+        submit.ending("slurm", "npid.py", "python submit.py npid.py", 0, requeue)(signal.SIGUSR2, None)
+    assert stop.value.code == 1
+    assert re.search("error: not requeued .*this continues: python submit.py npid.py$", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("called", ["CANCELLED", "COMPLETING", ""])
 def test_term_is_the_end_unless_the_job_is_running(called: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """TERM requeues nothing where SLURM calls the job anything but running, or cannot be asked."""
