@@ -388,7 +388,7 @@ def test_resume_is_exact(folder: Path, tmp_path: Path) -> None:
     assert results[0] == results[1]
 
 
-def tested_alike(rank: int, port: int) -> None:
+def equal_tables(rank: int, port: int) -> None:
     """One of two ranks, which end with an error where their networks differ in the test."""
     rank_of(2, rank, port)
     test = eval_segmentation.confusion_table
@@ -405,7 +405,7 @@ def test_two_ranks(count: int, folder: Path, tmp_path: Path) -> None:
     """Two ranks share the test images unevenly, of a single one the second has none, and test the same network, batch
     statistics included; the one result has the pixels of all."""
     words, port = tiny(folder, tmp_path / "out", "--test-subset", count), free_port()
-    ranks = [start("eval_segmentation", words, functools.partial(tested_alike, rank, port)) for rank in range(2)]
+    ranks = [start("eval_segmentation", words, functools.partial(equal_tables, rank, port)) for rank in range(2)]
     for process in ranks:
         assert process.wait().code == 0, process.err
     assert json.loads(ranks[0].out.splitlines()[-1])["test_images"] == count and "protocol" not in ranks[1].out
