@@ -242,6 +242,17 @@ def test_what_sbatch_gets(fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.
     assert [file.name for file in (tmp_path / "he re" / "runs" / "slurm").iterdir()] == [folder.name]
 
 
+def test_what_continues_does_not_start_over(
+    fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command that a job names for going on is that of its submission, without --overwrite."""
+    submitted(["--gpus", "0", "--tasks", "1", NPID, "--overwrite", "--lr", "0.1"], monkeypatch, tmp_path)
+    (path,) = (tmp_path / "runs" / "slurm").glob("*/1_submitted.pkl")
+    job = submit.submitit.core.utils.DelayedSubmission.load(path).function
+    assert "--overwrite" in job.run.argv
+    assert job.again == f"python slurm/submit.py --gpus 0 --tasks 1 {NPID} --lr 0.1"
+
+
 def test_where_what_follows_is_refused(fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The training that is in the queue already is cancelled, before its folder goes."""
     (tmp_path / "here").mkdir()
@@ -560,6 +571,23 @@ def test_other_ranks_leave_the_requeue_to_the_first(monkeypatch: pytest.MonkeyPa
         with pytest.raises(SystemExit) as stop:
             end(number, None)
         assert stop.value.code == 0
+
+
+def test_nothing_disturbs_a_requeue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a job goes back into the queue, further signals of the same pre-emption are ignored."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    found = list[Any]()
+    monkeypatch.setattr(submit, "state", lambda: "RUNNING")
+    try:
+        for number in before:
+            end = submit.ending("slurm", "npid.py", "", 0, lambda *_: found.extend(map(signal.getsignal, before)))
+            for other in before:
+                signal.signal(other, end)
+            end(number, None)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert found == [signal.SIG_IGN] * 4
 
 
 def test_workers_leave_signals_to_their_rank(monkeypatch: pytest.MonkeyPatch) -> None:
