@@ -1070,6 +1070,32 @@ def test_precision_over_recall_by_hand() -> None:
     torch.testing.assert_close(curves, expected[None])
 
 
+def test_boxes_of_detections_by_hand() -> None:
+    """An image has its own true boxes, dashed, and its own answers of enough score with class and score: green right,
+    orange wrong, grey on a difficult object; lines are means over classes, each of its run."""
+    boxes = torch.tensor([[0, 0, 9, 9], [1, 9, 11, 29], [20, 20, 30, 35], [2, 1, 12, 21], [8, 9, 20, 30]]).float()
+    truth = dict(counts=torch.tensor([1, 2]), boxes=boxes[:3], labels=torch.tensor([0, 0, 1]),
+                 difficult=torch.zeros(3, dtype=torch.bool))
+    found = dict(image=torch.tensor([1, 1, 1, 1, 0]), scores=torch.tensor([0.9, 0.8, 0.7, 0.4, 0.6]),
+                 labels=torch.tensor([0, 1, 0, 0, 1]), right=torch.tensor([True, False, False, False, True]),
+                 counted=torch.tensor([True, True, False, True, True]), boxes=boxes[[3, 4, 1, 2, 0]])
+    saved = dict(found=found, truth=truth, classes=["cup", "pan"], result=dict(ap50_voc07=30.0))
+    second = saved | dict(found=found | dict(right=found["counted"]), result=dict(ap50_voc07=40.0))
+    left, *_, plot = figures.draw_detections(saved, [(1, Image.new("RGB", (40, 40)))] * 2, dict(a=saved), 0.5).axes
+    drawn = [(*box.get_bbox().bounds, box.get_linestyle(), matplotlib.colors.to_hex(box.get_edgecolor()))
+             for box in left.patches]
+    right, wrong = figures.RIGHT.lower(), figures.WRONG.lower()
+    assert drawn == [(0.5, 8.5, 10, 20, "--", "#ffffff"), (19.5, 19.5, 10, 15, "--", "#ffffff"),
+                     (1.5, 0.5, 10, 20, "-", right), (7.5, 8.5, 12, 21, "-", wrong), (0.5, 8.5, 10, 20, "-", "#999999")]
+    assert [(text.get_text(), text.get_va()) for text in left.texts] == [
+        ("cup .90", "top"), ("pan .80", "bottom"), ("cup .70", "bottom")]
+    assert len(plot.lines) == 2 + 2  # the classes, the mean, and what stands for the classes in the legend
+    both = figures.draw_detections(saved, [], dict(a=saved, b=second), 0.5).axes[-1].lines
+    assert [line.get_label() for line in both] == ["a: AP 30.0 (11-point)", "b: AP 40.0 (11-point)"]
+    for line, source in zip(both, (saved, second), strict=True):
+        assert line.get_ydata() == pytest.approx(figures.class_curves(source).mean(0))
+
+
 def test_runs_of_several_seeds_are_one_source() -> None:
     """It names every seed and commit, and the last epoch that all of them have."""
     one = figures.Source("run", dict(seed=0, epochs=9), dict(images=64), "abc", 3)
