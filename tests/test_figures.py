@@ -843,7 +843,7 @@ def test_queue_line_is_the_mean_of_the_runs() -> None:
 
 
 def test_queue(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last evaluation of each run by the size of its queue; runs of the same size are averaged."""
+    """The last evaluation of each run, not of pixels, by the size of its queue; runs of the same size are averaged."""
     seen = list[dict[str, dict[int, list[float]]]]()
     drawn = figures.draw_queue
     monkeypatch.setattr(figures, "draw_queue", lambda points: (seen.append(points), drawn(points))[1])
@@ -852,8 +852,9 @@ def test_queue(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         entry = dict(num_neighbors=200, temperature=0.07, top1=top1)
         line = dict(protocol="knn", knn=[entry], nmi=top1 / 2, precision_at_1=top1 - 5)
         lines = [line | dict(nmi=1.0, precision_at_1=1.0), line, line | dict(checkpoint="random", nmi=5.0)]
-        lines.append(line | dict(layer="backbone", nmi=2.0))
-        runs.append(evaluated(run, tmp_path / f"q{size}-{seed}", lines, host="moco", queue_size=size, seed=seed))
+        lines += [line | dict(checkpoint="pixels", nmi=6.0), line | dict(layer="backbone", nmi=2.0)]
+        host = "infomin" if size == 256 else "moco"
+        runs.append(evaluated(run, tmp_path / f"q{size}-{seed}", lines, host=host, queue_size=size, seed=seed))
     draw("queue", *runs, "--out", tmp_path / "queue.png")
     image(tmp_path / "queue.png")
     assert seen[0]["kNN accuracy"] == {64: [30.0, 34.0], 256: [40.0]}
