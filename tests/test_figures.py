@@ -878,7 +878,8 @@ def test_lowshot_and_semisup(run: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(figures, "draw_labels", lambda curves, *rest: (seen.append(curves), drawn(curves, *rest))[1])
     draws = [dict(labels=n, draws=2, top1=n / 2, top1_std=1.0, top5=n / 4, top5_std=0.5) for n in (40, 160)]
     facts = dict(protocol="finetune", data="shapes", epochs=7, train_images=400, test_images=100)
-    lines = [facts | dict(preset=preset, draws=draws) for preset in ("lowshot", "finetune")]
+    lines = [facts | dict(preset=preset, draws=[dict(entry, **{unused: 0.0}) for entry in draws])
+             for preset, unused in (("lowshot", "top5"), ("finetune", "top1"))]
     lines += [line | dict(checkpoint="random", draws=[dict(entry, top1=3.0) for entry in draws]) for line in lines]
     folder = evaluated(run, tmp_path / "few", lines)
     for name in ("lowshot", "semisup"):
@@ -891,6 +892,8 @@ def test_lowshot_and_semisup(run: Path, tmp_path: Path, monkeypatch: pytest.Monk
     (unlabelled / "log.jsonl").write_text(log.replace('"classes": 10', '"classes": 0'))
     draw("lowshot", unlabelled, "--out", tmp_path / "lowshot.png")
     assert log.count('"classes": 10') == 1 and seen[2]["npid smoke"] == [(2, 20, 1), (8, 80, 1)]
+    draw("lowshot", folder, evaluated(run, tmp_path / "alone", lines[:2], seed=1), "--out", tmp_path / "lowshot.png")
+    assert seen[3]["untrained"] == [(4, 3, 1), (16, 3, 1)] and len(seen[3]) == 3
 
 
 def test_shares_of_labels_are_short() -> None:
