@@ -897,9 +897,10 @@ def test_lowshot_and_semisup(run: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_shares_of_labels_are_short() -> None:
-    """Beside the axis stand at most two decimals of a share, and whole numbers as they are."""
-    figure = figures.draw_labels({"a": [(9.765625, 20, 1), (13000, 30, 1)]}, "x", "y")
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["9.77", "13000"]
+    """Beside the axis stand at most two decimals of a share, and whole numbers as they are, by size as the line is."""
+    (axes,) = figures.draw_labels({"a": [(13000, 30, 1), (9.765625, 20, 1)]}, "x", "y").axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["9.77", "13000"]
+    assert axes.lines[0].get_xydata().tolist() == [[9.765625, 20], [13000, 30]]
 
 
 def test_small_print_has_no_path(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
