@@ -925,10 +925,15 @@ def test_caption_of_what_is_drawn(run: Path, tmp_path: Path, monkeypatch: pytest
         line = dict(preset="lowshot", data="shapes", epochs=epochs, train_images=400, test_images=100)
         lines = [line | dict(epochs=old, draws=[dict(labels=40, draws=count, top1=20.0, top1_std=0.0)])
                  for old, count in ((epochs + 20, 3), (epochs, draws))]
+        layers = dict(protocol="linear", method="npid", checkpoint_sha256=name, layers=[dict(layer="conv1", top1=9.0)])
+        lines += [line | layers | dict(epochs=old) for old in (epochs + 20, epochs)]
         runs.append(evaluated(run, tmp_path / name, lines, seed=epochs))
     draw("lowshot", *runs)
     assert notes[0].split(": ")[1] == ("7 epochs, 100 test images of shapes or 9 epochs, 100 test images of shapes; "
                                        "mean and deviation of 1/5 draws.")
+    draw("linear", *runs)
+    assert notes[1] == ("eval_linear.py: 400 training and 100 test images of shapes, 7 epochs or 400 training and 100 "
+                        "test images of shapes, 9 epochs.")
 
 
 def test_time_of_a_step(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
