@@ -973,7 +973,7 @@ def test_ablation(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(figures, "draw_ablation", spy)
     entries = [dict(num_neighbors=k, temperature=tau, top1=top - 50 * (tau > 0.07))
-               for k, top in ((200, 60.0), (1, 50.0)) for tau in (0.1, 0.07)]
+               for k, top in ((200, 60.0), (1, 50.0), (20, 9.0)) for tau in (0.1, 0.07)]
     lines = [dict(protocol="knn", knn=entries, data="shapes"), dict(protocol="svm", svm_top1=55.0, data="shapes")]
     lines += [dict(lines[1], svm_top1=8.0, draws=[]), dict(lines[1], svm_top1=7.0, layer="conv5")]
     lines += [dict(protocol="knn", knn=[row | dict(top1=9.0) for row in entries], data="places205")]  # elsewhere
