@@ -1004,18 +1004,21 @@ def test_ablation(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_ablation_is_of_the_weights_as_they_are(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results of a copy of an earlier epoch, or from before a run was trained on, do not count."""
+    """Results of a copy of an earlier epoch, or from before a run was trained on, do not count, those of its
+    backbone.pth do."""
     seen = list[Any]()
     monkeypatch.setattr(figures, "draw_ablation", lambda table, ours, given: seen.append(ours["svm"]) or Figure())
     now, line = hashlib.sha256(b"now").hexdigest(), dict(protocol="svm", data="shapes")
     line |= dict(checkpoint="runs/checkpoint.pth")
-    lines = [line | dict(svm_top1=50.0, checkpoint_sha256=now), line | dict(svm_top1=1.0, checkpoint_sha256="old"),
+    lines = [line | dict(svm_top1=3.0, checkpoint_sha256=now),
+             line | dict(svm_top1=50.0, checkpoint="runs/backbone.pth", checkpoint_sha256=now),
+             line | dict(svm_top1=1.0, checkpoint_sha256="old"),
              line | dict(svm_top1=2.0, checkpoint="runs/epoch10.pth", checkpoint_sha256="copy")]
     folder = evaluated(run, tmp_path / "run", lines, preset="cifar10")
-    (folder / "checkpoint.pth").write_bytes(b"now")
-    draw("ablation", folder)
-    (folder / "checkpoint.pth").write_bytes(b"trained on")
-    draw("ablation", folder)
+    for content in (b"now", b"trained on"):
+        for name in ("checkpoint.pth", "backbone.pth"):
+            (folder / name).write_bytes(content)
+        draw("ablation", folder)
     assert seen == [{"exact softmax": [50.0]}, {}]
 
 
