@@ -1066,6 +1066,7 @@ def test_ablation_compares_like_with_like(run: Path, tmp_path: Path, monkeypatch
                     {"exact softmax": [60.0], "NCE, m = 10": [40.0]}]
     for names, command in ((["unusual"], "unusual/checkpoint.pth --k 200$"),
                            (["clean", "unusual"], "unusual/checkpoint.pth --k 200 --train-features clean$"),
+                           (["whole", "unusual"], "unusual/checkpoint.pth --k 200 --train-features bank$"),
                            (["part", "clean"], "clean/checkpoint.pth --k 200 --train-features clean --subset 5000$")):
         with pytest.raises(common.Fault, match=rf"the head's features.*: run eval_knn.py .*/{command}"):
             draw("ablation", *(paths[name] for name in names))
