@@ -1136,7 +1136,8 @@ def test_results_of_an_older_checkpoint_are_left_out(tmp_path: Path) -> None:
 
 def test_layers_of_one_line_have_the_same_settings(tmp_path: Path) -> None:
     """Results of eval_linear.py become one line where the settings that both name agree, whichever layers they are of;
-    of several data sets each line says its own, of several runs of a preset its folder, as the small print does."""
+    where nothing tells a run's own data the last set's count; of several sets each line says its own, of several runs
+    of a preset its folder, as the small print does."""
 
     def row(layer: str, top1: float, **facts: Any) -> dict[str, Any]:
         usual = dict(protocol="linear", method="npid", checkpoint="x", checkpoint_sha256="abc", data="shapes")
@@ -1156,6 +1157,7 @@ def test_layers_of_one_line_have_the_same_settings(tmp_path: Path) -> None:
         assert lines(row("conv3", 3, **first), row("conv5", 5, **other)) == {"npid": {"conv5": 5}}
     joined = lines(row("conv3", 3), row("conv4", 4, normalize="standard"), row("conv5", 5))
     assert joined == {"npid": {"conv3": 3, "conv5": 5}}
+    assert lines(row("conv3", 3), row("conv3", 4, data="cifar10")) == {"npid": {"conv3": 4}}
     assert lines(row("conv3", 3), folder="two") == {"npid one, shapes": {"conv3": 3}, "npid two, cifar10": {"conv1": 9}}
     assert lines(row("conv3", 3), row("conv3", 4, checkpoint_sha256="ghi")) == {
         "npid one abc": {"conv3": 3}, "npid one ghi": {"conv3": 4}}
