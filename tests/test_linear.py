@@ -1679,15 +1679,16 @@ def test_picture(trained: Path, checkpoint: Path, tmp_path: Path, monkeypatch: p
 
 def test_lines_of_networks(tmp_path: Path) -> None:
     """Untrained networks of another kind, width or seed are lines of their own, in files without widths too; of each a
-    layer's last figure counts, none of few labels or of other settings than the last's; layers stand in the order of
-    the network."""
+    layer's last figure counts, none of few labels, of another protocol or of other settings than the last's; layers stand
+    in the order of the network."""
 
     def row(layers: dict[str, float], **more: Any) -> dict[str, Any]:
         return dict(protocol="svm", method="untrained", checkpoint="random", checkpoint_sha256="", arch="resnet18",
                     seed=0, data="shapes", layers=[dict(layer=name, top1=top1) for name, top1 in layers.items()]) | more
 
     rows = [row({"head": 1, "conv5": 2}, width=4), row({"conv1": 3, "head": 4}, width=4), row({"conv1": 5}, width=8),
-            row({"conv1": 6}, width=4, seed=1), row({"conv1": 7}), row({"head": 8}, width=4, draws=[]),
+            row({"conv1": 6}, width=4, seed=1), row({"head": 9}, width=4, protocol="linear"), row({"conv1": 7}),
+            row({"head": 8}, width=4, draws=[]),
             row({"conv5": 8}, method="npid", checkpoint="x.pth", checkpoint_sha256="abc", subset=500),
             row({"conv1": 9}, method="npid", checkpoint="x.pth", checkpoint_sha256="abc")]
     (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
