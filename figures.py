@@ -1197,7 +1197,7 @@ def finetuned(
     sources, own, untrained = [read_log(name)[0] for name in args.runs], Rows(), Rows()
     for name, source in zip(args.runs, sources, strict=True):
         rows = of_set([row for row in read_current(name, baselines=True)
-                       if row.get("preset") == preset and "draws" in row], source.data["name"])
+                       if row.get("preset") == preset and row.get("protocol") == "finetune"], source.data["name"])
         newest = {row["checkpoint"] == "random": dict(classes=source.data["classes"]) | row for row in rows}
         if False not in newest:
             raise common.Fault(f"{name} has no {preset} in eval.jsonl: run eval_linear.py "

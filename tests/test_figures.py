@@ -881,6 +881,7 @@ def test_lowshot_and_semisup(run: Path, tmp_path: Path, monkeypatch: pytest.Monk
     lines = [facts | dict(preset=preset, draws=[dict(entry, **{unused: 0.0}) for entry in draws])
              for preset, unused in (("lowshot", "top5"), ("finetune", "top1"))]
     lines += [line | dict(checkpoint="random", draws=[dict(entry, top1=3.0) for entry in draws]) for line in lines]
+    lines += [line | dict(protocol="svm", draws=[dict(entry, top1=1.0, top5=1.0) for entry in draws]) for line in lines]
     folder = evaluated(run, tmp_path / "few", lines)
     for name in ("lowshot", "semisup"):
         draw(name, folder, "--out", tmp_path / f"{name}.png")
@@ -922,7 +923,7 @@ def test_caption_of_what_is_drawn(run: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(figures, "save", lambda figure, title, note, *_: notes.append(note))
     runs = []
     for name, epochs, draws in (("a", 7, 5), ("b", 9, 1)):
-        line = dict(preset="lowshot", data="shapes", epochs=epochs, train_images=400, test_images=100)
+        line = dict(preset="lowshot", protocol="finetune", data="shapes", train_images=400, test_images=100)
         lines = [line | dict(epochs=old, draws=[dict(labels=40, draws=count, top1=20.0, top1_std=0.0)])
                  for old, count in ((epochs + 20, 3), (epochs, draws))]
         layers = dict(protocol="linear", method="npid", checkpoint_sha256=name, layers=[dict(layer="conv1", top1=9.0)])
