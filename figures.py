@@ -1256,7 +1256,7 @@ def read_layers(names: Sequence[str], protocol: str, data: str | None) -> tuple[
             raise common.Fault(f"{name} has no result of eval_linear.py, protocol {protocol}"
                                f"{f', --data {data}' if data else ''}: run it first")
         own = read_log(name)[0].data["name"] if (folder_of(name) / "log.jsonl").exists() else rows[-1]["data"]
-        for row in of_set(rows, data or own):
+        for row in of_set(rows, own):
             which = row["checkpoint_sha256"][:6] or "{arch}, width {width}, seed {seed}".format(**{"width": "?"} | row)
             found.setdefault((row["method"], which, row["data"]), []).append(row)
             # An untrained network is in no folder of its own
@@ -1267,7 +1267,7 @@ def read_layers(names: Sequence[str], protocol: str, data: str | None) -> tuple[
     lines = dict[str, dict[str, float]]()
     for (method, which, images), rows in found.items():
         place = places[method, which]
-        words = [place] * bool(place) + [which] * (shared[method, place] > 1 or not place)
+        words = [place] * bool(place) + [which] * (shared[method, place] > 1)
         label = " ".join([method, *words * (methods[method] > 1)]) + f", {images}" * (len(sets) > 1)
         alike = [row for row in rows if agree(settings_of(row), settings_of(rows[-1]))]
         lines[label] = {entry["layer"]: entry["top1"] for row in alike for entry in row["layers"]}
