@@ -1679,8 +1679,8 @@ def test_picture(trained: Path, checkpoint: Path, tmp_path: Path, monkeypatch: p
 
 def test_lines_of_networks(tmp_path: Path) -> None:
     """Untrained networks of another kind, width or seed are lines of their own, in files without widths too; of each a
-    layer's last figure counts, none of few labels, of another protocol or of other settings than the last's; layers stand
-    in the order of the network."""
+    layer's last figure counts, none of few labels, of another protocol or of other settings than the last's; layers
+    stand in the order of the network."""
 
     def row(layers: dict[str, float], **more: Any) -> dict[str, Any]:
         return dict(protocol="svm", method="untrained", checkpoint="random", checkpoint_sha256="", arch="resnet18",
