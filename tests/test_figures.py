@@ -1016,6 +1016,9 @@ def test_ablation_is_of_the_weights_as_they_are(run: Path, tmp_path: Path, monke
              line | dict(svm_top1=1.0, checkpoint_sha256="old"),
              line | dict(svm_top1=2.0, checkpoint="runs/epoch10.pth", checkpoint_sha256="copy")]
     folder = evaluated(run, tmp_path / "run", lines, preset="cifar10")
+    views = evaluated(run, tmp_path / "views", lines, preset="shapes", script="cld")  # "cifar10" of another script too
+    draw("ablation", views, "--out", tmp_path / "cld.png")
+    assert seen.pop()[1] == {"knn": {"and across views": [60.0]}}
     for content in (b"now", b"trained on"):
         for name in ("checkpoint.pth", "backbone.pth"):
             (folder / name).write_bytes(content)
