@@ -952,6 +952,28 @@ def test_time_of_a_step(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_tables_name_presets_that_exist() -> None:
+def test_columns_of_tables_have_figures_of_their_own() -> None:
+    """Linear probes and MLPs are what was evaluated last, accuracy what the log says of its last epoch."""
+    log = [dict(test_top1=1.0), dict(test_top1=2.0)]
+    rows = [dict(linear_top1=3.0), dict(linear_top1=4.0, linear_top5=5.0, test_top1=6.0), dict(mlp_top1=7.0)]
+    found = [figures.MERITS[key][1]({}, log, rows) for key in ("linear1", "linear5", "mlp", "top1")]
+    assert found == [4.0, 5.0, 7.0, 2.0]
+
+
+def test_bars_are_as_long_as_their_figures() -> None:
+    """The paper's bar of each column above the mean of ours, with its number at its end, rows from the top down."""
+    table = figures.TABLES["npid-1"]
+    number, row = list(enumerate(table.rows))[1]
+    ours = {"knn": {row: [50.0, 53.0]}, "svm": {row: [40.0]}}
+    figure = figures.draw_ablation(table, ours, Counter({row: 2}))
+    for column, (axes, mean, text) in enumerate(zip(figure.axes, (51.5, 40.0), ("51.5 ± 2.1 (2)", "40.0 (1 of 2)"),
+                                                    strict=True)):
+        bars = [(bar.get_y() + bar.get_height() / 2, bar.get_width()) for bar in axes.patches]
+        assert [length for _, length in bars if length != mean] == [row[column + 1] for row in table.rows.values()]
+        assert (pytest.approx(number + 0.2), mean) in bars and axes.yaxis_inverted()
+        assert [note.xy[0] for note in axes.texts if note.get_text() == text] == [mean]
+
+
     """Every row of every table is a preset of its script, as many figures as columns; the columns are known."""
     for key, table in figures.TABLES.items():
         presets = importlib.import_module(table.script).PRESETS
