@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -951,7 +952,6 @@ def test_time_of_a_step(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [ours["step"] for ours in seen] == [{"256": [400.0]}, {"256": [640.0]}]
 
 
-def test_tables_name_presets_that_exist() -> None:
 def test_columns_of_tables_have_figures_of_their_own() -> None:
     """Linear probes and MLPs are what was evaluated last, accuracy what the log says of its last epoch."""
     log = [dict(test_top1=1.0), dict(test_top1=2.0)]
@@ -974,6 +974,7 @@ def test_bars_are_as_long_as_their_figures() -> None:
         assert [note.xy[0] for note in axes.texts if note.get_text() == text] == [mean]
 
 
+def test_tables_name_presets_that_exist() -> None:
     """Every row of every table is a preset of its script, as many figures as columns; the columns are known."""
     for key, table in figures.TABLES.items():
         presets = importlib.import_module(table.script).PRESETS
@@ -1015,6 +1016,9 @@ def test_ablation(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     thin = evaluated(run, tmp_path / "thin", lines, preset="thin-cifar10-shared", script="cld")
     draw("ablation", thin, "--out", tmp_path / "cld.png")
     assert seen[1][:2] == ("CLD, Table A.2: parts of the method, CIFAR-10", {"knn": {"shared branch": [60.0]}})
+    views = evaluated(run, tmp_path / "views", lines, preset="shapes", script="cld")  # "cifar10" of another script too
+    draw("ablation", views, "--out", tmp_path / "cld.png")
+    assert seen.pop()[1] == {"knn": {"and across views": [60.0]}}
     with pytest.raises(common.Fault, match=r"thin is no row of NPID, Table 1: .*: it is one of CLD, Table A.2: "):
         draw("ablation", *runs, thin)
     draw("ablation", evaluated(run, tmp_path / "suffix", lines, preset="cifar10-thin"), "--out", tmp_path / "thin.png")
@@ -1038,9 +1042,6 @@ def test_ablation_is_of_the_weights_as_they_are(run: Path, tmp_path: Path, monke
              line | dict(svm_top1=1.0, checkpoint_sha256="old"),
              line | dict(svm_top1=2.0, checkpoint="runs/epoch10.pth", checkpoint_sha256="copy")]
     folder = evaluated(run, tmp_path / "run", lines, preset="cifar10")
-    views = evaluated(run, tmp_path / "views", lines, preset="shapes", script="cld")  # "cifar10" of another script too
-    draw("ablation", views, "--out", tmp_path / "cld.png")
-    assert seen.pop()[1] == {"knn": {"and across views": [60.0]}}
     for content in (b"now", b"trained on"):
         for name in ("checkpoint.pth", "backbone.pth"):
             (folder / name).write_bytes(content)
