@@ -943,13 +943,13 @@ def test_time_of_a_step(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     seen = list[Any]()
     monkeypatch.setattr(figures, "draw_ablation", lambda table, ours, given: seen.append(ours) or Figure())
     for last in (640, 0):
-        folder = other(run, tmp_path / f"{last}", script="deepcluster", preset="table4.3-256", batch_size=256)
+        folder = other(run, tmp_path / f"{last}", script="deepcluster", preset="table4.3-256", batch_size=128)
         header = (folder / "log.jsonl").read_text().splitlines()[0]
         rows = [json.dumps(dict(epoch=epoch, loss=1.0, step=10 * epoch, train_seconds=6.4, images_per_second=speed))
                 for epoch, speed in ((1, 400), (2, last))]
         (folder / "log.jsonl").write_text("\n".join([header, *rows, ""]))
         draw("ablation", folder, "--out", tmp_path / "steps.png")
-    assert [ours["step"] for ours in seen] == [{"256": [400.0]}, {"256": [640.0]}]
+    assert [ours["step"] for ours in seen] == [{"256": [200.0]}, {"256": [320.0]}]
 
 
 def test_columns_of_tables_have_figures_of_their_own() -> None:
