@@ -929,11 +929,14 @@ def test_caption_of_what_is_drawn(run: Path, tmp_path: Path, monkeypatch: pytest
                  for old, count in ((epochs + 20, 3), (epochs, draws))]
         layers = dict(protocol="linear", method="npid", checkpoint_sha256=name, layers=[dict(layer="conv1", top1=9.0)])
         lines += [line | layers | dict(epochs=old) for old in (epochs + 20, epochs)]
+        lines.append(line | layers | dict(epochs=epochs, protocol="svm"))
         runs.append(evaluated(run, tmp_path / name, lines, seed=epochs))
     draw("lowshot", *runs)
     assert notes[0].split(": ")[1] == ("7 epochs, 100 test images of shapes or 9 epochs, 100 test images of shapes; "
                                        "mean and deviation of 1/5 draws.")
     draw("linear", *runs)
+    draw("linear", *runs, "--protocol", "svm")
+    assert notes[2] == "eval_linear.py: 400 training and 100 test images of shapes."
     assert notes[1] == ("eval_linear.py: 400 training and 100 test images of shapes, 7 epochs or 400 training and 100 "
                         "test images of shapes, 9 epochs.")
 
