@@ -1269,13 +1269,16 @@ def test_small_print_takes_nothing_from_the_picture(run: Path, tmp_path: Path) -
 
 
 def test_runs_of_a_row_are_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The small print of an ablation names the seeds of an experiment in one line, other options in their own."""
-    seen = list[dict[str, figures.Source]]()
-    monkeypatch.setattr(figures, "save", lambda figure, title, note, runs, path: seen.append(runs))
+    """The small print of an ablation names the seeds of an experiment in one line, other options in their own; it says
+    where a bar is a mean over these, and that the monitor's kNN is drawn."""
+    seen, notes = list[dict[str, figures.Source]](), list[str]()
+    monkeypatch.setattr(figures, "save", lambda *drawn: (notes.append(drawn[2]), seen.append(drawn[3])))
     draw("ablation", *(other(run, tmp_path / f"{seed}-{lr}", preset="cifar10", seed=seed, lr=lr)
                        for seed, lr in ((0, 0.03), (1, 0.03), (2, 0.1))))
     assert [(label, source.options["seed"]) for label, source in seen[0].items()] == [
         ("exact softmax", "0/1"), ("exact softmax (2-0.1)", "2")]
+    assert [source.also for source in seen[0].values()] == [", lr 0.03", ", lr 0.1"]
+    assert notes[0].endswith(" kNN by the monitor in the logs. exact softmax is a mean over different settings.")
 
 
 # bad input
