@@ -606,9 +606,15 @@ def test_checkpoints_are_minutes_apart(
 def test_sums_of_all_ranks_go_on(rank: int, world: int, loss: float) -> None:
     """Within an epoch as many ranks go on with their own sums of the log's figures, fewer or more with the mean; those
     of the next epoch begin at zero."""
-    fake: Any = argparse.Namespace(device=common.CPU, rank=rank, world=world, mean=lambda total: total)
-    totals = common.Totals(fake)
-    totals.load_state_dict(dict(counts=dict(loss=2), sums=dict(loss=torch.tensor([2.0, 6.0]))))
+    fake: Any = argparse.Namespace(device=common.CPU, rank=rank, world=world, mean=lambda total: total,
+                                   gather=lambda part: (torch.cat([part, part + 4]), None))
+    killed, totals = common.Totals(fake), common.Totals(fake)
+    for value in (0.5, 1.5):
+        killed.add(loss=torch.tensor(value))
+    killed.collect()
+    state = killed.state_dict()
+    killed.add(loss=torch.tensor(8.0))  # while the checkpoint is written
+    totals.load_state_dict(state)
     assert totals.means() == dict(loss=loss)
     totals.add(loss=torch.tensor(5.0))
     assert totals.means() == dict(loss=5.0)
