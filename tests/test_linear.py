@@ -1699,6 +1699,7 @@ def test_lines_of_networks(tmp_path: Path) -> None:
     (axes,) = figures.draw_layers(lines, "svm").axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["conv1", "conv5", "head"]
     assert list(axes.lines[0].get_xdata()) == [0, 1, 2] and list(axes.lines[0].get_ydata()) == [3, 2, 4]
+    assert axes.get_title() == "linear SVM" and {text.xy: text.get_text() for text in axes.texts}[2, 4] == "4.0"
 
 
 @pytest.mark.gpu
