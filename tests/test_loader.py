@@ -324,7 +324,8 @@ def test_legacy_file_with_objects(resnet: dict[str, Tensor], tmp_path: Path) -> 
 
 
 def test_head_of_clds_authors(resnet: dict[str, Tensor], tmp_path: Path) -> None:
-    """Their MoCo+CLD on CIFAR ends in `linear`, cosines with the columns of a matrix without bias: --layer head."""
+    """Their MoCo+CLD on CIFAR ends in `linear`, cosines with the columns of a matrix without bias: --layer head. A
+    square one is a plain layer."""
     directions = torch.randn(512, 128)
     weights = {f"module.{name}".replace("downsample", "shortcut"): value for name, value in resnet.items()
                if not name.startswith("fc.")}
@@ -334,6 +335,11 @@ def test_head_of_clds_authors(resnet: dict[str, Tensor], tmp_path: Path) -> None
     with torch.no_grad():
         cosines = nn.functional.normalize(found.backbone(images)) @ nn.functional.normalize(directions, dim=0)
         torch.testing.assert_close(found.embed(images), nn.functional.normalize(cosines))
+        square = torch.randn(512, 512)
+        torch.save(weights | {"module.linear.weight": square}, tmp_path / "file.pth")
+        found = encoder(tmp_path / "file.pth", layer="head")
+        expected = nn.functional.normalize(nn.functional.linear(found.backbone(images), square))
+        torch.testing.assert_close(found.embed(images), expected)
 
 
 def test_layers_of_an_nn_sequential_are_renamed_first(resnet: dict[str, Tensor], tmp_path: Path) -> None:
