@@ -472,19 +472,20 @@ def test_figures_of_several_crops(tmp_path: Path) -> None:
 
 
 def test_probes_see_what_they_should(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Probes choose without the held-out images, then train on all with the chosen settings: in an order and by crops
+    """Probes choose by the held-out images alone, then train on all with the chosen settings: in an order and by crops
     that each epoch draws, at rates that fall from step to step; the figures are those after the chosen epoch, and after
     the last."""
     asked, steps, judged = list[tuple[list[int], list[int]]](), list[Any](), list[tuple[int, int]]()
     crop, step, figures_of = eval_linear.Layer.crop, eval_linear.Probes.step, eval_linear.probe_figures
+    chosen_by, accuracy = list[set[int]](), eval_linear.probe_accuracy
 
     def cropped(self: eval_linear.Layer, rows: Tensor, views: Tensor) -> Tensor:
         asked.append((rows.tolist(), views.tolist()))
         return crop(self, rows, views)
 
-    def stepped(self: eval_linear.Probes, x: Tensor, y: Tensor, lr: Tensor, *rest: Any) -> None:
-        steps.append((*asked[-1], y.tolist(), lr.tolist()))
-        step(self, x, y, lr, *rest)
+    def stepped(self: eval_linear.Probes, x: Tensor, y: Tensor, lr: Tensor, decay: Tensor, *rest: Any) -> None:
+        steps.append((*asked[-1], y.tolist(), lr.tolist(), decay.tolist()))
+        step(self, x, y, lr, decay, *rest)
 
     def counted(probes: eval_linear.Probes, which: int, *rest: Any) -> dict[str, float]:
         judged.append((which, len(steps)))
@@ -493,6 +494,8 @@ def test_probes_see_what_they_should(checkpoint: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(eval_linear.Layer, "crop", cropped)
     monkeypatch.setattr(eval_linear.Probes, "step", stepped)
     monkeypatch.setattr(eval_linear, "probe_figures", counted)
+    monkeypatch.setattr(eval_linear, "probe_accuracy", lambda *given: (chosen_by.append(set(given[3].tolist())),
+                                                                       accuracy(*given))[1])
     monkeypatch.setattr(eval_linear, "choose", lambda *_: dict(best=[0.1, 0.02, 1, 60.0], last=[0.3, 0.04, 2, 50.0]))
     words = ["--layers", "conv5", "--train-crops", 2, "--seed", 3, "--lr", 0.1, 0.3, "--weight-decay", 0.5]
     found = evaluate(checkpoint, *words, "--data", "shapes")
@@ -500,7 +503,7 @@ def test_probes_see_what_they_should(checkpoint: Path, monkeypatch: pytest.Monke
     args = argparse.Namespace(data="shapes", subset=60, seed=3, **dict.fromkeys(open_keys), typed=[])
     labels = common.load(args, "train", CPU).labels
     held = set(eval_linear.hold_out(labels, 0.1, 3).tolist())
-    assert len(held) == 6 and len(steps) == 12
+    assert len(held) == 6 and len(steps) == 12 and chosen_by == [held] * 2
     for epoch in range(4):
         rows = torch.tensor([row for row in range(60) if epoch > 1 or row not in held])
         order = rows[torch.randperm(len(rows), generator=common.generator(3, "order", epoch))]
@@ -508,11 +511,14 @@ def test_probes_see_what_they_should(checkpoint: Path, monkeypatch: pytest.Monke
         settings = [(0.1, 0.5), (0.3, 0.5)] if epoch < 2 else [(0.1, 0.02), (0.3, 0.04)]
         for number in range(3):
             part, at = slice(16 * number, 16 * number + 16), 3 * (epoch % 2) + number
-            index, crops, truth, rates = steps[3 * epoch + number]
+            index, crops, truth, rates, decays = steps[3 * epoch + number]
             assert (index, crops) == (order[part].tolist(), views[part].tolist()) and truth == labels[index].tolist()
             assert rates == pytest.approx([lr / (1 + lr * decay * at) ** 0.5 for lr, decay in settings])
+            assert decays == pytest.approx([decay for _, decay in settings])
     assert judged == [(0, 9), (1, 12)]
     assert (found["layers"][0]["top1"], found["layers"][0]["last_top1"], found["linear_top1"]) == (9, 12, 9)
+    chosen = ("lr", "weight_decay", "epoch", "holdout_top1", "last_lr", "last_weight_decay")
+    assert [found["layers"][0][key] for key in chosen] == [0.1, 0.02, 1, 60, 0.3, 0.04]
 
 
 def test_test_images_decide_nothing(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
