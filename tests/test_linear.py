@@ -521,6 +521,14 @@ def test_probes_see_what_they_should(checkpoint: Path, monkeypatch: pytest.Monke
     assert [found["layers"][0][key] for key in chosen] == [0.1, 0.02, 1, 60, 0.3, 0.04]
 
 
+def test_batches_of_probes_are_no_larger_than_what_chooses(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a batch takes all images, it is lowered to those that are left when some are held out."""
+    sizes, step = list[int](), eval_linear.Probes.step
+    monkeypatch.setattr(eval_linear.Probes, "step", lambda *given: (sizes.append(len(given[1])), step(*given))[1])
+    evaluate(checkpoint, "--layers", "conv5", "--batch-size", 60, "--epochs", 1)
+    assert sizes == [54, 54]
+
+
 def test_test_images_decide_nothing(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With other labels of the test images the same rates, decays and epochs are chosen."""
     first = evaluate(checkpoint)
