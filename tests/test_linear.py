@@ -685,8 +685,9 @@ def test_svms_copy_no_features(checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_costs_are_those_of_folds_by_rows(tmp_path: Path) -> None:
-    """The chosen costs are those of SVMs that are given the rows of the other folds alone."""
-    args = options(tmp_path, "--C", "1e-4", "1e-3", "1e-2", "1")
+    """The chosen costs are those of SVMs, of that weight of images with the class, that are given the rows of the other
+    folds alone."""
+    args = options(tmp_path, "--C", "1e-4", "1e-3", "1e-2", "1", "--positive-weight", "9")
     costs = torch.tensor(args.cost)
     for count, size in ((300, 20), (40, 90), (60, 50)):
         x, labels = blobs(count, size, 3, spread=4.0)
@@ -697,7 +698,7 @@ def test_costs_are_those_of_folds_by_rows(tmp_path: Path) -> None:
         right = torch.zeros(4)
         for number in range(3):
             fitted = x[fold != number], eval_linear.one_vs_rest(labels[fold != number], 3)
-            for at, weight in enumerate(eval_linear.fit_svms(*fitted, costs[:, None].expand(-1, 3), 1.0)):
+            for at, weight in enumerate(eval_linear.fit_svms(*fitted, costs[:, None].expand(-1, 3), 9.0)):
                 right[at] += ((x @ weight.T).argmax(1) == labels)[fold == number].double().mean()
         chosen = eval_linear.cross_validate(x, eval_linear.one_vs_rest(labels, 3), args, False, (0,))
         assert chosen.tolist() == pytest.approx([args.cost[int(right.argmax())]] * 3)
