@@ -1052,14 +1052,15 @@ def test_fine_tuning_is_that_of_plain_pytorch(checkpoint: Path, monkeypatch: pyt
 
 
 def test_svm_sees_what_it_should(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An SVM has all crops of the labelled images and an intercept; a test image has the mean of its crops' outputs.
-    Features of both are standardised by those of all training images."""
+    """An SVM has the chosen cost, all crops of the labelled images and an intercept; a test image has the mean of its
+    crops' outputs. Features of both are standardised by those of all training images."""
     kept, judged, tasks = list[Any](), list[Tensor](), list[eval_linear.Task]()
     both, merit, rows = eval_linear.both_features, eval_linear.merit, torch.arange(0, 60, 2)
     monkeypatch.setattr(eval_linear, "both_features", lambda *given: (kept.append(both(*given)), kept[0])[1])
     monkeypatch.setattr(eval_linear, "merit", lambda *given: (judged.append(given[0]), merit(*given))[1])
     monkeypatch.setattr(eval_linear, "draws", lambda args, task: (tasks.append(task), [(dict(labels=30), rows)])[1])
-    evaluate(checkpoint, "--protocol", "svm", "--layers", "conv5", "--normalize", "standard", "--C", 0.5,
+    monkeypatch.setattr(eval_linear, "cross_validate", lambda *_: torch.full((10,), 0.5, dtype=torch.float64))
+    evaluate(checkpoint, "--protocol", "svm", "--layers", "conv5", "--normalize", "standard", "--C", 0.1, 0.5,
              "--positive-weight", 2, "--train-crops", 2, "--test-crops", 10, "--no-amp")
     train, test = (part["conv5"].float() for part in kept[0])
     mean, deviation = train.mean((0, 1)), train.flatten(0, 1).std(0, correction=0)
