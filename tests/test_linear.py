@@ -948,6 +948,7 @@ def test_listed_labels(trained: Path, tmp_path: Path) -> None:
     assert found["runs"][0]["labels"] == 2 and found["method"] == "untrained"
     (tmp_path / "list.txt").write_text("a_1.jpg\nb_0.jpg\nb_3.jpg\n")  # of the same name, and another list
     assert evaluate("random", *words)["runs"][0]["labels"] == 3
+    assert "draws" in evaluate("random", *words, "--protocol", "svm")  # unlike a result of all labels
 
 
 def test_listed_labels_of_one_name(tmp_path: Path) -> None:
