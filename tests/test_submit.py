@@ -277,6 +277,15 @@ def test_what_no_file_for_sbatch_can_hold(
     assert not list(here.rglob("npid*")) and not list(fake_slurm.iterdir())
 
 
+def test_a_job_has_a_gpu_that_the_login_node_lacks(
+    fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM is asked for one GPU by default, whatever the machine has that submits."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    submitted([NPID], monkeypatch, tmp_path)
+    assert "#SBATCH --gpus-per-node=1\n" in (fake_slurm / "1.sh").read_text()
+
+
 def test_a_job_in_the_queue_keeps_its_folder(fake_slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If nobody reads the output, as after `| head -1`, the submitted job still finds its code; within another job its
     memory is not asked for, but the same SLURM; GPUs of one type are asked for by gres alone."""
