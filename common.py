@@ -1,6 +1,6 @@
-"""Code belongs here if three scripts need it word for word, its name says all that a caller has to know, and it has a
-test of its own. No paper's design choices are made here; formulas that scripts share name their equation. Nothing
-happens at import. In order of use:
+"""What at least three scripts need word for word, under names that say all that a caller has to know, with tests of its
+own. No paper's design choices are made here; formulas that scripts share name their equation. Nothing happens at
+import. In order of use:
 
      1  errors        Fault, launch, note
      2  options       parser, parse
